@@ -1,0 +1,43 @@
+"""The errors that a user can meet. Each says what was expected, what was found, and what to do.
+
+The command line prints these as one message and exits with 2; anything else is a defect and keeps its traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class GenjaxError(Exception):
+    """The base of all errors that are addressed to the user."""
+
+
+class ConfigError(GenjaxError, ValueError):
+    """A name or setting that does not exist or does not fit."""
+
+
+class DataError(GenjaxError, ValueError):
+    """Data that are missing, damaged, or not what the spec says. The message names the file where there is one."""
+
+
+class CheckpointError(GenjaxError, RuntimeError):
+    """A checkpoint or run folder that cannot be written or read. What was there before is still there."""
+
+
+class NonFiniteError(GenjaxError, ArithmeticError):
+    """A loss that is NaN or infinite. The message names the step and the player."""
+
+
+class Interrupted(GenjaxError):
+    """Training was told to stop by a signal, and has saved its state; `signal` is the signal's number."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
+def unknown_name(what: str, name: str, names: Iterable[str]) -> ConfigError:
+    """A `ConfigError` for a name that does not exist, with the nearest names that do."""
+    names = list(names)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(names)}."
+    return ConfigError(f"There is no {what} called {name!r}. {hint}")

@@ -1,0 +1,86 @@
+"""The only place that splits and merges NNX modules: a module's builder in, two pure functions over plain dicts out."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from genjax.errors import ConfigError
+from genjax.protocol import Key, Params, State
+
+
+class Net(NamedTuple):
+    """A network as pure functions over plain nested dicts.
+
+    Attributes:
+        init: (key) -> (params, state), `state` being every variable that is not an `nnx.Param`, such as batch statistics.
+        apply: (params, state, *args, **kwargs) -> (output, state).
+    """
+
+    init: Callable[[Key], tuple[Params, State]]
+    apply: Callable[..., tuple[Any, State]]
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf, tree)
+
+
+def _refuse(module: nnx.Module, name: str) -> None:
+    shared = nnx.find_duplicates(module)
+    if shared:
+        paths = " and ".join(".".join(map(str, path)) for path in shared[0])
+        raise ConfigError(f"{name} shares one variable between {paths}: tie weights by passing the value, not the reference.")
+    for path, variable in nnx.to_flat_state(nnx.state(module)):
+        if isinstance(variable, nnx.RngState):
+            where = ".".join(map(str, path))
+            raise ConfigError(
+                f"{name} stores random state at {where}, which would hide randomness inside a model. Build the layer "
+                "without rngs (nnx.Dropout(rate)) and pass the key as a call argument; write recurrence with jax.lax.scan."
+            )
+
+
+def functional(build: Callable[..., nnx.Module], dtype: str | None = None) -> Net:
+    """Turn `build(*, rngs) -> nnx.Module` into a `Net`.
+
+    Whether a call trains or evaluates is a call argument of the module; nothing of NNX leaves this function.
+
+    Args:
+        build: makes the module; every array that it creates must be an nnx.Variable.
+        dtype: compute in this dtype, such as "bfloat16": parameters and floating-point arguments are cast on the way in
+            and outputs to float32 on the way out, so parameters, statistics and losses stay float32. None changes nothing.
+
+    Raises:
+        ConfigError: for a module that stores rngs, shares a variable by reference, or (at the first call) uses `sow` or
+            otherwise changes the structure of its state.
+    """
+    name = getattr(getattr(build, "func", build), "__name__", "the module")
+    try:
+        module = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
+    except ValueError as error:  # with NNX_GRAPH_MODE=false, flax itself refuses a shared variable
+        if "aliasing" not in str(error):
+            raise
+        raise ConfigError(f"{name} shares one variable by reference: tie weights by passing the value instead.") from error
+    _refuse(module, name)
+    graphdef = nnx.graphdef(module)
+
+    def init(key: Key) -> tuple[Params, State]:
+        _, params, state = nnx.split(build(rngs=nnx.Rngs(key)), nnx.Param, ...)
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(state)
+
+    def apply(params: Params, state: State, *args: Any, method: str = "__call__", **kwargs: Any) -> tuple[Any, State]:
+        given = params
+        if dtype is not None and dtype != "float32":
+            given, args, kwargs = _cast((params, args, kwargs), dtype)
+        module = nnx.merge(graphdef, given, state)
+        output = getattr(module, method)(*args, **kwargs)
+        after = nnx.to_pure_dict(nnx.state(module, nnx.Not(nnx.Param)))
+        if jax.tree.structure(after) != jax.tree.structure(state):
+            raise ConfigError(f"{name} changed the structure of its state in a call (does it use `sow`?): return the value instead.")
+        if given is not params:
+            output = _cast(output, jnp.float32)
+            after = jax.tree.map(lambda new, old: new.astype(old.dtype), after, state)
+        return output, after
+
+    return Net(init, apply)
