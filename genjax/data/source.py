@@ -1,0 +1,178 @@
+"""What a data set is to the rest of genjax: a `Source`, and the two ways to take batches from it.
+
+On the device, `batch_at` gathers and prepares inside a jitted step; on the host, `host_batch` gathers with numpy and
+`prepare_at` finishes inside the step. Both give the same batches, bit for bit.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from genjax.data.order import batch_indices
+from genjax.errors import DataError
+from genjax.protocol import Array, Batch, DataSpec, Key
+
+# Folded into the key of the data, so that the data's draws differ from those of a training run with the same seed.
+DATA_TAG = 0x64617461  # "data"
+
+
+class Splits(NamedTuple):
+    """Training, validation and test data on the host: numpy arrays in their compact stored dtype (uint8 images)."""
+
+    train: Batch
+    valid: Batch
+    test: Batch
+
+
+class Source(NamedTuple):
+    """A data set: what it looks like, how to read it, and how to turn what is stored into what the spec says.
+
+    Attributes:
+        spec: what a builder must know; it is known before anything is loaded.
+        load: () -> Splits: reads the files, or makes the points. Raises DataError when it cannot.
+        prepare: (key, stored batch) -> Batch in the dtypes of `spec`; pure and jit-able, draws dynamic binarisation with
+            the key, and keeps `weight`.
+        log_prob: (points [B, 2]) -> exact log-density in nats [B], where it is known; the marginal over the classes.
+        entropy: the differential entropy of the same density in nats, where it is known.
+        modes: the centres [M, 2] of a mixture with separate components, and
+        mode_std: their standard deviation, for measures of mode coverage.
+        description: one line with the sizes of the splits and where the data come from.
+    """
+
+    spec: DataSpec
+    load: Callable[[], Splits]
+    prepare: Callable[[Key, Batch], Batch]
+    log_prob: Callable[[Array], Array] | None = None
+    entropy: float | None = None
+    modes: np.ndarray | None = None
+    mode_std: float | None = None
+    description: str = ""
+
+
+def cast(spec: DataSpec) -> Callable[[Key, Batch], Batch]:
+    """A `prepare` that only casts: x to the spec's dtype, labels to int32, condition vectors to float32."""
+
+    def prepare(key: Key, batch: Batch) -> Batch:
+        cond = batch.cond
+        if cond is not None:
+            cond = jnp.asarray(cond).astype(jnp.int32 if spec.n_classes else jnp.float32)
+        return Batch(jnp.asarray(batch.x).astype(spec.dtype), cond, batch.weight)
+
+    return prepare
+
+
+def prepare_at(source: Source, seed: int | Array) -> Callable[[Batch, int | Array], Batch]:
+    """(stored batch, step) -> prepared Batch, with the key of that step: the device's half of the host path."""
+
+    def prepare(raw: Batch, step: int | Array) -> Batch:
+        key = jax.random.fold_in(jax.random.key(seed), DATA_TAG)
+        return source.prepare(jax.random.fold_in(key, step), raw)
+
+    return prepare
+
+
+def batch_at(source: Source, batch_size: int, seed: int | Array) -> Callable[[Batch, int | Array], Batch]:
+    """(stored arrays on the device, step) -> prepared Batch: a pure function that works inside jit, scan and vmap.
+
+    The arrays are those of one split, as `jax.device_put(source.load().train)`; see `batch_indices` for the order.
+
+    Raises:
+        DataError, ConfigError: when called with too few examples; see `batch_indices`.
+    """
+    prepare = prepare_at(source, seed)
+
+    def batch(arrays: Batch, step: int | Array) -> Batch:
+        index = batch_indices(_length(arrays), batch_size, seed, step)
+        # The indices are in range by construction; "clip" only spares the code that would look at them.
+        return prepare(jax.tree.map(lambda array: jnp.take(array, index, axis=0, mode="clip"), arrays), step)
+
+    return batch
+
+
+def host_batch(arrays: Batch, batch_size: int, seed: int, step: int) -> Batch:
+    """The stored rows of one batch, gathered with numpy on the host: for data that do not fit on the device."""
+    index = batch_indices(_length(arrays), batch_size, seed, step)
+    return jax.tree.map(lambda array: array[index], arrays)
+
+
+def example_batch(spec: DataSpec, key: Key, n: int) -> Batch:
+    """n random examples of any spec, prepared: uniform bits, levels, tokens and labels, standard normal real numbers."""
+    x_key, cond_key = jax.random.split(key)
+    shape = (n, *spec.shape)
+    if spec.kind == "continuous":
+        x = jax.random.normal(x_key, shape, jnp.float32)
+    else:
+        x = jax.random.randint(x_key, shape, 0, spec.levels or 2, jnp.int32).astype(spec.dtype)
+    if spec.n_classes is not None:
+        return Batch(x, jax.random.randint(cond_key, (n,), 0, spec.n_classes, jnp.int32))
+    if spec.cond_dim is not None:
+        return Batch(x, jax.random.normal(cond_key, (n, spec.cond_dim), jnp.float32))
+    return Batch(x)
+
+
+def validate(splits: Splits, spec: DataSpec, where: str) -> Splits:
+    """The same splits, once every one of them has been held to the spec; `where` is the file or folder, for messages.
+
+    Raises:
+        DataError: for an empty split, another event shape, labels of another length or missing ones, NaN or infinite
+            values, values that are not whole numbers where they must be, and values or labels out of range.
+    """
+    for name, batch in zip(Splits._fields, splits, strict=True):
+        _check_split(batch, spec, f"{where}: the {name} split")
+    return splits
+
+
+def _length(arrays: Batch) -> int:
+    return jax.tree.leaves(arrays)[0].shape[0]
+
+
+def _check_split(batch: Batch, spec: DataSpec, where: str) -> None:
+    x, n = batch.x, len(batch.x)
+    if n == 0:
+        raise DataError(f"{where} is empty; expected at least 1 example.")
+    if x.shape[1:] != spec.shape:
+        raise DataError(f"{where} must hold examples of shape {list(spec.shape)}; found {list(x.shape[1:])}.")
+    top = {"binary": 1, "continuous": None}.get(spec.kind, (spec.levels or 2) - 1)
+    _check_values(x, top, f"{where}: x")
+    if batch.weight is not None and batch.weight.shape != (n,):
+        raise DataError(f"{where}: expected one weight for each of {n} examples; found shape {list(batch.weight.shape)}.")
+    cond = batch.cond
+    if not spec.conditional:
+        if cond is not None:
+            raise DataError(f"{where} has a condition, but its spec is unconditional; leave the condition out.")
+        return
+    if cond is None:
+        raise DataError(f"{where} has no condition; expected a {'label' if spec.n_classes else 'vector'} for each example.")
+    if len(cond) != n:
+        raise DataError(f"{where} has labels of another length: {n} examples in x and {len(cond)} labels.")
+    shape = (n,) if spec.n_classes else (n, spec.cond_dim)
+    if cond.shape != shape:
+        raise DataError(f"{where}: expected a condition of shape {list(shape)}; found {list(cond.shape)}.")
+    _check_values(cond, spec.n_classes - 1 if spec.n_classes else None, f"{where}: labels")
+
+
+def _check_values(values: np.ndarray, top: int | None, where: str) -> None:
+    """Refuse values that are not finite or, with `top`, not whole numbers in 0..top."""
+    if values.dtype.kind == "f":
+        bad = ~np.isfinite(values)
+        if bad.any():
+            raise DataError(f"{where}: {_count(bad, 'NaN or infinite')} Remove or replace such examples.")
+    if top is None:
+        return
+    if values.dtype.kind == "f":
+        bad = values != np.floor(values)
+        if bad.any():
+            raise DataError(f"{where} must be whole numbers from 0 to {top}: {_count(bad, 'not whole')}")
+    # Minimum and maximum first: they need no temporary array, and good data stop here.
+    low, high = values.min(), values.max()
+    if low < 0 or high > top:
+        bad = (values < 0) | (values > top)
+        raise DataError(f"{where} must be in the range 0 to {top}; found {low} to {high}: {_count(bad, 'out of range')}")
+
+
+def _count(bad: np.ndarray, what: str) -> str:
+    first = [int(i) for i in np.unravel_index(np.argmax(bad), bad.shape)]
+    return f"{int(bad.sum())} of {bad.size} values are {what}, the first at index {first}."

@@ -1,0 +1,148 @@
+"""Pictures: grids of images, scatters over a density, and learning curves. Everything is drawn without a display."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from genjax.protocol import DataSpec
+
+# One colour-blind-safe order (Okabe & Ito 2008) for every line in every picture.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def save(figure: Figure, path: Path | str, dpi: int = 150) -> Path:
+    """Write a figure as PNG, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    FigureCanvasAgg(figure).print_figure(temporary, dpi=dpi, format="png", bbox_inches="tight", facecolor="white")
+    temporary.rename(path)
+    return path
+
+
+def is_image(spec: DataSpec) -> bool:
+    """Whether events are images: (height, width, 1 or 3)."""
+    return len(spec.shape) == 3 and spec.shape[-1] in (1, 3)
+
+
+def image_grid(x: np.ndarray, spec: DataSpec, title: str = "", columns: int | None = None, labels: Sequence[str] = ()) -> Figure:
+    """Images [n, height, width, channels], in the units of the data, row by row with a gap of one pixel.
+
+    Args:
+        columns: images a row; the square root of n, rounded up, unless given.
+        labels: one text for each row, such as the class it shows.
+    """
+    n, height, width, channels = x.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    low, high = (0.0, float((spec.levels or 2) - 1)) if spec.kind != "continuous" else (float(x.min()), float(x.max()))
+    unit = np.clip((x - low) / max(high - low, 1e-12), 0, 1)
+    canvas = np.ones((rows * (height + 1) + 1, columns * (width + 1) + 1, channels))
+    for index, image in enumerate(unit):
+        top, left = (index // columns) * (height + 1) + 1, (index % columns) * (width + 1) + 1
+        canvas[top : top + height, left : left + width] = image
+    inches = 0.55 if width > 16 else 0.42
+    figure = Figure(figsize=(inches * columns + 0.3, inches * rows * height / width + 0.3))
+    axes = figure.add_subplot()
+    axes.imshow(canvas.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([(row + 0.5) * (height + 1) for row in range(rows)] if labels else [], labels or [])
+    axes.tick_params(length=0, labelsize=8)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    if title:
+        axes.set_title(title, fontsize=9)
+    return figure
+
+
+def scatter(points: np.ndarray, log_prob: Callable[[np.ndarray], Any] | None = None, title: str = "") -> Figure:
+    """Points [n, 2], over the true density where it is known (`log_prob` in nats)."""
+    figure = Figure(figsize=(4.2, 4.2))
+    axes = figure.add_subplot()
+    if log_prob is not None:
+        half = 1.15 * max(float(np.quantile(np.abs(points), 0.995)), 1e-3)
+        line = np.linspace(-half, half, 220, dtype=np.float32)
+        grid = np.stack(np.meshgrid(line, line), axis=-1).reshape(-1, 2)
+        density = np.exp(np.asarray(log_prob(grid))).reshape(220, 220)
+        # The square root shows where the density is small but not zero.
+        axes.imshow(np.sqrt(density), extent=(-half, half, -half, half), origin="lower", cmap="Blues", alpha=0.6)
+        axes.set_xlim(-half, half)
+        axes.set_ylim(-half, half)
+    axes.scatter(points[:, 0], points[:, 1], s=2, color=COLORS[1], alpha=0.5, linewidths=0)
+    axes.set_aspect("equal")
+    axes.set_title(title, fontsize=9)
+    return figure
+
+
+def samples(
+    x: np.ndarray,
+    spec: DataSpec,
+    title: str = "",
+    log_prob: Callable[[np.ndarray], Any] | None = None,
+    labels: np.ndarray | None = None,
+) -> Figure | None:
+    """The picture that fits the data: an image grid (a row for each class if `labels` are given), a scatter, or None."""
+    if is_image(spec):
+        if labels is not None and len(set(labels.tolist())) > 1:
+            order = np.argsort(labels, kind="stable")
+            classes, counts = np.unique(labels, return_counts=True)
+            if len(set(counts.tolist())) == 1:
+                return image_grid(x[order], spec, title, columns=int(counts[0]), labels=[str(c) for c in classes])
+        return image_grid(x, spec, title)
+    if spec.shape == (2,):
+        return scatter(x, log_prob, title)
+    return None
+
+
+def curves(lines: Sequence[dict[str, Any]], title: str = "") -> Figure:
+    """Learning curves from the lines of metrics.jsonl: a panel for each metric, against the optimiser step.
+
+    "player/bound" and "valid/bound" differ in their split only, so metrics with the same last name share a panel. The
+    members of an ensemble or sweep are one line each.
+    """
+    names = sorted({name for line in lines for name in line if "/" in name})
+    panels: dict[str, list[str]] = {}
+    for name in names:
+        panels.setdefault(name.rsplit("/", 1)[1], []).append(name)
+    columns = min(3, max(1, len(panels)))
+    rows = max(1, math.ceil(len(panels) / columns))
+    figure = Figure(figsize=(4.2 * columns, 2.9 * rows), layout="constrained")
+    for index, (panel, members) in enumerate(sorted(panels.items())):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        for color, name in zip(COLORS * 9, members, strict=False):
+            have = [line for line in lines if name in line]
+            steps, values = [line["step"] for line in have], np.asarray([line[name] for line in have], float)
+            axes.plot(steps, values, color=color, lw=1.2, alpha=0.5 if values.ndim > 1 else 1.0)
+            axes.plot([], [], color=color, label=name)
+        # The first few values are often far off and would flatten everything that matters.
+        late = np.concatenate([np.ravel([line[m] for line in lines[len(lines) // 20 :] if m in line]) for m in members])
+        late = late[np.isfinite(late)]
+        if late.size and late.max() > late.min():
+            pad = 0.08 * (late.max() - late.min())
+            axes.set_ylim(late.min() - pad, late.max() + pad)
+        axes.set_title(panel, fontsize=9)
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.25)
+        if len(members) > 1:
+            axes.legend(fontsize=7, frameon=False)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def read_metrics(path: Path | str) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that was cut short by a crash is left out."""
+    lines = []
+    for text in Path(path).read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines

@@ -1,0 +1,94 @@
+"""What a step costs: seconds, compile seconds, FLOPs and memory of the compiled program, and the machine's peak."""
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from genjax.config import Recipe
+from genjax.data import example_batch
+from genjax.protocol import Batch, TrainState
+from genjax.train import compiled
+
+
+class StepCost(NamedTuple):
+    """The cost of one train step on this machine. Counts come from the compiled program, times from running it."""
+
+    batch_size: int
+    steps_per_second: float
+    examples_per_second: float
+    milliseconds: float
+    compile_seconds: float
+    flops: float
+    temporary_bytes: int
+    share_of_peak: float
+    peak_gflops: float
+
+
+def cost_of(program: Any) -> tuple[float, int]:
+    """(FLOPs, bytes of temporary memory) of a compiled program; nan and 0 where the backend does not tell."""
+    analysis = program.cost_analysis() or {}
+    memory = program.memory_analysis()
+    return float(analysis.get("flops", float("nan"))), int(getattr(memory, "temp_size_in_bytes", 0) or 0)
+
+
+def seconds_per_call(call: Callable[[], Any], budget: float = 2.0, at_least: int = 5) -> list[float]:
+    """Seconds of each of many calls: as many as fit the budget in seconds, after one that warms up."""
+    jax.block_until_ready(call())
+    times: list[float] = []
+    started = time.perf_counter()
+    while len(times) < at_least or time.perf_counter() - started < budget:
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def matmul_peak(size: int = 2048, dtype: Any = jnp.float32, budget: float = 2.0) -> float:
+    """The best rate of a square matrix product on this machine, in FLOP/s: what shares of the peak refer to."""
+    a = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    return 2 * size**3 / min(seconds_per_call(lambda: product(a, a), budget))
+
+
+def stepper(step: Callable[[TrainState, Batch], Any], state: TrainState, batch: Any) -> Callable[[], Any]:
+    """A call that advances a state in place, for timing a step that donates it."""
+    box = [state]
+
+    def call() -> Any:
+        box[0], metrics = step(box[0], batch)
+        return metrics
+
+    return call
+
+
+def step_cost(recipe: Recipe, budget: float = 5.0) -> StepCost:
+    """Measure one optimiser step per dispatch of a recipe, on random data of its spec and batch size.
+
+    The time is the median over calls; the share of the peak is FLOPs / seconds over the rate of a large matrix product.
+    """
+    spec, batch_size = recipe.source().spec, recipe.schedule.batch_size
+    t = compiled(recipe.training(spec))
+    batch = jax.jit(partial(example_batch, spec), static_argnums=1)(jax.random.key(1), batch_size)
+    state = t.init(jax.random.key(0))
+    start = time.perf_counter()
+    program = jax.jit(t.step, donate_argnums=0).lower(state, batch).compile()
+    compile_seconds = time.perf_counter() - start
+    flops, temporary = cost_of(program)
+    peak = matmul_peak()
+    seconds = statistics.median(seconds_per_call(stepper(program, state, batch), budget))
+    return StepCost(
+        batch_size=batch_size,
+        steps_per_second=1 / seconds,
+        examples_per_second=batch_size / seconds,
+        milliseconds=1000 * seconds,
+        compile_seconds=compile_seconds,
+        flops=flops,
+        temporary_bytes=temporary,
+        share_of_peak=flops / seconds / peak,
+        peak_gflops=peak / 1e9,
+    )

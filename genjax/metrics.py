@@ -1,0 +1,83 @@
+"""Figures about a model: estimates with their standard error, and the conversions between units."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from genjax.protocol import Batch, DataSpec, Key, Params, PyTree, ScoreFn, State
+
+
+class Estimate(NamedTuple):
+    """The mean of n per-example values and its standard error, sd / √n."""
+
+    mean: float
+    standard_error: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.standard_error:.3f} (n={self.n})"
+
+
+def estimate(values: np.ndarray) -> Estimate:
+    """The mean and standard error of per-example values [n], in float64."""
+    values = np.asarray(values, np.float64)
+    n = len(values)
+    return Estimate(float(values.mean()), float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else float("nan"), n)
+
+
+def bits_per_dim(nats: float, spec: DataSpec) -> float:
+    """-nats / (D ln 2): the code length in bits per dimension of an event whose log-probability is `nats`."""
+    return -nats / (spec.size * math.log(2))
+
+
+def padded(arrays: Batch, start: int, size: int) -> Batch:
+    """Rows start .. start+size of host arrays as a batch of exactly `size`: missing rows repeat row 0 with weight 0."""
+    n = min(size, len(arrays.x) - start)
+    rows = np.concatenate([np.arange(start, start + n), np.zeros(size - n, np.int64)])
+    x, cond = jax.tree.map(lambda leaf: leaf[rows], (arrays.x, arrays.cond))
+    return Batch(x, cond, (np.arange(size) < n).astype(np.float32))
+
+
+def scorer(score: ScoreFn, prepare: Callable[[Key, Batch], Batch]) -> Callable[..., Any]:
+    """A compiled (params, state, raw batch, key) -> nats [B], for `score_examples`; make it once, so it compiles once."""
+
+    @jax.jit
+    def run(params: Params, state: State, batch: Batch, key: Key) -> jax.Array:
+        key_data, key_score = jax.random.split(key)
+        return score(params, state, prepare(key_data, batch), key_score)
+
+    return run
+
+
+def score_examples(
+    run: Callable[..., Any],
+    params: Params,
+    state: State,
+    arrays: Batch,
+    key: Key,
+    batch_size: int = 500,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> np.ndarray:
+    """A log-probability or bound of every example of a split, in nats [n]; the last, partial batch is padded and cut.
+
+    Args:
+        run: from `scorer`.
+        arrays: the split on the host, as its loader gave it.
+        key: batch i uses fold_in(key, i), so the result is a pure function of (key, batch_size).
+        progress: called with (examples done, examples in all) after each batch.
+    """
+    n, values = len(arrays.x), []
+    size = min(batch_size, n)
+    for index, start in enumerate(range(0, n, size)):
+        out = run(params, state, padded(arrays, start, size), jax.random.fold_in(key, index))
+        values.append(np.asarray(out)[: n - start])
+        progress(min(start + size, n), n)
+    return np.concatenate(values)
+
+
+def count(tree: PyTree) -> int:
+    """The number of numbers in a tree of arrays or shapes."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,142 @@
+"""Sweeps over settings and seeds as one compiled program, with a table of the results."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from genjax import figures
+from genjax.checkpoint import Checkpoints
+from genjax.config import Recipe, config_hash, replace, sections_of, to_dict
+from genjax.errors import ConfigError
+from genjax.loop import Progress, choose_feed, fit
+from genjax.metrics import score_examples, scorer
+from genjax.protocol import Array, Batch, Key, Params, State
+from genjax.run import VALID_SEED, Log, environment, open_folder, score_of, write_json
+from genjax.train import Mode, ensemble, eval_params, grid, sweep
+
+
+def check_axes(recipe: Recipe, axes: dict[str, Sequence[float]]) -> None:
+    """Refuse axes that cannot be traced.
+
+    Raises:
+        ConfigError: for a setting that does not exist or is not a real number: only those can differ within one program.
+    """
+    settings = {name: entry for fields in sections_of(recipe).values() for name, entry in fields.items()}
+    floats = sorted(name for name, (hint, _, _) in settings.items() if hint is float or float in getattr(hint, "__args__", ()))
+    for name, values in axes.items():
+        if name not in floats:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} cannot be swept in one program: only real-valued settings can "
+                f"({', '.join(floats)}). Train once for each value instead."
+            )
+        if not values:
+            raise ConfigError(f"--{name.replace('_', '-')} has no values to sweep over.")
+
+
+def run_sweep(
+    recipe: Recipe,
+    axes: dict[str, Sequence[float]],
+    n_seeds: int,
+    folder: Path,
+    mode: Mode = "vmap",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Train every combination of `axes` with every seed as the members of one program; returns what results.json holds.
+
+    Members see the same batches and differ in their settings, initial weights and noise. A member whose loss turns
+    non-finite does not stop the others, and is reported as such. Members are compared on the validation split, never the
+    test split.
+
+    Raises:
+        ConfigError: see `check_axes`; or if the folder holds something else.
+    """
+    check_axes(recipe, axes)
+    if n_seeds < 1:
+        raise ConfigError(f"--seeds must be at least 1; got {n_seeds}.")
+    source, schedule = recipe.source(), recipe.schedule
+    recipe.build(source.spec)  # settings that do not fit are refused here, before anything is written
+    splits = source.load()
+    settings = to_dict(recipe) | {"sweep": {"axes": {name: list(values) for name, values in axes.items()}, "seeds": n_seeds, "mode": mode}}
+    open_folder(folder, settings)
+    combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    seeds = [schedule.seed + index for index in range(n_seeds)]
+    keys = jax.vmap(jax.random.key)(np.tile(np.asarray(seeds, np.uint32), len(combinations)))
+    columns = {name: np.repeat(column, n_seeds) for name, column in grid(**axes).items()} if axes else {}
+    if axes:
+        t = sweep(lambda **hyper: replace(recipe, **hyper).training(source.spec), mode=mode, **columns)
+    else:
+        t = ensemble(recipe.training(source.spec), mode=mode)
+    log = Log(folder)
+    try:
+        state = fit(
+            choose_feed(t, source, splits.train, schedule.batch_size, schedule.seed, schedule.place),
+            key=keys,
+            steps=schedule.steps,
+            steps_per_call=schedule.steps_per_call,
+            log_every=schedule.log_every,
+            log=log,
+            on_restore=log.restore,
+            checkpoints=Checkpoints(folder / "checkpoints", schedule.keep_checkpoints),
+            checkpoint_every=schedule.checkpoint_every,
+            stop_on_nonfinite=False,
+            progress=progress,
+        )
+    finally:
+        log.close()
+    lines = figures.read_metrics(log.path)
+    if lines:
+        figures.save(figures.curves(lines, f"{recipe.name}: {len(keys)} members"), folder / "curves.png")
+    scoring = score_of(recipe.build(source.spec))
+    if scoring is not None:
+        name, unit = f"valid/{scoring[0]}", "nats"
+        values = _score_members(recipe, columns, eval_params(state), state.state, source, splits.valid)
+    else:
+        name = next(key for key in lines[-1] if key.endswith("/loss"))
+        unit, values = "loss, mean of the last window", np.asarray(lines[-1][name])
+    table = []
+    for index, combination in enumerate(combinations):
+        own = np.asarray(values[index * n_seeds : (index + 1) * n_seeds], np.float64)
+        good = own[np.isfinite(own)]
+        table.append(
+            {
+                "settings": combination,
+                "mean": float(good.mean()) if len(good) else None,
+                "sd": float(good.std(ddof=1)) if len(good) > 1 else None,
+                "members": own.tolist(),
+                "not_finite": int(len(own) - len(good)),
+            }
+        )
+    results = {
+        "recipe": recipe.name,
+        "metric": name,
+        "unit": unit,
+        "estimator": recipe.build(source.spec).estimator,
+        "n": len(splits.valid.x),
+        "split": "valid",
+        "seeds": seeds,
+        "steps": int(state.step),
+        "config_hash": config_hash(settings),
+        "results": table,
+        **environment(),
+    }
+    write_json(folder / "results.json", results)
+    return results
+
+
+def _score_members(recipe: Recipe, columns: dict[str, Any], params: Params, state: State, source: Any, valid: Batch) -> np.ndarray:
+    """The validation score of every member, [S]: the mean over the split in nats."""
+
+    def one(hyper: dict[str, Array], params: Params, state: State, batch: Batch, key: Key) -> Array:
+        found = score_of(replace(recipe, **hyper).build(source.spec))
+        assert found is not None
+        return found[1](params, state, batch, key)
+
+    def all_members(params: Params, state: State, batch: Batch, key: Key) -> Array:
+        return jax.vmap(lambda hyper, p, s: one(hyper, p, s, batch, key), out_axes=1)(columns, params, state)  # [B, S]
+
+    run = scorer(all_members, source.prepare)
+    return score_examples(run, params, state, valid, jax.random.key(VALID_SEED)).mean(axis=0)

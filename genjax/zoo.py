@@ -1,0 +1,95 @@
+"""The zoo: NAME -> recipe. The command line, the tests, the benchmarks and the README all read this one table.
+
+To add a row: write the family's file, then a `Recipe` here. `tiny` makes the model small enough for the conformance gates of
+`tests/test_gates.py`, which every row has to pass.
+"""
+
+from genjax.config import Recipe, Schedule
+from genjax.families.variational import vae
+from genjax.optim import Optimizer
+
+_TINY_VAE = {"latent_dim": 2, "hidden": (8,), "channels": (4,)}
+
+_ROWS = (
+    Recipe(
+        name="vae",
+        family=vae,
+        data="digits",
+        summary="variational autoencoder",
+        model={"latent_dim": 8, "hidden": (256, 256), "scale": "element"},
+        optimizer=Optimizer(learning_rate=1e-3, schedule="cosine", ema_decay=0.999),
+        schedule=Schedule(steps=10_000, batch_size=128),
+        evaluation={"n_bound_samples": 1000},
+        tiny=_TINY_VAE,
+    ),
+    Recipe(
+        name="cvae",
+        family=vae,
+        data="digits",
+        summary="VAE conditional on the digit",
+        model={"latent_dim": 8, "hidden": (256, 256), "scale": "element"},
+        data_options={"conditional": True},
+        optimizer=Optimizer(learning_rate=1e-3, schedule="cosine", ema_decay=0.999),
+        schedule=Schedule(steps=10_000, batch_size=128),
+        evaluation={"n_bound_samples": 1000},
+        tiny=_TINY_VAE,
+    ),
+    Recipe(
+        name="vae-conv",
+        family=vae,
+        data="digits",
+        summary="convolutional VAE",
+        model={"latent_dim": 8, "net": "conv", "channels": (32, 64), "scale": "element"},
+        optimizer=Optimizer(learning_rate=1e-3, schedule="cosine", ema_decay=0.999),
+        schedule=Schedule(steps=4_000, batch_size=128, sample_every=1000, evaluate_every=1000),
+        evaluation={"n_bound_samples": 1000},
+        tiny=_TINY_VAE,
+    ),
+    Recipe(
+        name="vae-vamp",
+        family=vae,
+        data="digits",
+        summary="VAE with a VampPrior",
+        model={"latent_dim": 8, "hidden": (256, 256), "scale": "element", "prior": "vamp"},
+        optimizer=Optimizer(learning_rate=1e-3, schedule="cosine", ema_decay=0.999),
+        schedule=Schedule(steps=10_000, batch_size=128),
+        evaluation={"n_bound_samples": 1000},
+        tiny={**_TINY_VAE, "n_pseudo_inputs": 3},
+    ),
+    Recipe(
+        name="iwae",
+        family=vae,
+        data="digits",
+        summary="importance-weighted autoencoder, K=8",
+        model={"latent_dim": 8, "hidden": (256, 256), "scale": "element", "n_samples": 8, "gradient": "dreg"},
+        optimizer=Optimizer(learning_rate=1e-3, schedule="cosine", ema_decay=0.999),
+        schedule=Schedule(steps=4_000, batch_size=128),
+        evaluation={"n_bound_samples": 1000},
+        tiny={**_TINY_VAE, "n_samples": 2},
+    ),
+    Recipe(
+        name="vae-ring",
+        family=vae,
+        data="ring",
+        summary="VAE of eight Gaussians on a ring",
+        model={"latent_dim": 2, "hidden": (128, 128), "scale": "element", "n_samples": 16},
+        optimizer=Optimizer(learning_rate=1e-3, schedule="cosine", clip_norm=10.0, ema_decay=0.999),
+        schedule=Schedule(steps=10_000, batch_size=256),
+        evaluation={"n_bound_samples": 1000},
+        tiny={**_TINY_VAE, "n_samples": 2},
+    ),
+    Recipe(
+        name="vae-mnist",
+        family=vae,
+        data="mnist",
+        summary="VAE of dynamically binarised MNIST",
+        model={"latent_dim": 50, "hidden": (500, 500)},
+        data_options={"binarize": "dynamic"},
+        optimizer=Optimizer(learning_rate=1e-3, schedule="cosine", ema_decay=0.999),
+        schedule=Schedule(steps=60_000, batch_size=128, log_every=500, evaluate_every=5000, sample_every=10_000, checkpoint_every=5000),
+        evaluation={"n_bound_samples": 5000},
+        tiny=_TINY_VAE,
+    ),
+)
+
+ZOO: dict[str, Recipe] = {row.name: row for row in _ROWS}
