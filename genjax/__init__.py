@@ -31,7 +31,7 @@ _HOME = {
     "ZOO": "zoo",
 }
 
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = [*_HOME]
 
 if TYPE_CHECKING:
     from genjax.data import batch_at, example_batch, open_source

@@ -29,7 +29,11 @@ def describe(recipe: Recipe, result: dict[str, Any] | None) -> dict[str, Any]:
         "summary": recipe.summary,
         "data": recipe.data,
         "score": "none" if scoring is None else {"log_prob": "exact", "bound": "bound"}[scoring[0]],
-        "conditional": "no" if not spec.conditional else f"{spec.n_classes} classes" if spec.n_classes else f"vector [{spec.cond_dim}]",
+        "conditional": "no"
+        if not spec.conditional
+        else f"{spec.n_classes} classes"
+        if spec.n_classes
+        else f"vector [{spec.cond_dim}]",
         "parameters": f"{count(params):,}",
         "expected": "not measured" if result is None else expected(result),
         "time": "not measured" if result is None else f"{result['train_seconds']['mean']:.0f} s",

@@ -56,19 +56,23 @@ def _abstract(like: PyTree) -> PyTree:
 
     def one(packed: Any, leaf: Any) -> jax.ShapeDtypeStruct:
         sharding = getattr(leaf, "sharding", None)
-        return jax.ShapeDtypeStruct(packed.shape, packed.dtype, sharding=device if sharding is None or _is_key(leaf) else sharding)
+        return jax.ShapeDtypeStruct(
+            packed.shape, packed.dtype, sharding=device if sharding is None or _is_key(leaf) else sharding
+        )
 
     return jax.tree.map(one, jax.eval_shape(_pack, like), like)
 
 
 def _leaves(tree: PyTree) -> dict[str, Any]:
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def _checksum(packed: PyTree) -> int:
     total = 0
     for name, leaf in sorted(_leaves(packed).items()):
-        total = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).reshape(-1), zlib.crc32(name.encode(), total))
+        total = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), zlib.crc32(name.encode(), total))
     return total
 
 
@@ -120,8 +124,8 @@ class Checkpoints:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._sweep_temporary()
-            policy = ocp.training.preservation_policies.LatestN(self.keep)
-            with ocp.training.Checkpointer(self.folder, preservation_policy=policy) as checkpointer:
+            policy: Any = ocp.training.preservation_policies.LatestN(self.keep)
+            with ocp.training.Checkpointer(str(self.folder), preservation_policy=policy) as checkpointer:
                 checkpointer.save(step, _pack(state), force=True, custom_metadata=metadata)
         except Exception as error:  # Orbax and TensorStore raise many types for a disk that does not take more
             self._sweep_temporary()
@@ -129,8 +133,8 @@ class Checkpoints:
             left = f"The checkpoint of step {have[-1]} is still there" if have else "There is no earlier checkpoint"
             reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
             raise CheckpointError(
-                f"Could not save step {step} in {self.folder}: {reason}. {left}. Check the disk's space and permissions, then run "
-                "the same command again to go on."
+                f"Could not save step {step} in {self.folder}: {reason}. {left}. Check the disk's space "
+                "and permissions, then run the same command again to go on."
             ) from error
         return self.folder / str(step)
 
@@ -160,21 +164,23 @@ class Checkpoints:
         for candidate in reversed(have if step is None else [step]):
             path = self.folder / str(candidate)
             try:
-                metadata = ocp.metadata(path)
+                metadata = ocp.metadata(str(path))
                 lines = difference(metadata.metadata, _abstract(like))
-                packed = None if lines else ocp.load(path, _abstract(like))
+                packed = None if lines else ocp.load(str(path), _abstract(like))
             except Exception as error:  # whatever a damaged file makes Orbax and TensorStore raise
                 passed.append(f"{path}: {(str(error) or type(error).__name__).splitlines()[0][:200]}")
                 continue
             if lines:
                 raise CheckpointError(f"The checkpoint {path} is not of this model:\n  " + "\n  ".join(lines))
-            custom = metadata.custom_metadata or {}
+            custom: Any = metadata.custom_metadata or {}
             if _checksum(jax.device_get(packed)) == custom.get("checksum"):
                 return Restored(_unpack(packed, like), custom.get("note", {}), tuple(passed))
             passed.append(f"{path}: its checksum is wrong, so some of its bytes are not those that were saved")
         if not have:
             return None
-        raise CheckpointError("No whole checkpoint is left:\n  " + "\n  ".join(passed) + "\nDelete the run folder to start again.")
+        raise CheckpointError(
+            "No whole checkpoint is left:\n  " + "\n  ".join(passed) + "\nDelete the run folder to start again."
+        )
 
     def set_aside_damaged(self, restored: Restored) -> None:
         """Rename the checkpoints that a restore passed over, so that training can save their steps again."""

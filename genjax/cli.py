@@ -75,7 +75,9 @@ def _group(title: str, fields: dict[str, tuple[Any, Any, str]]) -> Any:
 
     made = []
     for name, (hint, default, text) in fields.items():
-        flag = tyro.conf.arg(help=text or None, name=name.replace("_", "-")) if "." in name else tyro.conf.arg(help=text or None)
+        flag = (
+            tyro.conf.arg(help=text or None, name=name.replace("_", "-")) if "." in name else tyro.conf.arg(help=text or None)
+        )
         made.append((name.replace(".", "__"), Annotated[hint, flag], dataclasses.field(default=default)))
     return dataclasses.make_dataclass(title, made, frozen=True, namespace={"__doc__": ""})
 
@@ -93,7 +95,8 @@ def _parse_recipe(command: str, args: list[str], options: type) -> "tuple[Recipe
 
     if not args or args[0].startswith("-"):
         if args and args[0] in ("-h", "--help"):
-            print(f"usage: genjax {command} NAME [flags]\n\n`genjax {command} NAME --help` lists the flags of a recipe. There are:\n")
+            print(f"usage: genjax {command} NAME [flags]\n")
+            print(f"`genjax {command} NAME --help` lists the flags of a recipe. There are:\n")
             print("\n".join(f"  {name:<20} {row.summary}, on {row.data}" for name, row in ZOO.items()))
             raise SystemExit(0)
         raise ConfigError(f"genjax {command} needs the name of a recipe. There are: {', '.join(ZOO)}.")
@@ -106,12 +109,17 @@ def _parse_recipe(command: str, args: list[str], options: type) -> "tuple[Recipe
     recipe = row if data == row.data else dataclasses.replace(row, data=data, data_options={})
     shown = sections_of(recipe)
     without_prefix = tyro.conf.arg(name="")
-    fields: list[Any] = [("data", Annotated[str, tyro.conf.arg(help="a data set's name, or an .npz or .npy file of your own")], data)]
+    fields: list[Any] = [
+        ("data", Annotated[str, tyro.conf.arg(help="a data set's name, or an .npz or .npy file of your own")], data)
+    ]
     fields += [(section, Annotated[_group(section, entries), without_prefix], None) for section, entries in shown.items()]
     fields += [("options", Annotated[options, without_prefix], None)]
     settings_type = dataclasses.make_dataclass(
         "Settings",
-        [(n, hint, dataclasses.field(default=d) if d is not None else dataclasses.field()) for n, hint, d in _required_first(fields)],
+        [
+            (n, hint, dataclasses.field(default=d) if d is not None else dataclasses.field())
+            for n, hint, d in _required_first(fields)
+        ],
         namespace={"__doc__": f"{row.summary}, on {row.data}."},
     )
     parsed: Any = tyro.cli(settings_type, prog=f"genjax {command} {name}", args=rest)
@@ -143,7 +151,10 @@ def _train(args: list[str]) -> None:
     from genjax.progress import console
 
     folder = options.out or run.default_folder(recipe, row)
-    print(f"genjax train {recipe.name}: {row.summary}, on {recipe.data}, for {recipe.schedule.steps} steps, in {folder}", flush=True)
+    print(
+        f"genjax train {recipe.name}: {row.summary}, on {recipe.data}, for {recipe.schedule.steps} steps, in {folder}",
+        flush=True,
+    )
     with console(recipe.name, options.plain or None) as progress:
         state = run.train(recipe, folder, progress)
     print(f"trained to step {int(state.step)}; see {folder}/samples and {folder}/curves.png")
@@ -176,11 +187,16 @@ def _sweep(args: list[str]) -> None:
     with console(f"sweep {recipe.name}", options.plain or None) as progress:
         results = run_sweep(recipe, axes, options.seeds, folder, options.mode, progress)
     _print_table(
-        f"{results['metric']} in {results['unit']} ({results['estimator'] or 'as trained'}; {results['split']} split, n={results['n']}, "
-        f"{options.seeds} seeds, {results['steps']} steps)",
+        f"{results['metric']} in {results['unit']} ({results['estimator'] or 'as trained'}; "
+        f"{results['split']} split, n={results['n']}, {options.seeds} seeds, {results['steps']} steps)",
         [*axes, "mean", "sd over seeds", "not finite"],
         [
-            [*(f"{line['settings'][name]:g}" for name in axes), _number(line["mean"]), _number(line["sd"]), str(line["not_finite"])]
+            [
+                *(f"{line['settings'][name]:g}" for name in axes),
+                _number(line["mean"]),
+                _number(line["sd"]),
+                str(line["not_finite"]),
+            ]
             for line in results["results"]
         ],
     )
@@ -210,7 +226,7 @@ def _sample(args: list[str]) -> None:
         n: int = 64
         """How many samples."""
         cond: str | None = None
-        """Condition: a class (3), classes to cycle through (0,1,2), or the numbers of a vector (0.5,-1). Every class if left out."""
+        """A class (3), classes to cycle through (0,1,2), or the numbers of a vector (0.5,-1). Every class if left out."""
         seed: int = 0
         """Of the samples."""
         means: bool = False
@@ -229,7 +245,11 @@ def _sample(args: list[str]) -> None:
     loaded = run.load(options.run)
     cond = _condition(loaded.model.spec, options.cond, options.n)
     x = run.sample(loaded, jax.random.key(options.seed), options.n, cond, options.means)
-    stem = f"sample_n{options.n}_seed{options.seed}" + (f"_cond{options.cond}" if options.cond else "") + ("_means" * options.means)
+    stem = (
+        f"sample_n{options.n}_seed{options.seed}"
+        + (f"_cond{options.cond}" if options.cond else "")
+        + ("_means" * options.means)
+    )
     out = options.out or options.run / "samples" / stem
     what = "means of p(x|z)" if options.means else "samples"
     title = f"{loaded.recipe.name}: {what}, step {loaded.step}, seed {options.seed}"
@@ -322,14 +342,18 @@ def _bench(args: list[str]) -> None:
     cost = step_cost(recipe, options.seconds)
     machine = environment()["hardware"]
     _print_table(
-        f"one optimiser step of {recipe.name} per dispatch, batch {cost.batch_size}, on {machine['device']} ({machine['cores']} cores)",
+        f"one optimiser step of {recipe.name} per dispatch, batch {cost.batch_size}, "
+        f"on {machine['device']} ({machine['cores']} cores)",
         ["what", "figure"],
         [
             ["steps/s", f"{cost.steps_per_second:.1f} ({cost.milliseconds:.3f} ms, median)"],
             ["examples/s", f"{cost.examples_per_second:.0f}"],
             ["compile", f"{cost.compile_seconds:.2f} s"],
             ["FLOPs per step", f"{cost.flops:.4g} (from the compiled program)"],
-            ["share of peak", f"{100 * cost.share_of_peak:.1f} % of {cost.peak_gflops:.0f} GFLOP/s (a 2048 x 2048 float32 product)"],
+            [
+                "share of peak",
+                f"{100 * cost.share_of_peak:.1f} % of {cost.peak_gflops:.0f} GFLOP/s (a 2048 x 2048 float32 product)",
+            ],
             ["temporary memory", f"{cost.temporary_bytes / 2**20:.2f} MiB"],
         ],
     )

@@ -5,9 +5,11 @@ where a setting is named, typed, explained and given a default.
 """
 
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
+import operator
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -56,7 +58,15 @@ class Schedule:
     place: typing.Literal["auto", "device", "host"] = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "microbatches", "steps_per_call", "log_every", "checkpoint_every", "keep_checkpoints"):
+        for name in (
+            "steps",
+            "batch_size",
+            "microbatches",
+            "steps_per_call",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}.")
 
@@ -84,8 +94,8 @@ class Recipe:
     summary: str = ""
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     data_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    optimizer: Optimizer | Mapping[str, Optimizer] = Optimizer()
-    schedule: Schedule = Schedule()
+    optimizer: Optimizer | Mapping[str, Optimizer] = dataclasses.field(default_factory=Optimizer)
+    schedule: Schedule = dataclasses.field(default_factory=Schedule)
     evaluation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tiny: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -127,11 +137,11 @@ def _writable(hint: Any) -> Any:
     if typing.get_origin(hint) not in (types.UnionType, typing.Union):
         return hint
     plain = [a for a in typing.get_args(hint) if not (isinstance(a, type) and hasattr(a, "_fields"))]
-    return typing.Union[tuple(plain)]  # noqa: UP007: built at run time
+    return functools.reduce(operator.or_, plain)
 
 
 def replace(recipe: Recipe, **changes: Any) -> Recipe:
-    """The recipe with settings changed by their plain names, wherever they belong: a builder's, loader's, optimiser's or schedule's.
+    """The recipe with settings changed by name, wherever they belong: builder, loader, optimiser or schedule.
 
     Raises:
         ConfigError: for a name that is no setting of this recipe, with the nearest ones.
@@ -141,8 +151,8 @@ def replace(recipe: Recipe, **changes: Any) -> Recipe:
         section = next((section for section, fields in sections.items() if name in fields), None)
         if section is None:
             raise unknown_name("setting", name, sorted(set().union(*sections.values())))
-        current = getattr(recipe, section)
-        if dataclasses.is_dataclass(current):
+        current: Any = getattr(recipe, section)
+        if dataclasses.is_dataclass(current) and not isinstance(current, type):
             recipe = dataclasses.replace(recipe, **{section: dataclasses.replace(current, **{name: value})})
         elif section == "optimizer":
             player, field = name.split(".")

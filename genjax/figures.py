@@ -15,6 +15,8 @@ from genjax.protocol import DataSpec
 # One colour-blind-safe order (Okabe & Ito 2008) for every line in every picture.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
+LOG_PROBABILITIES = ("elbo", "iwae", "bound", "log_prob")
+
 
 def save(figure: Figure, path: Path | str, dpi: int = 150) -> Path:
     """Write a figure as PNG, whole or not at all."""
@@ -31,7 +33,9 @@ def is_image(spec: DataSpec) -> bool:
     return len(spec.shape) == 3 and spec.shape[-1] in (1, 3)
 
 
-def image_grid(x: np.ndarray, spec: DataSpec, title: str = "", columns: int | None = None, labels: Sequence[str] = ()) -> Figure:
+def image_grid(
+    x: np.ndarray, spec: DataSpec, title: str = "", columns: int | None = None, labels: Sequence[str] = ()
+) -> Figure:
     """Images [n, height, width, channels], in the units of the data, row by row with a gap of one pixel.
 
     Args:
@@ -103,13 +107,14 @@ def samples(
 def curves(lines: Sequence[dict[str, Any]], title: str = "") -> Figure:
     """Learning curves from the lines of metrics.jsonl: a panel for each metric, against the optimiser step.
 
-    "player/bound" and "valid/bound" differ in their split only, so metrics with the same last name share a panel. The
-    members of an ensemble or sweep are one line each.
+    Metrics with the same last name, "gen/loss" and "disc/loss", share a panel, and so do all that estimate or bound the
+    log-probability, of whichever split. The members of an ensemble or sweep are one line each.
     """
     names = sorted({name for line in lines for name in line if "/" in name})
     panels: dict[str, list[str]] = {}
     for name in names:
-        panels.setdefault(name.rsplit("/", 1)[1], []).append(name)
+        last = name.rsplit("/", 1)[1]
+        panels.setdefault("log-probability (nats)" if last in LOG_PROBABILITIES else last, []).append(name)
     columns = min(3, max(1, len(panels)))
     rows = max(1, math.ceil(len(panels) / columns))
     figure = Figure(figsize=(4.2 * columns, 2.9 * rows), layout="constrained")

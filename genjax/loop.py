@@ -48,7 +48,7 @@ def device_feed(t: Training, source: Source, arrays: Batch, batch_size: int, see
 
 
 def host_feed(t: Training, source: Source, arrays: Batch, batch_size: int, seed: int) -> Feed:
-    """The split stays on the host, and batches are gathered there and sent; the same batches as `device_feed`'s, bit for bit."""
+    """The split stays on the host, and batches are gathered there and sent: the same as `device_feed`'s, bit for bit."""
 
     def payload(step: int, k: int) -> Any:
         batches = [host_batch(arrays, batch_size, seed, s) for s in range(step, step + k)]
@@ -111,13 +111,11 @@ def fit(
     """
     init = compiled(feed.training(1)).init
     window: dict[str, list[Any]] = {}
-    state: TrainState | None = None
-    if checkpoints is not None:
-        restored = checkpoints.restore(jax.eval_shape(init, key))
-        if restored is not None:
-            checkpoints.set_aside_damaged(restored)
-            state, window = restored.state, {name: list(values) for name, values in restored.note.get("window", {}).items()}
-    state = init(key) if state is None else state
+    restored = None if checkpoints is None else checkpoints.restore(jax.eval_shape(init, key))
+    if checkpoints is not None and restored is not None:
+        checkpoints.set_aside_damaged(restored)
+        window |= {name: list(values) for name, values in restored.note.get("window", {}).items()}
+    state = init(key) if restored is None else restored.state
     step = first = int(state.step)
     on_restore(step)
     programs: dict[int, Callable[..., Any]] = {}
@@ -137,7 +135,6 @@ def fit(
             window.setdefault(name, []).extend(np.asarray(value, np.float64).tolist())
 
     def save() -> None:
-        assert state is not None
         if checkpoints is None:
             return
         if stop_on_nonfinite and not bool(_all_finite(state)):

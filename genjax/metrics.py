@@ -38,7 +38,8 @@ def padded(arrays: Batch, start: int, size: int) -> Batch:
     n = min(size, len(arrays.x) - start)
     rows = np.concatenate([np.arange(start, start + n), np.zeros(size - n, np.int64)])
     x, cond = jax.tree.map(lambda leaf: leaf[rows], (arrays.x, arrays.cond))
-    return Batch(x, cond, (np.arange(size) < n).astype(np.float32))
+    weight: Any = (np.arange(size) < n).astype(np.float32)
+    return Batch(x, cond, weight)
 
 
 def scorer(score: ScoreFn, prepare: Callable[[Key, Batch], Batch]) -> Callable[..., Any]:

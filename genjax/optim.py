@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from genjax.errors import ConfigError, unknown_name
 from genjax.protocol import PyTree
@@ -31,7 +32,7 @@ def track_ema(decay: float) -> optax.GradientTransformation:
     def init(params: PyTree) -> TrackEmaState:
         return TrackEmaState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params))
 
-    def update(updates: PyTree, state: TrackEmaState, params: PyTree | None = None) -> tuple[PyTree, TrackEmaState]:
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, TrackEmaState]:
         if params is None:
             raise ConfigError("track_ema needs the parameters: call update(grads, state, params).")
         count = state.count.astype(jnp.float32)
@@ -49,7 +50,9 @@ def track_ema(decay: float) -> optax.GradientTransformation:
 def averaged(opt: Any, params: PyTree) -> PyTree:
     """The average that a `track_ema` anywhere in the optimiser's state keeps; `params` where there is none."""
     states = [
-        leaf for leaf in jax.tree.leaves(opt, is_leaf=lambda node: isinstance(node, TrackEmaState)) if isinstance(leaf, TrackEmaState)
+        leaf
+        for leaf in jax.tree.leaves(opt, is_leaf=lambda node: isinstance(node, TrackEmaState))
+        if isinstance(leaf, TrackEmaState)
     ]
     return states[-1].ema if states else params
 
@@ -109,11 +112,11 @@ class Optimizer:
             "rmsprop": lambda: optax.rmsprop(rate, self.b2),
             "lion": lambda: optax.lion(rate, self.b1, self.b2, **decay),
         }
-        parts = [rules[self.algorithm]()]
+        parts: list[optax.GradientTransformation] = [rules[self.algorithm]()]
         # A traced number cannot be compared with 0, and being swept it is meant to be used.
-        if isinstance(self.clip_norm, jax.core.Tracer) or self.clip_norm > 0:
-            parts.insert(0, optax.clip_by_global_norm(self.clip_norm))  # type: ignore[arg-type]
-        if isinstance(self.ema_decay, jax.core.Tracer) or self.ema_decay > 0:
+        if isinstance(self.clip_norm, Tracer) or self.clip_norm > 0:
+            parts.insert(0, optax.clip_by_global_norm(self.clip_norm))
+        if isinstance(self.ema_decay, Tracer) or self.ema_decay > 0:
             parts.append(track_ema(self.ema_decay))
         return optax.chain(*parts) if len(parts) > 1 else parts[0]
 

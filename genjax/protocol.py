@@ -34,6 +34,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import chex
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 Array = jax.Array
 Key = jax.Array
@@ -253,7 +254,7 @@ def check_cond(spec: DataSpec, cond: PyTree | None, n: int) -> None:
     right = jnp.issubdtype(cond.dtype, jnp.integer if spec.n_classes else jnp.floating)
     if not right:
         raise TypeError(f"`cond` must be {wanted}; got dtype {cond.dtype}.")
-    if spec.n_classes and not isinstance(cond, jax.core.Tracer) and n:
+    if spec.n_classes and not isinstance(cond, Tracer) and n:
         low, high = int(cond.min()), int(cond.max())
         if low < 0 or high >= spec.n_classes:
             raise ValueError(f"`cond` must be {wanted}; got labels from {low} to {high}.")

@@ -1,12 +1,12 @@
 """Run folders: what `train`, `sweep`, `sample` and `evaluate` read and write.
 
-    config.json      every setting of the run
-    metrics.jsonl    one JSON object a line: step, seconds of training so far, means over the window, validation
-    tensorboard/     the same numbers as TensorBoard events
-    checkpoints/     the newest few states
-    samples/*.png    pictures of samples, and *.npz of what `genjax sample` drew
-    curves.png       learning curves
-    report.json      what `genjax evaluate` found
+config.json      every setting of the run
+metrics.jsonl    one JSON object a line: step, seconds of training so far, means over the window, validation
+tensorboard/     the same numbers as TensorBoard events
+checkpoints/     the newest few states
+samples/*.png    pictures of samples, and *.npz of what `genjax sample` drew
+curves.png       learning curves
+report.json      what `genjax evaluate` found
 """
 
 import json
@@ -63,7 +63,12 @@ def environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
     device = jax.devices()[0]
-    hardware = {"backend": jax.default_backend(), "device": device.device_kind, "devices": jax.device_count(), "cores": os.cpu_count()}
+    hardware = {
+        "backend": jax.default_backend(),
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "cores": os.cpu_count(),
+    }
     return {"versions": versions, "hardware": hardware}
 
 
@@ -174,8 +179,8 @@ def picture_cond(spec: Any, n: int, arrays: Batch | None = None) -> np.ndarray |
     if spec.n_classes:
         per = max(1, n // spec.n_classes)
         return np.repeat(np.arange(spec.n_classes, dtype=np.int32), per)
-    assert arrays is not None
-    return np.asarray(np.resize(arrays.cond, (n, spec.cond_dim)), np.float32)
+    vectors: Any = None if arrays is None else arrays.cond
+    return np.resize(np.asarray(vectors, np.float32), (n, spec.cond_dim))
 
 
 def train(recipe: Recipe, folder: Path, progress: Progress | None = None, say: Callable[[str], None] = print) -> TrainState:
@@ -191,7 +196,10 @@ def train(recipe: Recipe, folder: Path, progress: Progress | None = None, say: C
     checkpoints, log = Checkpoints(folder / "checkpoints", schedule.keep_checkpoints), Log(folder)
     t = recipe.training(source.spec)
     feed = choose_feed(t, source, splits.train, schedule.batch_size, schedule.seed, schedule.place)
-    hooks = [_valid_hook(model, source, splits, schedule.evaluate_every), _picture_hook(model, source, splits, folder, schedule.sample_every)]
+    hooks = [
+        _valid_hook(model, source, splits, schedule.evaluate_every),
+        _picture_hook(model, source, splits, folder, schedule.sample_every),
+    ]
 
     def on_restore(step: int) -> None:
         log.restore(step)
@@ -270,7 +278,7 @@ def _shows_means(model: Model) -> bool:
 
 
 class Loaded(NamedTuple):
-    """A trained run: its recipe, data, model, and the parameters (averaged, where there is an average) of its last checkpoint."""
+    """A trained run: recipe, data, model, and the parameters of its last checkpoint, averaged where there is an average."""
 
     recipe: Recipe
     source: Source
@@ -384,7 +392,9 @@ def evaluate(
 def default_folder(recipe: Recipe, row: Recipe, prefix: str = "") -> Path:
     """runs/NAME, followed by the settings that differ from the zoo's row, so that each command has its own folder."""
     mine, theirs = flatten(to_dict(recipe)), flatten(to_dict(row))
-    changed = {name.split(".", 1)[-1]: value for name, value in mine.items() if theirs.get(name, value) != value or name not in theirs}
+    changed = {
+        name.split(".", 1)[-1]: value for name, value in mine.items() if theirs.get(name, value) != value or name not in theirs
+    }
     parts = [f"{name.replace('_', '-')}={_short(value)}" for name, value in sorted(changed.items())]
     suffix = ",".join(parts)
     if len(suffix) > 100:

@@ -1,7 +1,7 @@
 """Sweeps over settings and seeds as one compiled program, with a table of the results."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from genjax.run import VALID_SEED, Log, environment, open_folder, score_of, writ
 from genjax.train import Mode, ensemble, eval_params, grid, sweep
 
 
-def check_axes(recipe: Recipe, axes: dict[str, Sequence[float]]) -> None:
+def check_axes(recipe: Recipe, axes: Mapping[str, Sequence[float]]) -> None:
     """Refuse axes that cannot be traced.
 
     Raises:
@@ -39,7 +39,7 @@ def check_axes(recipe: Recipe, axes: dict[str, Sequence[float]]) -> None:
 
 def run_sweep(
     recipe: Recipe,
-    axes: dict[str, Sequence[float]],
+    axes: Mapping[str, Sequence[float]],
     n_seeds: int,
     folder: Path,
     mode: Mode = "vmap",
@@ -60,7 +60,9 @@ def run_sweep(
     source, schedule = recipe.source(), recipe.schedule
     recipe.build(source.spec)  # settings that do not fit are refused here, before anything is written
     splits = source.load()
-    settings = to_dict(recipe) | {"sweep": {"axes": {name: list(values) for name, values in axes.items()}, "seeds": n_seeds, "mode": mode}}
+    settings = to_dict(recipe) | {
+        "sweep": {"axes": {name: list(values) for name, values in axes.items()}, "seeds": n_seeds, "mode": mode}
+    }
     open_folder(folder, settings)
     combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     seeds = [schedule.seed + index for index in range(n_seeds)]
@@ -127,7 +129,9 @@ def run_sweep(
     return results
 
 
-def _score_members(recipe: Recipe, columns: dict[str, Any], params: Params, state: State, source: Any, valid: Batch) -> np.ndarray:
+def _score_members(
+    recipe: Recipe, columns: dict[str, Any], params: Params, state: State, source: Any, valid: Batch
+) -> np.ndarray:
     """The validation score of every member, [S]: the mean over the split in nats."""
 
     def one(hyper: dict[str, Array], params: Params, state: State, batch: Batch, key: Key) -> Array:

@@ -63,7 +63,9 @@ def training(model: Model, tx: optax.GradientTransformation | Mapping[str, optax
     turns = model.turns or tuple((player, 1) for player in players)
     by_player = dict(tx) if isinstance(tx, Mapping) else dict.fromkeys(players, tx)
     if set(by_player) != set(players):
-        raise ConfigError(f"Give one optimiser for each player ({', '.join(players)}); got them for: {', '.join(by_player) or 'none'}.")
+        raise ConfigError(
+            f"Give one optimiser for each player ({', '.join(players)}); got them for: {', '.join(by_player) or 'none'}."
+        )
     for player, times in turns:
         if player not in players or times < 1:
             raise ConfigError(f"A turn must name a player ({', '.join(players)}) and a count >= 1; got {(player, times)}.")
@@ -186,7 +188,9 @@ def feed(t: Training, batch_at: Callable[[Any, Array], Batch]) -> Training:
 
     With device-resident arrays a scanned step then never waits for the host.
     """
-    return Training(t.init, lambda ts, arrays: t.step(ts, batch_at(arrays, ts.step)), lambda wrap: feed(t.rewrap(wrap), batch_at))
+    return Training(
+        t.init, lambda ts, arrays: t.step(ts, batch_at(arrays, ts.step)), lambda wrap: feed(t.rewrap(wrap), batch_at)
+    )
 
 
 def skip_nonfinite(t: Training) -> Training:
@@ -239,7 +243,7 @@ def fastest_mode(
     """Time one step of all members as "vmap" and as "map" on this machine, and say which is faster.
 
     A vmapped convolution becomes a grouped one, which can be slower than one member after the other. Only shapes are
-    needed, so this also works while a step is being traced; it compiles both forms and runs each `repeats` times on zeros.
+    needed, so this also works while a step is being traced; it compiles both forms and runs each `repeats` times on ones.
     Results are kept for the life of the process.
     """
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), (hyper, ts, batch))
@@ -255,20 +259,19 @@ def fastest_mode(
 
     with jax.ensure_compile_time_eval():
         arguments = jax.tree.map(concrete, shapes)
-    seconds: dict[Mode, float] = {}
-    modes: tuple[Mode, ...] = ("vmap", "map")
-    programs = {
-        mode: jax.jit(lambda hyper, ts, batch, mode=mode: _over_members(one, mode, hyper, ts, batch, batch_axis))
-        .lower(*shapes)
-        .compile()
-        for mode in modes
-    }
+
+    def program(mode: Mode) -> Any:
+        run = lambda hyper, ts, batch: _over_members(one, mode, hyper, ts, batch, batch_axis)  # noqa: E731
+        return jax.jit(run).lower(*shapes).compile()
+
+    programs: dict[Mode, Any] = {"vmap": program("vmap"), "map": program("map")}
+    seconds = dict.fromkeys(programs, np.inf)
     for _ in range(repeats):  # in alternation, so that a busy machine hurts both
-        for mode, program in programs.items():
+        for mode, compiled_program in programs.items():
             start = time.perf_counter()
-            jax.block_until_ready(program(*arguments))
-            seconds[mode] = min(seconds.get(mode, np.inf), time.perf_counter() - start)
-    _MEASURED[signature] = min(modes, key=lambda mode: seconds[mode])
+            jax.block_until_ready(compiled_program(*arguments))
+            seconds[mode] = min(seconds[mode], time.perf_counter() - start)
+    _MEASURED[signature] = min(seconds, key=lambda mode: seconds[mode])
     return _MEASURED[signature]
 
 
@@ -300,7 +303,7 @@ def sweep(make: Callable[..., Training], *, mode: Mode = "vmap", **axes: Any) ->
     """Train one member for each row of hyper-parameters as one program; init takes keys [S].
 
     A builder that is called inside the trace may be given a traced number, so any float setting of any family or
-    optimiser can be an axis: `sweep(lambda lr, beta: training(vae(spec, beta=beta), optax.adam(lr)), **grid(lr=..., beta=...))`.
+    optimiser can be an axis: `sweep(lambda lr, beta: training(vae(spec, beta=beta), adam(lr)), **grid(lr=..., beta=...))`.
 
     Args:
         make: (**hyper) -> Training, with one scalar per axis.
@@ -364,4 +367,6 @@ def shard(t: Training, mesh: Mesh, axis: str = "data") -> Training:
 def _check_members(keys: Key) -> None:
     check_key(keys)
     if keys.ndim != 1:
-        raise ConfigError(f"init needs one key per member, [S]: jax.random.split(key, S); got keys of shape {list(keys.shape)}.")
+        raise ConfigError(
+            f"init needs one key per member, [S]: jax.random.split(key, S); got keys of shape {list(keys.shape)}."
+        )

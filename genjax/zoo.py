@@ -10,15 +10,19 @@ from genjax.optim import Optimizer
 
 _TINY_VAE = {"latent_dim": 2, "hidden": (8,), "channels": (4,)}
 
+# 1,257 training digits are few: without this much weight decay the validation bound is best after 1,000 steps and then falls.
+_DIGITS_VAE = {"latent_dim": 8, "hidden": (256, 256)}
+_DIGITS_OPTIMIZER = Optimizer(algorithm="adamw", learning_rate=1e-3, schedule="cosine", weight_decay=1.0, ema_decay=0.999)
+
 _ROWS = (
     Recipe(
         name="vae",
         family=vae,
         data="digits",
         summary="variational autoencoder",
-        model={"latent_dim": 8, "hidden": (256, 256), "scale": "element"},
-        optimizer=Optimizer(learning_rate=1e-3, schedule="cosine", ema_decay=0.999),
-        schedule=Schedule(steps=10_000, batch_size=128),
+        model=_DIGITS_VAE,
+        optimizer=_DIGITS_OPTIMIZER,
+        schedule=Schedule(steps=6_000, batch_size=128),
         evaluation={"n_bound_samples": 1000},
         tiny=_TINY_VAE,
     ),
@@ -27,10 +31,10 @@ _ROWS = (
         family=vae,
         data="digits",
         summary="VAE conditional on the digit",
-        model={"latent_dim": 8, "hidden": (256, 256), "scale": "element"},
+        model=_DIGITS_VAE,
         data_options={"conditional": True},
-        optimizer=Optimizer(learning_rate=1e-3, schedule="cosine", ema_decay=0.999),
-        schedule=Schedule(steps=10_000, batch_size=128),
+        optimizer=_DIGITS_OPTIMIZER,
+        schedule=Schedule(steps=6_000, batch_size=128),
         evaluation={"n_bound_samples": 1000},
         tiny=_TINY_VAE,
     ),
@@ -39,9 +43,9 @@ _ROWS = (
         family=vae,
         data="digits",
         summary="convolutional VAE",
-        model={"latent_dim": 8, "net": "conv", "channels": (32, 64), "scale": "element"},
-        optimizer=Optimizer(learning_rate=1e-3, schedule="cosine", ema_decay=0.999),
-        schedule=Schedule(steps=4_000, batch_size=128, sample_every=1000, evaluate_every=1000),
+        model={"latent_dim": 8, "net": "conv", "channels": (16, 32)},
+        optimizer=_DIGITS_OPTIMIZER,
+        schedule=Schedule(steps=3_000, batch_size=64),
         evaluation={"n_bound_samples": 1000},
         tiny=_TINY_VAE,
     ),
@@ -50,9 +54,9 @@ _ROWS = (
         family=vae,
         data="digits",
         summary="VAE with a VampPrior",
-        model={"latent_dim": 8, "hidden": (256, 256), "scale": "element", "prior": "vamp"},
-        optimizer=Optimizer(learning_rate=1e-3, schedule="cosine", ema_decay=0.999),
-        schedule=Schedule(steps=10_000, batch_size=128),
+        model={**_DIGITS_VAE, "prior": "vamp"},
+        optimizer=_DIGITS_OPTIMIZER,
+        schedule=Schedule(steps=6_000, batch_size=128),
         evaluation={"n_bound_samples": 1000},
         tiny={**_TINY_VAE, "n_pseudo_inputs": 3},
     ),
@@ -61,9 +65,9 @@ _ROWS = (
         family=vae,
         data="digits",
         summary="importance-weighted autoencoder, K=8",
-        model={"latent_dim": 8, "hidden": (256, 256), "scale": "element", "n_samples": 8, "gradient": "dreg"},
-        optimizer=Optimizer(learning_rate=1e-3, schedule="cosine", ema_decay=0.999),
-        schedule=Schedule(steps=4_000, batch_size=128),
+        model={**_DIGITS_VAE, "n_samples": 8, "gradient": "dreg"},
+        optimizer=_DIGITS_OPTIMIZER,
+        schedule=Schedule(steps=6_000, batch_size=128),
         evaluation={"n_bound_samples": 1000},
         tiny={**_TINY_VAE, "n_samples": 2},
     ),
@@ -86,7 +90,9 @@ _ROWS = (
         model={"latent_dim": 50, "hidden": (500, 500)},
         data_options={"binarize": "dynamic"},
         optimizer=Optimizer(learning_rate=1e-3, schedule="cosine", ema_decay=0.999),
-        schedule=Schedule(steps=60_000, batch_size=128, log_every=500, evaluate_every=5000, sample_every=10_000, checkpoint_every=5000),
+        schedule=Schedule(
+            steps=60_000, batch_size=128, log_every=500, evaluate_every=5000, sample_every=10_000, checkpoint_every=5000
+        ),
         evaluation={"n_bound_samples": 5000},
         tiny=_TINY_VAE,
     ),

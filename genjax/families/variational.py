@@ -24,7 +24,7 @@ from genjax.distributions import (
 )
 from genjax.errors import ConfigError, unknown_name
 from genjax.nets.conv import ConvDecoder, ConvEncoder
-from genjax.nets.functional import functional
+from genjax.nets.functional import Net, functional
 from genjax.nets.mlp import MLP, flatten_with
 from genjax.protocol import Array, Aux, Batch, DataSpec, Key, Metrics, Model, Params, State, checked
 
@@ -100,20 +100,20 @@ def _scale_gradient(z: Array, factor: Array) -> Array:
 
 def _nets(
     spec: DataSpec, net: str, hidden: tuple[int, ...], channels: tuple[int, ...], d_z: int, n_out: int, act: str, dtype: str
-) -> tuple[Any, Any, Posterior, Posterior]:
-    """Encoder and decoder as Nets, and how to call each: events and conditions in, features or decoder outputs out."""
+) -> tuple[Net, Net, Callable[[Any, Array, Array | None], Array]]:
+    """Encoder, decoder, and how to call the encoder: (params, normalised events, conditions) -> features [N, 2 d_z]."""
     d_out, ndim, e = spec.size * n_out, len(spec.shape), spec.cond_size
     if net == "mlp":
         encoder = functional(partial(MLP, spec.size + e, hidden, 2 * d_z, activation=act), dtype)
         decoder = functional(partial(MLP, d_z + e, hidden[::-1], d_out, activation=act), dtype)
-        return encoder, decoder, lambda p, x, c: encoder.apply(p, {}, flatten_with(x, ndim, c))[0], decoder.apply
+        return encoder, decoder, lambda p, x, c: encoder.apply(p, {}, flatten_with(x, ndim, c))[0]
     if net == "conv":
         shape: Any = spec.shape
         encoder = functional(partial(ConvEncoder, shape, channels, 2 * d_z, cond_size=e, activation=act), dtype)
         decoder = functional(
             partial(ConvDecoder, d_z + e, shape, channels[::-1], shape[-1] * n_out if shape else 1, activation=act), dtype
         )
-        return encoder, decoder, lambda p, x, c: encoder.apply(p, {}, x, c)[0], decoder.apply
+        return encoder, decoder, lambda p, x, c: encoder.apply(p, {}, x, c)[0]
     raise unknown_name("net", net, ("mlp", "conv"))
 
 
@@ -178,7 +178,9 @@ def vae(
         raise unknown_name("likelihood", name, LIKELIHOODS)
     if name != LIKELIHOOD_OF_KIND[spec.kind]:
         fit = LIKELIHOOD_OF_KIND[spec.kind]
-        raise ConfigError(f"{spec.name} is {spec.kind}, whose likelihood is {fit}; got {name}. Binarize or rescale the data first.")
+        raise ConfigError(
+            f"{spec.name} is {spec.kind}, whose likelihood is {fit}; got {name}. Binarize or rescale the data first."
+        )
     if isinstance(scale, str) and scale not in ("shared", "element"):
         raise unknown_name("scale", scale, ("shared", "element"))
     if isinstance(scale, int | float) and scale <= 0:
@@ -189,7 +191,7 @@ def vae(
         if number < 1:
             raise ConfigError(f"{label} must be at least 1; got {number}.")
     like = LIKELIHOODS[name](spec, scale == "element")
-    encoder, decoder, encode_net, decode_net = _nets(
+    encoder, decoder, encode_net = _nets(
         spec, net, tuple(hidden), tuple(channels), latent_dim, like.n_outputs, activation, dtype
     )
     if isinstance(prior, str):
@@ -201,7 +203,7 @@ def vae(
 
     def init(key: Key) -> tuple[Params, State]:
         key_encoder, key_decoder, key_prior = jax.random.split(key, 3)
-        params = {"encoder": encoder.init(key_encoder)[0], "decoder": decoder.init(key_decoder)[0]}
+        params: dict[str, Any] = {"encoder": encoder.init(key_encoder)[0], "decoder": decoder.init(key_decoder)[0]}
         params["prior"] = prior.init(key_prior)
         if like.scaled and scale == "shared":
             params["log_scale"] = jnp.zeros(())
@@ -219,8 +221,11 @@ def vae(
 
     def outputs_of(p: Any, z: Array, c: Array | None) -> tuple[Array, Array | float]:
         """Decoder outputs [N, *shape, n_outputs] for z [N, d], and the log-scale that goes with them."""
-        outputs = decode_net(p["decoder"], {}, flatten_with(z, 1, c))[0].reshape(-1, *spec.shape, like.n_outputs)
-        return outputs, bounded_log_scale(p["log_scale"]) if "log_scale" in p else jnp.log(scale) if like.n_outputs == 1 and like.scaled else 0.0
+        outputs = decoder.apply(p["decoder"], {}, flatten_with(z, 1, c))[0].reshape(-1, *spec.shape, like.n_outputs)
+        if "log_scale" in p:
+            return outputs, bounded_log_scale(p["log_scale"])
+        # A Bernoulli has no scale, and with scale="element" it is among the outputs.
+        return outputs, 0.0 if isinstance(scale, str) or not like.scaled else jnp.log(scale)
 
     def log_likelihood(p: Any, x: Array, z: Array, c: Array | None) -> Array:
         """ln p(x|z) for z [K, B, d]: nats [K, B]."""
@@ -230,7 +235,9 @@ def vae(
         values = like.log_prob(x[None], outputs.reshape(k, b, *outputs.shape[1:]), log_scale)
         return sum_event(values, ndim)
 
-    def log_weights(p: Any, x: Array, c: Array | None, key: Key, k: int, how: str = "pathwise", beta: Any = 1.0) -> tuple[Array, ...]:
+    def log_weights(
+        p: Any, x: Array, c: Array | None, key: Key, k: int, how: str = "pathwise", beta: Any = 1.0
+    ) -> tuple[Array, ...]:
         """ln p(x|z_k) and ln p(z_k) - ln q(z_k|x), each [K, B] in nats."""
         mean, log_scale = posterior_of(p)(spec.normalize(x), c)
         z = normal_sample(key, jnp.broadcast_to(mean, (k, *mean.shape)), log_scale[None])

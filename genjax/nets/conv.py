@@ -1,5 +1,6 @@
 """Small convolutional encoders and decoders for images, NHWC throughout."""
 
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -42,9 +43,7 @@ class ConvEncoder(nnx.Module):
     ) -> None:
         check_image(shape, len(channels))
         sizes = [shape[2], *channels]
-        self.convs = nnx.List(
-            [nnx.Conv(a, b, (3, 3), strides=2, rngs=rngs) for a, b in zip(sizes[:-1], sizes[1:], strict=True)]
-        )
+        self.convs = nnx.List([nnx.Conv(a, b, (3, 3), strides=2, rngs=rngs) for a, b in itertools.pairwise(sizes)])
         factor = 2 ** len(channels)
         self.last = nnx.Linear((shape[0] // factor) * (shape[1] // factor) * sizes[-1] + cond_size, d_out, rngs=rngs)
         self.activation = ACTIVATIONS[activation]
@@ -74,7 +73,7 @@ class ConvDecoder(nnx.Module):
         self.start = (shape[0] // factor, shape[1] // factor, channels[0])
         self.first = nnx.Linear(d_in, self.start[0] * self.start[1] * self.start[2], rngs=rngs)
         sizes = [*channels, d_out]
-        self.convs = nnx.List([nnx.Conv(a, b, (3, 3), rngs=rngs) for a, b in zip(sizes[:-1], sizes[1:], strict=True)])
+        self.convs = nnx.List([nnx.Conv(a, b, (3, 3), rngs=rngs) for a, b in itertools.pairwise(sizes)])
         self.activation = ACTIVATIONS[activation]
 
     def __call__(self, h: Array) -> Array:

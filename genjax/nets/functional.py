@@ -77,7 +77,9 @@ def functional(build: Callable[..., nnx.Module], dtype: str | None = None) -> Ne
         output = getattr(module, method)(*args, **kwargs)
         after = nnx.to_pure_dict(nnx.state(module, nnx.Not(nnx.Param)))
         if jax.tree.structure(after) != jax.tree.structure(state):
-            raise ConfigError(f"{name} changed the structure of its state in a call (does it use `sow`?): return the value instead.")
+            raise ConfigError(
+                f"{name} changed the structure of its state in a call (does it use `sow`?): return the value instead."
+            )
         if given is not params:
             output = _cast(output, jnp.float32)
             after = jax.tree.map(lambda new, old: new.astype(old.dtype), after, state)

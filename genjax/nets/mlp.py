@@ -1,5 +1,6 @@
 """Multilayer perceptrons."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -26,7 +27,7 @@ class MLP(nnx.Module):
 
     def __init__(self, d_in: int, hidden: Sequence[int], d_out: int, *, activation: str = "gelu", rngs: nnx.Rngs) -> None:
         sizes = [d_in, *hidden, d_out]
-        self.layers = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in zip(sizes[:-1], sizes[1:], strict=True)])
+        self.layers = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(sizes)])
         self.activation = ACTIVATIONS[activation]
 
     def __call__(self, x: Array) -> Array:

@@ -1,0 +1,1 @@
+"""Measurements: `python -m benchmarks` writes benchmarks/results/*.json and benchmarks/REPORT.md."""

@@ -1,0 +1,49 @@
+"""`python -m benchmarks`: measure everything and write the report. `python -m benchmarks --help` lists the parts."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+PARTS = ("overhead", "throughput", "results", "report")
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Measure, and write benchmarks/results/*.json, benchmarks/REPORT.md and genjax/results.json."""
+
+    part: Annotated[Literal["all", "overhead", "throughput", "results", "report"], tyro.conf.Positional] = "all"
+    """What to measure; `results` trains every recipe, which takes hours with all seeds; `all` leaves it out."""
+    names: tuple[str, ...] = ()
+    """For `results`: only these recipes."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """For `results`: training seeds."""
+    seconds: float | None = None
+    """Seconds for each comparison; each part's own default unless given."""
+    keep: Path | None = None
+    """For `results`: keep the run folders here."""
+
+
+def main() -> None:
+    """Run the parts that were asked for."""
+    args = tyro.cli(Args, prog="python -m benchmarks")
+    if args.part in ("all", "overhead"):
+        from benchmarks import overhead
+
+        overhead.main(*([args.seconds] if args.seconds else []))
+    if args.part in ("all", "throughput"):
+        from benchmarks import throughput
+
+        throughput.main(*([args.seconds] if args.seconds else []))
+    if args.part == "results":
+        from benchmarks import results_of_zoo
+
+        results_of_zoo.main(list(args.names), list(args.seeds), args.keep)
+    from benchmarks import report
+
+    report.main()
+
+
+if __name__ == "__main__":
+    main()

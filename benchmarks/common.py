@@ -1,0 +1,70 @@
+"""What the benchmarks share: alternation in time, medians with their spread, and files of results."""
+
+import datetime
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from genjax.run import environment, write_json
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def alternate(calls: dict[str, Callable[[], Any]], seconds: float = 10.0, block: float = 0.05) -> dict[str, list[float]]:
+    """Seconds per call of several programs, timed in turns of about `block` seconds so that a noisy machine hurts all alike.
+
+    Returns one value per round and program: the mean over that round's calls. Round i of one program is next to round i
+    of the others in time, so ratios should be taken round by round.
+    """
+    counts = {}
+    for name, call in calls.items():
+        jax.block_until_ready(call())
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        counts[name] = max(1, round(block / max(time.perf_counter() - start, 1e-9)))
+    rounds: dict[str, list[float]] = {name: [] for name in calls}
+    started = time.perf_counter()
+    while time.perf_counter() - started < seconds or len(next(iter(rounds.values()))) < 5:
+        # The order turns around in every second round, so that none always runs in the wake of the same other.
+        order = list(calls) if len(rounds[next(iter(calls))]) % 2 == 0 else list(reversed(calls))
+        for name in order:
+            start = time.perf_counter()
+            for _ in range(counts[name]):
+                out = calls[name]()
+            jax.block_until_ready(out)
+            rounds[name].append((time.perf_counter() - start) / counts[name])
+    return rounds
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median and quartiles of repeated measurements."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return {"median": middle, "q1": low, "q3": high, "rounds": len(values)}
+
+
+def ratio(a: list[float], b: list[float]) -> dict[str, float]:
+    """Median and quartiles of a / b, round by round."""
+    return summary([x / y for x, y in zip(a, b, strict=True)])
+
+
+def write(name: str, results: dict[str, Any]) -> None:
+    """Write results with the machine, the versions and the day they are from."""
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    write_json(RESULTS / f"{name}.json", {"date": stamp, **environment(), **results})
+
+
+def read(name: str) -> dict[str, Any] | None:
+    """Results that were written before; None if they have not been measured."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])

@@ -1,0 +1,165 @@
+"""What the abstractions cost: `training(vae(...))` against a hand-written jax step, and the loop against a bare one."""
+
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from benchmarks.common import alternate, ratio, summary, write
+from genjax import config, loop
+from genjax.data import example_batch
+from genjax.families.variational import vae
+from genjax.measure import stepper
+from genjax.protocol import DataSpec
+from genjax.run import Log
+from genjax.train import compiled, training
+from genjax.zoo import ZOO
+
+SIZES: dict[str, dict[str, Any]] = {
+    "small (8x8, 2x256, z 8, batch 128)": {"side": 8, "width": 256, "latent": 8, "batch": 128},
+    "medium (28x28, 2x500, z 50, batch 128)": {"side": 28, "width": 500, "latent": 50, "batch": 128},
+}
+
+
+def hand_written(side: int, width: int, latent: int) -> tuple[Any, Any]:
+    """A Bernoulli VAE with Adam as anyone would write it in plain jax: (init, step), nothing of genjax, flax or optax."""
+    d = side * side
+    sizes = {
+        "e0": (d, width),
+        "e1": (width, width),
+        "e2": (width, 2 * latent),
+        "d0": (latent, width),
+        "d1": (width, width),
+        "d2": (width, d),
+    }
+
+    def init(key: jax.Array) -> dict[str, Any]:
+        keys = jax.random.split(key, len(sizes))
+        shapes = list(sizes.items())
+        w = {n: jax.random.normal(k, s) / jnp.sqrt(float(s[0])) for k, (n, s) in zip(keys, shapes, strict=True)}
+        b = {n: jnp.zeros(s[1]) for n, s in shapes}
+        params = {"w": w, "b": b}
+        zeros = lambda: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
+        return {"params": params, "m": zeros(), "v": zeros(), "count": jnp.zeros((), jnp.int32), "key": key}
+
+    def loss(params: Any, x: jax.Array, key: jax.Array) -> jax.Array:
+        w, b = params["w"], params["b"]
+        h = 2.0 * x.reshape(x.shape[0], d) - 1.0
+        h = jax.nn.gelu(h @ w["e0"] + b["e0"])
+        h = jax.nn.gelu(h @ w["e1"] + b["e1"])
+        h = h @ w["e2"] + b["e2"]
+        mean, log_scale = h[:, :latent], h[:, latent:]
+        z = mean + jnp.exp(log_scale) * jax.random.normal(key, mean.shape)
+        h = jax.nn.gelu(z @ w["d0"] + b["d0"])
+        h = jax.nn.gelu(h @ w["d1"] + b["d1"])
+        logits = h @ w["d2"] + b["d2"]
+        flat = x.reshape(x.shape[0], d)
+        log_likelihood = jnp.sum(flat * logits - jax.nn.softplus(logits), axis=1)
+        kl = jnp.sum(0.5 * (jnp.exp(2 * log_scale) + mean**2 - 1) - log_scale, axis=1)
+        return jnp.mean(kl - log_likelihood)
+
+    def step(ts: Any, x: jax.Array) -> Any:
+        value, grads = jax.value_and_grad(loss)(ts["params"], x, jax.random.fold_in(ts["key"], ts["count"]))
+        count = ts["count"] + 1
+        m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, ts["m"], grads)
+        v = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, ts["v"], grads)
+        c1, c2 = 1 - 0.9 ** count.astype(jnp.float32), 1 - 0.999 ** count.astype(jnp.float32)
+        params = jax.tree.map(lambda p, m, v: p - 1e-3 * (m / c1) / (jnp.sqrt(v / c2) + 1e-8), ts["params"], m, v)
+        return {"params": params, "m": m, "v": v, "count": count, "key": ts["key"]}, value
+
+    return jax.jit(init), jax.jit(step, donate_argnums=0)
+
+
+def step_overhead(seconds: float) -> list[dict[str, Any]]:
+    """ms per step of both, in alternation in one process, and the ratio round by round."""
+    rows = []
+    for name, size in SIZES.items():
+        spec = DataSpec((size["side"], size["side"], 1), "binary", name="random bits")
+        batch = jax.jit(partial(example_batch, spec), static_argnums=1)(jax.random.key(1), size["batch"])
+        t = compiled(training(vae(spec, hidden=(size["width"],) * 2, latent_dim=size["latent"]), optax.adam(1e-3)))
+        init, step = hand_written(size["side"], size["width"], size["latent"])
+        calls = {
+            "genjax": stepper(t.step, t.init(jax.random.key(0)), batch),
+            "hand-written": stepper(step, init(jax.random.key(0)), batch.x),
+        }
+        rounds = alternate(calls, seconds)
+        compiled_programs = t.step._cache_size()  # type: ignore[attr-defined]
+        rows.append(
+            {
+                "size": name,
+                "genjax_ms": 1000 * summary(rounds["genjax"])["median"],
+                "hand_written_ms": 1000 * summary(rounds["hand-written"])["median"],
+                "ratio": ratio(rounds["genjax"], rounds["hand-written"]),
+                "compiled_programs": compiled_programs,
+            }
+        )
+    return rows
+
+
+def loop_overhead(rounds: int = 5, steps: int = 4000) -> dict[str, Any]:
+    """What `fit` adds per step to the same dispatches without it, at a step of about a millisecond.
+
+    Both run the same compiled program of 50 steps a dispatch; `fit` also reads the metrics, averages them, writes
+    metrics.jsonl and TensorBoard every 100 steps, and calls a progress function. The first 500 steps are left out.
+    """
+    recipe = config.replace(ZOO["vae"], batch_size=128, hidden=(256, 256))
+    source = recipe.source()
+    arrays = source.load().train
+    feed = loop.device_feed(recipe.training(source.spec), source, arrays, recipe.schedule.batch_size, 0)
+    k, warm = recipe.schedule.steps_per_call, 500
+    bare_program = compiled(feed.training(k))
+
+    def bare() -> float:
+        state = bare_program.init(jax.random.key(0))
+        for done in range(0, steps, k):
+            state, _ = bare_program.step(state, feed.payload(done, k))
+            if done + k == warm:
+                jax.block_until_ready(state)
+                start = time.perf_counter()
+        jax.block_until_ready(state)
+        return (time.perf_counter() - start) / (steps - warm)
+
+    def fitted() -> float:
+        times: dict[int, float] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            log = Log(Path(folder))
+
+            def progress(step: int, steps: int, seconds: float, done: int, metrics: dict[str, Any]) -> None:
+                times[step] = time.perf_counter()
+
+            state = loop.fit(
+                feed, key=jax.random.key(0), steps=steps, steps_per_call=k, log=log, on_restore=log.restore, progress=progress
+            )
+            jax.block_until_ready(state)
+            end = time.perf_counter()
+            log.close()
+        return (end - times[warm]) / (steps - warm)
+
+    bare()
+    fitted()
+    pairs = [(fitted(), bare()) for _ in range(rounds)]
+    return {
+        "recipe": "vae",
+        "steps": steps,
+        "fit_ms": 1000 * statistics.median(a for a, _ in pairs),
+        "bare_ms": 1000 * statistics.median(b for _, b in pairs),
+        "ratio": summary([a / b for a, b in pairs]),
+        # The overhead is host work, which does not shrink with the step: this is what it would be at a step of 1 ms.
+        "overhead_at_1ms_percent": 100 * statistics.median((a - b) * 1000 for a, b in pairs),
+    }
+
+
+def main(seconds: float = 20.0) -> None:
+    """Measure and write results/overhead.json."""
+    rows = step_overhead(seconds)
+    for row in rows:
+        print(f"{row['size']}: {row['genjax_ms']:.3f} ms, hand-written {row['hand_written_ms']:.3f} ms, ratio {row['ratio']}")
+    cost = loop_overhead()
+    print(f"loop: {cost}")
+    write("overhead", {"step": rows, "loop": cost})

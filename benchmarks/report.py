@@ -1,0 +1,109 @@
+"""Write benchmarks/REPORT.md and the README's results table from what was measured; nothing in them is typed by hand."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import markdown, read
+from genjax.catalogue import measured
+from genjax.zoo import ZOO
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+
+# What others published for the same quantity; the source is named because the figure is not ours.
+REFERENCES = {
+    "vae-mnist": "-86.8 (2x200 units, K=5000, 3,280 epochs; Burda 2015, table 1)",
+}
+
+
+def results_table() -> str:
+    """The zoo's results as Markdown: family, data, value, estimator, reference, time."""
+    results = measured()
+    rows = []
+    for name, recipe in ZOO.items():
+        r = results.get(name)
+        if r is None:
+            rows.append([f"`{name}`", recipe.data, "not measured", "", "", ""])
+            continue
+        bits = f", {r['bits_per_dim']:.3f} bits/dim" if "bits_per_dim" in r else ""
+        value = f"{r['mean']:.2f}" + (f" ± {r['sd']:.2f}" if r["sd"] is not None else "") + f" nats{bits}"
+        reference = REFERENCES.get(name, "")
+        if "true_log_prob" in r:
+            reference = f"{r['true_log_prob']:.2f} (the true density, same examples)"
+        error = f"s.e. over examples {r['standard_error']:.2f}"
+        how = f"{r['estimator']}; {r['split']}, n={r['n']:,}; {len(r['seeds'])} seeds; {error}"
+        rows.append([f"`{name}`", r["data"], value, how, reference or "-", f"{r['train_seconds']['mean']:.0f} s"])
+    return markdown(["recipe", "data", "log-probability (lower bound)", "estimator", "reference", "training time"], rows)
+
+
+def machine(results: dict[str, Any]) -> str:
+    """Where and when something was measured, in words."""
+    h, v = results["hardware"], results["versions"]
+    versions = ", ".join(f"{name} {v[name]}" for name in ("python", "jax", "flax", "optax"))
+    return f"{results['date']}, {h['cores']} cores, {h['backend']}, {versions}"
+
+
+def percent(ratio: float) -> str:
+    """A ratio as a signed difference from 1 in per cent."""
+    return f"{100 * (ratio - 1):+.1f} %"
+
+
+def main() -> None:
+    """Write the report from the files that are there."""
+    parts = [
+        "# Benchmarks",
+        "",
+        "Written by `python -m benchmarks`; see the JSON files in `results/` for every value and its spread.",
+        "",
+    ]
+    overhead, throughput = read("overhead"), read("throughput")
+    if overhead:
+        rows = [
+            [
+                row["size"],
+                f"{row['genjax_ms']:.3f}",
+                f"{row['hand_written_ms']:.3f}",
+                f"{percent(row['ratio']['median'])} [{percent(row['ratio']['q1'])}, {percent(row['ratio']['q3'])}]",
+                str(row["compiled_programs"]),
+            ]
+            for row in overhead["step"]
+        ]
+        loop = overhead["loop"]
+        parts += [
+            "## Overhead of `training(vae(...))` over a hand-written jax step",
+            "",
+            f"Same arithmetic, timed in alternation in one process; median and quartiles of the ratio ({machine(overhead)}).",
+            "",
+            markdown(["size", "genjax, ms", "hand-written, ms", "overhead", "compiled programs"], rows),
+            "",
+            "## Cost of the loop",
+            "",
+            "`fit` with metrics, log files and progress against bare dispatches of the same program: "
+            f"{loop['fit_ms']:.3f} ms against {loop['bare_ms']:.3f} ms a step. The difference is work of the host, which at "
+            f"a step of 1 ms would be {loop['overhead_at_1ms_percent']:+.1f} %.",
+            "",
+        ]
+    if throughput:
+        columns = list(dict.fromkeys((row["size"], row["dtype"]) for row in throughput["rows"]))
+        names = list(dict.fromkeys(row["variant"] for row in throughput["rows"]))
+        table = {(row["variant"], row["size"], row["dtype"]): row for row in throughput["rows"]}
+        cell = lambda row: f"{row['ms_per_step_and_member']:.3f} ({100 * row['share_of_float32_peak']:.0f} %)"  # noqa: E731
+        parts += [
+            "## Throughput of one VAE step",
+            "",
+            f"Milliseconds per optimiser step and member, and the share of the measured float32 matrix-product peak "
+            f"({throughput['peak_gflops']['float32']:.0f} GFLOP/s; {machine(throughput)}).",
+            "",
+            markdown(
+                ["variant", *(f"{size}, {dtype}" for size, dtype in columns)],
+                [[name, *(cell(table[name, size, dtype]) for size, dtype in columns)] for name in names],
+            ),
+            "",
+        ]
+    parts += ["## Results of the zoo", "", results_table(), ""]
+    (HERE / "REPORT.md").write_text("\n".join(parts))
+    print(f"written: {HERE / 'REPORT.md'}")
+    text = README.read_text()
+    block = f"<!-- results -->\n{results_table()}\n<!-- /results -->"
+    README.write_text(re.sub(r"<!-- results -->.*<!-- /results -->", lambda _: block, text, flags=re.DOTALL))

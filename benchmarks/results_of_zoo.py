@@ -1,0 +1,72 @@
+"""Train every row of the zoo with several seeds, evaluate on its test split, and write genjax/results.json.
+
+`genjax list` and the README's table read that file, so no figure in them is typed by hand. Rows whose data are not on this
+machine keep what was measured before. Runs are made by the real program, one after the other, on an otherwise idle machine.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import genjax
+from genjax.errors import GenjaxError
+from genjax.figures import read_metrics
+from genjax.run import environment, write_json
+from genjax.zoo import ZOO
+
+PATH = Path(genjax.__file__).parent / "results.json"
+
+
+def run_row(name: str, seeds: list[int], keep: Path | None) -> dict[str, Any]:
+    """Train and evaluate one row with each seed through the command line."""
+    reports, seconds, walls = [], [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        for seed in seeds:
+            folder = (keep or Path(scratch)) / f"{name}_seed{seed}"
+            start = time.perf_counter()
+            subprocess.run(
+                [sys.executable, "-m", "genjax", "train", name, "--seed", str(seed), "--out", str(folder)], check=True
+            )
+            walls.append(time.perf_counter() - start)
+            subprocess.run([sys.executable, "-m", "genjax", "evaluate", str(folder)], check=True)
+            reports.append(json.loads((folder / "report.json").read_text()))
+            seconds.append(read_metrics(folder / "metrics.jsonl")[-1]["seconds"])
+    means = [report["mean"] for report in reports]
+    first = reports[0]
+    spread = lambda values: {"mean": statistics.mean(values), "max": max(values)}  # noqa: E731
+    result = {
+        "mean": statistics.mean(means),
+        "sd": statistics.stdev(means) if len(means) > 1 else None,
+        "by_seed": means,
+        "standard_error": max(report["standard_error"] for report in reports),
+        "seeds": seeds,
+        **{key: first[key] for key in ("data", "unit", "kind", "estimator", "split", "n", "step", "versions", "hardware")},
+        "train_seconds": spread(seconds),
+        "command_seconds": spread(walls),
+        "evaluate_seconds": spread([report["seconds"] for report in reports]),
+    }
+    for key in ("bits_per_dim", "true_log_prob"):
+        if key in first:
+            values = [r[key] if key == "bits_per_dim" else r[key]["mean"] for r in reports]
+            result[key] = statistics.mean(values)
+    return result
+
+
+def main(names: list[str], seeds: list[int], keep: Path | None = None) -> None:
+    """Measure the rows named, or all, and merge them into genjax/results.json."""
+    results = json.loads(PATH.read_text())
+    for name in names or list(ZOO):
+        try:
+            ZOO[name].source().load()
+        except GenjaxError as error:
+            print(f"skipped {name}: {error}", file=sys.stderr)
+            continue
+        results[name] = run_row(name, seeds, keep)
+        print(f"{name}: {results[name]['mean']:.3f} (by seed {results[name]['by_seed']})", flush=True)
+        write_json(PATH, {row: results[row] for row in ZOO if row in results})
+    print(f"written: {PATH}, on {environment()['hardware']}")
