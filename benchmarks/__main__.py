@@ -6,17 +6,15 @@ from typing import Annotated, Literal
 
 import tyro
 
-PARTS = ("overhead", "throughput", "results", "report")
-
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     """Measure, and write benchmarks/results/*.json, benchmarks/REPORT.md and genjax/results.json."""
 
-    part: Annotated[Literal["all", "overhead", "throughput", "results", "report"], tyro.conf.Positional] = "all"
+    part: Annotated[Literal["all", "overhead", "throughput", "results", "gallery", "report"], tyro.conf.Positional] = "all"
     """What to measure; `results` trains every recipe, which takes hours with all seeds; `all` leaves it out."""
     names: tuple[str, ...] = ()
-    """For `results`: only these recipes."""
+    """For `results`: only these recipes; all unless given."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """For `results`: training seeds."""
     seconds: float | None = None
@@ -40,6 +38,12 @@ def main() -> None:
         from benchmarks import results_of_zoo
 
         results_of_zoo.main(list(args.names), list(args.seeds), args.keep)
+    if args.part == "gallery" or (args.part == "results" and args.keep):
+        from benchmarks import gallery
+
+        if args.keep is None:
+            raise SystemExit("gallery draws the runs that `results --keep FOLDER` left: give --keep FOLDER.")
+        gallery.main(args.keep)
     from benchmarks import report
 
     report.main()

@@ -1,13 +1,16 @@
 """Checkpoints of a TrainState: Orbax behind one small interface.
 
-What it adds to Orbax: a checksum over every array (a flipped byte in a checkpoint otherwise loads without a word), a
-fall-back to the last whole checkpoint, a readable difference when the tree is not the one that was saved, and errors that
-say what is still there.
+What it adds to Orbax: a checksum of every file (a flipped byte in a checkpoint otherwise loads without a word), a fall-back
+to the last whole checkpoint, a readable difference when the tree is not the one that was saved, and errors that say what is
+still there.
 """
 
+import hashlib
+import itertools
+import json
 import logging
 import shutil
-import zlib
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,18 +19,25 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from genjax.errors import CheckpointError
+from genjax.errors import CheckpointError, writing
 from genjax.protocol import PyTree, TrainState
 
 logger = logging.getLogger(__name__)
+CHECKSUMS = "checksums.json"
 
 
 class Restored(NamedTuple):
-    """A checkpoint that was read: the state, the note that was saved with it, and the damaged ones that were passed over."""
+    """A checkpoint that was read.
+
+    Attributes:
+        state: what was saved.
+        note: what was saved with it.
+        passed_over: the folders of newer checkpoints that are damaged, with what is wrong with each.
+    """
 
     state: TrainState
     note: dict[str, Any]
-    passed_over: tuple[str, ...] = ()
+    passed_over: dict[Path, str]
 
 
 def _pack(state: PyTree) -> PyTree:
@@ -40,27 +50,25 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _unpack(packed: PyTree, like: PyTree) -> PyTree:
-    def one(leaf: Any, wanted: Any) -> Any:
-        if not _is_key(wanted):
-            return leaf
-        found: list[Any] = []  # key_impl takes arrays and tracers but not shapes, so ask it inside a trace
-        jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), jax.ShapeDtypeStruct(wanted.shape, wanted.dtype))
-        return jax.random.wrap_key_data(leaf, impl=found[0])
+    """The arrays as they were saved, on the devices that `like` says."""
+
+    def one(leaf: np.ndarray, wanted: Any) -> Any:
+        array = jnp.array(leaf)
+        if _is_key(wanted):
+            found: list[Any] = []  # key_impl takes arrays and tracers but not shapes, so ask it inside a trace
+            shape = jax.ShapeDtypeStruct(wanted.shape, wanted.dtype)
+            jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), shape)
+            array = jax.random.wrap_key_data(array, impl=found[0])
+        # Where nothing is said an array stays uncommitted, and so can enter a program over one device or over many.
+        sharding = getattr(wanted, "sharding", None) if getattr(wanted, "committed", True) else None
+        return array if sharding is None else jax.device_put(array, sharding)
 
     return jax.tree.map(one, packed, like)
 
 
 def _abstract(like: PyTree) -> PyTree:
-    """What Orbax needs to know of the packed state to restore it, including where each leaf goes."""
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-    def one(packed: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-        sharding = getattr(leaf, "sharding", None)
-        return jax.ShapeDtypeStruct(
-            packed.shape, packed.dtype, sharding=device if sharding is None or _is_key(leaf) else sharding
-        )
-
-    return jax.tree.map(one, jax.eval_shape(_pack, like), like)
+    """What Orbax needs to know to read the packed state into host memory: arrays of its shapes and dtypes."""
+    return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), jax.eval_shape(_pack, like))
 
 
 def _leaves(tree: PyTree) -> dict[str, Any]:
@@ -69,11 +77,26 @@ def _leaves(tree: PyTree) -> dict[str, Any]:
     }
 
 
-def _checksum(packed: PyTree) -> int:
-    total = 0
-    for name, leaf in sorted(_leaves(packed).items()):
-        total = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), zlib.crc32(name.encode(), total))
-    return total
+def _checksums(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file below a folder, by its name there."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path != folder / CHECKSUMS:
+            with path.open("rb") as file:
+                found[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None: Orbax must only ever see files that are whole."""
+    try:
+        wanted, found = json.loads((folder / CHECKSUMS).read_text()), _checksums(folder)
+        bad = [name for name in wanted if found.get(name) != wanted[name]]
+    except (OSError, ValueError, TypeError) as error:
+        return f"{CHECKSUMS} cannot be read ({error})"
+    if not bad:
+        return None
+    return f"{bad[0]} {'holds other bytes than were saved' if bad[0] in found else 'is missing'}"
 
 
 def difference(saved: PyTree, wanted: PyTree, most: int = 8) -> list[str]:
@@ -93,7 +116,7 @@ def difference(saved: PyTree, wanted: PyTree, most: int = 8) -> list[str]:
 class Checkpoints:
     """The checkpoints of one run: a folder with a sub-folder per step, of which the newest few are kept.
 
-    A save is atomic: Orbax writes a temporary folder and renames it, so a run that is killed in the middle of one leaves
+    A save is atomic: it writes a folder of another name and renames it, so a run that is killed in the middle of one leaves
     the checkpoints before it whole.
     """
 
@@ -117,32 +140,37 @@ class Checkpoints:
             CheckpointError: if it cannot be written (a full or read-only disk); older checkpoints are untouched.
         """
         step = int(state.step)
-        if step in self.steps():
-            return self.folder / str(step)
-        packed = jax.device_get(_pack(state))
-        metadata = {"checksum": _checksum(packed), "note": note or {}}
+        path, part = self.folder / str(step), self.folder / f"{step}.part"
+        if path.is_dir():
+            return path
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._sweep_temporary()
-            policy: Any = ocp.training.preservation_policies.LatestN(self.keep)
-            with ocp.training.Checkpointer(str(self.folder), preservation_policy=policy) as checkpointer:
-                checkpointer.save(step, _pack(state), force=True, custom_metadata=metadata)
+            self._sweep()
+            ocp.save(str(part), _pack(state), custom_metadata={"note": note or {}})
+            (part / CHECKSUMS).write_text(json.dumps(_checksums(part), indent=1))
+            part.rename(path)
+            for old in self.steps()[: -self.keep]:
+                (self.folder / str(old)).rename(self.folder / f"{old}.part")
+            self._sweep()
         except Exception as error:  # Orbax and TensorStore raise many types for a disk that does not take more
-            self._sweep_temporary()
+            for _ in range(10):  # writes that were already under way may still put files back
+                self._sweep()
+                if not list(self.folder.glob("*.part*")):
+                    break
+                time.sleep(0.05)
             have = self.steps()
             left = f"The checkpoint of step {have[-1]} is still there" if have else "There is no earlier checkpoint"
-            reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+            reason = str(error).splitlines()[0][:600] if str(error) else type(error).__name__
             raise CheckpointError(
                 f"Could not save step {step} in {self.folder}: {reason}. {left}. Check the disk's space "
                 "and permissions, then run the same command again to go on."
             ) from error
-        return self.folder / str(step)
+        return path
 
-    def _sweep_temporary(self) -> None:
-        if not self.folder.is_dir():
-            return
-        for entry in self.folder.iterdir():
-            if ".orbax-checkpoint-tmp" in entry.name:
+    def _sweep(self) -> None:
+        """Delete what a save left half-written and what is not kept."""
+        if self.folder.is_dir():
+            for entry in self.folder.glob("*.part*"):
                 shutil.rmtree(entry, ignore_errors=True)
 
     def restore(self, like: TrainState, step: int | None = None) -> Restored | None:
@@ -160,30 +188,33 @@ class Checkpoints:
         have = self.steps()
         if step is not None and step not in have:
             raise CheckpointError(f"There is no checkpoint of step {step} in {self.folder}; there are: {have or 'none'}.")
-        passed: list[str] = []
+        passed: dict[Path, str] = {}
         for candidate in reversed(have if step is None else [step]):
             path = self.folder / str(candidate)
-            try:
-                metadata = ocp.metadata(str(path))
-                lines = difference(metadata.metadata, _abstract(like))
-                packed = None if lines else ocp.load(str(path), _abstract(like))
-            except Exception as error:  # whatever a damaged file makes Orbax and TensorStore raise
-                passed.append(f"{path}: {(str(error) or type(error).__name__).splitlines()[0][:200]}")
-                continue
-            if lines:
-                raise CheckpointError(f"The checkpoint {path} is not of this model:\n  " + "\n  ".join(lines))
-            custom: Any = metadata.custom_metadata or {}
-            if _checksum(jax.device_get(packed)) == custom.get("checksum"):
-                return Restored(_unpack(packed, like), custom.get("note", {}), tuple(passed))
-            passed.append(f"{path}: its checksum is wrong, so some of its bytes are not those that were saved")
+            damage = _damage(path)
+            if damage is None:
+                try:
+                    metadata = ocp.metadata(str(path))
+                    lines = difference(metadata.metadata, _abstract(like))
+                    packed = None if lines else ocp.load(str(path), _abstract(like))
+                except Exception as error:  # such as a format that this version of Orbax does not know
+                    damage = (str(error) or type(error).__name__).splitlines()[0][:600]
+                else:
+                    if lines:
+                        raise CheckpointError(f"The checkpoint {path} is not of this model:\n  " + "\n  ".join(lines))
+                    custom: Any = metadata.custom_metadata or {}
+                    return Restored(_unpack(packed, like), custom.get("note", {}), passed)
+            passed[path] = damage
         if not have:
             return None
-        raise CheckpointError(
-            "No whole checkpoint is left:\n  " + "\n  ".join(passed) + "\nDelete the run folder to start again."
-        )
+        text = "\n".join(f"  {path}: {reason}" for path, reason in passed.items())
+        raise CheckpointError(f"No whole checkpoint is left:\n{text}\nDelete the run folder to start again.")
 
     def set_aside_damaged(self, restored: Restored) -> None:
-        """Rename the checkpoints that a restore passed over, so that training can save their steps again."""
-        for line in restored.passed_over:
-            path = Path(line.split(": ", 1)[0])
-            path.rename(path.with_name(path.name + ".damaged"))
+        """Rename the checkpoints that a restore passed over, so that training can save their steps again, and say so."""
+        for path, reason in restored.passed_over.items():
+            names = itertools.chain([f"{path.name}.damaged"], (f"{path.name}.damaged{n}" for n in itertools.count(2)))
+            aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+            with writing(aside):
+                path.rename(aside)
+            logger.warning("A damaged checkpoint was passed over and is now called %s: %s", aside, reason)

@@ -5,6 +5,7 @@ types: those of `train`, `sweep` and `bench` from the signatures of the recipe's
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -182,8 +183,9 @@ def _sweep(args: list[str]) -> None:
     from genjax.sweeps import check_axes, run_sweep
 
     check_axes(recipe, axes)
-    suffix = "".join(f",{name.replace('_', '-')}={'|'.join(f'{v:g}' for v in values)}" for name, values in axes.items())
-    folder = options.out or Path(f"{run.default_folder(recipe, row, 'sweep-')}{suffix},seeds={options.seeds}")
+    folder = options.out or run.default_folder(recipe, row, "sweep-", **axes, seeds=options.seeds)
+    settings = math.prod(map(len, axes.values()))
+    print(f"genjax sweep {recipe.name}: {settings} settings x {options.seeds} seeds as one program, in {folder}", flush=True)
     with console(f"sweep {recipe.name}", options.plain or None) as progress:
         results = run_sweep(recipe, axes, options.seeds, folder, options.mode, progress)
     _print_table(
@@ -205,9 +207,17 @@ def _sweep(args: list[str]) -> None:
 
 def _numbers(flag: str, value: str) -> list[float]:
     try:
-        return [float(text) for text in value.split(",") if text]
-    except ValueError as error:
-        raise ConfigError(f"{flag} takes numbers separated by commas; got {value!r}.") from error
+        numbers = [float(text) for text in value.split(",") if text]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise ConfigError(f"{flag} takes numbers separated by commas; got {value!r}.")
+    return numbers
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"--seed must be from 0 to 2**32 - 1; got {seed}.")
 
 
 def _number(value: float | None) -> str:
@@ -237,6 +247,7 @@ def _sample(args: list[str]) -> None:
     options = tyro.cli(Sample, prog="genjax sample", args=args)
     if options.n < 1:
         raise ConfigError(f"--n must be at least 1; got {options.n}.")
+    _check_seed(options.seed)
     import jax
     import numpy as np
 
@@ -273,7 +284,7 @@ def _condition(spec: Any, text: str | None, n: int) -> Any:
         return np.sort(np.resize(np.arange(spec.n_classes, dtype=np.int32), n)) if spec.n_classes else None
     numbers = _numbers("--cond", text)
     if spec.n_classes:
-        if any(number != int(number) for number in numbers):
+        if any(number not in range(spec.n_classes) for number in numbers):
             raise ConfigError(f"--cond takes classes 0..{spec.n_classes - 1}; got {text!r}.")
         return np.sort(np.resize(np.asarray(numbers, np.int32), n))
     return np.tile(np.asarray(numbers, np.float32), (n, 1))
@@ -300,6 +311,10 @@ def _evaluate(args: list[str]) -> None:
         """Examples at a time; it changes memory and speed, and the noise."""
 
     options = tyro.cli(Evaluate, prog="genjax evaluate", args=args)
+    for name in ("n", "n_samples", "batch_size"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(options, name)}.")
+    _check_seed(options.seed)
     from genjax import run
     from genjax.config import from_dict, parameters_of
     from genjax.zoo import ZOO
@@ -388,7 +403,8 @@ def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
     # Into a file or a pipe rich would fold at 80 columns, which nobody can grep.
     console = Console() if sys.stdout.isatty() else Console(width=200)
-    table = Table(title=title, title_justify="left", title_style="bold")
+    console.print(title, style="bold", markup=False, highlight=False)  # a table's own title is folded to the table's width
+    table = Table()
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
@@ -427,6 +443,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except GenjaxError as error:
         print(f"genjax: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("genjax: interrupted; what was saved before is still there.", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

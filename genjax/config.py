@@ -69,6 +69,10 @@ class Schedule:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        if self.batch_size % self.microbatches:
+            raise ConfigError(f"A batch of {self.batch_size} does not divide into {self.microbatches} equal microbatches.")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must be from 0 to 2**32 - 1; got {self.seed}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,10 +160,10 @@ def replace(recipe: Recipe, **changes: Any) -> Recipe:
             recipe = dataclasses.replace(recipe, **{section: dataclasses.replace(current, **{name: value})})
         elif section == "optimizer":
             player, field = name.split(".")
-            changed = {**recipe.optimizer, player: dataclasses.replace(recipe.optimizer[player], **{field: value})}  # type: ignore
+            changed = {**current, player: dataclasses.replace(current[player], **{field: value})}
             recipe = dataclasses.replace(recipe, optimizer=changed)
         else:
-            recipe = dataclasses.replace(recipe, **{section: {**current, name: value}})
+            recipe = dataclasses.replace(recipe, **{section: dict(current) | {name: value}})
     return recipe
 
 

@@ -4,7 +4,10 @@ The command line prints these as one message and exits with 2; anything else is 
 """
 
 import difflib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 
 class GenjaxError(Exception):
@@ -33,6 +36,35 @@ class Interrupted(GenjaxError):
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
         self.signal = signal
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Say of any failure to write in here which file it was, as a `CheckpointError`: a full or read-only disk, above all."""
+    try:
+        yield
+    except OSError as error:
+        text = f"Could not write {os.fspath(path)}: {error.strerror or error}. Check the disk's space and permissions."
+        raise CheckpointError(text) from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file to write, which takes the place of `path` at the end: `path` is written whole or not at all.
+
+    Raises:
+        CheckpointError: if the disk does not take it; what was there before stays.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            temporary.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
 
 
 def unknown_name(what: str, name: str, names: Iterable[str]) -> ConfigError:

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from genjax.errors import replacing
 from genjax.protocol import DataSpec
 
 # One colour-blind-safe order (Okabe & Ito 2008) for every line in every picture.
@@ -19,18 +20,33 @@ LOG_PROBABILITIES = ("elbo", "iwae", "bound", "log_prob")
 
 
 def save(figure: Figure, path: Path | str, dpi: int = 150) -> Path:
-    """Write a figure as PNG, whole or not at all."""
+    """Write a figure as PNG, whole or not at all.
+
+    Raises:
+        CheckpointError: if the disk does not take it; what was there before stays.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    FigureCanvasAgg(figure).print_figure(temporary, dpi=dpi, format="png", bbox_inches="tight", facecolor="white")
-    temporary.rename(path)
+    with replacing(path) as temporary:
+        FigureCanvasAgg(figure).print_figure(temporary, dpi=dpi, format="png", bbox_inches="tight", facecolor="white")
     return path
 
 
 def is_image(spec: DataSpec) -> bool:
     """Whether events are images: (height, width, 1 or 3)."""
     return len(spec.shape) == 3 and spec.shape[-1] in (1, 3)
+
+
+def tile(x: np.ndarray, spec: DataSpec, columns: int) -> np.ndarray:
+    """Images [n, height, width, channels], in the units of the data, as one image in [0, 1], row by row with white gaps."""
+    n, height, width, channels = x.shape
+    rows = math.ceil(n / columns)
+    low, high = (0.0, float((spec.levels or 2) - 1)) if spec.kind != "continuous" else (float(x.min()), float(x.max()))
+    unit = np.clip((x - low) / max(high - low, 1e-12), 0, 1)
+    canvas = np.ones((rows * (height + 1) + 1, columns * (width + 1) + 1, channels))
+    for index, image in enumerate(unit):
+        top, left = (index // columns) * (height + 1) + 1, (index % columns) * (width + 1) + 1
+        canvas[top : top + height, left : left + width] = image
+    return canvas
 
 
 def image_grid(
@@ -42,15 +58,10 @@ def image_grid(
         columns: images a row; the square root of n, rounded up, unless given.
         labels: one text for each row, such as the class it shows.
     """
-    n, height, width, channels = x.shape
+    n, height, width, _ = x.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
-    low, high = (0.0, float((spec.levels or 2) - 1)) if spec.kind != "continuous" else (float(x.min()), float(x.max()))
-    unit = np.clip((x - low) / max(high - low, 1e-12), 0, 1)
-    canvas = np.ones((rows * (height + 1) + 1, columns * (width + 1) + 1, channels))
-    for index, image in enumerate(unit):
-        top, left = (index // columns) * (height + 1) + 1, (index % columns) * (width + 1) + 1
-        canvas[top : top + height, left : left + width] = image
+    canvas = tile(x, spec, columns)
     inches = 0.55 if width > 16 else 0.42
     figure = Figure(figsize=(inches * columns + 0.3, inches * rows * height / width + 0.3))
     axes = figure.add_subplot()
@@ -110,10 +121,10 @@ def curves(lines: Sequence[dict[str, Any]], title: str = "") -> Figure:
     Metrics with the same last name, "gen/loss" and "disc/loss", share a panel, and so do all that estimate or bound the
     log-probability, of whichever split. The members of an ensemble or sweep are one line each.
     """
-    names = sorted({name for line in lines for name in line if "/" in name})
+    names = sorted({name for line in lines for name in line} - {"step", "seconds"})
     panels: dict[str, list[str]] = {}
     for name in names:
-        last = name.rsplit("/", 1)[1]
+        last = name.rsplit("/", 1)[-1]
         panels.setdefault("log-probability (nats)" if last in LOG_PROBABILITIES else last, []).append(name)
     columns = min(3, max(1, len(panels)))
     rows = max(1, math.ceil(len(panels) / columns))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from genjax.checkpoint import Checkpoints
-from genjax.data import Source, batch_at, host_batch, prepare_at
+from genjax.data import Source, batch_at, batch_indices, host_batch, prepare_at
 from genjax.errors import Interrupted, NonFiniteError
 from genjax.protocol import Batch, Key, Training, TrainState
 from genjax.train import compiled, feed, scan_steps
@@ -59,7 +59,12 @@ def host_feed(t: Training, source: Source, arrays: Batch, batch_size: int, seed:
 
 
 def choose_feed(t: Training, source: Source, arrays: Batch, batch_size: int, seed: int, place: str = "auto") -> Feed:
-    """`device_feed` for data up to 2 GiB, `host_feed` beyond, or what `place` says."""
+    """`device_feed` for data up to 2 GiB, `host_feed` beyond, or what `place` says.
+
+    Raises:
+        DataError, ConfigError: for a batch size that the data do not allow; see `batch_indices`.
+    """
+    batch_indices(len(arrays.x), batch_size, seed, step=0)  # refuse it now, before a run folder is made
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
     on_device = place == "device" or (place == "auto" and size <= DEVICE_LIMIT)
     return (device_feed if on_device else host_feed)(t, source, arrays, batch_size, seed)
@@ -73,7 +78,7 @@ class Hook(NamedTuple):
 
 
 class Progress(Protocol):
-    """What `fit` tells of its progress: (step, steps, seconds in this process, steps done in this process, metrics)."""
+    """What `fit` tells after each dispatch: (step, steps, seconds in this process, steps done in it, newest metrics)."""
 
     def __call__(self, step: int, steps: int, seconds: float, done: int, metrics: dict[str, Any]) -> None: ...
 
@@ -121,6 +126,7 @@ def fit(
     programs: dict[int, Callable[..., Any]] = {}
     pending: tuple[int, Any] | None = None
     started = time.perf_counter()
+    shown: dict[str, Any] = {}  # the newest value of each metric, for the progress bar
 
     def collect() -> None:
         """Read the metrics of the dispatch before the last, which has had time to finish."""
@@ -166,8 +172,9 @@ def fit(
                     line |= hook.call(step, state) or {}
                 if len(line) > 1:
                     log(line)
-                if progress is not None:
-                    progress(step, steps, time.perf_counter() - started, step - first, line)
+                shown |= line
+            if progress is not None:
+                progress(step, steps, time.perf_counter() - started, step - first, shown)
             stop = caught()
             if stop or _crossed(before, step, checkpoint_every, steps):
                 collect()

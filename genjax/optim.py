@@ -69,8 +69,8 @@ class Optimizer:
         algorithm: the update rule.
         learning_rate: the peak step size.
         schedule: how the step size falls from the peak to `final_fraction` of it over the run, after the warm-up.
-        final_fraction: the last step size as a fraction of the peak.
-        warmup_steps: steps over which the step size rises linearly from 0 to the peak.
+        final_fraction: the step size that the schedule has fallen to when the run ends, as a fraction of the peak.
+        warmup_steps: steps over which the step size rises linearly, in equal parts of the peak from the first on.
         b1: decay of the first moment (the momentum of sgd).
         b2: decay of the second moment (rmsprop's decay).
         weight_decay: decoupled weight decay of matrices and kernels (not of vectors), for adamw and lion.

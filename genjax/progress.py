@@ -33,16 +33,17 @@ def console(name: str, plain: bool | None = None) -> Iterator[Progress]:
         plain: True for lines, False for the bar; None looks whether standard error is a terminal.
     """
     if plain or (plain is None and not sys.stderr.isatty()):
-        last = -math.inf
+        last, last_done = -math.inf, 0
 
         def line(step: int, steps: int, seconds: float, done: int, metrics: dict[str, Any]) -> None:
-            nonlocal last
+            nonlocal last, last_done
             if seconds - last < PLAIN_SECONDS and step < steps:
                 return
-            last = seconds
-            rate = done / max(seconds, 1e-9)
+            # The rate since the line before: that of the whole run would count the compilation for a long time.
+            rate = (done - last_done) / max(seconds - max(last, 0.0), 1e-9)
             left = f"{(steps - step) / max(rate, 1e-9):.0f} s left"
             print(f"{name}  step {step}/{steps}  {rate:.1f} steps/s  {left}  {describe(metrics)}", file=sys.stderr, flush=True)
+            last, last_done = seconds, done
 
         yield line
         return

@@ -34,6 +34,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 Array = jax.Array
@@ -255,7 +256,8 @@ def check_cond(spec: DataSpec, cond: PyTree | None, n: int) -> None:
     if not right:
         raise TypeError(f"`cond` must be {wanted}; got dtype {cond.dtype}.")
     if spec.n_classes and not isinstance(cond, Tracer) and n:
-        low, high = int(cond.min()), int(cond.max())
+        labels = np.asarray(cond)  # in a trace, jax would trace even operations on constants
+        low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= spec.n_classes:
             raise ValueError(f"`cond` must be {wanted}; got labels from {low} to {high}.")
 

@@ -9,12 +9,14 @@ curves.png       learning curves
 report.json      what `genjax evaluate` found
 """
 
+import contextlib
+import dataclasses
 import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +29,7 @@ from genjax import figures
 from genjax.checkpoint import Checkpoints
 from genjax.config import Recipe, config_hash, flatten, from_dict, to_dict
 from genjax.data import Source, Splits
-from genjax.errors import CheckpointError, ConfigError
+from genjax.errors import CheckpointError, ConfigError, replacing, writing
 from genjax.loop import Hook, Progress, choose_feed, fit
 from genjax.metrics import Estimate, bits_per_dim, estimate, score_examples, scorer
 from genjax.protocol import Batch, Key, Model, Params, ScoreFn, State, TrainState, check_cond
@@ -44,13 +46,8 @@ def write_json(path: Path, values: Any) -> None:
     Raises:
         CheckpointError: if the disk does not take it; what was there before stays.
     """
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(values, indent=2) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CheckpointError(f"Could not write {path}: {error}. Check the disk's space and permissions.") from error
 
 
 def environment() -> dict[str, Any]:
@@ -120,49 +117,98 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 class Log:
-    """metrics.jsonl and TensorBoard events of one run; cut back to a step when a run goes on from there."""
+    """metrics.jsonl and TensorBoard events of one run; cut back to a step when a run goes on from there.
+
+    Every line is on its way to the disk when the call returns. TensorBoard's usual writer hands its events to a thread
+    instead, which dies of a full disk without a word and then blocks the run.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "metrics.jsonl"
         self.folder = folder
         self.before = 0.0  # seconds of training in earlier processes
         self.started = time.perf_counter()
-        self.writer: Any = None
+        self.events: Any = None
 
     def restore(self, step: int) -> None:
-        """Forget what was logged after `step`: the run does those steps again."""
-        from tensorboardX import SummaryWriter
+        """Forget what was logged after `step`: the run does those steps again.
+
+        Raises:
+            CheckpointError: if the disk does not take it.
+        """
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         lines = figures.read_metrics(self.path) if self.path.exists() else []
         kept = [line for line in lines if line["step"] <= step]
         self.before = kept[-1].get("seconds", 0.0) if kept else 0.0
-        temporary = self.path.with_name(".metrics.jsonl.part")
-        try:
+        with replacing(self.path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(temporary, self.path)
-            self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1 if kept else None)
-        except OSError as error:
-            raise CheckpointError(f"Could not write {self.path}: {error}. Check the disk's space and permissions.") from error
+        folder = self.folder / "tensorboard"
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+            # The step in the name keeps apart two processes that start within one second.
+            self.events = EventsWriter(str(folder / "events"), f".from_{step}")
+            # TensorBoard then forgets the events of this step and later ones that an earlier process wrote.
+            self.events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+            self.events.flush()
         self.started = time.perf_counter()
 
     def __call__(self, line: dict[str, Any]) -> None:
         seconds = round(self.before + time.perf_counter() - self.started, 3)
         line = {"step": line["step"], "seconds": seconds, **{k: v for k, v in line.items() if k != "step"}}
-        try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            for name, value in line.items():
-                if name == "step":
-                    continue
-                for index, number in enumerate(value) if isinstance(value, list) else [("", value)]:
-                    self.writer.add_scalar(f"{name}{f'/{index}' if index != '' else ''}", number, line["step"])
-            self.writer.flush()
-        except OSError as error:
-            raise CheckpointError(f"Could not write {self.path}: {error}. Check the disk's space and permissions.") from error
+        with writing(self.path), self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        with writing(self.folder / "tensorboard"):
+            self.events.write_event(_event(line))
+            self.events.flush()
+
+    def draw(self, title: str) -> None:
+        """Draw what was logged into curves.png.
+
+        Raises:
+            CheckpointError: if the disk does not take it.
+        """
+        lines = figures.read_metrics(self.path) if self.path.exists() else []
+        if lines:
+            figures.save(figures.curves(lines, title), self.folder / "curves.png")
 
     def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+        """Close the file of events. All of them were flushed, so a disk that complains even now has cost nothing."""
+        with contextlib.suppress(OSError):
+            if self.events is not None:
+                self.events.close()
+
+
+def _event(line: dict[str, Any]) -> Any:
+    """A line of metrics.jsonl as a TensorBoard event; the members of a sweep are scalars of their own, "name/0", "name/1"."""
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.summary_pb2 import Summary
+
+    scalars: dict[str, float] = {}
+    for name, value in line.items():
+        if isinstance(value, list):
+            scalars |= {f"{name}/{index}": number for index, number in enumerate(value)}
+        elif name != "step":
+            scalars[name] = value
+    summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])
+    return Event(wall_time=time.time(), step=line["step"], summary=summary)
+
+
+@contextlib.contextmanager
+def logging_in(folder: Path, title: str) -> Iterator[Log]:
+    """The log of a run that is about to start or go on. However the run ends, the log is closed and its curves are drawn."""
+    log = Log(folder)
+    try:
+        yield log
+    except BaseException:
+        with contextlib.suppress(CheckpointError):  # what stopped the run is what there is to say
+            log.draw(title)
+        raise
+    else:
+        log.draw(title)
+    finally:
+        log.close()
 
 
 def score_of(model: Model) -> tuple[str, ScoreFn] | None:
@@ -192,41 +238,39 @@ def train(recipe: Recipe, folder: Path, progress: Progress | None = None, say: C
     source, schedule = recipe.source(), recipe.schedule
     model = recipe.build(source.spec)
     splits = source.load()
-    open_folder(folder, to_dict(recipe))
-    checkpoints, log = Checkpoints(folder / "checkpoints", schedule.keep_checkpoints), Log(folder)
     t = recipe.training(source.spec)
     feed = choose_feed(t, source, splits.train, schedule.batch_size, schedule.seed, schedule.place)
+    open_folder(folder, to_dict(recipe))  # not before everything else fits: a folder keeps its settings for good
+    checkpoints = Checkpoints(folder / "checkpoints", schedule.keep_checkpoints)
     hooks = [
         _valid_hook(model, source, splits, schedule.evaluate_every),
         _picture_hook(model, source, splits, folder, schedule.sample_every),
     ]
 
-    def on_restore(step: int) -> None:
-        log.restore(step)
-        if step:
-            say(f"going on from step {step} of {schedule.steps} in {folder}")
-
-    try:
-        state = fit(
+    with logging_in(folder, f"{recipe.name} on {source.spec.name}") as log:
+        return fit(
             feed,
             key=jax.random.key(schedule.seed),
             steps=schedule.steps,
             steps_per_call=schedule.steps_per_call,
             log_every=schedule.log_every,
             log=log,
-            on_restore=on_restore,
+            on_restore=lambda step: go_on(log, step, schedule.steps, say),
             hooks=[hook for hook in hooks if hook is not None],
             checkpoints=checkpoints,
             checkpoint_every=schedule.checkpoint_every,
             stop_on_nonfinite=not schedule.skip_nonfinite,
             progress=progress,
         )
-    finally:
-        log.close()
-        lines = figures.read_metrics(log.path) if log.path.exists() else []
-        if lines:
-            figures.save(figures.curves(lines, f"{recipe.name} on {source.spec.name}"), folder / "curves.png")
-    return state
+
+
+def go_on(log: Log, step: int, steps: int, say: Callable[[str], None]) -> None:
+    """Go on from a step: cut the log back to it, and tell the user."""
+    log.restore(step)
+    if step >= steps:
+        say(f"all {step} steps of {log.folder} were done before; nothing is left to train")
+    elif step:
+        say(f"going on from step {step} of {steps} in {log.folder}")
 
 
 def _valid_hook(model: Model, source: Source, splits: Splits, every: int) -> Hook | None:
@@ -307,8 +351,8 @@ def load(folder: Path, **changes: Any) -> Loaded:
     restored = Checkpoints(folder / "checkpoints").restore(jax.eval_shape(t.init, jax.random.key(0)))
     if restored is None:
         raise CheckpointError(f"{folder} has no checkpoint yet. Run its `genjax train` command again.")
-    for line in restored.passed_over:
-        print(f"warning: passed over a damaged checkpoint, {line}", file=sys.stderr)
+    for path, reason in restored.passed_over.items():
+        print(f"genjax: warning: passed over a damaged checkpoint, {path}: {reason}", file=sys.stderr)
     state = restored.state
     model = recipe.build(source.spec, **changes)
     return Loaded(recipe, source, model, eval_params(state), state.state, int(state.step))
@@ -389,19 +433,25 @@ def evaluate(
     return report
 
 
-def default_folder(recipe: Recipe, row: Recipe, prefix: str = "") -> Path:
-    """runs/NAME, followed by the settings that differ from the zoo's row, so that each command has its own folder."""
-    mine, theirs = flatten(to_dict(recipe)), flatten(to_dict(row))
-    changed = {
-        name.split(".", 1)[-1]: value for name, value in mine.items() if theirs.get(name, value) != value or name not in theirs
-    }
-    parts = [f"{name.replace('_', '-')}={_short(value)}" for name, value in sorted(changed.items())]
+def default_folder(recipe: Recipe, row: Recipe, prefix: str = "", **more: Any) -> Path:
+    """runs/NAME, followed by the settings that differ from the zoo's row, so that each command has its own folder.
+
+    Args:
+        **more: what else tells this command from others, such as the axes of a sweep.
+    """
+    if recipe.data != row.data:  # another data set has options of its own, of which only the changed ones need naming
+        theirs = flatten(to_dict(dataclasses.replace(row, data=recipe.data, data_options={}))) | {"data": row.data}
+    else:
+        theirs = flatten(to_dict(row))
+    mine = flatten(to_dict(recipe))
+    changed = {name.split(".", 1)[-1]: value for name, value in mine.items() if theirs[name] != value}
+    parts = [f"{name.replace('_', '-')}={_short(value)}" for name, value in [*sorted(changed.items()), *more.items()]]
     suffix = ",".join(parts)
     if len(suffix) > 100:
-        suffix = config_hash(to_dict(recipe))
+        suffix = config_hash(to_dict(recipe) | more)
     return Path("runs") / (prefix + recipe.name + (f",{suffix}" if suffix else ""))
 
 
 def _short(value: Any) -> str:
-    text = "x".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = "_".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     return text.replace("/", "_")

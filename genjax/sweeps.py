@@ -1,21 +1,21 @@
 """Sweeps over settings and seeds as one compiled program, with a table of the results."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from genjax import figures
 from genjax.checkpoint import Checkpoints
 from genjax.config import Recipe, config_hash, replace, sections_of, to_dict
 from genjax.errors import ConfigError
+from genjax.figures import read_metrics
 from genjax.loop import Progress, choose_feed, fit
 from genjax.metrics import score_examples, scorer
 from genjax.protocol import Array, Batch, Key, Params, State
-from genjax.run import VALID_SEED, Log, environment, open_folder, score_of, write_json
+from genjax.run import VALID_SEED, environment, go_on, logging_in, open_folder, score_of, write_json
 from genjax.train import Mode, ensemble, eval_params, grid, sweep
 
 
@@ -44,6 +44,7 @@ def run_sweep(
     folder: Path,
     mode: Mode = "vmap",
     progress: Progress | None = None,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Train every combination of `axes` with every seed as the members of one program; returns what results.json holds.
 
@@ -63,7 +64,6 @@ def run_sweep(
     settings = to_dict(recipe) | {
         "sweep": {"axes": {name: list(values) for name, values in axes.items()}, "seeds": n_seeds, "mode": mode}
     }
-    open_folder(folder, settings)
     combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     seeds = [schedule.seed + index for index in range(n_seeds)]
     keys = jax.vmap(jax.random.key)(np.tile(np.asarray(seeds, np.uint32), len(combinations)))
@@ -72,31 +72,28 @@ def run_sweep(
         t = sweep(lambda **hyper: replace(recipe, **hyper).training(source.spec), mode=mode, **columns)
     else:
         t = ensemble(recipe.training(source.spec), mode=mode)
-    log = Log(folder)
-    try:
+    feed = choose_feed(t, source, splits.train, schedule.batch_size, schedule.seed, schedule.place)
+    open_folder(folder, settings)
+    with logging_in(folder, f"{recipe.name}: {len(keys)} members") as log:
         state = fit(
-            choose_feed(t, source, splits.train, schedule.batch_size, schedule.seed, schedule.place),
+            feed,
             key=keys,
             steps=schedule.steps,
             steps_per_call=schedule.steps_per_call,
             log_every=schedule.log_every,
             log=log,
-            on_restore=log.restore,
+            on_restore=lambda step: go_on(log, step, schedule.steps, say),
             checkpoints=Checkpoints(folder / "checkpoints", schedule.keep_checkpoints),
             checkpoint_every=schedule.checkpoint_every,
             stop_on_nonfinite=False,
             progress=progress,
         )
-    finally:
-        log.close()
-    lines = figures.read_metrics(log.path)
-    if lines:
-        figures.save(figures.curves(lines, f"{recipe.name}: {len(keys)} members"), folder / "curves.png")
     scoring = score_of(recipe.build(source.spec))
     if scoring is not None:
         name, unit = f"valid/{scoring[0]}", "nats"
         values = _score_members(recipe, columns, eval_params(state), state.state, source, splits.valid)
     else:
+        lines = read_metrics(log.path)
         name = next(key for key in lines[-1] if key.endswith("/loss"))
         unit, values = "loss, mean of the last window", np.asarray(lines[-1][name])
     table = []

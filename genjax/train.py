@@ -95,6 +95,8 @@ def training(model: Model, tx: optax.GradientTransformation | Mapping[str, optax
         check_batch(model.spec, batch)
         n = batch.x.shape[0]
         weight = jnp.full((n,), 1 / n, jnp.float32) if batch.weight is None else batch.weight / jnp.sum(batch.weight)
+        if batch.weight is not None:
+            batch = _blank(batch, batch.weight > 0)
         key, metrics = jax.random.fold_in(ts.key, ts.step), {}
         for index, (player, times) in enumerate(turns):
             for key_turn in jax.random.split(jax.random.fold_in(key, index), times):
@@ -111,6 +113,15 @@ def training(model: Model, tx: optax.GradientTransformation | Mapping[str, optax
         return Training(init, partial(step_with, wrap(gradient)), lambda more: make(lambda g: more(wrap(g))))
 
     return make(lambda g: g)
+
+
+def _blank(batch: Batch, kept: Array) -> Batch:
+    """The batch with 0 in the place of examples that are not kept: in a gradient even 0 times NaN is NaN."""
+
+    def blank(leaf: Array) -> Array:
+        return jnp.where(kept.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, jnp.zeros((), leaf.dtype))
+
+    return batch._replace(x=jax.tree.map(blank, batch.x), cond=jax.tree.map(blank, batch.cond))
 
 
 def _dot(weight: Array, value: Array) -> Array:

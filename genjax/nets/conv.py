@@ -16,8 +16,11 @@ def check_image(shape: tuple[int, ...], n_halvings: int) -> None:
     """Refuse shapes that cannot be halved `n_halvings` times.
 
     Raises:
-        ConfigError: if `shape` is not (height, width, channels), or a side is not a multiple of 2^n_halvings.
+        ConfigError: if `shape` is not (height, width, channels), a side is not a multiple of 2^n_halvings, or there is no
+            halving, which is a convolutional net without a convolution.
     """
+    if n_halvings < 1:
+        raise ConfigError("A convolutional net needs at least one entry of channels; got none. Use net='mlp'.")
     if len(shape) != 3:
         raise ConfigError(f"A convolutional net needs events of shape (height, width, channels); got {shape}. Use net='mlp'.")
     factor = 2**n_halvings

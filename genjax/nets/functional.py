@@ -1,5 +1,6 @@
 """The only place that splits and merges NNX modules: a module's builder in, two pure functions over plain dicts out."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,7 +25,9 @@ class Net(NamedTuple):
 
 
 def _cast(tree: Any, dtype: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf, tree)
+    # Python numbers take on the dtype of what they meet, and other arguments (names, flags) have none.
+    real = lambda leaf: hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if real(leaf) else leaf, tree)
 
 
 def _refuse(module: nnx.Module, name: str) -> None:
@@ -74,7 +77,9 @@ def functional(build: Callable[..., nnx.Module], dtype: str | None = None) -> Ne
         if dtype is not None and dtype != "float32":
             given, args, kwargs = _cast((params, args, kwargs), dtype)
         module = nnx.merge(graphdef, given, state)
-        output = getattr(module, method)(*args, **kwargs)
+        # Statistics stay float32 in narrow arithmetic, so a normalisation layer mixes the two.
+        with jax.numpy_dtype_promotion("standard") if given is not params else contextlib.nullcontext():
+            output = getattr(module, method)(*args, **kwargs)
         after = nnx.to_pure_dict(nnx.state(module, nnx.Not(nnx.Param)))
         if jax.tree.structure(after) != jax.tree.structure(state):
             raise ConfigError(

@@ -1,0 +1,96 @@
+"""The benchmarks compare like with like, and every part of them runs."""
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from benchmarks import common, overhead, report
+from genjax.data import example_batch
+from genjax.families.variational import vae
+from genjax.protocol import DataSpec
+from genjax.train import compiled, training
+
+SIDE, WIDTH, LATENT = 4, 6, 2
+
+
+@pytest.fixture(autouse=True)
+def _as_anyone_would_write_it() -> Iterator[None]:
+    """The hand-written step adds its biases by broadcasting, as people do."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def test_the_hand_written_step_does_the_same_arithmetic() -> None:
+    """Loss and parameters after three steps equal genjax's for the same weights, data and noise."""
+    hand = overhead.hand_written(SIDE, WIDTH, LATENT)
+    spec = DataSpec((SIDE, SIDE, 1), "binary")
+    model = vae(spec, hidden=(WIDTH, WIDTH), latent_dim=LATENT)
+    batch = jax.jit(partial(example_batch, spec), static_argnums=1)(jax.random.key(1), 8)
+    mine = hand.init(jax.random.key(2))
+
+    def as_genjax(tree):
+        layers = lambda net: {  # noqa: E731
+            "layers": {i: {"kernel": tree["w"][f"{net}{i}"], "bias": tree["b"][f"{net}{i}"]} for i in range(3)}
+        }
+        return {"vae": {"encoder": layers("e"), "decoder": layers("d"), "prior": {}}}
+
+    params, key = as_genjax(mine["params"]), jax.random.key(3)
+    loss, _ = model.losses["vae"](params, {"vae": {}}, batch, key)
+    np.testing.assert_allclose(loss.mean(), hand.loss(mine["params"], batch.x, key), rtol=1e-6)
+
+    # One Adam step on the loss with the same noise: the hand-written step's key is fold_in(key, count).
+    step_key = jax.random.fold_in(mine["key"], mine["count"])
+    grads = jax.grad(lambda p: model.losses["vae"](p, {"vae": {}}, batch, step_key)[0].mean())(params)
+    adam = optax.adam(1e-3)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = adam.update(grads, adam.init(params))
+    expected = optax.apply_updates(params, updates)
+    after, _ = hand.step(mine, batch.x)
+    for a, b in zip(jax.tree.leaves(as_genjax(after["params"])), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_alternation_gives_one_value_a_round_and_program() -> None:
+    spec = DataSpec((SIDE, SIDE, 1), "binary")
+    batch = jax.jit(partial(example_batch, spec), static_argnums=1)(jax.random.key(1), 8)
+    t = compiled(training(vae(spec, hidden=(WIDTH,), latent_dim=LATENT), optax.adam(1e-3)))
+    from genjax.measure import stepper
+
+    calls = {name: stepper(t.step, t.init(jax.random.key(0)), batch) for name in ("a", "b")}
+    rounds = common.alternate(calls, seconds=0.2, block=0.005)
+    assert len(rounds["a"]) == len(rounds["b"]) >= 5
+    assert all(value > 0 for values in rounds.values() for value in values)
+    assert common.ratio([2.0] * 5, [1.0] * 5)["median"] == 2
+
+
+@pytest.mark.slow
+def test_the_command_writes_tables_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import throughput
+
+    small = {"tiny": {"side": SIDE, "width": WIDTH, "latent": LATENT, "batch": 8}}
+    for module in (overhead, throughput):
+        monkeypatch.setattr(module, "SIZES", small)
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
+    monkeypatch.setattr(report, "README", readme)
+    rows = overhead.step_overhead(0.2)
+    assert rows[0]["compiled_programs"] == 1
+    common.write("overhead", {"step": rows, "loop": overhead.loop_overhead(rounds=2, steps=600)})
+    throughput.main(0.02)
+    report.main()
+    assert {"solo", "scan k=100", "vmap x16", "map x4"} <= {
+        row["variant"] for row in json.loads((tmp_path / "throughput.json").read_text())["rows"]
+    }
+    text = (tmp_path / "REPORT.md").read_text()
+    assert "Overhead" in text
+    assert "vmap x16" in text
+    assert "old" not in readme.read_text()
+    assert readme.read_text().startswith("before\n<!-- results -->\n| recipe")

@@ -1,0 +1,553 @@
+"""The gates that every row of the zoo has to pass, G1 to G14. To cover a new row, add it to the zoo and do nothing here.
+
+A new *family* adds one entry to `ANALYTIC`, and to the two tables below it where they apply. Models are `Recipe.tiny` ones.
+Programs are compiled once per row and shared between gates. Those whose speed and last bit say nothing are compiled without
+optimisation (`quick`), which halves the time; where bits are compared, programs are compiled as users compile them.
+"""
+
+import dataclasses
+import functools
+import inspect
+import math
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.stats
+from gates import assert_close, assert_same, differ, member, named, stack, structure
+from jax.sharding import Mesh
+
+from genjax.checkpoint import Checkpoints
+from genjax.data import example_batch
+from genjax.families.variational import vae
+from genjax.optim import track_ema
+from genjax.protocol import Aux, Batch, InitFn, LossFn, SampleFn, ScoreFn
+from genjax.train import compiled, ensemble, microbatch, scan_steps, shard, sweep, training
+from genjax.zoo import ZOO
+
+B = 8  # examples in every batch: one for each fake device, and divisible by the parts of a microbatch
+PARTS = 4
+RATE = 1e-2
+RATES = np.asarray([1e-2, 3e-3, 1e-3], np.float32)
+WEIGHT = np.asarray([1, 0, 2, 0.5, 0, 1, 3, 1], np.float32)
+# Rows whose losses depend on the rest of the batch by design (batch statistics); G6 and the padding gate do not hold there.
+BATCH_COUPLED: set[str] = set()
+# Rows whose scanned steps equal single ones to rounding only: inside a loop, XLA sums a convolution's gradient in another order.
+SCANNED_TO_ROUNDING = {"vae-conv"}
+# Families whose gradient is, by design, not the derivative of the loss for fixed noise: builder arguments that make it so.
+# (The estimators themselves are tested with the family.)
+PLAIN_GRADIENT = {vae: {"gradient": "pathwise"}}
+# Builder arguments that make a family's score tight enough for G7.
+TIGHT = {vae: {"n_bound_samples": 64}}
+
+first_of_family = {row.family: row.name for row in reversed(ZOO.values())}.values()
+every_row = pytest.mark.parametrize("name", ZOO)
+slow_rows = pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in ZOO])
+# One row of each family is always run; for the others such a gate is slow.
+heavy = pytest.mark.parametrize("name", [n if n in first_of_family else pytest.param(n, marks=pytest.mark.slow) for n in ZOO])
+
+
+def quick(fun, **options):
+    return jax.jit(fun, compiler_options={"xla_backend_optimization_level": 0}, **options)
+
+
+@functools.cache
+def setup(name):
+    """The row as a tiny model: recipe, spec, model, its parameters and state, and the functions on them, compiled."""
+    row = ZOO[name]
+    recipe = dataclasses.replace(row, model={**row.model, **row.tiny})
+    spec = recipe.source().spec
+    model = recipe.build(spec)
+    params, state = quick(model.init)(jax.random.key(0))
+    score = model.log_prob or model.bound
+    return SimpleNamespace(
+        recipe=recipe,
+        spec=spec,
+        model=model,
+        params=params,
+        state=state,
+        losses={player: quick(loss) for player, loss in model.losses.items()},
+        score=score and quick(score),
+        sample=quick(model.sample, static_argnames="n"),
+    )
+
+
+@functools.cache
+def batch(name, seed=0, n=B):
+    return example_batch(setup(name).spec, jax.random.key(100 + seed), n)
+
+
+def optimizer(rate=RATE):
+    """Linear in the gradient: Adam would blow up the rounding of a gradient that is nearly 0."""
+    return optax.chain(optax.sgd(rate, momentum=0.9), track_ema(0.9))
+
+
+@functools.cache
+def plain(name):
+    """The solo run that ensembles, sweeps and shards are held against; its learning rate is an argument."""
+    model = setup(name).model
+    step = quick(lambda rate, ts, batch: training(model, optimizer(rate)).step(ts, batch))
+    return SimpleNamespace(t=training(model, optimizer()), init=quick(training(model, optimizer()).init), step=step)
+
+
+@functools.cache
+def real(name):
+    """The procedure that the row itself describes, compiled as a run compiles it, with skipping of steps that are not finite."""
+    recipe = setup(name).recipe
+    schedule = dataclasses.replace(recipe.schedule, skip_nonfinite=True)
+    t = dataclasses.replace(recipe, schedule=schedule).training(setup(name).spec)
+    return SimpleNamespace(t=t, init=quick(t.init), step=compiled(t).step)
+
+
+def run(step, ts, batches):
+    metrics = []
+    for one in batches:
+        ts, new = step(ts, one)
+        metrics.append(new)
+    return ts, metrics
+
+
+def grown(params, factor=3.0):
+    """Parameters away from their init, where biases and the like are 0."""
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(0)
+    noise = [0.1 * rng.normal(size=leaf.shape).astype(leaf.dtype) for leaf in leaves]
+    return jax.tree.unflatten(tree, [leaf + n for leaf, n in zip(leaves, noise, strict=True)])
+
+
+# --- G1: the loss where its value is known ---------------------------------------------------------------------------
+
+
+def vae_known(row):
+    """Both nets give 0, so q(z|x) = p(z) = N(0, I), every importance weight is p(x|0), and the KL is 0."""
+    zero = lambda tree: jax.tree.map(jnp.zeros_like, tree)  # noqa: E731
+    p = row.params["vae"]
+    params = {"vae": {**p, "encoder": zero(p["encoder"]), "decoder": zero(p["decoder"])}}
+    log_scale = -7 + math.log1p(math.exp(7))  # bounded_log_scale(0)
+    scale = row.recipe.model.get("scale", "shared")
+    scale = scale if isinstance(scale, float) else math.exp(log_scale)
+
+    def logistic(x):
+        width = 2 / (row.spec.levels - 1)
+        edges = np.concatenate([[-np.inf], (np.arange(row.spec.levels - 1) + 0.5) * width - 1, [np.inf]])
+        return np.log(np.diff(scipy.stats.logistic.cdf(edges, 0, scale)))[x.astype(int)]
+
+    log_likelihood = {
+        "binary": lambda x: np.full(x.shape, -math.log(2)),
+        "discrete": logistic,
+        "continuous": lambda x: scipy.stats.norm.logpdf(x, 0, scale),
+    }[row.spec.kind]
+    return params, {"vae": lambda x: -log_likelihood(x.astype(np.float64)).reshape(len(x), -1).sum(1)}
+
+
+# family -> (row) -> parameters, and for each player the loss [B] that they must give for x.
+ANALYTIC = {vae: vae_known}
+
+
+@every_row
+def test_g1_loss_equals_the_analytic_value(name):
+    row = setup(name)
+    assert row.recipe.family in ANALYTIC, f"add the family {row.recipe.family.__name__} to ANALYTIC"
+    params, known = ANALYTIC[row.recipe.family](row)
+    assert known.keys() == row.losses.keys()
+    for player, wanted in known.items():
+        value, _ = row.losses[player](params, row.state, batch(name), jax.random.key(1))
+        np.testing.assert_allclose(value, wanted(np.asarray(batch(name).x)), rtol=1e-5)
+
+
+# --- G2, G3, G9, skipping: the row's own training procedure ---------------------------------------------------------
+
+
+@heavy
+def test_g2_resume_is_bitwise(name, tmp_path):
+    batches = [batch(name, seed) for seed in range(6)]
+    t = real(name)
+    straight, wanted = run(t.step, t.init(jax.random.key(0)), batches)
+    half, first = run(t.step, t.init(jax.random.key(0)), batches[:3])
+    Checkpoints(tmp_path).save(half)
+    restored = Checkpoints(tmp_path).restore(jax.eval_shape(t.t.init, jax.random.key(1)))
+    assert_same(restored.state, half)
+    resumed, second = run(t.step, restored.state, batches[3:])
+    assert_same(resumed, straight)
+    assert_same(first + second, wanted)
+    assert not np.array_equal(named(wanted[3]), named(wanted[4]))
+
+
+@heavy
+def test_g3_scanned_steps_are_the_same_steps(name):
+    batches = [batch(name, seed) for seed in range(3)]
+    t = real(name)
+    wanted, metrics = run(t.step, t.init(jax.random.key(0)), batches)
+    got, scanned = compiled(scan_steps(t.t)).step(t.init(jax.random.key(0)), stack(batches))
+    compare = functools.partial(assert_close, rtol=1e-6) if name in SCANNED_TO_ROUNDING else assert_same
+    compare(got, wanted)
+    compare(scanned, stack(metrics))
+
+
+@every_row
+def test_g9_steps_neither_recompile_nor_change_the_state_structure(name):
+    t = real(name)
+    ts = t.init(jax.random.key(0))
+    before = structure(ts)
+    ts, _ = t.step(ts, batch(name))
+    programs = t.step._cache_size()
+    for seed in range(20):
+        old = jax.tree.leaves(ts.params)[0]
+        ts, _ = t.step(ts, batch(name, seed % 3))
+        assert old.is_deleted(), "the state's buffers were not donated"
+    assert structure(ts) == before
+    assert t.step._cache_size() == programs
+    assert int(ts.step) == 21
+
+
+@every_row
+def test_a_step_that_is_not_finite_is_skipped(name):
+    t = real(name)
+    ts = t.init(jax.random.key(0))
+    kept, good = jax.tree.map(jnp.copy, (ts, batch(name)))
+    if jnp.issubdtype(good.x.dtype, jnp.floating):
+        bad = good._replace(x=good.x.at[(0,) * good.x.ndim].set(jnp.nan))
+    else:
+        bad = good._replace(weight=jnp.ones(B).at[0].set(jnp.nan))
+    ts, metrics = t.step(ts, bad)
+    assert float(metrics["skipped"]) == 1
+    assert_same(ts, kept._replace(step=kept.step + 1))
+    ts, metrics = t.step(ts, good)
+    assert float(metrics["skipped"]) == 0
+    assert differ(ts.params, kept.params)
+
+
+# --- G4, G5: transforms against solo runs -----------------------------------------------------------------------------
+
+
+@functools.cache
+def solo_runs(name, rates):
+    """4 steps for each key and rate."""
+    batches = [batch(name, seed) for seed in range(4)]
+    keys = jax.random.split(jax.random.key(7), len(rates))
+    t = plain(name)
+    return [run(functools.partial(t.step, rate), t.init(key), batches) for rate, key in zip(rates, keys, strict=True)]
+
+
+def assert_members(name, t, rates):
+    batches = [batch(name, seed) for seed in range(4)]
+    many, metrics = run(quick(t.step), quick(t.init)(jax.random.split(jax.random.key(7), len(rates))), batches)
+    for index, (wanted, wanted_metrics) in enumerate(solo_runs(name, tuple(rates))):
+        got = member(many._replace(step=many.step[None].repeat(len(rates))), index)
+        assert_close(got, wanted)
+        assert_close([member(one, index) for one in metrics], wanted_metrics)
+    assert differ(member(many.params, 0), member(many.params, 1))
+
+
+@heavy
+@pytest.mark.parametrize("mode", ["vmap", pytest.param("map", marks=pytest.mark.slow)])
+def test_g4_an_ensemble_equals_solo_runs(name, mode):
+    assert_members(name, ensemble(plain(name).t, mode), [np.float32(RATE)] * 3)
+
+
+@slow_rows
+@pytest.mark.parametrize("mode", ["vmap", "map"])
+def test_g4_a_sweep_over_the_learning_rate_equals_solo_runs(name, mode):
+    model = setup(name).model
+    assert_members(name, sweep(lambda rate: training(model, optimizer(rate)), mode=mode, rate=RATES), list(RATES))
+
+
+def in_chunks(model, n):
+    """The same model, its losses evaluated over n parts with the keys of `microbatch` and put together again."""
+
+    def loss_of(loss):
+        def whole(params, state, batch, key):
+            parts = jax.tree.map(lambda leaf: leaf.reshape(n, -1, *leaf.shape[1:]), batch)
+            values = []
+            for index, part_key in enumerate(jax.random.split(key, n)):
+                value, (state, metrics) = loss(params, state, jax.tree.map(lambda leaf: leaf[index], parts), part_key)
+                values.append((value, metrics))
+            value, metrics = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *values)
+            return value, Aux(state, metrics)
+
+        return whole
+
+    return model._replace(losses={player: loss_of(loss) for player, loss in model.losses.items()})
+
+
+@functools.cache
+def accumulating(name):
+    return quick(microbatch(plain(name).t, PARTS).step)
+
+
+@heavy
+def test_g5_accumulated_gradients_equal_the_big_batch(name):
+    big = quick(training(in_chunks(setup(name).model, PARTS), optimizer()).step)
+    start = plain(name).init(jax.random.key(0))
+    for weight in (np.ones(B, np.float32), WEIGHT):
+        batches = [batch(name, seed)._replace(weight=jnp.asarray(weight)) for seed in range(3)]
+        got, wanted = run(accumulating(name), start, batches), run(big, start, batches)
+        assert_close(got, wanted)
+        assert differ(got[0].params, start.params)
+
+
+@heavy
+def test_g5_data_parallel_over_8_devices_equals_one(name):
+    mesh = Mesh(np.asarray(jax.devices()[:8]), ("data",))
+    batches = [batch(name, seed) for seed in range(3)]
+    start = plain(name).init(jax.random.key(0))
+    got = run(quick(shard(plain(name).t, mesh).step), start, batches)
+    assert_close(got, run(functools.partial(plain(name).step, np.float32(RATE)), start, batches))
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(got)} == {8}
+
+
+@heavy
+def test_padding_of_weight_zero_changes_nothing(name):
+    if name in BATCH_COUPLED:
+        pytest.skip("its batch statistics see the padding")
+    start = plain(name).init(jax.random.key(0))
+    good, other, masked = batch(name), batch(name, 1), WEIGHT == 0
+    cond = None if good.cond is None else jnp.where(masked.reshape(-1, *[1] * (good.cond.ndim - 1)), other.cond, good.cond)
+    rows = masked.reshape(-1, *[1] * (good.x.ndim - 1))
+    fillings = [other.x, *([jnp.nan, jnp.inf] if jnp.issubdtype(good.x.dtype, jnp.floating) else [])]
+    wanted = accumulating(name)(start, good._replace(weight=jnp.asarray(WEIGHT)))
+    for filling in fillings:
+        got = accumulating(name)(start, Batch(jnp.where(rows, filling, good.x), cond, jnp.asarray(WEIGHT)))
+        assert_same(got, wanted)
+
+
+# --- G6: no example sees another --------------------------------------------------------------------------------------
+
+
+@every_row
+def test_g6_an_example_changes_its_own_loss_and_no_other(name):
+    """Noise belongs to a position in the batch, so instead of permuting examples one of them is exchanged."""
+    if name in BATCH_COUPLED:
+        pytest.skip("its losses depend on the batch by design")
+    row, key = setup(name), jax.random.key(3)
+    params = grown(row.params)
+    values = {player: lambda batch, loss=loss: loss(params, row.state, batch, key)[0] for player, loss in row.losses.items()}
+    if row.score:
+        values["score"] = lambda batch: row.score(params, row.state, batch, key)
+    good, other = batch(name), batch(name, 1)
+    exchange = lambda a, b, j: None if a is None else a.at[j].set(b[j])  # noqa: E731
+    for what, value in values.items():
+        before = np.asarray(value(good))
+        for j in (0, 3, B - 1):
+            after = np.asarray(value(Batch(exchange(good.x, other.x, j), exchange(good.cond, other.cond, j))))
+            assert np.flatnonzero(before != after).tolist() == [j], (what, j)
+        if row.spec.conditional:
+            changed = good.cond + 1 if row.spec.cond_dim else (good.cond + 1) % row.spec.n_classes
+            assert (np.asarray(value(good._replace(cond=changed))) != before).all(), f"{what} does not depend on the condition"
+
+
+# --- G7: memorising 8 examples ----------------------------------------------------------------------------------------
+
+
+@slow_rows
+def test_g7_eight_examples_are_memorised_down_to_the_floor(name):
+    """No model codes 8 distinct examples in fewer than ln 8 nats on average, ln (how many share the condition) if conditional:
+    Σ p <= 1. A bound that gets below is broken; a model that stays far above cannot learn. Densities have no such floor."""
+    row, spec, n = ZOO[name], setup(name).spec, 8
+    model = row.build(spec)  # of full size: a tiny one has no room
+    eight = example_batch(spec, jax.random.key(5), n)
+    assert len(np.unique(np.asarray(eight.x).reshape(n, -1), axis=0)) == n
+    same = np.ones(n) * n
+    if spec.conditional:
+        same = (np.asarray(eight.cond).reshape(n, 1, -1) == np.asarray(eight.cond).reshape(1, n, -1)).all(-1).sum(1)
+    floor = float(np.log(same).mean())
+    tight = row.build(spec, **TIGHT.get(row.family, {}))
+    score = tight.log_prob or tight.bound
+    keys = jax.random.split(jax.random.key(9), 16)
+
+    @jax.jit
+    def nats(params, state):  # means over the examples, one for each key
+        return jax.lax.map(lambda key: -score(params, state, eight, key).mean(), keys)
+
+    t = training(model, optax.adam(3e-3))
+    fast = jax.jit(scan_steps(t, 200).step, donate_argnums=0)
+    ts = quick(t.init)(jax.random.key(0))
+    before = after = None if score is None else np.asarray(nats(ts.params, ts.state)).mean()
+    for _ in range(10):
+        ts, metrics = fast(ts, eight)
+        assert all(np.isfinite(leaf).all() for leaf in named((metrics, ts)).values())
+        if score is None:
+            return
+        values = np.asarray(nats(ts.params, ts.state))
+        after = values.mean()
+        if spec.kind != "continuous":
+            assert after >= floor - 4 * values.std() / math.sqrt(len(values))
+        near = after < before - 2 if spec.kind == "continuous" else after - floor <= 0.1 * (before - floor)
+        if near:
+            return
+    pytest.fail(f"from {before:.2f} nats only to {after:.2f} in {int(ts.step)} steps; the floor is {floor:.2f}")
+
+
+# --- G8, G10: gradients -----------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def gradient(name, player):
+    """In float64: (parameters, state, own -> batch -> mean loss and its gradient with respect to `own`), compiled."""
+    row = setup(name)
+    model = row.recipe.build(row.spec, **PLAIN_GRADIENT.get(row.recipe.family, {}))
+    with jax.enable_x64(True):
+        params, state = widen((grown(row.params), row.state))
+
+        def mean_loss(own, batch):
+            return model.losses[player]({**params, player: own}, state, batch, jax.random.key(2))[0].mean()
+
+        return params[player], quick(jax.value_and_grad(mean_loss))
+
+
+def widen(tree):
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
+
+
+@every_row
+def test_g8_gradients_equal_finite_differences(name):
+    rng, h = np.random.default_rng(1), 1e-5
+    for player in setup(name).model.losses:
+        own, value_and_grad = gradient(name, player)
+        with jax.enable_x64(True):
+            example = widen(batch(name))
+            grads = value_and_grad(own, example)[1]
+            size = math.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(grads)))
+            for _ in range(3):
+                # Of equal length in every leaf, so that a scalar counts as much as a matrix.
+                direction = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape) / math.sqrt(leaf.size), own)
+                move = lambda t: jax.tree.map(lambda p, d: p + t * d, own, direction)  # noqa: E731
+                numeric = float(value_and_grad(move(h), example)[0] - value_and_grad(move(-h), example)[0]) / (2 * h)
+                exact = sum(float(jnp.sum(g * d)) for g, d in zip(*map(jax.tree.leaves, (grads, direction)), strict=True))
+                np.testing.assert_allclose(numeric, exact, rtol=1e-5, atol=1e-7 * size)
+
+
+@every_row
+def test_g10_the_gradient_reaches_every_parameter(name):
+    for player in setup(name).model.losses:
+        own, value_and_grad = gradient(name, player)
+        with jax.enable_x64(True):
+            several = [named(value_and_grad(own, widen(batch(name, seed)))[1]) for seed in range(3)]
+        unused = [path for path in several[0] if not any(grads[path].any() for grads in several)]
+        assert not unused, f"no influence on the loss of {player}: {unused}"
+
+
+@heavy
+def test_g10_a_turn_changes_its_own_players_parameters_only(name):
+    row = setup(name)
+    if set(row.params) == set(row.losses) and len(row.losses) == 1:
+        # With one player nothing else can change, and any step shows that the player does.
+        start = plain(name).init(jax.random.key(0))
+        assert differ(plain(name).step(np.float32(RATE), start, batch(name))[0].params, start.params)
+        return
+    for player in row.losses:
+        alone = row.model._replace(losses={player: row.model.losses[player]}, turns=())
+        t = training(alone, optimizer())
+        start = quick(t.init)(jax.random.key(0))
+        after, _ = quick(t.step)(start, batch(name))
+        assert {path.split("/")[0] for path in differ(after.params, start.params)} == {player}
+
+
+# --- G11 to G14 -------------------------------------------------------------------------------------------------------
+
+
+@heavy
+def test_g11_bfloat16_arithmetic_keeps_float32_parameters(name):
+    row = setup(name)
+    t = training(row.recipe.build(row.spec, dtype="bfloat16"), optimizer())
+    start, batches = plain(name).init(jax.random.key(0)), [batch(name, seed) for seed in range(3)]
+    lowered = quick(t.step).lower(start, batches[0])
+    assert "bf16" in lowered.as_text()
+    ts, metrics = run(lowered.compile(), start, batches)
+    assert structure(ts) == structure(start)
+    assert structure(jax.eval_shape(t.init, jax.random.key(0))) == structure(start)
+    _, wanted = run(functools.partial(plain(name).step, np.float32(RATE)), start, batches[:1])
+    for player in row.losses:
+        np.testing.assert_allclose(metrics[0][f"{player}/loss"], wanted[0][f"{player}/loss"], rtol=0.05)
+        assert all(np.isfinite(one[f"{player}/loss"]) for one in metrics)
+
+
+@every_row
+def test_g12_everything_lowers_for_cpu_cuda_and_tpu(name):
+    row, key, n = setup(name), jax.random.key(0), 4
+    cond = batch(name, 0, n).cond
+    t = training(row.model, optimizer())
+    programs = {
+        "step": (t.step, (plain(name).init(key), batch(name))),
+        "sample": (lambda params, state, key, cond: row.model.sample(params, state, key, n, cond), (row.params, row.state, key, cond)),
+    }
+    if row.score:
+        programs["score"] = (row.model.log_prob or row.model.bound, (row.params, row.state, batch(name), key))
+    for fun, args in programs.values():
+        exported = jax.export.export(jax.jit(fun), platforms=["cpu", "cuda", "tpu"])(*args)
+        assert exported.platforms == ("cpu", "cuda", "tpu")
+
+
+@heavy
+def test_g13_no_key_is_used_twice(name):
+    """One program with everything that takes a key, so that it is compiled once; each part has its own key."""
+    row, example = setup(name), batch(name)
+    t = training(row.model, optimizer())
+
+    def everything(key, batch):
+        keys = iter(jax.random.split(key, 8 + len(row.losses)))
+        params, state = row.model.init(next(keys))
+        found = [loss(params, state, batch, next(keys))[0] for loss in row.model.losses.values()]
+        found += [score(params, state, batch, next(keys)) for score in (row.model.log_prob, row.model.bound) if score]
+        found.append(row.model.sample(params, state, next(keys), B, batch.cond))
+        return found, t.step(t.init(next(keys)), batch)
+
+    with jax.debug_key_reuse(True):
+        quick(everything)(jax.random.key(0), example)
+
+
+@every_row
+def test_g14_arguments_are_called_what_the_contract_calls_them(name):
+    model = setup(name).model
+    # The family's own functions, inside those that `checked` wrapped around them.
+    inner = inspect.getclosurevars(model.init).nonlocals["model"]
+    assert inner.losses.keys() == model.losses.keys()
+    for one in (model, inner):
+        functions = [(one.init, InitFn), (one.sample, SampleFn), (one.log_prob, ScoreFn), (one.bound, ScoreFn)]
+        functions += [(loss, LossFn) for loss in one.losses.values()]
+        for function, contract in functions:
+            if function is not None:
+                wanted = [p for p in inspect.signature(contract.__call__).parameters.values() if p.name != "self"]
+                got = list(inspect.signature(function).parameters.values())
+                assert [(p.name, p.default, p.kind) for p in got] == [(p.name, p.default, p.kind) for p in wanted], function
+
+
+# --- Samples and scores -----------------------------------------------------------------------------------------------
+
+
+@every_row
+def test_samples_are_of_the_kind_that_the_spec_says(name):
+    row, n = setup(name), 16
+    spec, cond = row.spec, batch(name, 0, 16).cond
+    draw = lambda key, cond=cond: np.asarray(row.sample(grown(row.params), row.state, key, n=n, cond=cond))  # noqa: E731
+    x = draw(jax.random.key(0))
+    assert x.shape == (n, *spec.shape)
+    assert x.dtype == spec.dtype
+    assert np.isfinite(x).all()
+    if spec.kind != "continuous":
+        assert (x == np.floor(x)).all()
+        assert x.min() >= 0
+        assert x.max() <= (spec.levels or 2) - 1
+    np.testing.assert_array_equal(x, draw(jax.random.key(0)))
+    assert (x != draw(jax.random.key(1))).any()
+    assert len(np.unique(x.reshape(n, -1), axis=0)) > 1
+    with pytest.raises(ValueError, match="conditional"):
+        draw(jax.random.key(0), None if spec.conditional else jnp.zeros(n, jnp.int32))
+
+
+@every_row
+def test_scores_are_nats_per_example_and_say_what_they_are(name):
+    row = setup(name)
+    if row.score is None:
+        assert row.model.estimator == ""
+        return
+    assert row.model.estimator
+    nats = np.asarray(row.score(row.params, row.state, batch(name), jax.random.key(0)))
+    assert nats.shape == (B,)
+    assert nats.dtype == np.float32
+    assert np.isfinite(nats).all()
+    # A log-probability, not a loss: that of discrete data is below 0.
+    assert row.spec.kind == "continuous" or nats.max() < 0

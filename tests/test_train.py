@@ -1,0 +1,521 @@
+"""The train step against updates worked out by hand, and every transform and composition against runs without it.
+
+The toy is a game of two quadratic losses with noise, whose gradients are written down below; a third entry of its
+parameters has no loss, and its state counts the evaluations of one loss.
+"""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from gates import assert_close, assert_same, differ, member, quick, stack, structure
+from jax.sharding import Mesh
+
+from genjax import train
+from genjax.errors import ConfigError
+from genjax.optim import track_ema
+from genjax.protocol import Aux, Batch, DataSpec, Model, checked
+from genjax.train import (
+    compiled,
+    ensemble,
+    eval_params,
+    fastest_mode,
+    feed,
+    grid,
+    microbatch,
+    scan_steps,
+    shard,
+    skip_nonfinite,
+    sweep,
+    training,
+)
+
+SPEC = DataSpec((3,), "continuous", name="toy")
+TURNS = (("disc", 2), ("gen", 1))
+RATES = {"gen": 0.1, "disc": 0.05}
+B, STEPS = 8, 3
+TIGHT = 1e-5
+
+
+def toy(turns=TURNS, noisy=True):
+    """gen: ½ Σ c (w - x)² + w·a + w·ε, so ∂/∂w = c (w - x) + a + ε; disc: ½ |a|² - a·(x - w) + a·ε, so ∂/∂a = a - x + w + ε."""
+
+    def init(key):
+        key_gen, key_disc = jax.random.split(key)
+        params = {"gen": {"w": jax.random.normal(key_gen, (3,))}, "disc": {"a": jax.random.normal(key_disc, (3,))}}
+        return params | {"frozen": {"c": jnp.asarray([1.0, 2.0, 3.0])}}, {"disc": {"evaluations": jnp.zeros(())}}
+
+    def noise(key, x):
+        return jax.random.normal(key, x.shape) if noisy else jnp.zeros(x.shape)
+
+    def gen(params, state, batch, key):
+        w, a, c = params["gen"]["w"][None], params["disc"]["a"][None], params["frozen"]["c"][None]
+        value = 0.5 * c * (w - batch.x) ** 2 + w * a + w * noise(key, batch.x)
+        return value.sum(-1), Aux(state, {"first": batch.x[:, 0]})
+
+    def disc(params, state, batch, key):
+        w, a = params["gen"]["w"][None], params["disc"]["a"][None]
+        value = 0.5 * a**2 - a * (batch.x - w) + a * noise(key, batch.x)
+        return value.sum(-1), Aux({"disc": {"evaluations": state["disc"]["evaluations"] + 1}}, {})
+
+    return checked(Model(SPEC, init, {"gen": gen, "disc": disc}, lambda params, state, key, n, cond=None: None, turns=turns))
+
+
+def by_hand(ts, batches, turns=TURNS):
+    """What the steps must give: parameters in float64, and the mean losses of the last turns."""
+    p = {"gen": np.asarray(ts.params["gen"]["w"], float), "disc": np.asarray(ts.params["disc"]["a"], float)}
+    c = np.asarray([1.0, 2.0, 3.0])
+    for offset, batch in enumerate(batches):
+        x = np.asarray(batch.x, float)
+        weight = np.ones(len(x)) if batch.weight is None else np.asarray(batch.weight, float)
+        weight = weight / weight.sum()
+        key, losses = jax.random.fold_in(ts.key, int(ts.step) + offset), {}
+        for index, (player, times) in enumerate(turns):
+            for key_turn in jax.random.split(jax.random.fold_in(key, index), times):
+                e, w, a = np.asarray(jax.random.normal(key_turn, x.shape), float), p["gen"], p["disc"]
+                if player == "gen":
+                    loss, grads = 0.5 * c * (w - x) ** 2 + w * a + w * e, c * (w - x) + a + e
+                else:
+                    loss, grads = 0.5 * a**2 - a * (x - w) + a * e, a - x + w + e
+                losses[player] = weight @ loss.sum(1)
+                p[player] = p[player] - RATES[player] * weight @ grads
+    return p, losses
+
+
+def sgd(scale=1.0):
+    return {player: optax.sgd(rate * scale) for player, rate in RATES.items()}
+
+
+TRAIN = training(toy(), sgd())
+
+
+def batches(seed=0, weight=None, steps=STEPS):
+    rng = np.random.default_rng(seed)
+    return [Batch(jnp.asarray(rng.normal(size=(B, 3)), jnp.float32), None, weight) for _ in range(steps)]
+
+
+def run(t, ts, batches):
+    step, metrics = quick(t.step), []
+    for batch in batches:
+        ts, new = step(ts, batch)
+        metrics.append(new)
+    return ts, metrics
+
+
+@functools.cache
+def start(seed=0):
+    return quick(TRAIN.init)(jax.random.key(seed))
+
+
+# --- One step ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", [None, np.asarray([1, 0, 2, 0.5, 0, 1, 3, 1], np.float32)], ids=["equal", "weighted"])
+@pytest.mark.parametrize("turns", [TURNS, (("gen", 1), ("disc", 2)), (("disc", 1), ("gen", 3), ("disc", 1)), ()])
+def test_steps_equal_those_by_hand(turns, weight):
+    t = training(toy(turns), sgd())
+    data = batches(weight=None if weight is None else jnp.asarray(weight))
+    order = turns or (("gen", 1), ("disc", 1))
+    got, metrics = run(t, start(), data)
+    params, losses = by_hand(start(), data, order)
+    chex.assert_trees_all_close({"gen": got.params["gen"]["w"], "disc": got.params["disc"]["a"]}, params, rtol=TIGHT)
+    assert metrics[-1].keys() == {"gen/loss", "gen/first", "disc/loss"}
+    for player, loss in losses.items():
+        np.testing.assert_allclose(metrics[-1][f"{player}/loss"], loss, rtol=1e-4)
+    np.testing.assert_allclose(metrics[-1]["gen/first"], np.average(data[-1].x[:, 0], weights=weight), rtol=1e-4, atol=1e-6)
+    assert int(got.step) == STEPS
+    assert float(got.state["disc"]["evaluations"]) == STEPS * sum(times for player, times in order if player == "disc")
+    assert_same((got.params["frozen"], got.key), (start().params["frozen"], start().key))
+
+
+def test_the_step_counts_from_where_the_state_is():
+    """Steps 2 and 3 alone, from a state that says 2: the noise is that of steps 2 and 3."""
+    data = batches(steps=4)
+    half, _ = run(TRAIN, start(), data[:2])
+    params, _ = by_hand(half, data[2:])
+    got, _ = run(TRAIN, half, data[2:])
+    chex.assert_trees_all_close(got.params["gen"]["w"], params["gen"], rtol=TIGHT)
+
+
+def test_only_the_ratio_of_weights_counts():
+    one, ten = (run(TRAIN, start(), batches(weight=jnp.full(B, value))) for value in (1.0, 10.0))
+    assert_close(ten, one, TIGHT)
+    assert_close(one, run(TRAIN, start(), batches()), TIGHT)
+
+
+def test_an_example_of_weight_zero_may_be_anything():
+    weight = jnp.asarray([1.0] * (B - 1) + [0.0])
+    data = batches(weight=weight)
+    wanted = run(TRAIN, start(), data)
+    for junk in (1e30, jnp.nan, jnp.inf):
+        assert_same(run(TRAIN, start(), [one._replace(x=one.x.at[-1].set(junk)) for one in data]), wanted)
+    assert differ(run(TRAIN, start(), [one._replace(x=one.x.at[0].set(5.0)) for one in data])[0].params, wanted[0].params)
+
+
+def test_one_optimiser_serves_all_players():
+    got, _ = run(training(toy(), optax.sgd(0.1)), start(), batches())
+    wanted, _ = run(training(toy(), {"gen": optax.sgd(0.1), "disc": optax.sgd(0.1)}), start(), batches())
+    assert_same(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("tx", "turns", "message"),
+    [
+        ({"gen": optax.sgd(0.1)}, TURNS, "one optimiser for each player .gen, disc.; got them for: gen"),
+        ({}, TURNS, "got them for: none"),
+        (sgd() | {"frozen": optax.sgd(0.1)}, TURNS, "got them for: gen, disc, frozen"),
+        (sgd(), (("gen", 1), ("critic", 1)), "must name a player"),
+        (sgd(), (("gen", 0), ("disc", 1)), "count >= 1"),
+        (sgd(), (("gen", 1),), "'disc' has a loss but no turn"),
+    ],
+)
+def test_players_optimisers_and_turns_must_agree(tx, turns, message):
+    with pytest.raises(ConfigError, match=message):
+        training(toy(turns), tx)
+
+
+def test_arguments_of_the_wrong_kind_are_refused():
+    with pytest.raises(TypeError, match="typed PRNG key"):
+        TRAIN.init(jax.random.key_data(jax.random.key(0)))
+    with pytest.raises(ValueError, match="must have shape"):
+        TRAIN.step(start(), Batch(jnp.zeros((B, 4))))
+    with pytest.raises(TypeError, match="Batch"):
+        TRAIN.step(start(), jnp.zeros((B, 3)))
+
+
+def test_averages_are_taken_where_an_optimiser_tracks_them():
+    t = training(toy(), {"gen": optax.chain(optax.sgd(0.1), track_ema(0.9)), "disc": optax.sgd(0.05)})
+    ts, _ = run(t, quick(t.init)(jax.random.key(0)), batches())
+    found = eval_params(ts)
+    assert_same(found["gen"], ts.opt["gen"][-1].ema)
+    assert differ(found["gen"], ts.params["gen"])
+    assert_same([found["disc"], found["frozen"]], [ts.params["disc"], ts.params["frozen"]])
+
+
+def test_compiled_steps_are_the_same_and_donate_the_state():
+    t = compiled(TRAIN)
+    wanted, _ = run(TRAIN, start(), batches())
+    ts, old = t.init(jax.random.key(0)), None
+    for batch in batches():
+        old = ts
+        ts, _ = t.step(ts, batch)
+    assert_close(ts, wanted, TIGHT)
+    assert old.params["gen"]["w"].is_deleted()
+    assert t.step._cache_size() == 1
+    again, _ = microbatch(t, 2).step(t.init(jax.random.key(0)), batches()[0])
+    assert_close(again, run(microbatch(TRAIN, 2), start(), batches()[:1])[0], TIGHT)
+
+
+# --- Accumulation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [(1,), (2,), (8,), (2, 2), (2, 4)], ids=str)
+@pytest.mark.parametrize("weight", [None, np.asarray([1, 0, 2, 0.5, 0, 1, 3, 1], np.float32)], ids=["equal", "weighted"])
+def test_without_noise_accumulation_equals_the_big_batch(parts, weight):
+    t = training(toy(noisy=False), sgd())
+    data = batches(weight=None if weight is None else jnp.asarray(weight))
+    (wanted, wanted_metrics), accumulating = run(t, start(), data), t
+    for n in parts:
+        accumulating = microbatch(accumulating, n)
+    got, metrics = run(accumulating, start(), data)
+    assert float(got.state["disc"]["evaluations"]) == np.prod(parts) * float(wanted.state["disc"]["evaluations"])
+    assert_close((got._replace(state=()), metrics), (wanted._replace(state=()), wanted_metrics), TIGHT)
+
+
+def test_every_part_has_its_own_noise_and_the_turn_its_own_key():
+    got, _ = run(microbatch(training(toy((("gen", 1), ("disc", 1))), sgd()), 2), start(), batches()[:1])
+    (batch,) = batches()[:1]
+    key = jax.random.split(jax.random.fold_in(jax.random.fold_in(start().key, 0), 0), 1)[0]
+    noise = np.concatenate([jax.random.normal(k, (B // 2, 3)) for k in jax.random.split(key, 2)])
+    p = jax.tree.map(np.asarray, start().params)
+    w = p["gen"]["w"]
+    grads = (p["frozen"]["c"] * (w - np.asarray(batch.x)) + p["disc"]["a"] + noise).mean(0)
+    np.testing.assert_allclose(got.params["gen"]["w"], w - RATES["gen"] * grads, rtol=TIGHT)
+
+
+def test_a_batch_that_does_not_divide_into_parts_is_refused():
+    with pytest.raises(ConfigError, match="batch of 8 does not divide into 3"):
+        microbatch(TRAIN, 3).step(start(), batches()[0])
+    with pytest.raises(ConfigError, match="at least 1 part; got 0"):
+        microbatch(TRAIN, 0)
+
+
+# --- Many members, many steps -------------------------------------------------------------------------------------------
+
+MEMBERS = 3
+
+
+def keys():
+    return jax.random.split(jax.random.key(11), MEMBERS)
+
+
+def solo(t, scales=(1.0,) * MEMBERS, own=None):
+    """Each member's run on its own, stacked: the reference of all that follows."""
+    runs = []
+    for index, (key, scale) in enumerate(zip(keys(), scales, strict=True)):
+        data = batches() if own is None else own[index]
+        runs.append(run(t(training(toy(), sgd(scale))), quick(TRAIN.init)(key), data))
+    states, metrics = stack([ts for ts, _ in runs]), stack([stack(metrics) for _, metrics in runs])
+    return states._replace(step=states.step[0]), metrics  # metrics [member, step]
+
+
+@functools.cache
+def reference(parts=1):
+    return solo(lambda t: microbatch(t, parts) if parts > 1 else t)
+
+
+def mesh(axis="data"):
+    return Mesh(np.asarray(jax.devices()[:8]), (axis,))
+
+
+def swap(metrics):
+    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), metrics)
+
+
+def nothing_skipped(run):
+    return run[0], [{name: value for name, value in one.items() if name != "skipped"} for one in run[1]]
+
+
+STEPWISE = {
+    "ensemble": (lambda t: ensemble(t), 1),
+    "ensemble, map": (lambda t: ensemble(t, "map"), 1),
+    "microbatch(ensemble)": (lambda t: microbatch(ensemble(t), 2), 2),
+    "ensemble(microbatch)": (lambda t: ensemble(microbatch(t, 2)), 2),
+    "microbatch(ensemble, map)": (lambda t: microbatch(ensemble(t, "map"), 2), 2),
+    "skip_nonfinite(ensemble)": (lambda t: skip_nonfinite(ensemble(t)), 1),
+    "ensemble(skip_nonfinite)": (lambda t: ensemble(skip_nonfinite(t)), 1),
+    "microbatch(ensemble(skip_nonfinite))": (lambda t: microbatch(ensemble(skip_nonfinite(t)), 2), 2),
+    "shard(ensemble)": (lambda t: shard(ensemble(t), mesh()), 1),
+    "ensemble(shard)": (lambda t: ensemble(shard(t, mesh())), 1),
+}
+SCANNED = {
+    "scan_steps(ensemble)": (lambda t: scan_steps(ensemble(t)), 1, True),
+    "ensemble(scan_steps)": (lambda t: ensemble(scan_steps(t)), 1, False),
+    "ensemble(scan_steps), map": (lambda t: ensemble(scan_steps(t), "map"), 1, False),
+    "microbatch(scan_steps(ensemble))": (lambda t: microbatch(scan_steps(ensemble(t)), 2), 2, True),
+    "scan_steps(shard(ensemble))": (lambda t: scan_steps(shard(ensemble(t), mesh())), 1, True),
+    "scan_steps(microbatch(shard(ensemble)))": (lambda t: scan_steps(microbatch(shard(ensemble(t), mesh()), 1)), 1, True),
+}
+
+
+@pytest.mark.parametrize("name", STEPWISE)
+def test_members_equal_solo_runs(name):
+    compose, parts = STEPWISE[name]
+    t = compose(TRAIN)
+    first = quick(t.init)(keys())
+    got, metrics = nothing_skipped(run(t, first, batches()))
+    wanted, wanted_metrics = reference(parts)
+    assert_close((got, swap(stack(metrics))), (wanted, wanted_metrics), TIGHT)
+    assert structure(got) == structure(first)
+    assert got.step.shape == ()
+    assert differ(member(got.params, 0), member(got.params, 1))
+
+
+@pytest.mark.parametrize("name", SCANNED)
+def test_scanned_members_equal_solo_runs(name):
+    compose, parts, steps_first = SCANNED[name]
+    t = compose(TRAIN)
+    got, metrics = quick(t.step)(quick(t.init)(keys()), stack(batches()))
+    assert_close((got, swap(metrics) if steps_first else metrics), reference(parts), TIGHT)
+
+
+@pytest.mark.parametrize("mode", ["vmap", "map"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_members_may_have_their_own_batches(mode, axis):
+    own = [batches(seed) for seed in range(MEMBERS)]
+    together = [jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *step) for step in zip(*own, strict=True)]
+    t = ensemble(TRAIN, mode, batch_axis=axis)
+    got, metrics = run(t, quick(t.init)(keys()), together)
+    assert_close((got, swap(stack(metrics))), solo(lambda t: t, own=own), TIGHT)
+
+
+@pytest.mark.parametrize("mode", ["vmap", "map"])
+def test_a_sweep_equals_solo_runs(mode):
+    scales = np.asarray([1.0, 0.5, 2.0], np.float32)
+    t = sweep(lambda scale: training(toy(), sgd(scale)), mode=mode, scale=scales)
+    got, metrics = run(t, quick(t.init)(keys()), batches())
+    assert_close((got, swap(stack(metrics))), solo(lambda t: t, scales=tuple(scales.tolist())), TIGHT)
+    halves = microbatch(t, 2)
+    got, metrics = run(halves, quick(halves.init)(keys()), batches())
+    assert_close((got, swap(stack(metrics))), solo(lambda t: microbatch(t, 2), scales=tuple(scales.tolist())), TIGHT)
+
+
+SCALES = np.asarray([1.0, 0.5], np.float32)
+NESTED = {
+    "ensemble(ensemble)": (lambda: ensemble(ensemble(TRAIN)), lambda i, j: 1.0),
+    "ensemble(ensemble), map": (lambda: ensemble(ensemble(TRAIN, "map"), "map"), lambda i, j: 1.0),
+    "ensemble(sweep)": (lambda: ensemble(sweep(lambda s: training(toy(), sgd(s)), s=SCALES)), lambda i, j: SCALES[j]),
+    "ensemble(sweep), map": (
+        lambda: ensemble(sweep(lambda s: training(toy(), sgd(s)), s=SCALES), "map"),
+        lambda i, j: SCALES[j],
+    ),
+    "sweep(ensemble)": (lambda: sweep(lambda s: ensemble(training(toy(), sgd(s))), s=SCALES), lambda i, j: SCALES[i]),
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_nested_members_equal_solo_runs(name):
+    compose, scale = NESTED[name]
+    t = compose()
+    keys = jax.random.split(jax.random.key(3), (2, 2))
+    got, metrics = run(t, quick(t.init)(keys), batches())
+    for i in range(2):
+        for j in range(2):
+            wanted = run(training(toy(), sgd(float(scale(i, j)))), quick(TRAIN.init)(keys[i, j]), batches())
+            mine = member(member(got._replace(step=jnp.full((2, 2), got.step)), i), j)
+            assert_close((mine, [member(member(one, i), j) for one in metrics]), wanted, TIGHT)
+
+
+@pytest.mark.parametrize("name", ["feed(ensemble)", "ensemble(feed)", "scan_steps(feed(ensemble), k)", "ensemble(scan_steps(feed, k))"])
+def test_fed_members_equal_solo_runs(name):
+    arrays = stack(batches())
+
+    def batch_at(arrays, step):
+        return jax.tree.map(lambda leaf: leaf[step], arrays)
+
+    compose = {
+        "feed(ensemble)": lambda t: feed(ensemble(t), batch_at),
+        "ensemble(feed)": lambda t: ensemble(feed(t, batch_at)),
+        "scan_steps(feed(ensemble), k)": lambda t: scan_steps(feed(ensemble(t), batch_at), STEPS),
+        "ensemble(scan_steps(feed, k))": lambda t: ensemble(scan_steps(feed(t, batch_at), STEPS)),
+    }[name]
+    for parts in (1, 2):
+        t = compose(TRAIN) if parts == 1 else microbatch(compose(TRAIN), parts)
+        first = quick(t.init)(keys())
+        if "scan" in name:
+            got, metrics = quick(t.step)(first, arrays)
+            metrics = metrics if name.startswith("ensemble") else swap(metrics)
+        else:
+            got, metrics = run(t, first, [arrays] * STEPS)
+            metrics = swap(stack(metrics))
+        assert_close((got, metrics), reference(parts), TIGHT)
+
+
+def test_each_member_skips_its_own_bad_steps():
+    scales = np.asarray([1.0, np.inf, 0.5], np.float32)
+    make = lambda scale: skip_nonfinite(training(toy(), sgd(scale)))  # noqa: E731
+    t = sweep(make, scale=scales)
+    first = quick(t.init)(keys())
+    got, metrics = run(t, first, batches())
+    np.testing.assert_array_equal([one["skipped"] for one in metrics], [[0, 1, 0]] * STEPS)
+    assert_same(member(got.params, 1), member(first.params, 1))
+    wanted, _ = reference()
+    assert_close(member(got.params, 0), member(wanted.params, 0), TIGHT)
+    # Around the members instead of inside, one bad member stops them all.
+    around = skip_nonfinite(sweep(lambda scale: training(toy(), sgd(scale)), scale=scales))
+    got, metrics = run(around, first, batches())
+    assert [float(one["skipped"]) for one in metrics] == [1] * STEPS
+    assert_same(got, first._replace(step=first.step + STEPS))
+
+
+def test_skipping_changes_no_good_step_and_nothing_but_the_counter_of_a_bad_one():
+    t = skip_nonfinite(TRAIN)
+    data = batches()
+    got, metrics = run(t, start(), data)
+    wanted, wanted_metrics = run(TRAIN, start(), data)
+    assert_close(got, wanted, TIGHT)
+    assert_close(metrics, [one | {"skipped": jnp.zeros(())} for one in wanted_metrics], TIGHT)
+    bad = data[0]._replace(x=data[0].x.at[0, 0].set(jnp.inf))
+    after, metrics = quick(t.step)(got, bad)
+    assert_same(after, got._replace(step=got.step + 1))
+    assert {name: float(value) for name, value in metrics.items()} == {"gen/loss": 0, "gen/first": 0, "disc/loss": 0, "skipped": 1}
+
+
+# --- Which mode is faster -----------------------------------------------------------------------------------------------
+
+
+def test_the_fastest_mode_is_measured_once_outside_and_inside_a_trace(monkeypatch):
+    monkeypatch.setattr(train, "_MEASURED", {})
+    first = quick(ensemble(TRAIN).init)(keys())
+
+    def one(hyper, ts, batch):
+        return TRAIN.step(ts, batch)
+
+    outside = fastest_mode(one, {}, first, batches()[0])
+    assert outside in ("vmap", "map")
+    measured = []
+
+    def inside(ts):
+        measured.append(fastest_mode(one, {"rate": ts.params["gen"]["w"][:, 0]}, ts, batches()[0]))
+        return ts.step
+
+    jax.jit(inside)(first)
+    assert measured[0] in ("vmap", "map")
+    assert len(train._MEASURED) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(train.time, "perf_counter", None)  # nothing can be timed again
+        assert fastest_mode(one, {}, first, batches()[0]) == outside
+
+
+@pytest.mark.parametrize("chosen", ["vmap", "map"])
+def test_auto_is_the_mode_that_was_found_faster(monkeypatch, chosen):
+    asked = []
+    monkeypatch.setattr(train, "fastest_mode", lambda *args: asked.append(args) or chosen)
+    t = ensemble(TRAIN, "auto")
+    got = run(t, quick(t.init)(keys()), batches())
+    assert asked
+    assert_same(got, run(ensemble(TRAIN, chosen), quick(t.init)(keys()), batches()))
+
+
+def test_auto_trains_without_being_told_how(monkeypatch):
+    monkeypatch.setattr(train, "_MEASURED", {})
+    t = scan_steps(ensemble(TRAIN, "auto"))
+    got, metrics = quick(t.step)(quick(t.init)(keys()), stack(batches()))
+    assert_close((got, swap(metrics)), reference(), TIGHT)
+    assert len(train._MEASURED) == 1
+
+
+# --- What a sweep, an ensemble and a mesh refuse ------------------------------------------------------------------------
+
+
+def test_grid_is_the_product_with_the_last_axis_fastest():
+    axes = grid(a=[1, 2], b=[3, 4, 5])
+    np.testing.assert_array_equal(axes["a"], np.asarray([1, 1, 1, 2, 2, 2], np.float32))
+    np.testing.assert_array_equal(axes["b"], np.asarray([3, 4, 5, 3, 4, 5], np.float32))
+    assert axes["a"].dtype == np.float32
+
+
+@pytest.mark.parametrize("axes", [{}, {"a": [1.0, 2.0], "b": [1.0]}, {"a": 1.0}, {"a": [[1.0]]}], ids=str)
+def test_a_sweep_needs_vectors_of_one_length(axes):
+    with pytest.raises(ConfigError, match="vectors of one length"):
+        sweep(lambda **hyper: TRAIN, **axes)
+
+
+def test_members_need_one_key_each():
+    swept = sweep(lambda a: TRAIN, a=[1.0, 2.0])
+    for t in (ensemble(TRAIN), swept):
+        with pytest.raises(ConfigError, match="one key per member"):
+            t.init(jax.random.key(0))
+        with pytest.raises(TypeError, match="typed PRNG key"):
+            t.init(jnp.zeros((2, 2), jnp.uint32))
+    with pytest.raises(ConfigError, match="2 rows.*3 keys"):
+        swept.init(keys())
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(ConfigError, match="'vmap', 'map' or 'auto'; got 'pmap'"):
+        ensemble(TRAIN, "pmap").step(quick(ensemble(TRAIN).init)(keys()), batches()[0])
+
+
+def test_a_sharded_step_is_split_over_the_devices_and_replicated_again():
+    t = shard(TRAIN, mesh())
+    first = quick(t.init)(jax.random.key(0))
+    program = quick(t.step).lower(first, jax.device_put(batches()[0], jax.sharding.NamedSharding(mesh(), jax.P("data")))).compile()
+    assert "all-reduce" in program.as_text()
+    data = batches(weight=jnp.asarray([1, 0, 2, 0.5, 0, 1, 3, 1], jnp.float32))
+    got = run(t, first, data)
+    assert {(len(leaf.sharding.device_set), leaf.sharding.is_fully_replicated) for leaf in jax.tree.leaves(got)} == {(8, True)}
+    assert_close(got, run(TRAIN, start(), data), TIGHT)
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+    with pytest.raises(ConfigError, match="has axes model; there is no 'data'"):
+        shard(TRAIN, mesh("model"))
+    with pytest.raises(ConfigError, match="batch of 6 does not divide over the 8 devices"):
+        shard(TRAIN, mesh()).step(start(), Batch(jnp.zeros((6, 3))))
+    t = shard(TRAIN, mesh("model"), axis="model")
+    assert_close(run(t, start(), batches()), run(TRAIN, start(), batches()), TIGHT)
