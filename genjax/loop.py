@@ -144,7 +144,7 @@ def fit(
         if checkpoints is None:
             return
         if stop_on_nonfinite and not bool(_all_finite(state)):
-            raise NonFiniteError(_nonfinite_text(step, "the parameters", "not finite", checkpoints))
+            raise NonFiniteError(_nonfinite_text(step, "the parameters are not finite", checkpoints))
         checkpoints.save(state, {"window": window})
 
     with _signals() as caught, concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -212,14 +212,14 @@ def _check_finite(begin: int, values: dict[str, np.ndarray], checkpoints: Checkp
         if len(bad):
             place = f"player {name.rsplit('/', 1)[0]!r}" + (f", member {bad[0][1]}" if values[name].ndim > 1 else "")
             value = float(values[name][tuple(bad[0])])
-            raise NonFiniteError(_nonfinite_text(begin + int(bad[0][0]), f"the loss of {place}", str(value), checkpoints))
+            raise NonFiniteError(_nonfinite_text(begin + int(bad[0][0]), f"the loss of {place} is {value}", checkpoints))
 
 
-def _nonfinite_text(step: int, what: str, value: str, checkpoints: Checkpoints | None) -> str:
+def _nonfinite_text(step: int, what: str, checkpoints: Checkpoints | None) -> str:
     have = checkpoints.steps() if checkpoints is not None else []
     kept = f" The last good checkpoint is that of step {have[-1]}." if have else ""
     return (
-        f"At step {step} {what} is {value}, and training stopped.{kept} Try a smaller --learning-rate or --clip-norm 1, "
+        f"At step {step} {what}, and training stopped.{kept} Try a smaller --learning-rate or --clip-norm 1, "
         "or leave such steps out and count them with --skip-nonfinite."
     )
 

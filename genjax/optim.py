@@ -93,12 +93,16 @@ class Optimizer:
         """The optax transform for a run of `steps` optimiser steps. Float settings may be traced, as a sweep does.
 
         Raises:
-            ConfigError: for an unknown algorithm or schedule, or a warm-up as long as the run.
+            ConfigError: for an unknown algorithm or schedule, a decay that the algorithm does not have, or a warm-up as long
+                as the run.
         """
         if self.algorithm not in ALGORITHMS:
             raise unknown_name("optimiser", self.algorithm, ALGORITHMS)
         if self.schedule not in SCHEDULES:
             raise unknown_name("schedule", self.schedule, SCHEDULES)
+        decays = self.algorithm in ("adamw", "lion")
+        if not decays and (isinstance(self.weight_decay, Tracer) or self.weight_decay != 0):
+            raise ConfigError(f"{self.algorithm} has no weight decay; use adamw or lion, or leave weight_decay at 0.")
         if self.warmup_steps and self.warmup_steps >= steps:
             raise ConfigError(f"warmup_steps must be below the run's {steps} steps; got {self.warmup_steps}.")
         rate: Any = self.learning_rate

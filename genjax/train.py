@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,6 +85,8 @@ def training(model: Model, tx: optax.GradientTransformation | Mapping[str, optax
 
     def init(key: Key) -> TrainState:
         check_key(key)
+        if key.ndim:
+            raise ConfigError(f"init needs one key; got keys of shape {list(key.shape)}. Wrap the training in `ensemble` for many.")
         key_model, key_train = jax.random.split(key)
         params, state = model.init(key_model)
         opt = {player: by_player[player].init(params[player]) for player in players}
@@ -331,7 +332,9 @@ def sweep(make: Callable[..., Training], *, mode: Mode = "vmap", **axes: Any) ->
 
     def init(keys: Key) -> TrainState:
         _check_members(keys)
-        chex.assert_equal_shape([keys, *values.values()], custom_message="sweep needs one key for each row of its axes")
+        (n_rows,) = next(iter(lengths.values()))
+        if len(keys) != n_rows:
+            raise ConfigError(f"sweep needs one key for each of the {n_rows} rows of its axes; got {len(keys)} keys.")
         return jax.vmap(lambda hyper, key: make(**hyper).init(key), out_axes=MEMBER_AXES)(values, keys)
 
     def one(hyper: Any, ts: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
@@ -377,7 +380,7 @@ def shard(t: Training, mesh: Mesh, axis: str = "data") -> Training:
 
 def _check_members(keys: Key) -> None:
     check_key(keys)
-    if keys.ndim != 1:
+    if keys.ndim < 1:  # more axes are for the members of members: ensemble(sweep(...)) takes keys [S, rows]
         raise ConfigError(
             f"init needs one key per member, [S]: jax.random.split(key, S); got keys of shape {list(keys.shape)}."
         )

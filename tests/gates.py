@@ -45,7 +45,10 @@ def assert_close(got, wanted, rtol=1e-4):
 def structure(tree):
     """What must not change under a step: names, shapes, dtypes and weak types."""
     avals = jax.tree.map(jax.typeof, tree)
-    return {jax.tree_util.keystr(path): (aval.shape, aval.dtype, aval.weak_type) for path, aval in jax.tree_util.tree_leaves_with_path(avals)}
+    return {
+        jax.tree_util.keystr(path): (aval.shape, aval.dtype, aval.weak_type)
+        for path, aval in jax.tree_util.tree_leaves_with_path(avals)
+    }
 
 
 def differ(one, other):

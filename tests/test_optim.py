@@ -198,7 +198,7 @@ def test_every_algorithm_goes_downhill_with_every_other_setting(algorithm):
         warmup_steps=5,
         clip_norm=1.0,
         ema_decay=0.5,
-        weight_decay=1e-3,
+        weight_decay=1e-3 if algorithm in ("adamw", "lion") else 0.0,
     )
     tx = optimizer.build(300)
     value = lambda p: sum(jnp.sum((leaf - 0.5) ** 2) for leaf in jax.tree.leaves(p))  # noqa: E731
@@ -331,3 +331,9 @@ def test_settings_that_do_not_exist_or_do_not_fit(settings, match):
     with pytest.raises(ConfigError, match=match):
         Optimizer(**settings).build(10)
     assert Optimizer(warmup_steps=9).build(10)
+
+
+def test_a_weight_decay_that_would_be_ignored_is_refused() -> None:
+    with pytest.raises(ConfigError, match="adam has no weight decay; use adamw or lion"):
+        Optimizer(algorithm="adam", weight_decay=0.1).build(10)
+    Optimizer(algorithm="lion", weight_decay=0.1).build(10)

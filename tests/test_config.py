@@ -1,0 +1,176 @@
+"""Recipes as plain data: every row of the zoo to JSON and back, its settings by name, and what they are hashed to."""
+
+import dataclasses
+import json
+
+import pytest
+
+from genjax import run
+from genjax.config import Schedule, config_hash, flatten, from_dict, parameters_of, replace, sections_of, to_dict
+from genjax.data import SOURCES
+from genjax.errors import ConfigError
+from genjax.optim import Optimizer
+from genjax.zoo import ZOO
+
+every_row = pytest.mark.parametrize("name", ZOO)
+TWO = dataclasses.replace(
+    ZOO["vae"], name="two", optimizer={"gen": Optimizer(learning_rate=1e-4), "disc": Optimizer(algorithm="sgd", b1=0.5)}
+)
+# A user's own file is a data set too.
+DATA = [*SOURCES, "mine.npz"]
+
+
+def other(value):
+    """A value of the same kind that is not `value`."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return value + 0.125
+    if isinstance(value, tuple):
+        return (*value, 3)
+    return "another"
+
+
+@pytest.mark.parametrize("recipe", [*ZOO.values(), TWO], ids=lambda recipe: recipe.name)
+def test_json_and_back_changes_nothing(recipe):
+    values = to_dict(recipe)
+    again = from_dict(json.loads(json.dumps(values)), {recipe.name: recipe})
+    assert to_dict(again) == values
+    assert config_hash(to_dict(again)) == config_hash(values)
+    # The settings and not only their text: the same types, so that lists of JSON are tuples again.
+    for section, fields in sections_of(recipe).items():
+        for name, (_, value, _) in fields.items():
+            found = sections_of(again)[section][name][1]
+            assert (found, type(found)) == (value, type(value)), name
+    assert (again.family, again.summary, again.tiny) == (recipe.family, recipe.summary, recipe.tiny)
+
+
+def test_every_default_is_written_down():
+    values = to_dict(ZOO["vae"])
+    assert values["model"].keys() == parameters_of(ZOO["vae"].family).keys()
+    assert values["optimizer"].keys() == {field.name for field in dataclasses.fields(Optimizer)}
+    assert values["schedule"].keys() == {field.name for field in dataclasses.fields(Schedule)}
+    assert values["recipe"] == "vae"
+
+
+@pytest.mark.parametrize("recipe", [*ZOO.values(), TWO], ids=lambda recipe: recipe.name)
+def test_every_setting_changes_the_hash_and_comes_back(recipe):
+    values = to_dict(recipe)
+    hashes = {config_hash(values)}
+    settings = [(name, value) for fields in sections_of(recipe).values() for name, (_, value, _) in fields.items()]
+    for name, value in settings:
+        changed = replace(recipe, **{name: other(value)})
+        hashes.add(config_hash(to_dict(changed)))
+        before, after = flatten(values), flatten(to_dict(changed))
+        moved = [path for path in before if before[path] != after[path]]
+        assert len(moved) == 1, name
+        assert moved[0].endswith(f".{name}"), name
+        assert to_dict(from_dict(to_dict(changed), {recipe.name: recipe})) == to_dict(changed)
+    assert len(hashes) == len(settings) + 1
+    for value in hashes:
+        assert len(value) == 12
+        int(value, 16)
+
+
+def test_the_hash_does_not_depend_on_the_order_of_settings():
+    values = to_dict(ZOO["vae"])
+    backwards = {section: values[section] for section in reversed(values)}
+    assert list(backwards) != list(values)
+    assert config_hash(backwards) == config_hash(values)
+
+
+def test_settings_are_replaced_wherever_they_belong():
+    changed = replace(ZOO["cvae"], latent_dim=3, binarize="dynamic", learning_rate=0.5, steps=7)
+    assert changed.model["latent_dim"] == 3
+    assert changed.data_options == {"conditional": True, "binarize": "dynamic"}
+    assert changed.optimizer.learning_rate == 0.5
+    assert changed.schedule.steps == 7
+    assert changed.source().spec.kind == "binary"
+    assert changed.model["hidden"] == ZOO["cvae"].model["hidden"]
+    assert ZOO["cvae"].schedule.steps != 7  # the row itself is untouched
+    changed = replace(TWO, **{"gen.learning_rate": 0.5, "disc.b1": 0.25})
+    assert (changed.optimizer["gen"].learning_rate, changed.optimizer["disc"].learning_rate) == (0.5, 1e-3)
+    assert (changed.optimizer["gen"].b1, changed.optimizer["disc"].b1) == (0.9, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "message"),
+    [
+        (ZOO["vae"], "latent_dims", "Did you mean latent_dim"),
+        (ZOO["vae"], "learningrate", "Did you mean learning_rate"),
+        (ZOO["vae"], "binarise", "Did you mean binarize"),
+        (ZOO["vae"], "step", "Did you mean steps"),
+        (TWO, "gen.learning_rat", "Did you mean gen.learning_rate"),
+        (TWO, "learning_rate", "Did you mean (gen|disc).learning_rate"),
+    ],
+)
+def test_an_unknown_setting_is_refused_with_the_nearest(recipe, name, message):
+    with pytest.raises(ConfigError, match=message):
+        replace(recipe, **{name: 1})
+
+
+def test_a_setting_that_the_family_or_data_set_does_not_have_is_refused():
+    with pytest.raises(ConfigError, match=r"setting of vae.*Did you mean latent_dim"):
+        to_dict(dataclasses.replace(ZOO["vae"], model={"latent_dims": 3}))
+    with pytest.raises(ConfigError, match="setting of ring"):
+        to_dict(dataclasses.replace(ZOO["vae-ring"], data_options={"conditonal": True}))
+
+
+def test_what_is_no_configuration_is_refused():
+    values = to_dict(ZOO["vae"])
+    with pytest.raises(ConfigError, match="no recipe called 'vea'.*Did you mean vae"):
+        from_dict(values | {"recipe": "vea"}, ZOO)
+    with pytest.raises(ConfigError, match="no recipe called"):
+        from_dict({}, ZOO)
+    with pytest.raises(ConfigError, match="not a configuration of the recipe 'vae'.*optimizer"):
+        from_dict({name: value for name, value in values.items() if name != "optimizer"}, ZOO)
+    with pytest.raises(ConfigError, match="momentum"):
+        from_dict(values | {"optimizer": {"momentum": 1}}, ZOO)
+
+
+@every_row
+@pytest.mark.parametrize("data", DATA)
+def test_setting_names_are_unique_and_explained(name, data):
+    """On the command line and in `replace` a setting goes by its plain name, so two sections must not share one."""
+    sections = sections_of(dataclasses.replace(ZOO[name], data=data, data_options={}))
+    names = [field for fields in sections.values() for field in fields]
+    assert len(names) == len(set(names)), sorted(field for field in names if names.count(field) > 1)
+    for fields in sections.values():
+        for field, (hint, _, text) in fields.items():
+            assert len(text) > 3, f"{field} has no help"
+            assert hint is not None
+
+
+@every_row
+def test_settings_of_tests_and_evaluation_exist(name):
+    row = ZOO[name]
+    known = parameters_of(row.family)
+    assert row.tiny.keys() | row.evaluation.keys() <= known.keys()
+    assert (row.name, row.summary != "") == (name, True)
+
+
+@pytest.mark.parametrize("field", ["steps", "batch_size", "microbatches", "steps_per_call", "log_every", "checkpoint_every"])
+def test_counts_must_be_positive(field):
+    with pytest.raises(ConfigError, match=f"{field} must be at least 1; got 0"):
+        Schedule(**{field: 0})
+
+
+def test_a_run_folder_is_named_after_what_was_changed():
+    row = ZOO["vae"]
+
+    def folder(prefix="", **changes):
+        return str(run.default_folder(replace(row, **changes), row, prefix))
+
+    assert folder() == "runs/vae"
+    assert folder("sweep-") == "runs/sweep-vae"
+    assert folder(latent_dim=4) == "runs/vae,latent-dim=4"
+    assert folder(hidden=(64, 32), learning_rate=0.01) == "runs/vae,hidden=64_32,learning-rate=0.01"
+    assert folder(latent_dim=row.model["latent_dim"]) == "runs/vae"  # set to what it was
+    mine = dataclasses.replace(row, data="some/where/mine.npz", data_options={})
+    assert run.default_folder(mine, row).parent.name == "runs"  # no folder of its own for each part of a path
+    long = replace(row, hidden=(128,) * 40)
+    assert str(run.default_folder(long, row)) == f"runs/vae,{config_hash(to_dict(long))}"
+    two = replace(TWO, **{"gen.learning_rate": 0.5})
+    assert str(run.default_folder(two, TWO)) == "runs/two,gen.learning-rate=0.5"

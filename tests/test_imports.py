@@ -1,0 +1,95 @@
+"""The import rules: which part of genjax may know of which, read from the source."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import genjax
+
+ROOT = Path(genjax.__file__).parent
+FILES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in sorted(ROOT.rglob("*.py"))}
+FAMILIES = [name for name in FILES if name.startswith("families.") and not name.endswith("__init__")]
+
+
+def imports(path, top_level=False):
+    """Every module that a file imports, in full; at module level only, or anywhere. Imports for type checkers count anywhere."""
+    tree = ast.parse(path.read_text())
+    for node in tree.body if top_level else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports are not used"
+            yield node.module
+            if node.module.startswith("genjax"):
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own(name):
+    """The genjax modules that a file imports: "data.order", "protocol"."""
+    found = {module.removeprefix("genjax").lstrip(".") for module in imports(FILES[name]) if module.split(".")[0] == "genjax"}
+    return {module for module in found if module in FILES or f"{module}.__init__" in FILES}
+
+
+def packages(name):
+    return {module.split(".")[0] for module in imports(FILES[name])}
+
+
+def within(name, *allowed):
+    assert {module.split(".")[0] for module in own(name)} <= set(allowed), name
+
+
+def test_the_contract_knows_of_nothing_else():
+    within("errors")
+    within("protocol", "errors")
+
+
+def test_families_know_of_no_optimiser_training_or_other_family():
+    assert FAMILIES
+    for name in FAMILIES:
+        assert not packages(name) & {"optax", "flax", "orbax", "sklearn"}, name
+        within(name, "protocol", "errors", "distributions", "paths", "solvers", "guidance", "decoding", "nets")
+
+
+def test_training_knows_of_no_family_and_no_data():
+    within("train", "protocol", "errors", "optim")
+    within("optim", "protocol", "errors")
+    within("distributions", "protocol", "errors")
+    within("checkpoint", "protocol", "errors")
+    assert not {"families", "zoo"} & {module.split(".")[0] for module in own("loop")}
+
+
+def test_data_and_nets_know_of_the_contract_only():
+    for name in FILES:
+        if name.startswith("data."):
+            within(name, "protocol", "errors", "data")
+        if name.startswith("nets."):
+            within(name, "protocol", "errors", "nets")
+
+
+def test_flax_is_imported_under_nets_only():
+    assert [name for name in FILES if "flax" in packages(name) and not name.startswith("nets.")] == []
+
+
+def test_the_command_line_imports_nothing_heavy():
+    for name in ("cli", "errors", "__init__", "__main__"):
+        light = sys.stdlib_module_names | {"genjax"}
+        modules = set(imports(FILES[name], top_level=True))
+        assert {module.split(".")[0] for module in modules} <= light, name
+    assert {module for module in imports(FILES["cli"], top_level=True) if module.startswith("genjax")} <= {
+        "genjax.errors",
+        *(f"genjax.errors.{error}" for error in ("ConfigError", "GenjaxError", "Interrupted", "unknown_name")),
+    }
+
+
+@pytest.mark.parametrize("flag", ["--help", "--version"])
+def test_help_does_not_import_jax(flag):
+    code = f"import sys; from genjax.cli import main; main(['{flag}']); print('jax' in sys.modules, 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert done.stdout.splitlines()[-1] == "False False"
+
+
+def test_no_file_is_longer_than_500_lines():
+    assert {name: n for name, path in FILES.items() if (n := len(path.read_text().splitlines())) > 500} == {}
