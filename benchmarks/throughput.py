@@ -15,13 +15,17 @@ from genjax.measure import cost_of, matmul_peak, stepper
 from genjax.protocol import DataSpec, Training
 from genjax.train import compiled, ensemble, scan_steps, training
 
+DTYPES = ("float32", "bfloat16")
+SCANS = (1, 10, 100)
+MEMBERS = (1, 4, 16)
+
 
 def variants(t: Training) -> dict[str, tuple[Training, int, int]]:
     """name -> (training, optimiser steps per call, members)."""
     table = {"solo": (t, 1, 1)}
-    for k in (1, 10, 100):
+    for k in SCANS:
         table[f"scan k={k}"] = (scan_steps(t, k), k, 1)
-    for members in (1, 4, 16):
+    for members in MEMBERS:
         for mode in ("vmap", "map"):
             table[f"{mode} x{members}"] = (ensemble(t, mode), 1, members)  # type: ignore[arg-type]
     return table
@@ -34,7 +38,7 @@ def main(seconds: float = 4.0) -> None:
     for size_name, size in SIZES.items():
         spec = DataSpec((size["side"], size["side"], 1), "binary", name="random bits")
         batch = jax.jit(partial(example_batch, spec), static_argnums=1)(jax.random.key(1), size["batch"])
-        for dtype in ("float32", "bfloat16"):
+        for dtype in DTYPES:
             t = training(vae(spec, hidden=(size["width"],) * 2, latent_dim=size["latent"], dtype=dtype), optax.adam(1e-3))  # type: ignore[arg-type]
             flops, _ = cost_of(jax.jit(t.step).lower(jax.eval_shape(t.init, jax.random.key(0)), batch).compile())
             calls = {}

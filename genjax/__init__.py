@@ -31,7 +31,7 @@ _HOME = {
     "ZOO": "zoo",
 }
 
-__all__ = [*_HOME]
+__all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from genjax.data import batch_at, example_batch, open_source

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from genjax.errors import ConfigError, GenjaxError, Interrupted, unknown_name
+from genjax.errors import ConfigError, GenjaxError, Interrupted, replacing, unknown_name
 
 if TYPE_CHECKING:
     from genjax.config import Recipe
@@ -265,14 +265,11 @@ def _sample(args: list[str]) -> None:
     what = "means of p(x|z)" if options.means else "samples"
     title = f"{loaded.recipe.name}: {what}, step {loaded.step}, seed {options.seed}"
     labels = cond if loaded.model.spec.n_classes else None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(out.with_name(out.name + ".npz"), x=x, **({} if cond is None else {"cond": cond}))
-        figure = figures.samples(x, loaded.model.spec, title, run.true_log_prob(loaded.source), labels)
-        if figure is not None:
-            figures.save(figure, out.with_name(out.name + ".png"))
-    except OSError as error:
-        raise ConfigError(f"Could not write {out}: {error}. Give another place with --out.") from error
+    with replacing(out.with_name(out.name + ".npz")) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, x=x, **({} if cond is None else {"cond": cond}))
+    figure = figures.samples(x, loaded.model.spec, title, run.true_log_prob(loaded.source), labels)
+    if figure is not None:
+        figures.save(figure, out.with_name(out.name + ".png"))
     print(f"{options.n} {what} {list(x.shape)} in {out}.npz" + (f" and {out}.png" if figure is not None else ""))
 
 

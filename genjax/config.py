@@ -156,14 +156,14 @@ def replace(recipe: Recipe, **changes: Any) -> Recipe:
         if section is None:
             raise unknown_name("setting", name, sorted(set().union(*sections.values())))
         current: Any = getattr(recipe, section)
-        if dataclasses.is_dataclass(current) and not isinstance(current, type):
-            recipe = dataclasses.replace(recipe, **{section: dataclasses.replace(current, **{name: value})})
+        if isinstance(current, Optimizer | Schedule):
+            new: Any = dataclasses.replace(current, **{name: value})
         elif section == "optimizer":
             player, field = name.split(".")
-            changed = {**current, player: dataclasses.replace(current[player], **{field: value})}
-            recipe = dataclasses.replace(recipe, optimizer=changed)
+            new = {**current, player: dataclasses.replace(current[player], **{field: value})}
         else:
-            recipe = dataclasses.replace(recipe, **{section: dict(current) | {name: value}})
+            new = {**current, name: value}
+        recipe = dataclasses.replace(recipe, **{section: new})
     return recipe
 
 

@@ -137,7 +137,7 @@ class Log:
             CheckpointError: if the disk does not take it.
         """
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]  # made at run time
 
         lines = figures.read_metrics(self.path) if self.path.exists() else []
         kept = [line for line in lines if line["step"] <= step]
@@ -182,8 +182,8 @@ class Log:
 
 def _event(line: dict[str, Any]) -> Any:
     """A line of metrics.jsonl as a TensorBoard event; the members of a sweep are scalars of their own, "name/0", "name/1"."""
-    from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.proto.summary_pb2 import Summary
+    from tensorboardX.proto.event_pb2 import Event  # type: ignore[attr-defined]  # made at run time
+    from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]  # made at run time
 
     scalars: dict[str, float] = {}
     for name, value in line.items():

@@ -105,7 +105,7 @@ def run_sweep(
                 "settings": combination,
                 "mean": float(good.mean()) if len(good) else None,
                 "sd": float(good.std(ddof=1)) if len(good) > 1 else None,
-                "members": own.tolist(),
+                "members": [value if np.isfinite(value) else None for value in own.tolist()],  # JSON has no NaN
                 "not_finite": int(len(own) - len(good)),
             }
         )

@@ -86,7 +86,7 @@ def training(model: Model, tx: optax.GradientTransformation | Mapping[str, optax
     def init(key: Key) -> TrainState:
         check_key(key)
         if key.ndim:
-            raise ConfigError(f"init needs one key; got keys of shape {list(key.shape)}. Wrap the training in `ensemble` for many.")
+            raise ConfigError(f"init needs one key; got keys of shape {list(key.shape)}. For many members, use `ensemble`.")
         key_model, key_train = jax.random.split(key)
         params, state = model.init(key_model)
         opt = {player: by_player[player].init(params[player]) for player in players}

@@ -76,6 +76,8 @@ def test_the_command_writes_tables_and_json(tmp_path: Path, monkeypatch: pytest.
     small = {"tiny": {"side": SIDE, "width": WIDTH, "latent": LATENT, "batch": 8}}
     for module in (overhead, throughput):
         monkeypatch.setattr(module, "SIZES", small)
+    for name, few in {"DTYPES": ("float32",), "SCANS": (10,), "MEMBERS": (4,)}.items():
+        monkeypatch.setattr(throughput, name, few)
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr(report, "HERE", tmp_path)
     readme = tmp_path / "README.md"
@@ -86,11 +88,11 @@ def test_the_command_writes_tables_and_json(tmp_path: Path, monkeypatch: pytest.
     common.write("overhead", {"step": rows, "loop": overhead.loop_overhead(rounds=2, steps=600)})
     throughput.main(0.02)
     report.main()
-    assert {"solo", "scan k=100", "vmap x16", "map x4"} <= {
+    assert {"solo", "scan k=10", "vmap x4", "map x4"} == {
         row["variant"] for row in json.loads((tmp_path / "throughput.json").read_text())["rows"]
     }
     text = (tmp_path / "REPORT.md").read_text()
     assert "Overhead" in text
-    assert "vmap x16" in text
+    assert "vmap x4" in text
     assert "old" not in readme.read_text()
     assert readme.read_text().startswith("before\n<!-- results -->\n| recipe")

@@ -120,11 +120,11 @@ def test_a_setting_that_the_family_or_data_set_does_not_have_is_refused():
 
 def test_what_is_no_configuration_is_refused():
     values = to_dict(ZOO["vae"])
-    with pytest.raises(ConfigError, match="no recipe called 'vea'.*Did you mean vae"):
+    with pytest.raises(ConfigError, match=r"no recipe called 'vea'.*Did you mean vae"):
         from_dict(values | {"recipe": "vea"}, ZOO)
     with pytest.raises(ConfigError, match="no recipe called"):
         from_dict({}, ZOO)
-    with pytest.raises(ConfigError, match="not a configuration of the recipe 'vae'.*optimizer"):
+    with pytest.raises(ConfigError, match=r"not a configuration of the recipe 'vae'.*optimizer"):
         from_dict({name: value for name, value in values.items() if name != "optimizer"}, ZOO)
     with pytest.raises(ConfigError, match="momentum"):
         from_dict(values | {"optimizer": {"momentum": 1}}, ZOO)

@@ -30,12 +30,12 @@ from genjax.zoo import ZOO
 
 B = 8  # examples in every batch: one for each fake device, and divisible by the parts of a microbatch
 PARTS = 4
-RATE = 1e-2
-RATES = np.asarray([1e-2, 3e-3, 1e-3], np.float32)
+RATE = 1e-3
+RATES = np.asarray([1e-3, 3e-4, 1e-4], np.float32)
 WEIGHT = np.asarray([1, 0, 2, 0.5, 0, 1, 3, 1], np.float32)
 # Rows whose losses depend on the rest of the batch by design (batch statistics); G6 and the padding gate do not hold there.
 BATCH_COUPLED: set[str] = set()
-# Rows whose scanned steps equal single ones to rounding only: inside a loop, XLA sums a convolution's gradient in another order.
+# Rows whose scanned steps equal single ones to rounding only: in a loop, XLA sums a convolution's gradient in another order.
 SCANNED_TO_ROUNDING = {"vae-conv"}
 # Families whose gradient is, by design, not the derivative of the loss for fixed noise: builder arguments that make it so.
 # (The estimators themselves are tested with the family.)
@@ -57,14 +57,18 @@ def setup(name):
     recipe = dataclasses.replace(row, model={**row.model, **row.tiny})
     spec = recipe.source().spec
     model = recipe.build(spec)
-    params, state = quick(model.init)(jax.random.key(0))
+    t = training(model, optimizer())
+    init = quick(t.init)
+    first = init(jax.random.key(0))
     score = model.log_prob or model.bound
     return SimpleNamespace(
         recipe=recipe,
         spec=spec,
         model=model,
-        params=params,
-        state=state,
+        t=t,
+        init=init,
+        params=first.params,
+        state=first.state,
         losses={player: quick(loss) for player, loss in model.losses.items()},
         score=score and quick(score),
         sample=quick(model.sample, static_argnames="n"),
@@ -86,7 +90,7 @@ def plain(name):
     """The solo run that ensembles, sweeps and shards are held against; its learning rate is an argument."""
     model = setup(name).model
     step = quick(lambda rate, ts, batch: training(model, optimizer(rate)).step(ts, batch))
-    return SimpleNamespace(t=training(model, optimizer()), init=quick(training(model, optimizer()).init), step=step)
+    return SimpleNamespace(t=setup(name).t, init=setup(name).init, step=step)
 
 
 @functools.cache
@@ -360,7 +364,8 @@ def test_g7_eight_examples_are_memorised_down_to_the_floor(name):
     def nats(params, state):  # means over the examples, one for each key
         return jax.lax.map(lambda key: -score(params, state, eight, key).mean(), keys)
 
-    t = training(model, optax.adam(3e-3))
+    # Fitting 8 examples is a stiff problem: without the clipping, single steps throw the weights far off.
+    t = training(model, optax.chain(optax.clip_by_global_norm(10.0), optax.adam(optax.cosine_decay_schedule(5e-3, 2000))))
     fast = jax.jit(scan_steps(t, 200).step, donate_argnums=0)
     ts = quick(t.init)(jax.random.key(0))
     before = after = None if score is None else np.asarray(nats(ts.params, ts.state)).mean()
@@ -373,6 +378,7 @@ def test_g7_eight_examples_are_memorised_down_to_the_floor(name):
         after = values.mean()
         if spec.kind != "continuous":
             assert after >= floor - 4 * values.std() / math.sqrt(len(values))
+        print(f"step {int(ts.step)}: {before:.2f} -> {after:.2f} nats, floor {floor:.2f}")
         near = after < before - 2 if spec.kind == "continuous" else after - floor <= 0.1 * (before - floor)
         if near:
             return

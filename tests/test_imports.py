@@ -15,7 +15,7 @@ FAMILIES = [name for name in FILES if name.startswith("families.") and not name.
 
 
 def imports(path, top_level=False):
-    """Every module that a file imports, in full; at module level only, or anywhere. Imports for type checkers count anywhere."""
+    """Every module that a file imports, in full: at module level only, or anywhere."""
     tree = ast.parse(path.read_text())
     for node in tree.body if top_level else ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -72,9 +72,7 @@ def test_a_run_folder_is_what_the_documentation_says(folder: Path) -> None:
     ]
     config = json.loads((folder / "config.json").read_text())
     assert config == to_dict(tiny("cvae"))
-    assert from_dict(config, ZOO) == dataclasses.replace(
-        tiny("cvae"), **{k: from_dict(config, ZOO).__dict__[k] for k in ("model", "data_options")}
-    )
+    assert to_dict(from_dict(config, ZOO)) == config
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["20", "40"]
     assert sorted(path.name for path in (folder / "samples").iterdir()) == ["step_00000020.png", "step_00000040.png"]
     for picture in [folder / "curves.png", *(folder / "samples").iterdir()]:
@@ -223,7 +221,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "thesis.txt"):
         with pytest.raises(ConfigError, match="exists and is not a run folder; nothing was written"):
             run.open_folder(place, {})
-    with pytest.raises(CheckpointError, match=r"Could not write .*config\.json: Not a directory"):
+    with pytest.raises(CheckpointError, match=r"Could not write .*config\.json: (Not a directory|File exists)"):
         run.open_folder(tmp_path / "thesis.txt" / "below", {})
     assert contents(tmp_path) == {"thesis.txt": b"mine"}
     with pytest.raises(ConfigError, match=r"is not a run folder: it has no config\.json"):
@@ -302,10 +300,13 @@ def test_a_log_that_cannot_be_written_names_its_file(tmp_path: Path) -> None:
 
 
 def test_curves_are_drawn_however_a_run_ends_and_hide_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(KeyError, match="what went wrong"), run.logging_in(tmp_path, "title") as log:
+    def fail(log: run.Log) -> None:
         log.restore(0)
         log({"step": 1, "a/loss": 1.0})
         raise KeyError("what went wrong")
+
+    with pytest.raises(KeyError, match="what went wrong"), run.logging_in(tmp_path, "title") as log:
+        fail(log)
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
     def full(*args: Any) -> None:
@@ -354,10 +355,11 @@ def test_folders_of_other_data_of_sweeps_and_of_many_settings() -> None:
         "evaluate_every": 13,
         "sample_every": 17,
         "beta": 0.123456,
+        "learning_rate": 0.000123456,
     }
     names = {run.default_folder(replace(row, **many), row), run.default_folder(replace(row, **{**many, "seed": 2}), row)}
     assert len(names) == 2
-    assert all(len(name.name) < 60 for name in names)
+    assert all(len(name.name) < 60 for name in names), "a long list of settings is replaced by a hash of it"
 
 
 def test_a_sweep_compares_its_members_on_the_validation_split(tmp_path: Path) -> None:
@@ -394,7 +396,7 @@ def test_a_sweep_compares_its_members_on_the_validation_split(tmp_path: Path) ->
     said: list[str] = []
     again = run_sweep(recipe, axes, 2, tmp_path / "sweep", say=said.append)
     assert said[0].startswith("all 40 steps")
-    assert repr(again["results"]) == repr(results["results"])
+    assert again["results"] == results["results"]
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from genjax.train import (
     training,
 )
 
+jitted = functools.cache(quick)  # many tests run the same step
 SPEC = DataSpec((3,), "continuous", name="toy")
 TURNS = (("disc", 2), ("gen", 1))
 RATES = {"gen": 0.1, "disc": 0.05}
@@ -90,7 +91,14 @@ def sgd(scale=1.0):
     return {player: optax.sgd(rate * scale) for player, rate in RATES.items()}
 
 
-TRAIN = training(toy(), sgd())
+@functools.cache
+def game(scale=1.0, parts=1):
+    """One member's own procedure, the same object each time, so that it is compiled once."""
+    t = training(toy(), sgd(scale))
+    return microbatch(t, parts) if parts > 1 else t
+
+
+TRAIN = game(1.0, 1)
 
 
 def batches(seed=0, weight=None, steps=STEPS):
@@ -99,7 +107,7 @@ def batches(seed=0, weight=None, steps=STEPS):
 
 
 def run(t, ts, batches):
-    step, metrics = quick(t.step), []
+    step, metrics = jitted(t.step), []
     for batch in batches:
         ts, new = step(ts, batch)
         metrics.append(new)
@@ -108,7 +116,7 @@ def run(t, ts, batches):
 
 @functools.cache
 def start(seed=0):
-    return quick(TRAIN.init)(jax.random.key(seed))
+    return jitted(TRAIN.init)(jax.random.key(seed))
 
 
 # --- One step ---------------------------------------------------------------------------------------------------------
@@ -189,7 +197,7 @@ def test_arguments_of_the_wrong_kind_are_refused():
 
 def test_averages_are_taken_where_an_optimiser_tracks_them():
     t = training(toy(), {"gen": optax.chain(optax.sgd(0.1), track_ema(0.9)), "disc": optax.sgd(0.05)})
-    ts, _ = run(t, quick(t.init)(jax.random.key(0)), batches())
+    ts, _ = run(t, jitted(t.init)(jax.random.key(0)), batches())
     found = eval_params(ts)
     assert_same(found["gen"], ts.opt["gen"][-1].ema)
     assert differ(found["gen"], ts.params["gen"])
@@ -207,7 +215,7 @@ def test_compiled_steps_are_the_same_and_donate_the_state():
     assert old.params["gen"]["w"].is_deleted()
     assert t.step._cache_size() == 1
     again, _ = microbatch(t, 2).step(t.init(jax.random.key(0)), batches()[0])
-    assert_close(again, run(microbatch(TRAIN, 2), start(), batches()[:1])[0], TIGHT)
+    assert_close(again, run(game(1.0, 2), start(), batches()[:1])[0], TIGHT)
 
 
 # --- Accumulation -----------------------------------------------------------------------------------------------------
@@ -253,19 +261,19 @@ def keys():
     return jax.random.split(jax.random.key(11), MEMBERS)
 
 
-def solo(t, scales=(1.0,) * MEMBERS, own=None):
+def solo(parts=1, scales=(1.0,) * MEMBERS, own=None):
     """Each member's run on its own, stacked: the reference of all that follows."""
     runs = []
     for index, (key, scale) in enumerate(zip(keys(), scales, strict=True)):
         data = batches() if own is None else own[index]
-        runs.append(run(t(training(toy(), sgd(scale))), quick(TRAIN.init)(key), data))
+        runs.append(run(game(float(scale), parts), jitted(TRAIN.init)(key), data))
     states, metrics = stack([ts for ts, _ in runs]), stack([stack(metrics) for _, metrics in runs])
     return states._replace(step=states.step[0]), metrics  # metrics [member, step]
 
 
 @functools.cache
 def reference(parts=1):
-    return solo(lambda t: microbatch(t, parts) if parts > 1 else t)
+    return solo(parts)
 
 
 def mesh(axis="data"):
@@ -306,7 +314,7 @@ SCANNED = {
 def test_members_equal_solo_runs(name):
     compose, parts = STEPWISE[name]
     t = compose(TRAIN)
-    first = quick(t.init)(keys())
+    first = jitted(t.init)(keys())
     got, metrics = nothing_skipped(run(t, first, batches()))
     wanted, wanted_metrics = reference(parts)
     assert_close((got, swap(stack(metrics))), (wanted, wanted_metrics), TIGHT)
@@ -319,7 +327,7 @@ def test_members_equal_solo_runs(name):
 def test_scanned_members_equal_solo_runs(name):
     compose, parts, steps_first = SCANNED[name]
     t = compose(TRAIN)
-    got, metrics = quick(t.step)(quick(t.init)(keys()), stack(batches()))
+    got, metrics = jitted(t.step)(jitted(t.init)(keys()), stack(batches()))
     assert_close((got, swap(metrics) if steps_first else metrics), reference(parts), TIGHT)
 
 
@@ -329,19 +337,19 @@ def test_members_may_have_their_own_batches(mode, axis):
     own = [batches(seed) for seed in range(MEMBERS)]
     together = [jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *step) for step in zip(*own, strict=True)]
     t = ensemble(TRAIN, mode, batch_axis=axis)
-    got, metrics = run(t, quick(t.init)(keys()), together)
-    assert_close((got, swap(stack(metrics))), solo(lambda t: t, own=own), TIGHT)
+    got, metrics = run(t, jitted(t.init)(keys()), together)
+    assert_close((got, swap(stack(metrics))), solo(own=own), TIGHT)
 
 
 @pytest.mark.parametrize("mode", ["vmap", "map"])
 def test_a_sweep_equals_solo_runs(mode):
     scales = np.asarray([1.0, 0.5, 2.0], np.float32)
     t = sweep(lambda scale: training(toy(), sgd(scale)), mode=mode, scale=scales)
-    got, metrics = run(t, quick(t.init)(keys()), batches())
-    assert_close((got, swap(stack(metrics))), solo(lambda t: t, scales=tuple(scales.tolist())), TIGHT)
+    got, metrics = run(t, jitted(t.init)(keys()), batches())
+    assert_close((got, swap(stack(metrics))), solo(scales=scales), TIGHT)
     halves = microbatch(t, 2)
-    got, metrics = run(halves, quick(halves.init)(keys()), batches())
-    assert_close((got, swap(stack(metrics))), solo(lambda t: microbatch(t, 2), scales=tuple(scales.tolist())), TIGHT)
+    got, metrics = run(halves, jitted(halves.init)(keys()), batches())
+    assert_close((got, swap(stack(metrics))), solo(2, scales), TIGHT)
 
 
 SCALES = np.asarray([1.0, 0.5], np.float32)
@@ -362,10 +370,10 @@ def test_nested_members_equal_solo_runs(name):
     compose, scale = NESTED[name]
     t = compose()
     keys = jax.random.split(jax.random.key(3), (2, 2))
-    got, metrics = run(t, quick(t.init)(keys), batches())
+    got, metrics = run(t, jitted(t.init)(keys), batches())
     for i in range(2):
         for j in range(2):
-            wanted = run(training(toy(), sgd(float(scale(i, j)))), quick(TRAIN.init)(keys[i, j]), batches())
+            wanted = run(game(float(scale(i, j)), 1), jitted(TRAIN.init)(keys[i, j]), batches())
             mine = member(member(got._replace(step=jnp.full((2, 2), got.step)), i), j)
             assert_close((mine, [member(member(one, i), j) for one in metrics]), wanted, TIGHT)
 
@@ -387,9 +395,9 @@ def test_fed_members_equal_solo_runs(name):
     }[name]
     for parts in (1, 2):
         t = compose(TRAIN) if parts == 1 else microbatch(compose(TRAIN), parts)
-        first = quick(t.init)(keys())
+        first = jitted(t.init)(keys())
         if "scan" in name:
-            got, metrics = quick(t.step)(first, arrays)
+            got, metrics = jitted(t.step)(first, arrays)
             metrics = metrics if name.startswith("ensemble") else swap(metrics)
         else:
             got, metrics = run(t, first, [arrays] * STEPS)
@@ -401,7 +409,7 @@ def test_each_member_skips_its_own_bad_steps():
     scales = np.asarray([1.0, np.inf, 0.5], np.float32)
     make = lambda scale: skip_nonfinite(training(toy(), sgd(scale)))  # noqa: E731
     t = sweep(make, scale=scales)
-    first = quick(t.init)(keys())
+    first = jitted(t.init)(keys())
     got, metrics = run(t, first, batches())
     np.testing.assert_array_equal([one["skipped"] for one in metrics], [[0, 1, 0]] * STEPS)
     assert_same(member(got.params, 1), member(first.params, 1))
@@ -422,7 +430,7 @@ def test_skipping_changes_no_good_step_and_nothing_but_the_counter_of_a_bad_one(
     assert_close(got, wanted, TIGHT)
     assert_close(metrics, [one | {"skipped": jnp.zeros(())} for one in wanted_metrics], TIGHT)
     bad = data[0]._replace(x=data[0].x.at[0, 0].set(jnp.inf))
-    after, metrics = quick(t.step)(got, bad)
+    after, metrics = jitted(t.step)(got, bad)
     assert_same(after, got._replace(step=got.step + 1))
     assert {name: float(value) for name, value in metrics.items()} == {
         "gen/loss": 0,
@@ -437,7 +445,7 @@ def test_skipping_changes_no_good_step_and_nothing_but_the_counter_of_a_bad_one(
 
 def test_the_fastest_mode_is_measured_once_outside_and_inside_a_trace(monkeypatch):
     monkeypatch.setattr(train, "_MEASURED", {})
-    first = quick(ensemble(TRAIN).init)(keys())
+    first = jitted(ensemble(TRAIN).init)(keys())
 
     def one(hyper, ts, batch):
         return TRAIN.step(ts, batch)
@@ -463,15 +471,15 @@ def test_auto_is_the_mode_that_was_found_faster(monkeypatch, chosen):
     asked = []
     monkeypatch.setattr(train, "fastest_mode", lambda *args: asked.append(args) or chosen)
     t = ensemble(TRAIN, "auto")
-    got = run(t, quick(t.init)(keys()), batches())
+    got = run(t, jitted(t.init)(keys()), batches())
     assert asked
-    assert_same(got, run(ensemble(TRAIN, chosen), quick(t.init)(keys()), batches()))
+    assert_same(got, run(ensemble(TRAIN, chosen), jitted(t.init)(keys()), batches()))
 
 
 def test_auto_trains_without_being_told_how(monkeypatch):
     monkeypatch.setattr(train, "_MEASURED", {})
     t = scan_steps(ensemble(TRAIN, "auto"))
-    got, metrics = quick(t.step)(quick(t.init)(keys()), stack(batches()))
+    got, metrics = jitted(t.step)(jitted(t.init)(keys()), stack(batches()))
     assert_close((got, swap(metrics)), reference(), TIGHT)
     assert len(train._MEASURED) == 1
 
@@ -499,22 +507,22 @@ def test_members_need_one_key_each():
             t.init(jax.random.key(0))
         with pytest.raises(TypeError, match="typed PRNG key"):
             t.init(jnp.zeros((2, 2), jnp.uint32))
-    with pytest.raises(ConfigError, match="init needs one key; got keys of shape .3."):
+    with pytest.raises(ConfigError, match=r"init needs one key; got keys of shape \[3\]"):
         TRAIN.init(keys())
-    with pytest.raises(ConfigError, match="2 rows .* got 3 keys"):
+    with pytest.raises(ConfigError, match=r"2 rows .* got 3 keys"):
         swept.init(keys())
 
 
 def test_an_unknown_mode_is_refused():
     with pytest.raises(ConfigError, match="'vmap', 'map' or 'auto'; got 'pmap'"):
-        ensemble(TRAIN, "pmap").step(quick(ensemble(TRAIN).init)(keys()), batches()[0])
+        ensemble(TRAIN, "pmap").step(jitted(ensemble(TRAIN).init)(keys()), batches()[0])
 
 
 def test_a_sharded_step_is_split_over_the_devices_and_replicated_again():
     t = shard(TRAIN, mesh())
-    first = quick(t.init)(jax.random.key(0))
+    first = jitted(t.init)(jax.random.key(0))
     program = (
-        quick(t.step).lower(first, jax.device_put(batches()[0], jax.sharding.NamedSharding(mesh(), jax.P("data")))).compile()
+        jitted(t.step).lower(first, jax.device_put(batches()[0], jax.sharding.NamedSharding(mesh(), jax.P("data")))).compile()
     )
     assert "all-reduce" in program.as_text()
     data = batches(weight=jnp.asarray([1, 0, 2, 0.5, 0, 1, 3, 1], jnp.float32))

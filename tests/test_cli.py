@@ -1,0 +1,505 @@
+"""The program as a user runs it: the commands, what they say, bad input, and being stopped and killed."""
+
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import genjax.cli
+from genjax import figures
+from genjax.checkpoint import Checkpoints
+from genjax.config import from_dict
+from genjax.errors import ConfigError
+from genjax.protocol import DataSpec
+from genjax.run import read_config
+from genjax.zoo import ZOO
+
+# Small, and with so many checkpoints that a signal is likely to hit a save.
+TRAIN = shlex.split(
+    "train vae --hidden 8 --latent-dim 2 --batch-size 32 --steps 300 --steps-per-call 10 --log-every 20 --evaluate-every 100 "
+    "--sample-every 200 --checkpoint-every 10"
+)
+BIN = Path(sys.executable).parent
+
+
+def environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("GENJAX_DATA", "XLA_FLAGS")}
+    return {**kept, "JAX_PLATFORMS": "cpu"}
+
+
+def start(args: list[str], cwd: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "genjax", *args]
+    return subprocess.Popen(command, cwd=cwd, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def program(args: list[str], cwd: Path, code: int = 0) -> tuple[str, str]:
+    """Run the real program to its end; (standard output, standard error)."""
+    process = start(args, cwd)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    return out, err
+
+
+def refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run the program in this process and return its complaint."""
+    with pytest.raises(SystemExit) as stopped:
+        genjax.cli.main(args)
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    return captured.err + captured.out
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """A run that nobody stopped: its folder, and what the program said."""
+    cwd = tmp_path_factory.mktemp("cli")
+    out, err = program([*TRAIN, "--out", "run"], cwd)
+    return cwd / "run", out, err
+
+
+def state_bits(folder: Path, step: int | None = None) -> list[tuple[str, bytes]]:
+    """Every leaf of a run's newest checkpoint, as bytes."""
+    recipe = from_dict(read_config(folder), ZOO)
+    like = jax.eval_shape(recipe.training(recipe.source().spec).init, jax.random.key(0))
+    restored = Checkpoints(folder / "checkpoints").restore(like, step)
+    assert restored is not None
+    state = restored.state._replace(key=jax.random.key_data(restored.state.key))
+    leaves = jax.tree_util.tree_leaves_with_path((state, jax.tree.map(np.asarray, restored.note)))
+    return [(jax.tree_util.keystr(path), np.asarray(leaf).tobytes()) for path, leaf in leaves]
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in figures.read_metrics(folder / "metrics.jsonl")]
+
+
+def assert_same_run(folder: Path, expected: Path) -> None:
+    assert metrics(folder) == metrics(expected)
+    steps = Checkpoints(expected / "checkpoints").steps()
+    assert Checkpoints(folder / "checkpoints").steps() == steps
+    for step in steps:
+        assert state_bits(folder, step) == state_bits(expected, step)
+    for picture in sorted((expected / "samples").glob("step_*.png")):
+        assert (folder / "samples" / picture.name).read_bytes() == picture.read_bytes()
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from genjax.cli import main; main(['--help']); main(['--version'])\n"
+        "print(sorted({name.split('.')[0] for name in sys.modules} & "
+        "{'jax', 'jaxlib', 'numpy', 'flax', 'optax', 'orbax', 'tyro', 'rich', 'matplotlib', 'sklearn', 'tensorboardX'}))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "[]"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", out.splitlines()[-2])
+    for command in genjax.cli.COMMANDS:
+        assert f"\n  {command} " in out
+
+
+def test_training_says_what_it_does_and_what_to_do_next(trained: tuple[Path, str, str]) -> None:
+    folder, out, err = trained
+    assert out.splitlines() == [
+        "genjax train vae: variational autoencoder, on digits, for 300 steps, in run",
+        "trained to step 300; see run/samples and run/curves.png",
+        "next: genjax evaluate run   or   genjax sample run --n 64",
+    ]
+    lines = err.splitlines()
+    pattern = r"vae  step (\d+)/300  \d+\.\d steps/s  \d+ s left(  .*)?"
+    assert all(re.fullmatch(pattern, line) for line in lines), err
+    assert re.fullmatch(r"vae  step 300/300 .*vae/loss \d+\.\d{3}  valid/bound -\d+\.\d{3}", lines[-1])
+    assert {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "samples", "curves.png"} == {
+        path.name for path in folder.iterdir()
+    }
+
+
+def test_the_installed_program_evaluates(trained: tuple[Path, str, str]) -> None:
+    folder = trained[0]
+    command = [str(BIN / "genjax"), "evaluate", "run", "--n", "50", "--n-samples", "7", "--seed", "5"]
+    done = subprocess.run(command, cwd=folder.parent, env=environment(), capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    report = json.loads((folder / "report.json").read_text())
+    assert (report["n"], report["seed"], report["split"]) == (50, 5, "test")
+    assert report["estimator"] == "importance-weighted bound, K=7"
+    assert f"{report['mean']:.3f} ± {report['standard_error']:.3f} nats per example (lower bound" in done.stdout
+    assert f"{report['bits_per_dim']:.4f}" in done.stdout
+    assert done.stdout.splitlines()[-1] == "written: run/report.json"
+
+
+def test_sampling(trained: tuple[Path, str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = trained[0]
+    genjax.cli.main(["sample", str(folder), "--n", "9", "--seed", "2"])
+    out = folder / "samples" / "sample_n9_seed2"
+    assert capsys.readouterr().out == f"9 samples [9, 8, 8, 1] in {out}.npz and {out}.png\n"
+    x = np.load(f"{out}.npz")["x"]
+    assert x.shape == (9, 8, 8, 1)
+    genjax.cli.main(["sample", str(folder), "--n", "9", "--seed", "2", "--out", str(tmp_path / "again")])
+    np.testing.assert_array_equal(np.load(tmp_path / "again.npz")["x"], x)
+    capsys.readouterr()
+    assert "unconditional: leave `cond` out" in refused(["sample", str(folder), "--cond", "3"], capsys)
+    (tmp_path / "file").write_text("")
+    text = refused(["sample", str(folder), "--n", "1", "--out", str(tmp_path / "file" / "x")], capsys)
+    assert re.search(r"Could not write .*file/x\.npz: (Not a directory|File exists)", text)
+
+
+def test_the_list_has_a_row_for_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    genjax.cli.main(["list", "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in rows] == list(ZOO)
+    wanted = {"name", "family", "data", "score", "conditional", "parameters", "expected", "time"}
+    assert all(wanted <= set(row) and all(row.values()) for row in rows)
+    by_name = {row["name"]: row for row in rows}
+    # 64-256-256-(8+8) and 8-256-256-64, each with its biases, and one scale.
+    sizes = [(64, 256), (256, 256), (256, 16), (8, 256), (256, 256), (256, 64)]
+    assert by_name["vae"]["parameters"] == f"{sum(a * b + b for a, b in sizes) + 1:,}"
+    assert (by_name["vae"]["score"], by_name["cvae"]["conditional"]) == ("bound", "10 classes")
+
+
+def test_bench_prints_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    genjax.cli.main(["bench", "vae", "--hidden", "8", "--latent-dim", "2", "--batch-size", "32", "--seconds", "0.2"])
+    out = capsys.readouterr().out
+    figure = {name: float(re.search(rf"│ {name} +│ ([-+.\de]+)", out)[1]) for name in (  # type: ignore[index]
+        "steps/s", "examples/s", "compile", "FLOPs per step", "share of peak", "temporary memory"
+    )}  # fmt: skip
+    assert all(value > 0 for value in figure.values())
+    assert figure["examples/s"] == pytest.approx(32 * figure["steps/s"], rel=0.01)
+    # Forward and backward: at least three products with the two 64 x 8 matrices for each example.
+    assert figure["FLOPs per step"] > 3 * 2 * 2 * 64 * 8 * 32
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_of_a_command_names_the_recipes_and_of_a_recipe_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    for args in (["train", "--help"], ["bench", "-h"]):
+        with pytest.raises(SystemExit) as stopped:
+            genjax.cli.main(args)
+        assert stopped.value.code == 0
+        out = capsys.readouterr().out
+        assert all(f"  {name} " in out for name in ZOO)
+    with pytest.raises(SystemExit) as stopped:
+        genjax.cli.main(["sweep", "cvae", "--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    # One setting each of the builder, the loader, the optimiser, the schedule and the command.
+    assert all(
+        flag in out for flag in ("--latent-dim INT", "--conditional", "--learning-rate FLOAT", "--steps INT", "--seeds INT")
+    )
+    assert "dimensions of z" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("trian vae", "There is no command called 'trian'. Did you mean train?"),
+        ("train vea", "There is no recipe called 'vea'. Did you mean vae"),
+        ("train xyzzy", f"There is no recipe called 'xyzzy'. There are: {', '.join(ZOO)}."),
+        ("train", "genjax train needs the name of a recipe. There are: vae"),
+        ("sweep --seeds 3", "genjax sweep needs the name of a recipe"),
+        ("train vae --data digit", "There is no data set called 'digit'. Did you mean digits?"),
+        ("train vae --learnig-rate 1", "--learnig-rate"),
+        ("train vae --steps many", "--steps"),
+        ("train vae --net cnn", "--net"),
+        ("train vae --binarize 3", "--binarize"),
+        ("train vae --steps 0", "steps must be at least 1; got 0."),
+        ("train vae --seed -1", "seed must be from 0 to 2**32 - 1; got -1."),
+        ("train vae --batch-size 5000", "batch_size=5000 is more than the 1257 examples there are"),
+        ("train vae --microbatches 5", "A batch of 128 does not divide into 5 equal microbatches."),
+        ("sweep vae --latent-dim 2,4", "--latent-dim cannot be swept in one program"),
+        ("sweep vae --learning-rate 1e-3,fast", "--learning-rate takes numbers separated by commas; got '1e-3,fast'."),
+        ("sweep vae --seeds 0", "--seeds must be at least 1; got 0."),
+        ("sample nowhere", "nowhere is not a run folder: it has no config.json."),
+        ("sample nowhere --n 0", "--n must be at least 1; got 0."),
+        ("sample nowhere --seed -3", "--seed must be from 0 to 2**32 - 1; got -3."),
+        ("evaluate nowhere", "nowhere is not a run folder: it has no config.json."),
+        ("evaluate nowhere --batch-size 0", "--batch-size must be at least 1; got 0."),
+        ("evaluate nowhere --split dev", "--split"),
+    ],
+)
+def test_bad_input_is_refused_in_one_message(
+    args: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(args.split(), capsys)
+    assert list(tmp_path.iterdir()) == [], "nothing is written"
+
+
+DIGITS = np.zeros((30, 4, 4), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "flags", "message"),
+    [
+        (None, "", "there is no such file"),
+        (b"PK but no archive", "", "damaged, cannot be read as arrays"),
+        (b"hello", "", "not a .npz or .npy file"),
+        ({"y": DIGITS}, "", "expected the arrays"),
+        ({"x": DIGITS, "y": np.zeros(29, int)}, "--conditional", "labels of another length: 30 examples in x and 29 in y"),
+        ({"x": np.where(np.arange(30) == 3, np.nan, 1.0)[:, None]}, "", "NaN or infinite"),
+        ({"x": np.where(np.arange(30) == 3, np.inf, 1.0)[:, None]}, "", "NaN or infinite"),
+        ({"x": DIGITS[:0]}, "", "x is empty; expected at least 1 example"),
+        (
+            {"x_train": DIGITS, "x_test": np.zeros((9, 5, 4), np.uint8)},
+            "",
+            "must hold examples of one shape; found [4, 4], [5, 4]",
+        ),
+        ({"x": DIGITS}, "--batch-size 25", "batch_size=25 is more than the 24 examples there are"),
+    ],
+)
+def test_bad_data_are_refused_in_one_message_that_names_the_file(
+    arrays: Any, flags: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if isinstance(arrays, bytes):
+        Path("mine.npz").write_bytes(arrays)
+    elif arrays is not None:
+        np.savez("mine.npz", **arrays)
+    text = refused([*shlex.split("train vae --data mine.npz --hidden 4"), *flags.split()], capsys)
+    assert message in text
+    assert "mine.npz" in text or "batch_size" in text
+    assert not Path("runs").exists()
+
+
+def test_a_truncated_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez("mine.npz", x=DIGITS)
+    whole = Path("mine.npz").read_bytes()
+    for end in (len(whole) // 3, len(whole) - 10):
+        Path("mine.npz").write_bytes(whole[:end])
+        assert "mine.npz: damaged" in refused(shlex.split("train vae --data mine.npz"), capsys)
+
+
+def test_files_that_are_not_there_are_named_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GENJAX_DATA", str(tmp_path / "data"))
+    text = refused(["train", "vae-mnist"], capsys)
+    assert str(tmp_path / "data") in text
+    assert not Path("runs").exists()
+
+
+def test_a_run_with_other_settings_is_refused_with_the_difference(
+    trained: tuple[Path, str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = trained[0]
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    text = refused([*TRAIN, "--out", str(folder), "--learning-rate", "0.5"], capsys)
+    assert "holds a run with other settings; nothing was changed:\n  optimizer.learning_rate: there 0.001, now 0.5\n" in text
+    text = refused(["train", "cvae", "--out", str(folder)], capsys)
+    assert "\n  recipe: there 'vae', now 'cvae'\n" in text
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("text", "n_classes", "cond_dim", "expected"),
+    [
+        (None, None, None, None),
+        (None, 3, None, [0, 0, 1, 1, 2]),
+        ("1", 3, None, [1] * 5),
+        ("2,0", 3, None, [0, 0, 2, 2, 2]),
+        ("0.5,-1", None, 2, [[0.5, -1]] * 5),
+    ],
+)
+def test_conditions_as_text(text: str | None, n_classes: int | None, cond_dim: int | None, expected: Any) -> None:
+    spec = DataSpec((2,), "continuous", n_classes=n_classes, cond_dim=cond_dim)
+    found = genjax.cli._condition(spec, text, 5)
+    if expected is None:
+        assert found is None
+        return
+    if n_classes and text == "2,0":
+        assert set(found.tolist()) == {0, 2}
+        assert sorted(found.tolist()) == found.tolist()
+    elif n_classes and text is None:
+        assert found.tolist() == sorted(np.resize([0, 1, 2], 5).tolist())
+    else:
+        np.testing.assert_array_equal(found, expected)
+    assert found.dtype == (np.int32 if n_classes else np.float32)
+
+
+@pytest.mark.parametrize("text", ["3", "-1", "0.5", "nan", "inf", "1e30", "", ",", "three"])
+def test_conditions_that_are_no_classes(text: str) -> None:
+    spec = DataSpec((2,), "continuous", n_classes=3)
+    with pytest.raises(ConfigError, match="--cond takes"):
+        genjax.cli._condition(spec, text, 5)
+
+
+def test_an_interrupt_outside_training_has_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(args: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(genjax.cli.COMMANDS, "list", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        genjax.cli.main(["list"])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err.startswith("genjax: interrupted")
+
+
+@pytest.mark.slow
+def test_sigterm_saves_exits_143_and_the_same_command_goes_on_to_the_same_bits(
+    trained: tuple[Path, str, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    process = start([*TRAIN, "--out", "run"], tmp_path)
+    wait_for(lambda: Checkpoints(folder / "checkpoints").steps(), process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 143, err
+    assert "Traceback" not in err
+    found = re.search(
+        r"^genjax: SIGTERM: saved at step (\d+) of 300; run the same command again to go on\.$", err, re.MULTILINE
+    )
+    assert found, err
+    step = int(found[1])
+    assert Checkpoints(folder / "checkpoints").steps()[-1] == step < 300
+    assert (folder / "curves.png").exists()
+    out, _ = program([*TRAIN, "--out", "run"], tmp_path)
+    assert f"going on from step {step} of 300 in run" in out
+    assert_same_run(folder, trained[0])
+
+
+@pytest.mark.slow
+def test_kill_9_again_and_again_loses_nothing(trained: tuple[Path, str, str], tmp_path: Path) -> None:
+    """Every dispatch ends in a save, so most kills hit one; each life goes on from the last whole checkpoint."""
+    folder = tmp_path / "run"
+    checkpoints = Checkpoints(folder / "checkpoints")
+    rng = random.Random(0)
+    lives, died_at = 3, []
+    for life in range(lives):
+        before = checkpoints.steps()
+        process = start([*TRAIN, "--out", "run"], tmp_path)
+        wait_for(lambda before=before: checkpoints.steps() != before, process)
+        time.sleep(rng.uniform(0, 0.15))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        died_at.append(checkpoints.steps()[-1])
+        if life == 0:  # and one that was killed for certain in the middle of writing
+            newest = folder / "checkpoints" / str(died_at[-1])
+            half = folder / "checkpoints" / f"{died_at[-1] + 10}.part"
+            subprocess.run(["cp", "-r", newest, half], check=True)
+            (half / "_CHECKPOINT_METADATA").unlink()
+    assert died_at == sorted(set(died_at))
+    assert died_at[-1] < 300, "the run was too fast to be killed"
+    out, _ = program([*TRAIN, "--out", "run"], tmp_path)
+    assert f"going on from step {died_at[-1]} of 300" in out
+    assert_same_run(folder, trained[0])
+    assert not list((folder / "checkpoints").glob("*.part*"))
+
+
+KILLED_IN_A_SAVE = """
+import os, signal, sys
+from orbax.checkpoint import v1 as ocp
+from genjax.cli import main
+whole = ocp.save
+def save(path, *args, **kwargs):
+    if path.endswith("/50.part"):
+        os.makedirs(path)
+        open(path + "/half", "w").write("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    whole(path, *args, **kwargs)
+ocp.save = save
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_in_the_middle_of_a_save_and_a_damaged_checkpoint(trained: tuple[Path, str, str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-c", KILLED_IN_A_SAVE, *TRAIN, "--out", "run"]
+    died = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert died.returncode == -signal.SIGKILL
+    assert (folder / "checkpoints" / "50.part" / "half").exists()
+    assert Checkpoints(folder / "checkpoints").steps() == [20, 30, 40]
+    # The newest whole one is damaged as well: one byte, in the largest file.
+    largest = max(
+        (path for path in (folder / "checkpoints" / "40").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    out, err = program([*TRAIN, "--out", "run"], tmp_path)
+    assert "going on from step 30 of 300" in out
+    assert f"A damaged checkpoint was passed over and is now called {folder / 'checkpoints' / '40.damaged'}: " in err
+    assert_same_run(folder, trained[0])
+
+
+@pytest.mark.slow
+def test_a_loss_that_turns_non_finite_stops_the_program_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    args = shlex.split(
+        "train vae --hidden 8 --steps 60 --steps-per-call 5 --checkpoint-every 5 --schedule linear --warmup-steps 40"
+    )
+    args += ["--algorithm", "sgd", "--weight-decay", "0", "--learning-rate", "1e4", "--out", "run"]
+    _, err = program(args, tmp_path, code=2)
+    found = re.search(r"genjax: error: At step (\d+) the loss of player 'vae' is (nan|inf), and training stopped\.(.*)", err)
+    assert found, err
+    steps = Checkpoints(tmp_path / "run" / "checkpoints").steps()
+    if steps:
+        assert f"The last good checkpoint is that of step {steps[-1]}." in found[3]
+        assert steps[-1] <= int(found[1])
+    out, _ = program([*args[:-1], "skipping", "--skip-nonfinite"], tmp_path)
+    assert "trained to step 60" in out
+    lines = metrics(tmp_path / "skipping")
+    assert sum(line.get("skipped", 0) for line in lines) > 0
+    # What was trained with is finite; the validation bound of such wild weights need not be.
+    assert all(np.isfinite(value) for line in lines for name, value in line.items() if name.startswith("vae/"))
+
+
+@pytest.mark.slow
+def test_a_sweep_is_one_program_with_a_table(tmp_path: Path) -> None:
+    args = shlex.split("sweep vae --hidden 8 --latent-dim 2 --steps 60 --log-every 20 --seeds 2 --learning-rate 1e-3,3e-4")
+    out, _ = program(args, tmp_path)
+    folder = tmp_path / "runs" / "sweep-vae,hidden=8,latent-dim=2,log-every=20,steps=60,learning-rate=0.001_0.0003,seeds=2"
+    results = json.loads((folder / "results.json").read_text())
+    assert len(results["results"]) == 2
+    for line in results["results"]:
+        assert re.search(rf"│ {line['settings']['learning_rate']:g} +│ {line['mean']:.4f} +│ {line['sd']:.4f} +│ 0 +│", out)
+    assert "2 settings x 2 seeds as one program" in out
+    assert (folder / "curves.png").stat().st_size > 1000
+    program(["sample", str(folder)], tmp_path, code=2)
+
+
+@pytest.mark.slow
+def test_a_terminal_gets_a_bar_with_rate_and_time_left(tmp_path: Path) -> None:
+    pty = pytest.importorskip("pty")
+    leader, follower = pty.openpty()
+    args = shlex.split("train vae --hidden 8 --steps 300 --sample-every 0 --out run")
+    env = {**environment(), "TERM": "xterm", "COLUMNS": "120"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "genjax", *args], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=follower, text=True
+    )
+    os.close(follower)
+    shown = b""
+    try:
+        while chunk := os.read(leader, 65536):
+            shown += chunk
+    except OSError:  # the other end was closed
+        pass
+    assert process.wait() == 0
+    os.close(leader)
+    assert process.stdout is not None
+    process.stdout.close()
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert re.search(r"vae .*300/300 \d+\.\d steps/s \d:\d\d:\d\d vae/loss \d+", text), text[-500:]
+    assert "compiling" in text
