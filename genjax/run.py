@@ -399,8 +399,8 @@ def evaluate(
     name, score = scoring
     arrays: Batch = getattr(run.source.load(), split)
     if n is not None:
-        if n < 1:
-            raise ConfigError(f"--n must be at least 1; got {n}.")
+        if n < 2:
+            raise ConfigError(f"--n must be at least 2, so that there is a standard error; got {n}.")
         arrays = jax.tree.map(lambda leaf: leaf[:n], arrays)
     started = time.perf_counter()
     run_score = scorer(score, run.source.prepare)
