@@ -364,8 +364,8 @@ def test_g7_eight_examples_are_memorised_down_to_the_floor(name):
     def nats(params, state):  # means over the examples, one for each key
         return jax.lax.map(lambda key: -score(params, state, eight, key).mean(), keys)
 
-    # Fitting 8 examples is a stiff problem: without the clipping, single steps throw the weights far off.
-    t = training(model, optax.chain(optax.clip_by_global_norm(10.0), optax.adam(optax.cosine_decay_schedule(5e-3, 2000))))
+    # Fitting 8 examples is a stiff problem: without the clipping, single gradients throw weights far off.
+    t = training(model, optax.chain(optax.adaptive_grad_clip(0.05), optax.adam(optax.cosine_decay_schedule(5e-3, 2000))))
     fast = jax.jit(scan_steps(t, 200).step, donate_argnums=0)
     ts = quick(t.init)(jax.random.key(0))
     before = after = None if score is None else np.asarray(nats(ts.params, ts.state)).mean()

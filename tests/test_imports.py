@@ -78,10 +78,9 @@ def test_the_command_line_imports_nothing_heavy():
         light = sys.stdlib_module_names | {"genjax"}
         modules = set(imports(FILES[name], top_level=True))
         assert {module.split(".")[0] for module in modules} <= light, name
-    assert {module for module in imports(FILES["cli"], top_level=True) if module.startswith("genjax")} <= {
-        "genjax.errors",
-        *(f"genjax.errors.{error}" for error in ("ConfigError", "GenjaxError", "Interrupted", "unknown_name")),
-    }
+    own = {module for module in imports(FILES["cli"], top_level=True) if module.startswith("genjax")}
+    assert own
+    assert all(module == "genjax.errors" or module.startswith("genjax.errors.") for module in own)
 
 
 @pytest.mark.parametrize("flag", ["--help", "--version"])
