@@ -14,8 +14,9 @@ The rules that make it work:
 * Losses run in training mode; `log_prob` and `bound` run in evaluation mode.
 * Losses and metrics are per example, `[B]`, in nats where they are log-probabilities, summed over the event's dimensions.
   The mean over the batch, with `batch.weight`, is taken in one place: `train.py`.
-* Randomness is data. Typed keys only (`jax.random.key`). The step's key is `fold_in(ts.key, ts.step)`, and the order of
-  the data is a pure function of (seed, step), so resume is exact by construction.
+* Randomness is data. Typed keys only (`jax.random.key`). A step's key is `fold_in(ts.key, ts.step)` (with J turns a step,
+  turn j has `fold_in(ts.key, ts.step J + j)`), and the order of the data is a pure function of (seed, step), so resume
+  is exact by construction.
 * Conditioning is one optional argument: `batch.cond` and `sample(..., cond=)`. A model is conditional if and only if its
   spec describes a condition (`n_classes` or `cond_dim`).
 * What goes in comes out: `sample` returns values of the same kind, range and dtype as `batch.x` (see `DataSpec.kind`).
@@ -201,7 +202,8 @@ class TrainState(NamedTuple):
 
 
 class Gradient(Protocol):
-    """Gradient of one player's weighted loss: `weight` sums to 1, so gradients and metrics of disjoint parts just add."""
+    """Gradient of one player's weighted loss: `weight` [B], or [] for all alike, sums to 1 over the step's batch, so
+    gradients and metrics of disjoint parts just add."""
 
     def __call__(
         self, player: str, params: Params, state: State, batch: Batch, weight: Array, key: Key

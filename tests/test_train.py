@@ -74,16 +74,16 @@ def by_hand(ts, batches, turns=TURNS):
         x = np.asarray(batch.x, float)
         weight = np.ones(len(x)) if batch.weight is None else np.asarray(batch.weight, float)
         weight = weight / weight.sum()
-        key, losses = jax.random.fold_in(ts.key, int(ts.step) + offset), {}
-        for index, (player, times) in enumerate(turns):
-            for key_turn in jax.random.split(jax.random.fold_in(key, index), times):
-                e, w, a = np.asarray(jax.random.normal(key_turn, x.shape), float), p["gen"], p["disc"]
-                if player == "gen":
-                    loss, grads = 0.5 * c * (w - x) ** 2 + w * a + w * e, c * (w - x) + a + e
-                else:
-                    loss, grads = 0.5 * a**2 - a * (x - w) + a * e, a - x + w + e
-                losses[player] = weight @ loss.sum(1)
-                p[player] = p[player] - RATES[player] * weight @ grads
+        losses, order = {}, [player for player, times in turns for _ in range(times)]
+        for index, player in enumerate(order):
+            key_turn = jax.random.fold_in(ts.key, (int(ts.step) + offset) * len(order) + index)
+            e, w, a = np.asarray(jax.random.normal(key_turn, x.shape), float), p["gen"], p["disc"]
+            if player == "gen":
+                loss, grads = 0.5 * c * (w - x) ** 2 + w * a + w * e, c * (w - x) + a + e
+            else:
+                loss, grads = 0.5 * a**2 - a * (x - w) + a * e, a - x + w + e
+            losses[player] = weight @ loss.sum(1)
+            p[player] = p[player] - RATES[player] * weight @ grads
     return p, losses
 
 
@@ -237,7 +237,7 @@ def test_without_noise_accumulation_equals_the_big_batch(parts, weight):
 def test_every_part_has_its_own_noise_and_the_turn_its_own_key():
     got, _ = run(microbatch(training(toy((("gen", 1), ("disc", 1))), sgd()), 2), start(), batches()[:1])
     (batch,) = batches()[:1]
-    key = jax.random.split(jax.random.fold_in(jax.random.fold_in(start().key, 0), 0), 1)[0]
+    key = jax.random.fold_in(start().key, 0)
     noise = np.concatenate([jax.random.normal(k, (B // 2, 3)) for k in jax.random.split(key, 2)])
     p = jax.tree.map(np.asarray, start().params)
     w = p["gen"]["w"]
