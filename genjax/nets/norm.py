@@ -1,0 +1,74 @@
+"""Normalisation: batch statistics, also conditional, and spectral norms. Both keep what they carry in the state."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from genjax.protocol import Array
+
+
+class BatchNorm(nnx.Module):
+    """y = scale (x - mean) / sqrt(var + ε) + shift over all axes but the last. Ioffe & Szegedy 2015.
+
+    Scale and shift are learned vectors [D] or, with `cond_size`, 1 + W c and V c with learned matrices [cond_size, D] that
+    start at 0 (de Vries 2017), so that equal rows give the unconditional layer. With train=True mean and var are those of
+    the batch, and the running ones in the state move 1 % towards them; with train=False they are the running ones.
+    """
+
+    def __init__(self, d: int, cond_size: int = 0, *, rngs: nnx.Rngs) -> None:
+        self.norm = nnx.BatchNorm(d, use_scale=not cond_size, use_bias=not cond_size, rngs=rngs)
+        zeros = nnx.initializers.zeros_init()
+        make = lambda: nnx.Linear(cond_size, d, use_bias=False, kernel_init=zeros, rngs=rngs)  # noqa: E731
+        self.scale, self.shift = (make(), make()) if cond_size else (None, None)
+
+    def __call__(self, x: Array, cond: Array | None, train: bool) -> Array:
+        y = self.norm(x, use_running_average=not train)
+        if self.scale is None or self.shift is None:
+            return y
+        wide = lambda v: v.reshape(v.shape[0], *[1] * (x.ndim - 2), v.shape[-1])  # noqa: E731
+        return y * (1 + wide(self.scale(cond))) + wide(self.shift(cond))
+
+
+class Spectral(nnx.Module):
+    """A dense or convolutional layer whose kernel W is divided by its largest singular value σ. Miyato 2018, algorithm 1.
+
+    The kernel counts as a matrix [everything else, outputs]. One power iteration for each call with train=True:
+    v ← W u / |W u|, u ← Wᵀ v / |Wᵀ v|, σ = vᵀ W u, where u [outputs] is in the state and the gradient takes u and v as
+    constants. With train=False u is used as it is.
+    """
+
+    def __init__(self, layer: Any, *, rngs: nnx.Rngs) -> None:
+        self.layer = layer
+        self.u = nnx.BatchStat(jax.random.normal(rngs.params(), (layer.kernel.shape[-1],)))
+
+    def __call__(self, x: Array, train: bool) -> Array:
+        kernel = self.layer.kernel[...]
+        matrix = kernel.reshape(-1, kernel.shape[-1])
+        constant = jax.lax.stop_gradient(matrix)
+        u = _unit(self.u[...].astype(matrix.dtype))
+        v = _unit(constant @ u)
+        if train:
+            u = _unit(v @ constant)
+            self.u[...] = u.astype(self.u[...].dtype)
+        sigma = v @ (matrix @ u)
+        # The module is a copy that lives for one call of `functional`, but may be called twice within it.
+        self.layer.kernel[...] = kernel / sigma
+        y = self.layer(x)
+        self.layer.kernel[...] = kernel
+        return y
+
+
+class Plain(nnx.Module):
+    """A layer as it is, with the arguments of `Spectral`."""
+
+    def __init__(self, layer: Any, *, rngs: nnx.Rngs) -> None:
+        self.layer = layer
+
+    def __call__(self, x: Array, train: bool) -> Array:
+        return self.layer(x)
+
+
+def _unit(v: Array) -> Array:
+    return v / (jnp.linalg.norm(v) + 1e-12)
