@@ -26,15 +26,32 @@ def results_table() -> str:
         if r is None:
             rows.append([f"`{name}`", recipe.data, "not measured", "", "", ""])
             continue
-        bits = f", {r['bits_per_dim']:.3f} bits/dim" if "bits_per_dim" in r else ""
-        value = f"{r['mean']:.2f}" + (f" ± {r['sd']:.2f}" if r["sd"] is not None else "") + f" nats{bits}"
         reference = REFERENCES.get(name, "")
         if "true_log_prob" in r:
             reference = f"{r['true_log_prob']:.2f} (the true density, same examples)"
-        error = f"s.e. over examples {r['standard_error']:.2f}"
-        how = f"{r['estimator']}; {r['split']}, n={r['n']:,}; {len(r['seeds'])} seeds; {error}"
+        if "figures" in r:
+            value = "; ".join(map(figure_text, r["figures"]))
+            how = f"{r['estimator']}; as many samples as examples"
+        else:
+            bits = f", {r['bits_per_dim']:.3f} bits/dim" if "bits_per_dim" in r else ""
+            value = f"{mean_and_sd(r, '.2f')} nats{bits}"
+            how = f"{r['estimator']}; s.e. over examples {r['standard_error']:.2f}"
+        how += f"; {r['split']}, n={r['n']:,}; {len(r['seeds'])} seeds"
         rows.append([f"`{name}`", r["data"], value, how, reference or "-", f"{r['train_seconds']['mean']:.0f} s"])
-    return markdown(["recipe", "data", "log-probability (lower bound)", "estimator", "reference", "training time"], rows)
+    return markdown(
+        ["recipe", "data", "value (log-probabilities are lower bounds)", "estimator", "reference", "training time"], rows
+    )
+
+
+def mean_and_sd(r: dict[str, Any], form: str) -> str:
+    """A result over seeds in words."""
+    return f"{r['mean']:{form}}" + (f" ± {r['sd']:{form}}" if r["sd"] is not None else "")
+
+
+def figure_text(figure: dict[str, Any]) -> str:
+    """A figure about samples over seeds, and the same figure of real data."""
+    real = "" if figure["real"] is None else f" (real data {figure['real']:.3g})"
+    return f"{figure['name']} {mean_and_sd(figure, '.3g')}{real}"
 
 
 def machine(results: dict[str, Any]) -> str:

@@ -43,7 +43,7 @@ def run_row(name: str, seeds: list[int], keep: Path | None) -> dict[str, Any]:
         "mean": statistics.mean(means),
         "sd": statistics.stdev(means) if len(means) > 1 else None,
         "by_seed": means,
-        "standard_error": max(report["standard_error"] for report in reports),
+        "standard_error": max((r["standard_error"] for r in reports if r["standard_error"] is not None), default=None),
         "seeds": seeds,
         **{key: first[key] for key in ("data", "unit", "kind", "estimator", "split", "n", "step", "versions", "hardware")},
         "train_seconds": spread(seconds),
@@ -54,7 +54,23 @@ def run_row(name: str, seeds: list[int], keep: Path | None) -> dict[str, Any]:
         if key in first:
             values = [r[key] if key == "bits_per_dim" else r[key]["mean"] for r in reports]
             result[key] = statistics.mean(values)
+    if "figures" in first:
+        result["figures"] = [
+            over_seeds([report["figures"][index] for report in reports]) for index in range(len(first["figures"]))
+        ]
     return result
+
+
+def over_seeds(figures: list[dict[str, Any]]) -> dict[str, Any]:
+    """One figure about samples as mean and sd over seeds, with what it is."""
+    values, real = [figure["value"] for figure in figures], [f["real"] for f in figures if f["real"] is not None]
+    kept = ("name", "unit", "estimator", "n", "n_reference")
+    return {key: figures[0][key] for key in kept} | {
+        "mean": statistics.mean(values),
+        "sd": statistics.stdev(values) if len(values) > 1 else None,
+        "by_seed": values,
+        "real": statistics.mean(real) if real else None,
+    }
 
 
 def main(names: list[str], seeds: list[int], keep: Path | None = None) -> None:

@@ -26,6 +26,7 @@ _HOME = {
     "example_batch": "data",
     "open_source": "data",
     "fit": "loop",
+    "gan": "families.adversarial",
     "vae": "families.variational",
     "Prior": "families.variational",
     "ZOO": "zoo",
@@ -35,6 +36,7 @@ __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from genjax.data import batch_at, example_batch, open_source
+    from genjax.families.adversarial import gan
     from genjax.families.variational import Prior, vae
     from genjax.loop import fit
     from genjax.protocol import Aux, Batch, DataSpec, Model, Training, TrainState

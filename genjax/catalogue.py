@@ -28,7 +28,7 @@ def describe(recipe: Recipe, result: dict[str, Any] | None) -> dict[str, Any]:
         "family": recipe.family.__name__,
         "summary": recipe.summary,
         "data": recipe.data,
-        "score": "none" if scoring is None else {"log_prob": "exact", "bound": "bound"}[scoring[0]],
+        "score": "samples" if scoring is None else {"log_prob": "exact", "bound": "bound"}[scoring[0]],
         "conditional": "no"
         if not spec.conditional
         else f"{spec.n_classes} classes"
@@ -44,7 +44,10 @@ def expected(result: dict[str, Any]) -> str:
     """A result in words: mean and sd over seeds, unit, estimator, split and n."""
     spread = f" ± {result['sd']:.2f}" if result["sd"] is not None else ""
     seeds = f"{len(result['seeds'])} seed{'s' if len(result['seeds']) != 1 else ''}"
-    return f"{result['mean']:.2f}{spread} nats ({result['estimator']}; {result['split']}, n={result['n']:,}, {seeds})"
+    about = f"{result['estimator']}; {result['split']}, n={result['n']:,}, {seeds}"
+    if "figures" not in result:
+        return f"{result['mean']:.2f}{spread} nats ({about})"
+    return f"{result['kind']} {result['mean']:.3f}{spread} ({about})"
 
 
 def rows() -> list[dict[str, Any]]:

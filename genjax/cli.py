@@ -292,7 +292,7 @@ def _evaluate(args: list[str]) -> None:
 
     @dataclasses.dataclass(frozen=True)
     class Evaluate:
-        """The log-probability or bound of a run on a split, with its standard error, into report.json."""
+        """What a run is worth on a split: log-probability, bound or figures about its samples, into report.json."""
 
         run: Annotated[Path, tyro.conf.Positional]
         """The run folder."""
@@ -306,6 +306,8 @@ def _evaluate(args: list[str]) -> None:
         """Of the estimator's noise and of the binarisation of the data."""
         batch_size: int = 100
         """Examples at a time; it changes memory and speed, and the noise."""
+        samples: bool = False
+        """Give figures about samples as well, where there is a log-probability or bound."""
 
     options = tyro.cli(Evaluate, prog="genjax evaluate", args=args)
     for name in ("n", "n_samples", "batch_size"):
@@ -323,9 +325,16 @@ def _evaluate(args: list[str]) -> None:
             raise ConfigError(f"{recipe.name} has no bound with samples; leave --n-samples out.")
         changes["n_bound_samples"] = options.n_samples
     loaded = run.load(options.run, **changes)
-    report = run.evaluate(loaded, options.split, options.n, options.seed, options.batch_size, _counter("evaluate"))
+    counter = _counter("evaluate")
+    report = run.evaluate(loaded, options.split, options.n, options.seed, options.batch_size, counter, options.samples)
     run.write_json(options.run / "report.json", report)
-    rows = [["value", f"{report['mean']:.3f} ± {report['standard_error']:.3f} {report['unit']} ({report['kind']})"]]
+    rows = []
+    if "figures" not in report or report["kind"] != report["figures"][0]["name"]:
+        rows.append(["value", f"{report['mean']:.3f} ± {report['standard_error']:.3f} {report['unit']} ({report['kind']})"])
+    for figure in report.get("figures", []):
+        error = "" if figure["standard_error"] is None else f" ± {figure['standard_error']:.2g}"
+        real = "" if figure["real"] is None else f"; real data {figure['real']:.4g}"
+        rows.append([figure["name"], f"{figure['value']:.4g}{error} {figure['unit']} ({figure['estimator']}{real})"])
     if "bits_per_dim" in report:
         rows.append(["bits per dimension", f"{report['bits_per_dim']:.4f}"])
     if "true_log_prob" in report:
@@ -396,6 +405,7 @@ def _list(args: list[str]) -> None:
 
 def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     # Into a file or a pipe rich would fold at 80 columns, which nobody can grep.
@@ -405,7 +415,7 @@ def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))  # brackets are text, not markup
     console.print(table)
 
 

@@ -41,9 +41,21 @@ def normal_kl(mean: Array, log_scale: Array, mean_2: Array | float = 0.0, log_sc
     return 0.5 * (ratio + jnp.square((mean - mean_2) * jnp.exp(-log_scale_2)) - 1) - (log_scale - log_scale_2)
 
 
+@jax.custom_jvp
+def softplus(x: Array) -> Array:
+    """ln(1 + e^x) = max(x, 0) + ln(1 + e^-|x|), with derivative σ(x).
+
+    The values of `jax.nn.softplus`, whose care for infinities in `logaddexp` makes it 2.5 times as slow on a CPU.
+    """
+    return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
+
+
+softplus.defjvps(lambda tangent, value, x: tangent * jax.nn.sigmoid(x))
+
+
 def bernoulli_log_prob(x: Array, logits: Array) -> Array:
     """ln Bernoulli(x; σ(logits)) = x logits - softplus(logits), for x in {0, 1}."""
-    return x * logits - jax.nn.softplus(logits)
+    return x * logits - softplus(logits)
 
 
 def bernoulli_sample(key: Key, logits: Array) -> Array:

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from genjax import figures
+from genjax import figures, quality
 from genjax.checkpoint import Checkpoints
 from genjax.config import Recipe, config_hash, flatten, from_dict, to_dict
 from genjax.data import Source, Splits
@@ -381,56 +381,89 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 100,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    samples: bool = False,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """The run's log-probability or bound on a split, as the dictionary that goes into report.json.
+    """What a run is worth on a split, as the dictionary that goes into report.json.
+
+    Its value is the log-probability or bound or, for a model that has neither, the first of the figures about its samples.
 
     Args:
         n: the first n examples only; None means all.
-        seed: of the estimator's noise and of the binarisation of the data.
+        seed: of the estimator's noise, of the binarisation of the data, and of the samples.
+        samples: give figures about samples beside a log-probability or bound, too.
 
     Raises:
-        ConfigError: if the model has neither a log-probability nor a bound, or the split does not exist.
+        ConfigError: if the split does not exist, or n is too small.
     """
-    scoring = score_of(run.model)
-    if scoring is None:
-        raise ConfigError(f"{run.recipe.name} has neither a log-probability nor a bound to evaluate.")
     if split not in Splits._fields:
         raise ConfigError(f"There is no split {split!r}; there are: {', '.join(Splits._fields)}.")
-    name, score = scoring
-    arrays: Batch = getattr(run.source.load(), split)
-    if n is not None:
-        if n < 2:
-            raise ConfigError(f"--n must be at least 2, so that there is a standard error; got {n}.")
-        arrays = jax.tree.map(lambda leaf: leaf[:n], arrays)
-    started = time.perf_counter()
-    run_score = scorer(score, run.source.prepare)
-    values = score_examples(run_score, run.params, run.state, arrays, jax.random.key(seed), batch_size, progress)
-    result: Estimate = estimate(values)
-    spec = run.source.spec
-    report = {
+    if n is not None and n < 2:
+        raise ConfigError(f"--n must be at least 2, so that there is a standard error; got {n}.")
+    spec, scoring, started = run.source.spec, score_of(run.model), time.perf_counter()
+    found: dict[str, Any] = {}
+    if scoring is not None:
+        found = _score(run, scoring, split, n, seed, batch_size, progress)
+    if scoring is None or samples:
+        sampler = quality.sampler_of(run.model, run.params, run.state)
+        figures_found = quality.figures_of(run.recipe, sampler, split, n, seed, say)
+        first = figures_found[0]
+        headline = {
+            "mean": first.value,
+            "standard_error": first.standard_error,
+            "unit": first.unit,
+            "kind": first.name,
+            "estimator": first.estimator,
+            "n": first.n_reference,
+        }
+        found = headline | found | {"figures": [figure._asdict() for figure in figures_found]}
+    return {
         "recipe": run.recipe.name,
         "data": spec.name,
-        "value": result.mean,
-        "unit": "nats per example" + (", density" if spec.kind == "continuous" else ""),
-        "kind": "exact log-probability" if name == "log_prob" else "lower bound on the log-probability",
-        "estimator": run.model.estimator,
-        "n": result.n,
+        "value": found["mean"],
+        **found,
         "split": split,
         "seed": seed,
-        "mean": result.mean,
-        "standard_error": result.standard_error,
         "step": run.step,
         "training_seed": run.recipe.schedule.seed,
         "config_hash": config_hash(to_dict(run.recipe)),
         "seconds": round(time.perf_counter() - started, 2),
         **environment(),
     }
+
+
+def _score(
+    run: Loaded,
+    scoring: tuple[str, ScoreFn],
+    split: str,
+    n: int | None,
+    seed: int,
+    batch_size: int,
+    progress: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """The part of a report that is about log-probabilities."""
+    name, score = scoring
+    spec = run.source.spec
+    arrays: Batch = getattr(run.source.load(), split)
+    if n is not None:
+        arrays = jax.tree.map(lambda leaf: leaf[:n], arrays)
+    run_score = scorer(score, run.source.prepare)
+    values = score_examples(run_score, run.params, run.state, arrays, jax.random.key(seed), batch_size, progress)
+    result: Estimate = estimate(values)
+    found: dict[str, Any] = {
+        "mean": result.mean,
+        "standard_error": result.standard_error,
+        "unit": "nats per example" + (", density" if spec.kind == "continuous" else ""),
+        "kind": "exact log-probability" if name == "log_prob" else "lower bound on the log-probability",
+        "estimator": run.model.estimator,
+        "n": result.n,
+    }
     if spec.kind in ("discrete", "binary"):
-        report["bits_per_dim"] = bits_per_dim(result.mean, spec)
+        found["bits_per_dim"] = bits_per_dim(result.mean, spec)
     if run.source.log_prob is not None:
         prepared = run.source.prepare(jax.random.key(seed), arrays)
-        report["true_log_prob"] = estimate(np.asarray(run.source.log_prob(prepared.x)))._asdict()
-    return report
+        found["true_log_prob"] = estimate(np.asarray(run.source.log_prob(prepared.x)))._asdict()
+    return found
 
 
 def default_folder(recipe: Recipe, row: Recipe, prefix: str = "", **more: Any) -> Path:

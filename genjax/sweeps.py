@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from genjax import quality
 from genjax.checkpoint import Checkpoints
 from genjax.config import Recipe, config_hash, replace, sections_of, to_dict
 from genjax.errors import ConfigError
-from genjax.figures import read_metrics
 from genjax.loop import Progress, choose_feed, fit
 from genjax.metrics import score_examples, scorer
 from genjax.protocol import Array, Batch, Key, Params, State
@@ -88,14 +88,16 @@ def run_sweep(
             stop_on_nonfinite=False,
             progress=progress,
         )
+    of_members: list[dict[str, float]] = []
     scoring = score_of(recipe.build(source.spec))
     if scoring is not None:
         name, unit = f"valid/{scoring[0]}", "nats"
         values = _score_members(recipe, columns, eval_params(state), state.state, source, splits.valid)
     else:
-        lines = read_metrics(log.path)
-        name = next(key for key in lines[-1] if key.endswith("/loss"))
-        unit, values = "loss, mean of the last window", np.asarray(lines[-1][name])
+        figures = _figures_of_members(recipe, columns, len(keys), eval_params(state), state.state, say)
+        name, unit = f"valid/{figures[0][0].name}", figures[0][0].unit
+        values = np.asarray([member[0].value for member in figures])
+        of_members = [{figure.name: figure.value for figure in member} for member in figures]
     table = []
     for index, combination in enumerate(combinations):
         own = np.asarray(values[index * n_seeds : (index + 1) * n_seeds], np.float64)
@@ -108,6 +110,7 @@ def run_sweep(
                 "members": [value if np.isfinite(value) else None for value in own.tolist()],  # JSON has no NaN
                 "not_finite": int(len(own) - len(good)),
             }
+            | ({"figures": of_members[index * n_seeds : (index + 1) * n_seeds]} if of_members else {})
         )
     results = {
         "recipe": recipe.name,
@@ -124,6 +127,19 @@ def run_sweep(
     }
     write_json(folder / "results.json", results)
     return results
+
+
+def _figures_of_members(
+    recipe: Recipe, columns: dict[str, Any], n_members: int, params: Params, state: State, say: Callable[[str], None]
+) -> list[list[quality.Figure]]:
+    """The figures about the samples of every member, against the validation split."""
+    found = []
+    for member in range(n_members):
+        own = replace(recipe, **{name: float(column[member]) for name, column in columns.items()})
+        model = own.build(own.source().spec)
+        of_member = [jax.tree.map(lambda leaf, member=member: leaf[member], tree) for tree in (params, state)]
+        found.append(quality.figures_of(own, quality.sampler_of(model, *of_member), split="valid", say=say))
+    return found
 
 
 def _score_members(

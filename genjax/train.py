@@ -48,8 +48,8 @@ def training(model: Model, tx: optax.GradientTransformation | Mapping[str, optax
     """The training procedure of any model: each step takes the turns of `model.turns`, one gradient and one update each.
 
     This is the one place where the mean over the batch is taken: Σ_i w_i loss_i with w = weight / Σ weight. The key of turn
-    j of step s, of J turns a step, is `fold_in(ts.key, s J + j)`. Metrics are weighted means named "player/name"; "player/loss" is always there, and
-    a player with several turns reports its last.
+    j of step s, of J turns a step, is `fold_in(ts.key, s J + j)`. Metrics are weighted means named "player/name";
+    "player/loss" is always there, and a player with several turns reports its last.
 
     Args:
         model: what a family's builder returned.

@@ -9,6 +9,13 @@ os.environ.pop("GENJAX_DATA", None)  # tests make what they read
 os.environ["MPLBACKEND"] = "agg"
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield

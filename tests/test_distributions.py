@@ -26,6 +26,7 @@ jitted = SimpleNamespace(
             "normal_log_prob",
             "normal_sample",
             "normal_kl",
+            "softplus",
             "bernoulli_log_prob",
             "bernoulli_sample",
             "categorical_log_prob",
@@ -52,6 +53,17 @@ def grid(*axes):
 
 
 # --- helpers of the rest --------------------------------------------------------------------------------------------
+
+
+def test_softplus_is_ln_one_plus_exp_with_the_logistic_function_as_derivative(x64):
+    x = np.concatenate([np.linspace(-40, 40, 161), [-1e4, -745.2, 745.2, 1e4]])
+    np.testing.assert_allclose(jitted.softplus(jnp.asarray(x)), np.logaddexp(0, x), rtol=1e-15)
+    sigmoid = scipy.special.expit(x)
+    slope = jax.vmap(jax.grad(jitted.softplus))(jnp.asarray(x))
+    np.testing.assert_allclose(slope, sigmoid, rtol=1e-14)
+    curvature = jax.vmap(jax.grad(jax.grad(jitted.softplus)))(jnp.asarray(x))
+    np.testing.assert_allclose(curvature, sigmoid * (1 - sigmoid), atol=1e-15)
+    assert np.asarray(jitted.softplus(jnp.asarray([-np.inf, np.inf]))).tolist() == [0, np.inf]
 
 
 def test_sum_event_sums_the_last_axes_only(x64):

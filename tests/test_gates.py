@@ -5,11 +5,9 @@ Programs are compiled once per row and shared between gates. Those whose speed a
 optimisation (`quick`), which halves the time; where the bits of two programs are compared, they are compiled as users do.
 """
 
-import dataclasses
 import functools
 import inspect
 import math
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,22 +17,22 @@ import pytest
 import scipy.stats
 from gates import assert_close, assert_same, differ, member, named, quick, stack, structure
 from jax.sharding import Mesh
+from rows import RATE, B, batch, every_row, grown, heavy, in_chunks, optimizer, plain, real, run, setup, slow_rows, widen
 
 from genjax.checkpoint import Checkpoints
+from genjax.config import sections_of
 from genjax.data import example_batch
+from genjax.families.adversarial import gan
 from genjax.families.variational import vae
-from genjax.optim import track_ema
-from genjax.protocol import Aux, Batch, InitFn, LossFn, SampleFn, ScoreFn
+from genjax.protocol import Batch, InitFn, LossFn, SampleFn, ScoreFn
 from genjax.train import compiled, ensemble, microbatch, scan_steps, shard, sweep, training
 from genjax.zoo import ZOO
 
-B = 8  # examples in every batch: one for each fake device, and divisible by the parts of a microbatch
 PARTS = 4
-RATE = 1e-3
 RATES = np.asarray([1e-3, 3e-4, 1e-4], np.float32)
 WEIGHT = np.asarray([1, 0, 2, 0.5, 0, 1, 3, 1], np.float32)
 # Rows whose losses depend on the rest of the batch by design (batch statistics); G6 and the padding gate do not hold there.
-BATCH_COUPLED: set[str] = set()
+BATCH_COUPLED = {"dcgan-mnist"}
 # Rows whose scanned steps equal single ones to rounding only: in a loop, XLA sums a convolution's gradient in another order.
 SCANNED_TO_ROUNDING = {"vae-conv"}
 # Families whose gradient is, by design, not the derivative of the loss for fixed noise: builder arguments that make it so.
@@ -42,80 +40,6 @@ SCANNED_TO_ROUNDING = {"vae-conv"}
 PLAIN_GRADIENT = {vae: {"gradient": "pathwise"}}
 # Builder arguments that make a family's score tight enough for G7.
 TIGHT = {vae: {"n_bound_samples": 32}}
-
-first_of_family = {row.family: row.name for row in reversed(ZOO.values())}.values()
-every_row = pytest.mark.parametrize("name", ZOO)
-slow_rows = pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in ZOO])
-# One row of each family is always run; for the others such a gate is slow.
-heavy = pytest.mark.parametrize("name", [n if n in first_of_family else pytest.param(n, marks=pytest.mark.slow) for n in ZOO])
-
-
-@functools.cache
-def setup(name):
-    """The row as a tiny model: recipe, spec, model, its parameters and state, and the functions on them, compiled."""
-    row = ZOO[name]
-    recipe = dataclasses.replace(row, model={**row.model, **row.tiny})
-    spec = recipe.source().spec
-    model = recipe.build(spec)
-    t = training(model, optimizer())
-    init = quick(t.init)
-    first = init(jax.random.key(0))
-    score = model.log_prob or model.bound
-    return SimpleNamespace(
-        recipe=recipe,
-        spec=spec,
-        model=model,
-        t=t,
-        init=init,
-        params=first.params,
-        state=first.state,
-        losses={player: quick(loss) for player, loss in model.losses.items()},
-        score=score and quick(score),
-        sample=quick(model.sample, static_argnames="n"),
-    )
-
-
-@functools.cache
-def batch(name, seed=0, n=B):
-    return example_batch(setup(name).spec, jax.random.key(100 + seed), n)
-
-
-def optimizer(rate=RATE):
-    """Linear in the gradient: Adam would blow up the rounding of a gradient that is nearly 0."""
-    return optax.chain(optax.sgd(rate, momentum=0.9), track_ema(0.9))
-
-
-@functools.cache
-def plain(name):
-    """The solo run that ensembles, sweeps and shards are held against; its learning rate is an argument."""
-    model = setup(name).model
-    step = quick(lambda rate, ts, batch: training(model, optimizer(rate)).step(ts, batch))
-    return SimpleNamespace(t=setup(name).t, init=setup(name).init, step=step)
-
-
-@functools.cache
-def real(name):
-    """The procedure that the row itself describes, with skipping of steps that are not finite."""
-    recipe = setup(name).recipe
-    schedule = dataclasses.replace(recipe.schedule, skip_nonfinite=True)
-    t = dataclasses.replace(recipe, schedule=schedule).training(setup(name).spec)
-    return SimpleNamespace(t=t, init=quick(t.init), step=quick(t.step, donate_argnums=0))
-
-
-def run(step, ts, batches):
-    metrics = []
-    for one in batches:
-        ts, new = step(ts, one)
-        metrics.append(new)
-    return ts, metrics
-
-
-def grown(params):
-    """Parameters away from their init, where biases and the like are 0."""
-    leaves, tree = jax.tree.flatten(params)
-    rng = np.random.default_rng(0)
-    noise = [0.1 * rng.normal(size=leaf.shape).astype(leaf.dtype) for leaf in leaves]
-    return jax.tree.unflatten(tree, [leaf + n for leaf, n in zip(leaves, noise, strict=True)])
 
 
 # --- G1: the loss where its value is known ---------------------------------------------------------------------------
@@ -143,8 +67,27 @@ def vae_known(row):
     return params, {"vae": lambda x: -log_likelihood(x.astype(np.float64)).reshape(len(x), -1).sum(1)}
 
 
+def gan_known(row):
+    """A discriminator of zeros tells nothing apart, its gradient is 0, and it guesses every class alike."""
+    params = {**row.params, "discriminator": jax.tree.map(jnp.zeros_like, row.params["discriminator"])}
+    settings = {name: value for name, (_, value, _) in sections_of(row.recipe)["model"].items()}
+    ln2 = math.log(2)
+    discriminator, generator = {
+        "minimax": (2 * ln2, -ln2),
+        "nonsaturating": (2 * ln2, ln2),
+        "least_squares": (0.5, 0.5),
+        "hinge": (2.0, 0.0),
+        "wasserstein": (0.0, 0.0),
+        "relativistic": (ln2, ln2),
+    }[settings["objective"]]
+    task = settings["auxiliary_weight"] * math.log(row.spec.n_classes or 1)
+    task = task if settings["discriminator_cond"] == "auxiliary" else 0.0
+    values = {"discriminator": discriminator + settings["gradient_penalty"] + task, "generator": generator + task}
+    return params, {player: lambda x, value=value: np.full(len(x), value) for player, value in values.items()}
+
+
 # family -> (row) -> parameters, and for each player the loss [B] that they must give for x.
-ANALYTIC = {vae: vae_known}
+ANALYTIC = {vae: vae_known, gan: gan_known}
 
 
 @every_row
@@ -255,24 +198,6 @@ def test_g4_an_ensemble_equals_solo_runs(name, mode):
 def test_g4_a_sweep_over_the_learning_rate_equals_solo_runs(name, mode):
     model = setup(name).model
     assert_members(name, sweep(lambda rate: training(model, optimizer(rate)), mode=mode, rate=RATES), list(RATES))
-
-
-def in_chunks(model, n):
-    """The same model, its losses evaluated over n parts with the keys of `microbatch` and put together again."""
-
-    def loss_of(loss):
-        def whole(params, state, batch, key):
-            parts = jax.tree.map(lambda leaf: leaf.reshape(n, -1, *leaf.shape[1:]), batch)
-            values = []
-            for index, part_key in enumerate(jax.random.split(key, n)):
-                value, (state, metrics) = loss(params, state, jax.tree.map(lambda leaf: leaf[index], parts), part_key)
-                values.append((value, metrics))
-            value, metrics = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *values)
-            return value, Aux(state, metrics)
-
-        return whole
-
-    return model._replace(losses={player: loss_of(loss) for player, loss in model.losses.items()})
 
 
 @functools.cache
@@ -400,10 +325,6 @@ def gradient(name, player):
             return model.losses[player]({**params, player: own}, state, batch, jax.random.key(2))[0].mean()
 
         return params[player], quick(jax.value_and_grad(mean_loss))
-
-
-def widen(tree):
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
 
 
 @every_row

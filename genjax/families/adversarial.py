@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from genjax.distributions import softplus
 from genjax.errors import ConfigError, unknown_name
 from genjax.nets.adversarial import (
     DCGANFeatures,
@@ -25,8 +26,6 @@ from genjax.nets.adversarial import (
 )
 from genjax.nets.functional import Net, functional
 from genjax.protocol import Array, Aux, Batch, DataSpec, Key, Model, Params, State, check_cond, checked
-
-softplus = jax.nn.softplus
 
 
 class Objective(NamedTuple):

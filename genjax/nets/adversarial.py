@@ -50,17 +50,19 @@ class MLPGenerator(nnx.Module):
         norm_cond: int = 0,
         rngs: nnx.Rngs,
     ) -> None:
-        sizes = [d_z + concat, *hidden, math.prod(shape)]
-        self.layers = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(sizes)])
+        sizes = [d_z + concat, *hidden]
+        # A normalisation takes a bias before it away again.
+        self.layers = nnx.List([nnx.Linear(a, b, use_bias=not norm, rngs=rngs) for a, b in itertools.pairwise(sizes)])
+        self.last = nnx.Linear(sizes[-1], math.prod(shape), rngs=rngs)
         self.norms = nnx.List([BatchNorm(d, norm_cond, rngs=rngs) for d in hidden] if norm else [])
         self.shape, self.concat = tuple(shape), concat
 
     def __call__(self, z: Array, cond: Array | None, train: bool) -> Array:
         h = flatten_with(z, 1, cond if self.concat else None)
-        for index, layer in enumerate(self.layers[:-1]):
+        for index, layer in enumerate(self.layers):
             h = layer(h)
             h = jax.nn.relu(self.norms[index](h, cond, train) if self.norms else h)
-        return self.layers[-1](h).reshape(-1, *self.shape)
+        return self.last(h).reshape(-1, *self.shape)
 
 
 class MLPFeatures(nnx.Module):
@@ -101,7 +103,8 @@ class DCGANGenerator(nnx.Module):
         self.first = nnx.Linear(d_z + concat, math.prod(self.start), kernel_init=_NARROW, rngs=rngs)
         sizes = [*channels, shape[2]]
         make = partial(nnx.ConvTranspose, kernel_size=(4, 4), strides=(2, 2), kernel_init=_NARROW, rngs=rngs)
-        self.convs = nnx.List([make(a, b) for a, b in itertools.pairwise(sizes)])
+        biased = [not norm] * (len(channels) - 1) + [True]  # a normalisation takes a bias before it away again
+        self.convs = nnx.List([make(*size, use_bias=b) for size, b in zip(itertools.pairwise(sizes), biased, strict=True)])
         self.norms = nnx.List([BatchNorm(d, norm_cond, rngs=rngs) for d in channels] if norm else [])
         self.concat = concat
 
@@ -130,7 +133,9 @@ class DCGANFeatures(nnx.Module):
         # Weights of 0.02 would vanish without a normalisation behind them.
         init = {"kernel_init": _NARROW} if norm else {}
         make = partial(nnx.Conv, kernel_size=(4, 4), strides=(2, 2), rngs=rngs, **init)
-        self.convs = nnx.List([wrap(make(a, b), rngs=rngs) for a, b in itertools.pairwise(sizes)])
+        biased = [True] + [not norm] * (len(channels) - 1)
+        layers = [make(*size, use_bias=b) for size, b in zip(itertools.pairwise(sizes), biased, strict=True)]
+        self.convs = nnx.List([wrap(layer, rngs=rngs) for layer in layers])
         self.norms = nnx.List([BatchNorm(d, rngs=rngs) for d in channels[1:]] if norm else [])
         factor = 2 ** len(channels)
         self.d_features = (shape[0] // factor) * (shape[1] // factor) * channels[-1]
@@ -148,7 +153,7 @@ class _Residual(nnx.Module):
     """x + conv(act(conv(act(x)))), 3x3, with a 1x1 convolution on the short way where the width changes."""
 
     def __init__(self, d_in: int, d_out: int, *, norm: bool, norm_cond: int, wrap: Any, rngs: nnx.Rngs) -> None:
-        self.one = wrap(nnx.Conv(d_in, d_out, (3, 3), rngs=rngs), rngs=rngs)
+        self.one = wrap(nnx.Conv(d_in, d_out, (3, 3), use_bias=not norm, rngs=rngs), rngs=rngs)
         self.two = wrap(nnx.Conv(d_out, d_out, (3, 3), rngs=rngs), rngs=rngs)
         self.short = wrap(nnx.Conv(d_in, d_out, (1, 1), use_bias=False, rngs=rngs), rngs=rngs) if d_in != d_out else None
         self.norms = nnx.List([BatchNorm(d, norm_cond, rngs=rngs) for d in (d_in, d_out)] if norm else [])

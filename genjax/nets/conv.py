@@ -88,3 +88,25 @@ class ConvDecoder(nnx.Module):
             x = jax.image.resize(x, (n, 2 * height, 2 * width, depth), "nearest")
             x = conv(x)
         return x
+
+
+class ConvClassifier(nnx.Module):
+    """Images [N, H, W, C] -> features [N, d_features] and logits [N, n_classes]: a `ConvEncoder`, then a dense layer."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        channels: Sequence[int],
+        d_features: int,
+        n_classes: int,
+        *,
+        activation: str = "gelu",
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.encoder = ConvEncoder(shape, channels, d_features, activation=activation, rngs=rngs)
+        self.last = nnx.Linear(d_features, n_classes, rngs=rngs)
+        self.activation = ACTIVATIONS[activation]
+
+    def __call__(self, x: Array) -> tuple[Array, Array]:
+        h = self.activation(self.encoder(x))
+        return h, self.last(h)

@@ -1,0 +1,40 @@
+"""The program as the suites run it: for real, in a process of its own, or in this one to hear its complaint."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import genjax.cli
+
+BIN = Path(sys.executable).parent
+
+
+def environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("GENJAX_DATA", "XLA_FLAGS")}
+    return {**kept, "JAX_PLATFORMS": "cpu"}
+
+
+def start(args: list[str], cwd: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "genjax", *args]
+    return subprocess.Popen(command, cwd=cwd, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def program(args: list[str], cwd: Path, code: int = 0) -> tuple[str, str]:
+    """Run the real program to its end; (standard output, standard error)."""
+    process = start(args, cwd)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    return out, err
+
+
+def refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run the program in this process and return its complaint."""
+    with pytest.raises(SystemExit) as stopped:
+        genjax.cli.main(args)
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    return captured.err + captured.out

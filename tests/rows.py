@@ -1,0 +1,117 @@
+"""The rows of the zoo as tiny models, with what is run of them: compiled once per row and shared between gates."""
+
+import dataclasses
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from gates import quick
+
+from genjax.data import example_batch
+from genjax.optim import track_ema
+from genjax.protocol import Aux
+from genjax.train import training
+from genjax.zoo import ZOO
+
+B = 8  # examples in every batch: one for each fake device, and divisible by the parts of a microbatch
+RATE = 1e-3
+
+first_of_family = {row.family: row.name for row in reversed(ZOO.values())}.values()
+every_row = pytest.mark.parametrize("name", ZOO)
+slow_rows = pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in ZOO])
+# One row of each family is always run; for the others such a gate is slow.
+heavy = pytest.mark.parametrize("name", [n if n in first_of_family else pytest.param(n, marks=pytest.mark.slow) for n in ZOO])
+
+
+@functools.cache
+def setup(name):
+    """The row as a tiny model: recipe, spec, model, its parameters and state, and the functions on them, compiled."""
+    row = ZOO[name]
+    recipe = dataclasses.replace(row, model={**row.model, **row.tiny})
+    spec = recipe.source().spec
+    model = recipe.build(spec)
+    t = training(model, optimizer())
+    init = quick(t.init)
+    first = init(jax.random.key(0))
+    score = model.log_prob or model.bound
+    return SimpleNamespace(
+        recipe=recipe,
+        spec=spec,
+        model=model,
+        t=t,
+        init=init,
+        params=first.params,
+        state=first.state,
+        losses={player: quick(loss) for player, loss in model.losses.items()},
+        score=score and quick(score),
+        sample=quick(model.sample, static_argnames="n"),
+    )
+
+
+@functools.cache
+def batch(name, seed=0, n=B):
+    return example_batch(setup(name).spec, jax.random.key(100 + seed), n)
+
+
+def optimizer(rate=RATE):
+    """Linear in the gradient: Adam would blow up the rounding of a gradient that is nearly 0."""
+    return optax.chain(optax.sgd(rate, momentum=0.9), track_ema(0.9))
+
+
+@functools.cache
+def plain(name):
+    """The solo run that ensembles, sweeps and shards are held against; its learning rate is an argument."""
+    model = setup(name).model
+    step = quick(lambda rate, ts, batch: training(model, optimizer(rate)).step(ts, batch))
+    return SimpleNamespace(t=setup(name).t, init=setup(name).init, step=step)
+
+
+@functools.cache
+def real(name):
+    """The procedure that the row itself describes, with skipping of steps that are not finite."""
+    recipe = setup(name).recipe
+    schedule = dataclasses.replace(recipe.schedule, skip_nonfinite=True)
+    t = dataclasses.replace(recipe, schedule=schedule).training(setup(name).spec)
+    return SimpleNamespace(t=t, init=quick(t.init), step=quick(t.step, donate_argnums=0))
+
+
+def run(step, ts, batches):
+    metrics = []
+    for one in batches:
+        ts, new = step(ts, one)
+        metrics.append(new)
+    return ts, metrics
+
+
+def grown(params):
+    """Parameters away from their init, where biases and the like are 0."""
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(0)
+    noise = [0.1 * rng.normal(size=leaf.shape).astype(leaf.dtype) for leaf in leaves]
+    return jax.tree.unflatten(tree, [leaf + n for leaf, n in zip(leaves, noise, strict=True)])
+
+
+def in_chunks(model, n):
+    """The same model, its losses evaluated over n parts with the keys of `microbatch` and put together again."""
+
+    def loss_of(loss):
+        def whole(params, state, batch, key):
+            parts = jax.tree.map(lambda leaf: leaf.reshape(n, -1, *leaf.shape[1:]), batch)
+            values = []
+            for index, part_key in enumerate(jax.random.split(key, n)):
+                value, (state, metrics) = loss(params, state, jax.tree.map(lambda leaf: leaf[index], parts), part_key)
+                values.append((value, metrics))
+            value, metrics = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *values)
+            return value, Aux(state, metrics)
+
+        return whole
+
+    return model._replace(losses={player: loss_of(loss) for player, loss in model.losses.items()})
+
+
+def widen(tree):
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
