@@ -33,11 +33,14 @@ RATES = np.asarray([1e-3, 3e-4, 1e-4], np.float32)
 WEIGHT = np.asarray([1, 0, 2, 0.5, 0, 1, 3, 1], np.float32)
 # Rows whose losses depend on the rest of the batch by design (batch statistics); G6 and the padding gate do not hold there.
 BATCH_COUPLED = {"dcgan-mnist"}
+# Losses that need not look at an example, only at its condition: a generator may be judged by the discriminator alone.
+DATA_FREE = {gan: {"generator"}}
 # Rows whose scanned steps equal single ones to rounding only: in a loop, XLA sums a convolution's gradient in another order.
 SCANNED_TO_ROUNDING = {"vae-conv"}
 # Families whose gradient is, by design, not the derivative of the loss for fixed noise: builder arguments that make it so.
-# (The estimators themselves are tested with the family.)
-PLAIN_GRADIENT = {vae: {"gradient": "pathwise"}}
+# (The estimators themselves are tested with the family.) Gradient penalties jump where a leaky ReLU has its kink, so they
+# have no difference quotient there.
+PLAIN_GRADIENT = {vae: {"gradient": "pathwise"}, gan: {"r1": 0.0, "r2": 0.0, "gradient_penalty": 0.0}}
 # Builder arguments that make a family's score tight enough for G7.
 TIGHT = {vae: {"n_bound_samples": 32}}
 
@@ -260,7 +263,9 @@ def test_g6_an_example_changes_its_own_loss_and_no_other(name):
         before = np.asarray(value(good))
         for j in (0, 3, B - 1):
             after = np.asarray(value(Batch(exchange(good.x, other.x, j), exchange(good.cond, other.cond, j))))
-            assert np.flatnonzero(before != after).tolist() == [j], (what, j)
+            changed = np.flatnonzero(before != after).tolist()
+            data_free = what in DATA_FREE.get(row.recipe.family, ())
+            assert changed == [j] or (data_free and not row.spec.conditional and not changed), (what, j)
         if row.spec.conditional:
             changed = good.cond + 1 if row.spec.cond_dim else (good.cond + 1) % row.spec.n_classes
             assert (np.asarray(value(good._replace(cond=changed))) != before).all(), f"{what} does not depend on the condition"
@@ -329,7 +334,7 @@ def gradient(name, player):
 
 @every_row
 def test_g8_gradients_equal_finite_differences(name):
-    rng, h = np.random.default_rng(1), 1e-5
+    rng, h = np.random.default_rng(1), 1e-6  # small: a unit may have its kink within the step
     for player in setup(name).model.losses:
         own, value_and_grad = gradient(name, player)
         with jax.enable_x64(True):

@@ -114,6 +114,7 @@ def test_singular_covariances() -> None:
     assert found == pytest.approx(4 + 1 - 4 * abs(u @ v), rel=1e-9)
     cov = covariance(1, 40, rank=3)
     assert gaussian_frechet_distance(u, cov, u, cov) == pytest.approx(0, abs=1e-12 * np.trace(cov))
+    assert min(gaussian_frechet_distance(u[:5], c, u[:5], c) for c in (covariance(seed, 5) for seed in range(20))) == 0
     zero = np.zeros((40, 40))
     assert gaussian_frechet_distance(u, zero, v, zero) == pytest.approx(float(((u - v) ** 2).sum()))
 
@@ -311,11 +312,13 @@ def test_balls_against_loops(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tuple(found) == pytest.approx(brute_force_balls(real, fake, k), rel=1e-12)
     assert found._fields == ("precision", "recall", "density", "coverage")
     assert len({round(value, 6) for value in found}) > 2, "a case that tells them apart"
-    # Points of a lattice, far from the origin: many ties, repeated points, and balls of radius 0.
+    # Points of a lattice: many ties, repeated points, and balls of radius 0; with rounding, and far from the origin.
     rng = np.random.default_rng(k)
-    real, fake = (rng.integers(0, 4, (n, 3)) * 0.1 + 7.7 for n in (40, 30))
-    exact = brute_force_balls(np.round(real * 10), np.round(fake * 10), k)
-    assert tuple(precision_recall_density_coverage(real, fake, k)) == pytest.approx(exact, rel=1e-12)
+    real, fake = rng.integers(0, 4, (40, 3)), rng.integers(0, 4, (30, 3))
+    exact = brute_force_balls(real, fake, k)
+    for scale, offset in ((0.1, 7.7), (1.0, 2.0**24)):
+        found = precision_recall_density_coverage(real * scale + offset, fake * scale + offset, k)
+        assert tuple(found) == pytest.approx(exact, rel=1e-12)
 
 
 def test_balls_by_hand() -> None:
@@ -326,10 +329,11 @@ def test_balls_by_hand() -> None:
 
 
 def test_equal_sets_and_sets_that_are_far_apart() -> None:
-    x = normal(2, 200, 8).astype(np.float32)
-    same = precision_recall_density_coverage(x, x)
-    assert (same.precision, same.recall, same.coverage) == (1, 1, 1)
-    assert same.density == pytest.approx((1 + 5) / 5), "a ball has its centre and 5 neighbours"
+    x = normal(2, 700, 8).astype(np.float32)
+    for k in (5, 100):
+        same = precision_recall_density_coverage(x, x, k)
+        assert (same.precision, same.recall, same.coverage) == (1, 1, 1)
+        assert same.density == pytest.approx((1 + k) / k), "a ball has its centre and k neighbours"
     assert precision_recall_density_coverage(x, x + 1000) == (0, 0, 0, 0)
 
 
@@ -396,7 +400,7 @@ def test_bad_settings_are_refused() -> None:
         with pytest.raises(ConfigError, match=f"^{name} must be a positive number"):
             modes_covered(POINTS, MODES, **settings)
     with pytest.raises(ConfigError, match="bandwidth must be a positive number; got 0"):
-        kernel_mmd(np.full((40, 2), 0.1), POINTS, "gaussian")
+        kernel_mmd(np.tile(normal(0, 1, 30), (40, 1)), normal(1, 40, 30), "gaussian")
     with pytest.raises(ConfigError, match=r"no kernel called 'gausian'. Did you mean gaussian\?"):
         kernel_mmd(POINTS, POINTS, "gausian")
     with pytest.raises(ConfigError, match=r"all pairs, \[4, 4\] here; got shape \(4,\)"):

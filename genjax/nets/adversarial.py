@@ -224,7 +224,9 @@ class ResidualFeatures(nnx.Module):
     def __call__(self, x: Array, cond: Array | None, train: bool) -> Array:
         x = self.first(_with_maps(x, cond if self.concat else None), train)
         for block in self.blocks:
-            x = nnx.avg_pool(block(x, None, train), (2, 2), (2, 2))
+            x = block(x, None, train)
+            n, height, width, depth = x.shape
+            x = x.reshape(n, height // 2, 2, width // 2, 2, depth).mean(axis=(2, 4))
         return _leaky(x).reshape(x.shape[0], -1)
 
 

@@ -1,5 +1,6 @@
 """Normalisation: batch statistics, also conditional, and spectral norms. Both keep what they carry in the state."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,17 +19,30 @@ class BatchNorm(nnx.Module):
     """
 
     def __init__(self, d: int, cond_size: int = 0, *, rngs: nnx.Rngs) -> None:
-        self.norm = nnx.BatchNorm(d, use_scale=not cond_size, use_bias=not cond_size, rngs=rngs)
-        zeros = nnx.initializers.zeros_init()
-        make = lambda: nnx.Linear(cond_size, d, use_bias=False, kernel_init=zeros, rngs=rngs)  # noqa: E731
-        self.scale, self.shift = (make(), make()) if cond_size else (None, None)
+        self.mean, self.var = nnx.BatchStat(jnp.zeros(d)), nnx.BatchStat(jnp.ones(d))
+        self.conditional = bool(cond_size)
+        if cond_size:
+            make = partial(nnx.Linear, cond_size, d, use_bias=False, kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
+            self.scale, self.shift = make(), make()
+        else:
+            self.scale, self.shift = nnx.Param(jnp.ones(d)), nnx.Param(jnp.zeros(d))
 
     def __call__(self, x: Array, cond: Array | None, train: bool) -> Array:
-        y = self.norm(x, use_running_average=not train)
-        if self.scale is None or self.shift is None:
-            return y
-        wide = lambda v: v.reshape(v.shape[0], *[1] * (x.ndim - 2), v.shape[-1])  # noqa: E731
-        return y * (1 + wide(self.scale(cond))) + wide(self.shift(cond))
+        wide_as = lambda v: v.reshape(*[1] * (x.ndim - 1), -1)  # noqa: E731
+        # Statistics in float32 at least: in bfloat16 a mean over thousands of values has two digits.
+        wide = x.astype(jnp.promote_types(x.dtype, self.mean[...].dtype))
+        if train:
+            axes = tuple(range(x.ndim - 1))
+            mean, var = jnp.mean(wide, axis=axes), jnp.var(wide, axis=axes)
+            for running, new in ((self.mean, mean), (self.var, var)):
+                running[...] += 0.01 * (jax.lax.stop_gradient(new).astype(running[...].dtype) - running[...])
+        else:
+            mean, var = self.mean[...], self.var[...]
+        y = ((wide - wide_as(mean)) * wide_as(jax.lax.rsqrt(var + 1e-5))).astype(x.dtype)
+        if not self.conditional:
+            return y * wide_as(self.scale[...]) + wide_as(self.shift[...])
+        spread = lambda v: v.reshape(v.shape[0], *[1] * (x.ndim - 2), v.shape[-1])  # noqa: E731
+        return y * (1 + spread(self.scale(cond))) + spread(self.shift(cond))
 
 
 class Spectral(nnx.Module):
