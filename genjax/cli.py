@@ -24,7 +24,7 @@ Pure-function generative models in JAX.
   list                 the zoo as a table: what each recipe is, and what to expect of it
   train NAME           train a recipe in a run folder, or go on where it stopped
   sample RUN           draw samples from a run folder
-  evaluate RUN         log-probability or bound on the test split, into report.json
+  evaluate RUN         log-probability, bound or figures about samples on the test split, into report.json
   sweep NAME           many seeds and settings as one compiled program: --seeds 4 --learning-rate 1e-3,3e-4
   bench NAME           steps/s, examples/s, compile time, FLOPs and share of the machine's peak
 

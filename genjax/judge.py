@@ -131,7 +131,7 @@ def _read(path: Path, like: Params) -> Params | None:
         return leaf
 
     try:
-        with np.load(path) as file:
+        with path.open("rb") as opened, np.load(opened) as file:
             return jax.tree_util.tree_map_with_path(partial(leaf_of, file), like)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None

@@ -99,7 +99,7 @@ def modes_covered(x: np.ndarray, modes: np.ndarray, sd: float, within: float = 3
 
     #{m : ∃i, m = argmin_j |x_i - modes_j| and |x_i - modes_m| ≤ within · sd}, from 0 to M. The definition of Srivastava et al.
     2017 (VEEGAN), which Lin et al. 2018 (PacGAN) compute too. As a sample counts for its nearest mode only, it cannot cover two
-    modes that overlap. The count grows with n (both papers draw 2,500), and one stray sample is enough for it.
+    modes that overlap. The count grows with n (VEEGAN draws 2,500), and one stray sample is enough for it.
 
     Args:
         x: samples [n, D].

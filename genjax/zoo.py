@@ -102,9 +102,9 @@ _ROWS = (
         summary="VAE of binarised MNIST, importance-weighted K=5",
         model={"latent_dim": 50, "hidden": (500, 500), "n_samples": 5, "n_bound_samples": 16},
         data_options={"binarize": "dynamic"},
-        optimizer=Optimizer(learning_rate=2e-3, schedule="cosine", ema_decay=0.999),
+        optimizer=Optimizer(learning_rate=1e-3, schedule="cosine", ema_decay=0.999),
         schedule=Schedule(
-            steps=50_000, batch_size=100, log_every=500, evaluate_every=5000, sample_every=10_000, checkpoint_every=5000
+            steps=40_000, batch_size=128, log_every=500, evaluate_every=5000, sample_every=10_000, checkpoint_every=5000
         ),
         evaluation={"n_bound_samples": 5000},
         tiny={**_TINY_VAE, "n_samples": 2},

@@ -7,9 +7,11 @@ import pytest
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
-SMALL = {"01_composition.ipynb": "STEPS = 40\nSWEEP_STEPS = 20\nSEEDS = 2"}
-
-SHOWS = {"01_composition.ipynb": 4}  # pictures
+SMALL = {
+    "01_composition.ipynb": "STEPS = 40\nSWEEP_STEPS = 20\nSEEDS = 2",
+    "02_adversarial.ipynb": "STEPS = 40\nSEEDS = 2",
+}
+SHOWS = {"01_composition.ipynb": 4, "02_adversarial.ipynb": 2}  # pictures
 
 
 def test_every_notebook_has_small_settings() -> None:

@@ -192,8 +192,6 @@ def test_part_of_a_split_and_other_splits(loaded: run.Loaded) -> None:
         run.evaluate(loaded, "dev")
     with pytest.raises(ConfigError, match="--n must be at least 2, so that there is a standard error; got 0"):
         run.evaluate(loaded, n=0)
-    with pytest.raises(ConfigError, match="neither a log-probability nor a bound"):
-        run.evaluate(loaded._replace(model=loaded.model._replace(bound=None)))
 
 
 def test_an_exact_model_says_so(loaded: run.Loaded) -> None:

@@ -399,8 +399,9 @@ def test_bad_settings_are_refused() -> None:
     for name, settings in (("sd", {"sd": 0.0}), ("within", {"sd": 1.0, "within": -1.0}), ("sd", {"sd": math.nan})):
         with pytest.raises(ConfigError, match=f"^{name} must be a positive number"):
             modes_covered(POINTS, MODES, **settings)
-    with pytest.raises(ConfigError, match="bandwidth must be a positive number; got 0"):
-        kernel_mmd(np.tile(normal(0, 1, 30), (40, 1)), normal(1, 40, 30), "gaussian")
+    for seed in range(6):  # rounding must not make a bandwidth out of one repeated row
+        with pytest.raises(ConfigError, match="bandwidth must be a positive number; got 0"):
+            kernel_mmd(np.tile(normal(seed, 1, 100), (40, 1)), normal(9, 40, 100), "gaussian")
     with pytest.raises(ConfigError, match=r"no kernel called 'gausian'. Did you mean gaussian\?"):
         kernel_mmd(POINTS, POINTS, "gausian")
     with pytest.raises(ConfigError, match=r"all pairs, \[4, 4\] here; got shape \(4,\)"):

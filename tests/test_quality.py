@@ -1,0 +1,153 @@
+"""Figures about samples of a run: that real data get what real data must get, that the judge is good, and what is kept."""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from genjax import judge, quality, run
+from genjax.config import replace
+from genjax.data import open_source
+from genjax.sweeps import run_sweep
+from genjax.zoo import ZOO
+
+SHORT = {"steps": 40, "steps_per_call": 10, "log_every": 20, "sample_every": 40, "checkpoint_every": 20, "batch_size": 16}
+STEPS = 150  # of the judge: enough for a good one of digits, if not the best
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def quick_judge(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GENJAX_CACHE", str(cache))
+    monkeypatch.setattr(quality, "judge_of", partial(judge.judge_of, steps=STEPS))
+
+
+def by_name(figures: list[quality.Figure]) -> dict[str, quality.Figure]:
+    assert len({figure.name for figure in figures}) == len(figures)
+    return {figure.name: figure for figure in figures}
+
+
+def test_points_of_the_truth_score_as_the_truth() -> None:
+    source = open_source("ring")
+    test = source.load().test.x
+    fresh = np.random.default_rng(0)
+
+    def truth(key: jax.Array, cond: np.ndarray | None, n: int) -> np.ndarray:
+        assert cond is None
+        return (source.modes[fresh.integers(8, size=n)] + 0.02 * fresh.standard_normal((n, 2))).astype(np.float32)
+
+    found = by_name(quality.figures_of(ZOO["gan-ring"], truth))
+    assert set(found) == {"high-quality share", "modes covered", "FD[raw]", "sliced Wasserstein"}
+    share = found["high-quality share"]
+    assert (share.n, share.n_reference) == (len(test), len(test))
+    expected = 1 - math.exp(-4.5)
+    assert abs(share.value - expected) < 4 * math.sqrt(expected * (1 - expected) / share.n)
+    assert found["modes covered"].value == found["modes covered"].real == 8
+    for name in ("FD[raw]", "sliced Wasserstein"):
+        assert found[name].value < 3 * found[name].real + 1e-3
+
+    # One mode only: seven are missing, and what is there is good.
+    one = by_name(quality.figures_of(ZOO["gan-ring"], lambda key, cond, n: np.tile(np.float32([[1, 0]]), (n, 1)), n=500))
+    assert (one["modes covered"].value, one["high-quality share"].value, one["FD[raw]"].n) == (1, 1, 500)
+    assert one["FD[raw]"].value > 0.5
+
+
+def test_real_digits_score_as_real_digits_and_shuffled_labels_do_not() -> None:
+    train = open_source("digits", conditional=True).load().train
+
+    def like(shift: int) -> quality.Sampler:
+        def draw(key: jax.Array, cond: np.ndarray | None, n: int) -> np.ndarray:
+            assert cond is not None
+            own = [np.flatnonzero(train.cond == (label + shift) % 10) for label in cond]
+            rows = [rows[index % len(rows)] for index, rows in enumerate(own)]
+            return train.x[rows].astype(np.float32)
+
+        return draw
+
+    good = by_name(quality.figures_of(ZOO["cgan"], like(0)))
+    assert next(iter(good)) == "class agreement"
+    assert good["class agreement"].value > 0.9
+    assert by_name(quality.figures_of(ZOO["cgan"], like(1)))["class agreement"].value < 0.1
+    assert {"FD[cnn-v1]", "MMD²[cnn-v1]", "precision", "recall", "density", "coverage", "FD[raw]"} <= set(good)
+    assert good["recall"].value > 0.8
+    noise = lambda key, cond, n: np.random.default_rng(0).integers(0, 17, (n, 8, 8, 1)).astype(np.float32)  # noqa: E731
+    bad = by_name(quality.figures_of(ZOO["cgan"], noise))
+    assert bad["FD[cnn-v1]"].value > 3 * good["FD[cnn-v1]"].value
+    assert bad["precision"].value < 0.2
+
+
+def test_the_judge_is_good_and_is_trained_once(cache: Path) -> None:
+    said: list[str] = []
+    source = open_source("digits", conditional=True)
+    first = judge.judge_of(source, STEPS, said.append)
+    assert first.accuracy.n == 360
+    assert first.accuracy.mean > 0.93
+    again = judge.judge_of(source, STEPS, said.append)
+    assert len(said) <= 1  # another test may have trained it before
+    x = source.load().test.x[:20].astype(np.float32)
+    np.testing.assert_array_equal(first.features(x), again.features(x))
+    assert first.features(x).shape == (20, judge.FEATURES)
+    # Other data have another judge, and a damaged file is made again.
+    (path,) = cache.glob("*.npz")
+    path.write_bytes(path.read_bytes()[:1000])
+    judge.judge_of(source, STEPS, said.append)
+    assert said
+    assert str(path) in said[-1]
+    np.testing.assert_array_equal(judge.judge_of(source, STEPS).features(x), first.features(x))
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    monkeypatch.setenv("GENJAX_CACHE", str(blocked))
+    assert judge.judge_of(open_source("digits", conditional=True), 1).accuracy.n == 360
+
+
+def test_labels_are_found_where_the_recipe_does_not_use_them() -> None:
+    assert quality.labelled(ZOO["gan"]).spec.n_classes == 10
+    assert quality.labelled(ZOO["cgan"]).spec.n_classes == 10
+    assert quality.labelled(ZOO["gan-grid"]).spec.n_classes == 25
+
+
+def test_a_run_without_a_likelihood_is_evaluated_by_its_samples(tmp_path: Path) -> None:
+    recipe = replace(ZOO["gan-ring"], hidden=(8,), **SHORT)
+    run.train(recipe, tmp_path / "gan")
+    loaded = run.load(tmp_path / "gan")
+    report = run.evaluate(loaded, "valid", n=300)
+    assert json.loads(json.dumps(report)) == report
+    assert report["kind"] == report["figures"][0]["name"] == "high-quality share"
+    assert (report["n"], report["split"], report["unit"]) == (300, "valid", "of samples")
+    assert report["value"] == report["mean"] == report["figures"][0]["value"]
+    assert run.evaluate(loaded, "valid", n=300)["figures"] == report["figures"]
+    # The samples are those of the averaged generator.
+    x = np.asarray(loaded.model.sample(loaded.params, loaded.state, jax.random.key(0), 7))
+    averaged = jax.tree.leaves(loaded.params["generator"])
+    assert x.shape == (7, 2)
+    assert all(np.isfinite(leaf).all() for leaf in averaged)
+
+
+def test_a_likelihood_stays_the_headline_beside_figures_about_samples(tmp_path: Path) -> None:
+    recipe = replace(ZOO["vae-ring"], hidden=(8,), evaluate_every=0, **SHORT)
+    run.train(recipe, tmp_path / "vae")
+    report = run.evaluate(run.load(tmp_path / "vae"), "valid", n=50, samples=True)
+    assert report["kind"] == "lower bound on the log-probability"
+    assert [figure["name"] for figure in report["figures"]][:2] == ["high-quality share", "modes covered"]
+    assert "figures" not in run.evaluate(run.load(tmp_path / "vae"), "valid", n=50)
+
+
+def test_members_of_a_sweep_without_a_likelihood_are_compared_by_their_samples(tmp_path: Path) -> None:
+    recipe = replace(ZOO["gan-ring"], hidden=(8,), **SHORT)
+    results = run_sweep(recipe, {"r1": [0.1, 1.0]}, 2, tmp_path / "sweep")
+    assert (results["metric"], results["unit"]) == ("valid/high-quality share", "of samples")
+    for line in results["results"]:
+        assert len(line["figures"]) == 2
+        assert line["members"] == [member["high-quality share"] for member in line["figures"]]
+    assert json.loads((tmp_path / "sweep" / "results.json").read_text())["results"] == results["results"]
