@@ -114,9 +114,10 @@ def figures_of(
     whole = labelled(recipe) if len(source.spec.shape) == 3 else None
     if whole is not None:
         judge = judge_of(whole, say=say)
-        if source.spec.n_classes:
+        if source.spec.n_classes and cond is not None:
+            wanted = cond
             says = f"{judge.name}, right on {100 * judge.accuracy.mean:.2f} % of {judge.accuracy.n} real test images"
-            agree = lambda which: metrics.class_agreement(judge.predict(of[which]), cond)  # noqa: E731
+            agree = lambda which: metrics.class_agreement(judge.predict(of[which]), wanted)  # noqa: E731
             add("class agreement", "of samples", says, agree, compare=False)
         expected, seen = judge.features(data), {which: judge.features(x) for which, x in of.items()}
         about = f"two Gaussians over features of {judge.name}"

@@ -212,8 +212,7 @@ def test_the_familys_losses_are_those_of_the_table(x64, name):
     np.testing.assert_allclose(grads["generator"]["last"]["bias"], np.sum(by_fake) * slope, rtol=1e-10)
 
 
-def alone(model, player):
-    """The model with one player's turn only: the other is frozen."""
+def alone(model, player):  # with one player's turn only: the other is frozen
     return model._replace(losses={player: model.losses[player]}, turns=())
 
 

@@ -229,6 +229,8 @@ def gan(
             )
     if generator_cond == "batch_norm" and generator_norm != "batch":
         raise ConfigError("generator_cond='batch_norm' needs batch normalisation: say generator_norm='batch' as well.")
+    if generator_cond == "batch_norm" and net == "mlp" and not hidden:
+        raise ConfigError("generator_cond='batch_norm' needs a hidden layer to normalise; got hidden=().")
     if not spec.conditional and (generator_cond, discriminator_cond) != ("concat", "concat"):
         raise ConfigError(
             f"generator_cond={generator_cond!r} and discriminator_cond={discriminator_cond!r} say where a condition goes, but "

@@ -18,6 +18,9 @@ class BatchNorm(nnx.Module):
     the batch, and the running ones in the state move 1 % towards them; with train=False they are the running ones.
     """
 
+    scale: Any  # a vector, or a layer that makes one of the condition
+    shift: Any
+
     def __init__(self, d: int, cond_size: int = 0, *, rngs: nnx.Rngs) -> None:
         self.mean, self.var = nnx.BatchStat(jnp.zeros(d)), nnx.BatchStat(jnp.ones(d))
         self.conditional = bool(cond_size)
