@@ -11,8 +11,10 @@ import tyro
 class Args:
     """Measure, and write benchmarks/results/*.json, benchmarks/REPORT.md and genjax/results.json."""
 
-    part: Annotated[Literal["all", "overhead", "throughput", "results", "gallery", "report"], tyro.conf.Positional] = "all"
-    """What to measure; `results` trains every recipe, which takes hours with all seeds; `all` leaves it out."""
+    part: Annotated[
+        Literal["all", "overhead", "throughput", "adversarial", "results", "gallery", "report"], tyro.conf.Positional
+    ] = "all"
+    """What to measure; `results` trains every recipe and `adversarial` many GANs, which takes hours: `all` leaves both out."""
     names: tuple[str, ...] = ()
     """For `results`: only these recipes; all unless given."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -34,6 +36,10 @@ def main() -> None:
         from benchmarks import throughput
 
         throughput.main(*([args.seconds] if args.seconds else []))
+    if args.part == "adversarial":
+        from benchmarks import adversarial
+
+        adversarial.main(*([args.seconds] if args.seconds else []))
     if args.part == "results":
         from benchmarks import results_of_zoo
 

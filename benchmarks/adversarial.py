@@ -74,7 +74,7 @@ def members(seconds: float) -> dict[str, Any]:
     each = [stepper(solo.step, solo.init(key), arrays) for key in keys]
     calls["one after the other"] = lambda: [call() for call in each][-1]
     rounds = alternate(calls, seconds)
-    found = {mode: {"ms_per_step": 1000 * summary(r)["median"] / k} for mode, r in rounds.items()}
+    found: dict[str, Any] = {mode: {"ms_per_step": 1000 * summary(r)["median"] / k} for mode, r in rounds.items()}
     for mode in ("vmap", "map"):
         found[mode]["ratio"] = ratio(rounds[mode], rounds["one after the other"])
     print(f"eight ring GANs, batch 64: {found}")

@@ -61,7 +61,8 @@ def judge_of(source: Source, steps: int = STEPS, say: Callable[[str], None] = la
     only used to say how good it is.
     """
     spec, splits = source.spec, source.load()
-    net = functional(partial(ConvClassifier, spec.shape, CHANNELS, FEATURES, spec.n_classes))
+    shape: Any = spec.shape
+    net = functional(partial(ConvClassifier, shape, CHANNELS, FEATURES, spec.n_classes or 0))
     settings = [VERSION, steps, spec.shape, spec.kind, spec.levels, spec.n_classes]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for array in (splits.train.x, splits.train.cond):
