@@ -35,8 +35,8 @@ WEIGHT = np.asarray([1, 0, 2, 0.5, 0, 1, 3, 1], np.float32)
 BATCH_COUPLED = {"dcgan-mnist"}
 # Losses that need not look at an example, only at its condition: a generator may be judged by the discriminator alone.
 DATA_FREE = {gan: {"generator"}}
-# Rows whose scanned steps equal single ones to rounding only, and to how much of it: in a loop, XLA sums a convolution's gradient
-# in another order. Two players that Adam moves by nearly the sign of a gradient pass more of it on (2e-6 to 5e-6 were seen).
+# Rows whose scanned steps equal single ones to rounding only, and to how much of it: in a loop, XLA sums a convolution's
+# gradient in another order. Two players that Adam moves by nearly the sign of a gradient pass more of it on (2e-6 to 5e-6).
 SCANNED_TO_ROUNDING = {"vae-conv": 1e-6, "dcgan-mnist": 2e-5, "r3gan-mnist": 2e-5}
 # Families whose gradient is, by design, not the derivative of the loss for fixed noise: builder arguments that make it so.
 # (The estimators themselves are tested with the family.) Gradient penalties jump where a leaky ReLU has its kink, so they
