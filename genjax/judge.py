@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from genjax.data import Source, batch_at
-from genjax.errors import CheckpointError, replacing
+from genjax.errors import CheckpointError, ConfigError, replacing
 from genjax.metrics import Estimate, class_agreement
 from genjax.nets.conv import ConvClassifier
 from genjax.nets.functional import functional
@@ -106,7 +106,7 @@ def _train(source: Source, net: Any, steps: int) -> Params:
         return -jnp.sum(labels * jax.nn.log_softmax(logits), axis=-1), Aux(state, {})
 
     def nothing(params: Params, state: State, key: Key, n: int, cond: Any = None) -> Any:
-        raise NotImplementedError("A classifier has no samples.")
+        raise ConfigError("A classifier has no samples.")  # the contract asks every model for a sampler
 
     # A classifier is one player with one loss, so the zoo's own train step trains it.
     rate = optax.cosine_decay_schedule(2e-3, steps)

@@ -89,14 +89,17 @@ def run_sweep(
             progress=progress,
         )
     of_members: list[dict[str, float]] = []
-    scoring = score_of(recipe.build(source.spec))
+    model = recipe.build(source.spec)
+    scoring, estimator = score_of(model), model.estimator
     if scoring is not None:
         name, unit = f"valid/{scoring[0]}", "nats"
         values = _score_members(recipe, columns, eval_params(state), state.state, source, splits.valid)
     else:
         figures = _figures_of_members(recipe, columns, len(keys), eval_params(state), state.state, say)
-        name, unit = f"valid/{figures[0][0].name}", figures[0][0].unit
-        values = np.asarray([member[0].value for member in figures])
+        first = next((member[0] for member in figures if member), None)
+        name, unit = ("valid/samples", "no member is finite") if first is None else (f"valid/{first.name}", first.unit)
+        estimator = "" if first is None else first.estimator
+        values = np.asarray([member[0].value if member else np.nan for member in figures])
         of_members = [{figure.name: figure.value for figure in member} for member in figures]
     table = []
     for index, combination in enumerate(combinations):
@@ -116,7 +119,7 @@ def run_sweep(
         "recipe": recipe.name,
         "metric": name,
         "unit": unit,
-        "estimator": recipe.build(source.spec).estimator,
+        "estimator": estimator,
         "n": len(splits.valid.x),
         "split": "valid",
         "seeds": seeds,
@@ -132,12 +135,15 @@ def run_sweep(
 def _figures_of_members(
     recipe: Recipe, columns: dict[str, Any], n_members: int, params: Params, state: State, say: Callable[[str], None]
 ) -> list[list[quality.Figure]]:
-    """The figures about the samples of every member, against the validation split."""
+    """The figures about the samples of every member, against the validation split; none of a member that is not finite."""
     found = []
     for member in range(n_members):
         own = replace(recipe, **{name: float(column[member]) for name, column in columns.items()})
         model = own.build(own.source().spec)
         of_member = [jax.tree.map(lambda leaf, member=member: leaf[member], tree) for tree in (params, state)]
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(of_member)):
+            found.append([])
+            continue
         found.append(quality.figures_of(own, quality.sampler_of(model, *of_member), split="valid", say=say))
     return found
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import random
 import re
 import shlex
@@ -326,7 +327,6 @@ def test_a_sweep_is_one_program_with_a_table(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_terminal_gets_a_bar_with_rate_and_time_left(tmp_path: Path) -> None:
-    pty = pytest.importorskip("pty")
     leader, follower = pty.openpty()
     args = shlex.split("train vae --hidden 8 --steps 300 --sample-every 0 --out run")
     env = {**environment(), "TERM": "xterm", "COLUMNS": "120"}

@@ -91,4 +91,5 @@ def test_help_does_not_import_jax(flag):
 
 
 def test_no_file_is_longer_than_500_lines():
-    assert {name: n for name, path in FILES.items() if (n := len(path.read_text().splitlines())) > 500} == {}
+    files = [*FILES.values(), *ROOT.parent.glob("tests/*.py"), *ROOT.parent.glob("benchmarks/*.py")]
+    assert {path.name: n for path in files if (n := len(path.read_text().splitlines())) > 500} == {}

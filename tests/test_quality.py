@@ -151,3 +151,13 @@ def test_members_of_a_sweep_without_a_likelihood_are_compared_by_their_samples(t
         assert len(line["figures"]) == 2
         assert line["members"] == [member["high-quality share"] for member in line["figures"]]
     assert json.loads((tmp_path / "sweep" / "results.json").read_text())["results"] == results["results"]
+
+
+def test_a_member_that_diverged_leaves_the_others_their_figures(tmp_path: Path) -> None:
+    recipe = replace(ZOO["gan-ring"], hidden=(8,), **SHORT)
+    results = run_sweep(recipe, {"r1": [0.1, float("inf")]}, 1, tmp_path / "sweep")
+    good, bad = results["results"]
+    assert (good["not_finite"], bad["not_finite"]) == (0, 1)
+    assert good["mean"] == good["figures"][0]["high-quality share"]
+    assert (bad["mean"], bad["members"], bad["figures"]) == (None, [None], [{}])
+    assert results["estimator"] == "within 3 sd of a mode"

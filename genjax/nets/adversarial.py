@@ -97,9 +97,7 @@ class DCGANGenerator(nnx.Module):
         norm_cond: int = 0,
         rngs: nnx.Rngs,
     ) -> None:
-        check_image(shape, len(channels))
-        factor = 2 ** len(channels)
-        self.start = (shape[0] // factor, shape[1] // factor, channels[0])
+        self.start = (*check_image(shape, len(channels)), channels[0])
         self.first = nnx.Linear(d_z + concat, math.prod(self.start), kernel_init=_NARROW, rngs=rngs)
         sizes = [*channels, shape[2]]
         make = partial(nnx.ConvTranspose, kernel_size=(4, 4), strides=(2, 2), kernel_init=_NARROW, rngs=rngs)
@@ -128,7 +126,7 @@ class DCGANFeatures(nnx.Module):
         spectral: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
-        check_image(shape, len(channels))
+        smallest = check_image(shape, len(channels))
         sizes, wrap = [shape[2] + concat, *channels], _wrap(spectral)
         # Weights of 0.02 would vanish without a normalisation behind them.
         init = {"kernel_init": _NARROW} if norm else {}
@@ -137,8 +135,7 @@ class DCGANFeatures(nnx.Module):
         layers = [make(*size, use_bias=b) for size, b in zip(itertools.pairwise(sizes), biased, strict=True)]
         self.convs = nnx.List([wrap(layer, rngs=rngs) for layer in layers])
         self.norms = nnx.List([BatchNorm(d, rngs=rngs) for d in channels[1:]] if norm else [])
-        factor = 2 ** len(channels)
-        self.d_features = (shape[0] // factor) * (shape[1] // factor) * channels[-1]
+        self.d_features = math.prod(smallest) * channels[-1]
         self.concat = concat
 
     def __call__(self, x: Array, cond: Array | None, train: bool) -> Array:
@@ -179,9 +176,7 @@ class ResidualGenerator(nnx.Module):
         norm_cond: int = 0,
         rngs: nnx.Rngs,
     ) -> None:
-        check_image(shape, len(channels))
-        factor = 2 ** len(channels)
-        self.start = (shape[0] // factor, shape[1] // factor, channels[0])
+        self.start = (*check_image(shape, len(channels)), channels[0])
         self.first = nnx.Linear(d_z + concat, math.prod(self.start), rngs=rngs)
         sizes = [channels[0], *channels]
         make = partial(_Residual, norm=norm, norm_cond=norm_cond, wrap=Plain, rngs=rngs)
@@ -211,14 +206,13 @@ class ResidualFeatures(nnx.Module):
         spectral: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
-        check_image(shape, len(channels))
+        smallest = check_image(shape, len(channels))
         wrap = _wrap(spectral)
         self.first = wrap(nnx.Conv(shape[2] + concat, channels[0], (3, 3), rngs=rngs), rngs=rngs)
         sizes = [channels[0], *channels]
         make = partial(_Residual, norm=norm, norm_cond=0, wrap=wrap, rngs=rngs)
         self.blocks = nnx.List([make(a, b) for a, b in itertools.pairwise(sizes)])
-        factor = 2 ** len(channels)
-        self.d_features = (shape[0] // factor) * (shape[1] // factor) * channels[-1]
+        self.d_features = math.prod(smallest) * channels[-1]
         self.concat = concat
 
     def __call__(self, x: Array, cond: Array | None, train: bool) -> Array:

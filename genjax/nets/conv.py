@@ -1,6 +1,7 @@
 """Small convolutional encoders and decoders for images, NHWC throughout."""
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -12,8 +13,8 @@ from genjax.nets.mlp import ACTIVATIONS
 from genjax.protocol import Array
 
 
-def check_image(shape: tuple[int, ...], n_halvings: int) -> None:
-    """Refuse shapes that cannot be halved `n_halvings` times.
+def check_image(shape: tuple[int, ...], n_halvings: int) -> tuple[int, int]:
+    """Height and width of an image after `n_halvings`; shapes that cannot be halved so often are refused.
 
     Raises:
         ConfigError: if `shape` is not (height, width, channels), a side is not a multiple of 2^n_halvings, or there is no
@@ -29,6 +30,7 @@ def check_image(shape: tuple[int, ...], n_halvings: int) -> None:
             f"{n_halvings} halvings need sides that are multiples of {factor}; got {shape[0]} x {shape[1]}. "
             "Give fewer channels (one halving per entry) or pad the images."
         )
+    return shape[0] // factor, shape[1] // factor
 
 
 class ConvEncoder(nnx.Module):
@@ -44,11 +46,10 @@ class ConvEncoder(nnx.Module):
         activation: str = "gelu",
         rngs: nnx.Rngs,
     ) -> None:
-        check_image(shape, len(channels))
+        smallest = check_image(shape, len(channels))
         sizes = [shape[2], *channels]
         self.convs = nnx.List([nnx.Conv(a, b, (3, 3), strides=2, rngs=rngs) for a, b in itertools.pairwise(sizes)])
-        factor = 2 ** len(channels)
-        self.last = nnx.Linear((shape[0] // factor) * (shape[1] // factor) * sizes[-1] + cond_size, d_out, rngs=rngs)
+        self.last = nnx.Linear(math.prod(smallest) * sizes[-1] + cond_size, d_out, rngs=rngs)
         self.activation = ACTIVATIONS[activation]
 
     def __call__(self, x: Array, cond: Array | None = None) -> Array:
@@ -71,9 +72,7 @@ class ConvDecoder(nnx.Module):
         activation: str = "gelu",
         rngs: nnx.Rngs,
     ) -> None:
-        check_image(shape, len(channels))
-        factor = 2 ** len(channels)
-        self.start = (shape[0] // factor, shape[1] // factor, channels[0])
+        self.start = (*check_image(shape, len(channels)), channels[0])
         self.first = nnx.Linear(d_in, self.start[0] * self.start[1] * self.start[2], rngs=rngs)
         sizes = [*channels, d_out]
         self.convs = nnx.List([nnx.Conv(a, b, (3, 3), rngs=rngs) for a, b in itertools.pairwise(sizes)])
