@@ -167,3 +167,63 @@ LIKELIHOODS: dict[str, Callable[[DataSpec, bool], Likelihood]] = {
 
 # The likelihood that makes sense for each kind of data; another one would compare densities with probabilities.
 LIKELIHOOD_OF_KIND = {"binary": "bernoulli", "continuous": "gaussian", "discrete": "discretized_logistic"}
+
+
+class Emission(NamedTuple):
+    """p(event | outputs) for one step of a sequence, whose event has the shape `spec.shape[1:]`.
+
+    Attributes:
+        n_outputs: how many numbers a network gives per step.
+        log_prob: (x [..., *event], outputs [..., n_outputs]) -> nats [...], summed over the event.
+        sample: (key, outputs [..., n_outputs]) -> x [..., *event], in the dtype of the data.
+    """
+
+    n_outputs: int
+    log_prob: Callable[[Array, Array], Array]
+    sample: Callable[[Key, Array], Array]
+
+
+def emission(spec: DataSpec, n_components: int = 1) -> Emission:
+    """The distribution of one step that fits the kind of data.
+
+    Tokens and discrete values are categorical (the outputs are logits, `levels` of them for each value), binary values
+    Bernoulli, all independent within the step; continuous vectors are a mixture of `n_components` Gaussians with diagonal
+    covariance (Graves 2013, section 4.1, without correlations), which need not be independent.
+    """
+    event = spec.shape[1:]
+    size, ndim = math.prod(event), len(event)
+    if spec.kind in ("tokens", "discrete"):
+        levels = spec.levels or 2
+        logits_of = lambda outputs: outputs.reshape(*outputs.shape[:-1], *event, levels)  # noqa: E731
+        return Emission(
+            size * levels,
+            lambda x, outputs: sum_event(categorical_log_prob(x, logits_of(outputs)), ndim),
+            lambda key, outputs: jax.random.categorical(key, logits_of(outputs)).astype(spec.dtype),
+        )
+    if spec.kind == "binary":
+        logits_of = lambda outputs: outputs.reshape(*outputs.shape[:-1], *event)  # noqa: E731
+        return Emission(
+            size,
+            lambda x, outputs: sum_event(bernoulli_log_prob(x, logits_of(outputs)), ndim),
+            lambda key, outputs: bernoulli_sample(key, logits_of(outputs)),
+        )
+    m = n_components
+
+    def parts(outputs: Array) -> tuple[Array, Array, Array]:
+        """Log-weights [..., m], means and log-scales [..., m, size]."""
+        mean, raw = jnp.split(outputs[..., m:].reshape(*outputs.shape[:-1], m, 2 * size), 2, axis=-1)
+        return jax.nn.log_softmax(outputs[..., :m]), mean, bounded_log_scale(raw)
+
+    def log_prob(x: Array, outputs: Array) -> Array:
+        log_weight, mean, log_scale = parts(outputs)
+        flat = x.reshape(*outputs.shape[:-1], 1, size)
+        return jax.nn.logsumexp(log_weight + sum_event(normal_log_prob(flat, mean, log_scale)), axis=-1)
+
+    def sample(key: Key, outputs: Array) -> Array:
+        key_component, key_noise = jax.random.split(key)
+        log_weight, mean, log_scale = parts(outputs)
+        chosen = jax.random.categorical(key_component, log_weight)[..., None, None]
+        take = lambda values: jnp.take_along_axis(values, chosen, axis=-2)[..., 0, :]  # noqa: E731
+        return normal_sample(key_noise, take(mean), take(log_scale)).reshape(*outputs.shape[:-1], *event)
+
+    return Emission(m * (1 + 2 * size), log_prob, sample)

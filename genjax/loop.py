@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from genjax.checkpoint import Checkpoints
-from genjax.data import Source, batch_at, batch_indices, host_batch, prepare_at
+from genjax.data import Source, batch_at, host_batch, prepare_at
 from genjax.errors import Interrupted, NonFiniteError
 from genjax.protocol import Batch, Key, Training, TrainState
 from genjax.train import compiled, feed, scan_steps
@@ -51,7 +51,7 @@ def host_feed(t: Training, source: Source, arrays: Batch, batch_size: int, seed:
     """The split stays on the host, and batches are gathered there and sent: the same as `device_feed`'s, bit for bit."""
 
     def payload(step: int, k: int) -> Any:
-        batches = [host_batch(arrays, batch_size, seed, s) for s in range(step, step + k)]
+        batches = [host_batch(source, arrays, batch_size, seed, s) for s in range(step, step + k)]
         return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
 
     fed = feed(t, prepare_at(source, seed))
@@ -64,7 +64,7 @@ def choose_feed(t: Training, source: Source, arrays: Batch, batch_size: int, see
     Raises:
         DataError, ConfigError: for a batch size that the data do not allow; see `batch_indices`.
     """
-    batch_indices(len(arrays.x), batch_size, seed, step=0)  # refuse it now, before a run folder is made
+    source.order(len(arrays.x), batch_size, seed, 0)  # refuse it now, before a run folder is made
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
     on_device = place == "device" or (place == "auto" and size <= DEVICE_LIMIT)
     return (device_feed if on_device else host_feed)(t, source, arrays, batch_size, seed)

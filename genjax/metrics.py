@@ -47,9 +47,9 @@ def padded(arrays: Batch, start: int, size: int) -> Batch:
     """Rows start .. start+size of host arrays as a batch of exactly `size`: missing rows repeat row 0 with weight 0."""
     n = min(size, len(arrays.x) - start)
     rows = np.concatenate([np.arange(start, start + n), np.zeros(size - n, np.int64)])
-    x, cond = jax.tree.map(lambda leaf: leaf[rows], (arrays.x, arrays.cond))
+    x, cond, length = jax.tree.map(lambda leaf: leaf[rows], (arrays.x, arrays.cond, arrays.length))
     weight: Any = (np.arange(size) < n).astype(np.float32)
-    return Batch(x, cond, weight)
+    return Batch(x, cond, weight, length)
 
 
 def scorer(score: ScoreFn, prepare: Callable[[Key, Batch], Batch]) -> Callable[..., Any]:

@@ -62,6 +62,12 @@ class DataSpec:
         n_classes: the model is conditional on a label 0 .. n_classes-1, int32 [B]; None if it is not.
         cond_dim: the model is conditional on a vector, float32 [B, cond_dim]; None if it is not.
         vocabulary: the symbol of each token, for `tokens` data that are text.
+        step: the event is a sequence along its first axis, and this is what one step of it is called in reports:
+            "character", "frame", "row". None for events that are no sequences.
+        end: the token that ends a sequence. What follows it in `batch.x` is padding (more of the same token) and counts for
+            nothing; the end token itself counts, so a model of such data models how long they are.
+        lengths: sequences come with their lengths, `batch.length` int32 [B] from 1 to shape[0]; steps after that count for
+            nothing. Lengths are given, not modelled: for data that have no end token, such as music.
         name: what the data are called, for messages and pictures.
     """
 
@@ -71,6 +77,9 @@ class DataSpec:
     n_classes: int | None = None
     cond_dim: int | None = None
     vocabulary: tuple[str, ...] | None = None
+    step: str | None = None
+    end: int | None = None
+    lengths: bool = False
     name: str = "data"
 
     def __post_init__(self) -> None:
@@ -93,6 +102,21 @@ class DataSpec:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"DataSpec.{name} must be at least 1; got {value}.")
+        self._check_sequence()
+
+    def _check_sequence(self) -> None:
+        if self.vocabulary is not None and (self.kind != "tokens" or len(self.vocabulary) != self.levels):
+            raise ValueError(
+                f"A vocabulary names each of the levels of token data; got {len(self.vocabulary)} symbols with "
+                f"kind={self.kind!r}, levels={self.levels}."
+            )
+        if (self.end is not None or self.lengths) and (self.step is None or not self.shape):
+            raise ValueError("end and lengths are for sequences: say what a step is called (step='character').")
+        if self.end is not None and (self.lengths or self.kind != "tokens" or not 0 <= self.end < (self.levels or 0)):
+            raise ValueError(
+                f"end must be a token, 0 <= end < levels, of data without lengths; got end={self.end} with "
+                f"kind={self.kind!r}, levels={self.levels}, lengths={self.lengths}."
+            )
 
     @property
     def size(self) -> int:
@@ -128,12 +152,14 @@ class DataSpec:
 class Batch(NamedTuple):
     """Examples with a leading batch axis B: `x` [B, *shape], `cond` [B] or [B, cond_dim], `weight` [B] (None means all 1).
 
-    A weight of 0 takes an example out of every mean exactly, which is how a last, partial batch is padded.
+    A weight of 0 takes an example out of every mean exactly, which is how a last, partial batch is padded. `length` [B] is
+    there exactly where the spec says `lengths`: how many of the steps of x count.
     """
 
     x: PyTree
     cond: PyTree | None = None
     weight: Array | None = None
+    length: Array | None = None
 
 
 class Aux(NamedTuple):
@@ -271,7 +297,7 @@ def check_batch(spec: DataSpec, batch: Batch) -> None:
         ValueError, TypeError: see the text, which names what was expected and found.
     """
     if not isinstance(batch, Batch):
-        raise TypeError(f"Expected a genjax.Batch(x, cond, weight); got {type(batch).__name__}.")
+        raise TypeError(f"Expected a genjax.Batch(x, cond, weight, length); got {type(batch).__name__}.")
     x = batch.x
     if not hasattr(x, "shape") or x.ndim != len(spec.shape) + 1 or tuple(x.shape[1:]) != spec.shape:
         found = list(x.shape) if hasattr(x, "shape") else type(x).__name__
@@ -282,7 +308,30 @@ def check_batch(spec: DataSpec, batch: Batch) -> None:
         raise TypeError(f"batch.x of {spec.name} is {spec.kind} and must be floating point; got {x.dtype}.")
     if batch.weight is not None and batch.weight.shape != (x.shape[0],):
         raise ValueError(f"batch.weight must have shape [{x.shape[0]}]; got {list(batch.weight.shape)}.")
+    if spec.lengths != (batch.length is not None):
+        found = "it is missing: sequences of unequal length need it" if spec.lengths else "it was given"
+        raise ValueError(
+            f"batch.length goes with a spec that says lengths=True; that of {spec.name} says {spec.lengths}, and {found}."
+        )
+    if batch.length is not None and (
+        batch.length.shape != (x.shape[0],) or not jnp.issubdtype(batch.length.dtype, jnp.integer)
+    ):
+        raise ValueError(f"batch.length must be int [{x.shape[0]}]; got {batch.length.dtype}{list(batch.length.shape)}.")
     check_cond(spec, batch.cond, x.shape[0])
+
+
+def step_mask(spec: DataSpec, batch: Batch) -> Array:
+    """Which steps of each sequence count, bool [B, T]: up to its end token, itself included, or up to its length.
+
+    The one place that knows of padding; a loss of sequences sums its steps where the mask is true.
+    """
+    n, t = batch.x.shape[:2]
+    if spec.end is not None:
+        ended = jnp.cumsum((batch.x == spec.end).astype(jnp.int32), axis=1)
+        return jnp.concatenate([jnp.ones((n, 1), bool), ended[:, :-1] == 0], axis=1)
+    if batch.length is not None:
+        return jnp.arange(t)[None] < batch.length[:, None]
+    return jnp.ones((n, t), bool)
 
 
 def checked(model: Model) -> Model:

@@ -99,15 +99,15 @@ _ROWS = (
         name="vae-mnist",
         family=vae,
         data="mnist",
-        summary="VAE of binarised MNIST, importance-weighted K=5",
-        model={"latent_dim": 50, "hidden": (500, 500), "n_samples": 5, "n_bound_samples": 16},
+        summary="VAE of binarised MNIST with a VampPrior",
+        model={"latent_dim": 50, "hidden": (500, 500), "prior": "vamp", "n_pseudo_inputs": 500},
         data_options={"binarize": "dynamic"},
-        optimizer=Optimizer(learning_rate=1e-3, schedule="cosine", ema_decay=0.999),
+        optimizer=Optimizer(learning_rate=2e-3, schedule="cosine", ema_decay=0.999),
         schedule=Schedule(
-            steps=40_000, batch_size=128, log_every=500, evaluate_every=5000, sample_every=10_000, checkpoint_every=5000
+            steps=25_000, batch_size=128, log_every=500, evaluate_every=5000, sample_every=10_000, checkpoint_every=5000
         ),
         evaluation={"n_bound_samples": 5000},
-        tiny={**_TINY_VAE, "n_samples": 2},
+        tiny={**_TINY_VAE, "n_pseudo_inputs": 3},
     ),
     Recipe(
         name="gan-ring",

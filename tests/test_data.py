@@ -36,7 +36,7 @@ def test_host_and_device_batches_are_bitwise_equal(some_digits):
     mapped = jax.jit(jax.vmap(lambda seed, step: data.batch_at(source, 16, seed)(on_device, step)))(jnp.full(8, 3), steps)
     scanned, mapped = jax.tree.map(np.asarray, (scanned, mapped))  # slicing JAX arrays would compile every slice
     for step in range(8):
-        raw = data.host_batch(some_digits, 16, 3, step)
+        raw = data.host_batch(source, some_digits, 16, 3, step)
         assert raw.x.dtype == np.uint8
         assert isinstance(raw.x, np.ndarray)
         host = prepare(raw, step)
@@ -54,7 +54,7 @@ def test_host_and_device_batches_without_draws(some_digits, binarize):
     source = data.digits(conditional=True, binarize=binarize)
     device = jax.jit(data.batch_at(source, 16, 3))(jax.tree.map(jnp.asarray, some_digits), 3)
     check_batch(source.spec, device)
-    assert_same(device, data.prepare_at(source, 3)(data.host_batch(some_digits, 16, 3, 3), 3))  # not jitted
+    assert_same(device, data.prepare_at(source, 3)(data.host_batch(source, some_digits, 16, 3, 3), 3))  # not jitted
 
 
 def test_data_key_is_not_the_training_key():

@@ -50,23 +50,27 @@ def test_the_vamp_prior_is_the_mixture_of_its_posteriors(x64, shape):
     np.testing.assert_allclose(got, naive_mixture(z, 3 * PSEUDO, -1 + 0.3 * PSEUDO), rtol=1e-10)
 
 
-def test_the_vamp_prior_keeps_its_digits_in_float32():
+# The sum over differences keeps all digits; the expansion into matrix products, taken where it may, loses some.
+@pytest.mark.parametrize(("narrow", "loses"), [(-5.0, 1e-4), (-1.0, 1e-3)])
+def test_the_vamp_prior_keeps_its_digits_in_float32(narrow, loses):
     # 16 dimensions, means of order 3 and deviations of e^-5: what a well trained encoder of images gives.
     rng = np.random.default_rng(16)
     mean, log_scale = (
         (3 * rng.normal(size=(20, 16))).astype(np.float32),
-        (-5 + 0.3 * rng.normal(size=(20, 16))).astype(np.float32),
+        (narrow + 0.3 * rng.normal(size=(20, 16))).astype(np.float32),
     )
     z = (mean[:8] + np.exp(log_scale[:8]) * rng.normal(size=(8, 16))).astype(np.float32)
     prior = vamp_prior(DataSpec((1,), "continuous"), 20)
     got = prior.log_prob({"x": jnp.zeros((20, 1))}, lambda x, c: (jnp.asarray(mean), jnp.asarray(log_scale)), jnp.asarray(z))
     want = naive_mixture(*(a.astype(np.float64) for a in (z, mean, log_scale)))
-    np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=loses)
 
 
-def test_the_vamp_prior_has_the_gradient_of_the_mixture(x64):
+@pytest.mark.parametrize("narrow", [0.0, -17.0])  # the expansion into matrix products, and the sum over differences
+def test_the_vamp_prior_has_the_gradient_of_the_mixture(x64, narrow):
     rng = np.random.default_rng(17)
     mean, log_scale, z = (jnp.asarray(rng.normal(size=size)) for size in ((3, 2), (3, 2), (4, 2)))
+    log_scale = log_scale + narrow
     prior = vamp_prior(DataSpec((1,), "continuous"), 3)
 
     def ours(mean, log_scale, z):
@@ -77,7 +81,7 @@ def test_the_vamp_prior_has_the_gradient_of_the_mixture(x64):
         return jax.nn.logsumexp((-0.5 * square - log_scale[None]).sum(-1), axis=1).sum()
 
     for a, b in zip(*(jit(jax.grad(f, (0, 1, 2)))(mean, log_scale, z) for f in (ours, naive)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12 * float(jnp.abs(b).max()))
 
 
 def test_samples_of_the_vamp_prior_follow_it():

@@ -34,7 +34,9 @@ class Source(NamedTuple):
         spec: what a builder must know; it is known before anything is loaded.
         load: () -> Splits: reads the files, or makes the points. Raises DataError when it cannot.
         prepare: (key, stored batch) -> Batch in the dtypes of `spec`; pure and jit-able, draws dynamic binarisation with
-            the key, and keeps `weight`.
+            the key, and keeps `weight` and `length`.
+        order: (n, batch_size, seed, step) -> the examples of one batch, int32 [batch_size]; see `batch_indices`, which
+            shuffles. A stream whose batches go on from each other has another one.
         log_prob: (points [B, 2]) -> exact log-density in nats [B], where it is known; the marginal over the classes.
         entropy: the differential entropy of the same density in nats, where it is known.
         modes: the centres [M, 2] of a mixture with separate components, and
@@ -45,6 +47,7 @@ class Source(NamedTuple):
     spec: DataSpec
     load: Callable[[], Splits]
     prepare: Callable[[Key, Batch], Batch]
+    order: Callable[[int, int, int | Array, int | Array], Array | np.ndarray] = batch_indices
     log_prob: Callable[[Array], Array] | None = None
     entropy: float | None = None
     modes: np.ndarray | None = None
@@ -59,7 +62,8 @@ def cast(spec: DataSpec) -> Callable[[Key, Batch], Batch]:
         cond = batch.cond
         if cond is not None:
             cond = jnp.asarray(cond).astype(jnp.int32 if spec.n_classes else jnp.float32)
-        return Batch(jnp.asarray(batch.x).astype(spec.dtype), cond, batch.weight)
+        length = None if batch.length is None else jnp.asarray(batch.length).astype(jnp.int32)
+        return Batch(jnp.asarray(batch.x).astype(spec.dtype), cond, batch.weight, length)
 
     return prepare
 
@@ -85,32 +89,35 @@ def batch_at(source: Source, batch_size: int, seed: int | Array) -> Callable[[Ba
     prepare = prepare_at(source, seed)
 
     def batch(arrays: Batch, step: int | Array) -> Batch:
-        index = batch_indices(_length(arrays), batch_size, seed, step)
+        index = source.order(_length(arrays), batch_size, seed, step)
         # The indices are in range by construction; "clip" only spares the code that would look at them.
         return prepare(jax.tree.map(lambda array: jnp.take(array, index, axis=0, mode="clip"), arrays), step)
 
     return batch
 
 
-def host_batch(arrays: Batch, batch_size: int, seed: int, step: int) -> Batch:
+def host_batch(source: Source, arrays: Batch, batch_size: int, seed: int, step: int) -> Batch:
     """The stored rows of one batch, gathered with numpy on the host: for data that do not fit on the device."""
-    index = batch_indices(_length(arrays), batch_size, seed, step)
+    index = source.order(_length(arrays), batch_size, seed, step)
     return jax.tree.map(lambda array: array[index], arrays)
 
 
 def example_batch(spec: DataSpec, key: Key, n: int) -> Batch:
-    """n random examples of any spec, prepared: uniform bits, levels, tokens and labels, standard normal real numbers."""
-    x_key, cond_key = jax.random.split(key)
+    """n random examples of any spec, prepared: uniform bits, levels, tokens, labels and lengths, standard normal numbers."""
+    x_key, cond_key, length_key = jax.random.split(key, 3)
     shape = (n, *spec.shape)
     if spec.kind == "continuous":
         x = jax.random.normal(x_key, shape, jnp.float32)
     else:
         x = jax.random.randint(x_key, shape, 0, spec.levels or 2, jnp.int32).astype(spec.dtype)
+    cond = length = None
     if spec.n_classes is not None:
-        return Batch(x, jax.random.randint(cond_key, (n,), 0, spec.n_classes, jnp.int32))
+        cond = jax.random.randint(cond_key, (n,), 0, spec.n_classes, jnp.int32)
     if spec.cond_dim is not None:
-        return Batch(x, jax.random.normal(cond_key, (n, spec.cond_dim), jnp.float32))
-    return Batch(x)
+        cond = jax.random.normal(cond_key, (n, spec.cond_dim), jnp.float32)
+    if spec.lengths:
+        length = jax.random.randint(length_key, (n,), 1, spec.shape[0] + 1, jnp.int32)
+    return Batch(x, cond, length=length)
 
 
 def validate(splits: Splits, spec: DataSpec, where: str) -> Splits:
@@ -137,6 +144,13 @@ def _check_split(batch: Batch, spec: DataSpec, where: str) -> None:
         raise DataError(f"{where} must hold examples of shape {list(spec.shape)}; found {list(x.shape[1:])}.")
     top = {"binary": 1, "continuous": None}.get(spec.kind, (spec.levels or 2) - 1)
     _check_values(x, top, f"{where}: x")
+    if spec.lengths:
+        length = batch.length
+        if length is None or length.shape != (n,):
+            found = "none" if length is None else f"shape {list(length.shape)}"
+            raise DataError(f"{where}: expected the length of each of {n} sequences; found {found}.")
+        if length.min() < 1 or length.max() > spec.shape[0]:
+            raise DataError(f"{where}: lengths must be from 1 to {spec.shape[0]}; found {length.min()} to {length.max()}.")
     if batch.weight is not None and batch.weight.shape != (n,):
         raise DataError(f"{where}: expected one weight for each of {n} examples; found shape {list(batch.weight.shape)}.")
     cond = batch.cond

@@ -1,0 +1,131 @@
+"""The contract's part about sequences: what a spec may say of them, which steps count, and what a batch must bring."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from genjax.data import cast, example_batch
+from genjax.distributions import emission
+from genjax.metrics import padded
+from genjax.nets.functional import functional
+from genjax.nets.sequence import EventEmbed, dropout
+from genjax.protocol import Batch, DataSpec, check_batch, step_mask
+
+NAMES = DataSpec((5,), "tokens", levels=3, vocabulary=("\n", "a", "b"), step="character", end=0)
+ROLLS = DataSpec((4, 2), "binary", step="frame", lengths=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"shape": (3,), "kind": "tokens", "levels": 3, "vocabulary": ("a", "b")}, "2 symbols"),
+        ({"shape": (3,), "kind": "binary", "vocabulary": ("a", "b")}, "kind='binary'"),
+        ({"shape": (3,), "kind": "tokens", "levels": 3, "end": 0}, "step='character'"),
+        ({"shape": (3,), "kind": "tokens", "levels": 3, "end": 3, "step": "token"}, "end=3"),
+        ({"shape": (3, 2), "kind": "binary", "end": 0, "step": "frame"}, "end=0"),
+        ({"shape": (3,), "kind": "tokens", "levels": 3, "end": 0, "lengths": True, "step": "token"}, "lengths=True"),
+        ({"shape": (), "kind": "continuous", "lengths": True, "step": "row"}, "sequences"),
+    ],
+)
+def test_a_spec_of_sequences_must_make_sense(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DataSpec(**fields)
+
+
+def test_steps_count_up_to_the_end_token_or_the_length():
+    x = jnp.asarray([[1, 2, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [2, 0, 1, 0, 2]], jnp.int32)
+    wanted = [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]]
+    np.testing.assert_array_equal(step_mask(NAMES, Batch(x)), np.asarray(wanted, bool))
+    rolls = Batch(jnp.zeros((3, 4, 2)), length=jnp.asarray([1, 4, 3]))
+    np.testing.assert_array_equal(step_mask(ROLLS, rolls).sum(1), [1, 4, 3])
+    plain = DataSpec((5,), "tokens", levels=3, step="token")
+    assert step_mask(plain, Batch(x)).all()
+
+
+def test_a_batch_brings_its_lengths_exactly_where_the_spec_says_so():
+    x = jnp.zeros((3, 4, 2))
+    check_batch(ROLLS, Batch(x, length=jnp.asarray([1, 2, 4], jnp.int32)))
+    for spec, batch, message in (
+        (ROLLS, Batch(x), "missing"),
+        (DataSpec((4, 2), "binary", step="frame"), Batch(x, length=jnp.asarray([1, 2, 4])), "given"),
+        (ROLLS, Batch(x, length=jnp.asarray([1, 2])), r"int \[3\]"),
+        (ROLLS, Batch(x, length=jnp.ones(3)), "float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_batch(spec, batch)
+
+
+def test_lengths_travel_with_their_examples():
+    batch = example_batch(ROLLS, jax.random.key(0), 200)
+    assert set(np.asarray(batch.length).tolist()) == {1, 2, 3, 4}
+    raw = Batch(np.asarray(batch.x, np.uint8), length=np.asarray(batch.length))
+    check_batch(ROLLS, cast(ROLLS)(jax.random.key(0), raw))
+    last = padded(raw, 198, 4)
+    np.testing.assert_array_equal(last.length, [*raw.length[198:], raw.length[0], raw.length[0]])
+
+
+@pytest.mark.parametrize("kind", ["tokens", "discrete", "binary", "continuous"])
+def test_an_emission_is_a_distribution_that_samples_follow(kind, x64):
+    """Discrete ones sum to 1 over all events and frequencies agree; a mixture of Gaussians has the moments of its parts."""
+    shape = (1,) if kind == "tokens" else (1, 2)
+    spec = DataSpec(shape, kind, levels=3 if kind in ("tokens", "discrete") else None, step="step")
+    of = emission(spec, 2)
+    outputs = jax.random.normal(jax.random.key(1), (of.n_outputs,), jnp.float64)
+    n = 20_000
+    x = jax.jit(of.sample)(jax.random.key(2), jnp.broadcast_to(outputs[None], (n, of.n_outputs)))
+    assert x.shape == (n, *shape[1:])
+    if kind == "continuous":
+        weight = np.asarray(jax.nn.softmax(outputs[:2]))
+        parts = np.asarray(outputs[2:]).reshape(2, 4)
+        mean = weight @ parts[:, :2]
+        sd = np.sqrt(weight @ (np.exp(2 * parts[:, 2:]) + parts[:, :2] ** 2) - mean**2)
+        # The floor of the log-scale is at -7 and moves values near 0 by e^-7.
+        assert (np.abs(np.asarray(x).mean(0) - mean) < 4 * sd / np.sqrt(n) + 1e-3).all()
+        line = np.linspace(-12, 12, 401)
+        grid = jnp.asarray(np.stack(np.meshgrid(line, line), -1).reshape(-1, 2))
+        density = of.log_prob(grid, jnp.broadcast_to(outputs[None], (len(grid), of.n_outputs)))
+        np.testing.assert_allclose(np.exp(density).sum() * (line[1] - line[0]) ** 2, 1, atol=1e-6)
+        return
+    values = {"tokens": [(v,) for v in range(3)], "discrete": np.ndindex(3, 3), "binary": np.ndindex(2, 2)}[kind]
+    events = np.asarray(list(values), spec.dtype).reshape(-1, *shape[1:])
+    events = events if kind == "tokens" else events.astype(np.float64)
+    probability = np.exp(of.log_prob(jnp.asarray(events), jnp.broadcast_to(outputs[None], (len(events), of.n_outputs))))
+    np.testing.assert_allclose(probability.sum(), 1, rtol=1e-12)
+    same = np.asarray(x)[:, None] == events[None]
+    found = same.all(axis=tuple(range(2, same.ndim))).mean(0)
+    assert (np.abs(found - probability) < 4 * np.sqrt(probability * (1 - probability) / n)).all()
+
+
+@pytest.mark.parametrize("spec", [NAMES, ROLLS], ids=["tokens", "vectors"])
+def test_inputs_come_one_step_late_and_single_steps_agree(spec):
+    net = functional(lambda rngs: EventEmbed(spec, 6, rngs=rngs))
+    params, _ = net.init(jax.random.key(0))
+    x = example_batch(spec, jax.random.key(1), 3).x
+    whole, _ = net.apply(params, {}, x, None)
+    first, _ = net.apply(params, {}, 3, None, method="first")
+    np.testing.assert_allclose(whole[:, 0], first, rtol=1e-6)
+    for t in range(1, x.shape[1]):
+        one, _ = net.apply(params, {}, x[:, t - 1], None, method="one")
+        np.testing.assert_allclose(whole[:, t], one, rtol=1e-5, atol=1e-7)
+
+
+def test_a_dropped_condition_leaves_no_trace():
+    spec = DataSpec((4,), "tokens", levels=3, n_classes=2, step="token")
+    net = functional(lambda rngs: EventEmbed(spec, 6, rngs=rngs))
+    params, _ = net.init(jax.random.key(0))
+    x = jnp.zeros((2, 4), jnp.int32)
+    c = jax.nn.one_hot(jnp.asarray([0, 1]), 2)
+    given, _ = net.apply(params, {}, x, c, jnp.asarray([False, False]))
+    without, _ = net.apply(params, {}, x, c, jnp.asarray([True, True]))
+    np.testing.assert_array_equal(given, net.apply(params, {}, x, c)[0])
+    assert (np.asarray(given[0]) != np.asarray(given[1])).any()
+    np.testing.assert_array_equal(without[0], without[1])
+
+
+def test_dropout_keeps_the_mean_and_no_key_keeps_everything():
+    x = jnp.ones((100, 100))
+    assert dropout(None, x, 0.5) is x
+    y = np.asarray(dropout(jax.random.key(0), x, 0.25))
+    assert set(np.unique(y).tolist()) == {0.0, np.float32(1 / 0.75)}
+    assert abs((y == 0).mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / y.size)
