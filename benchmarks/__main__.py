@@ -12,9 +12,10 @@ class Args:
     """Measure, and write benchmarks/results/*.json, benchmarks/REPORT.md and genjax/results.json."""
 
     part: Annotated[
-        Literal["all", "overhead", "throughput", "adversarial", "results", "gallery", "report"], tyro.conf.Positional
+        Literal["all", "overhead", "throughput", "adversarial", "dcgan", "results", "gallery", "report"], tyro.conf.Positional
     ] = "all"
-    """What to measure; `results` trains every recipe and `adversarial` many GANs, which takes hours: `all` leaves both out."""
+    """What to measure. `results` trains every recipe, `adversarial` many GANs, `dcgan` one and its PyTorch twin (whose
+    interpreter GENJAX_TORCH_PYTHON names): that takes hours, so `all` leaves them out."""
     names: tuple[str, ...] = ()
     """For `results`: only these recipes; all unless given."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -22,7 +23,7 @@ class Args:
     seconds: float | None = None
     """Seconds for each comparison; each part's own default unless given."""
     keep: Path | None = None
-    """For `results`: keep the run folders here."""
+    """For `results` and `dcgan`: keep run folders here, and do not train again what is here already."""
 
 
 def main() -> None:
@@ -39,7 +40,11 @@ def main() -> None:
     if args.part == "adversarial":
         from benchmarks import adversarial
 
-        adversarial.main(*([args.seconds] if args.seconds else []))
+        adversarial.main(args.seconds or 10.0)
+    if args.part == "dcgan":
+        from benchmarks import adversarial
+
+        adversarial.compare_with_torch(args.keep)
     if args.part == "results":
         from benchmarks import results_of_zoo
 

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks import results_of_zoo
 from benchmarks.common import alternate, ratio, summary, write
-from genjax import loop, quality
+from genjax import loop, quality, run
 from genjax.data import batch_at
 from genjax.measure import stepper
 from genjax.train import compiled, ensemble, eval_params, feed, scan_steps
@@ -81,28 +82,28 @@ def members(seconds: float) -> dict[str, Any]:
     return {"batch_size": 64, "members": SEEDS, "steps_per_dispatch": k, "modes": found}
 
 
-def twin(seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, Any]:
-    """`dcgan-mnist` and its PyTorch twin: the same figures by the same judge, mean and sd over seeds, and the times."""
+def twin(seeds: tuple[int, ...] = (0, 1, 2), keep: Path | None = None) -> dict[str, Any]:
+    """`dcgan-mnist` and its PyTorch twin: the same figures by the same judge, mean and sd over seeds, and the times.
+
+    Runs of the recipe that are in `keep` already (see `results_of_zoo`) are not trained again.
+    """
     if not TORCH:
         return {"skipped": "GENJAX_TORCH_PYTHON is not set: the interpreter of an environment with torch==2.13.0"}
     recipe = ZOO["dcgan-mnist"]
     source, schedule = recipe.source(), recipe.schedule
     splits = source.load()
-    model = recipe.build(source.spec)
     n = len(splits.test.x)
     runs: dict[str, list[dict[str, Any]]] = {"genjax": [], "torch": []}
     with tempfile.TemporaryDirectory() as scratch:
         images, out = Path(scratch) / "images.npz", Path(scratch) / "samples.npz"
         np.savez(images, x=splits.train.x)
         for seed in seeds:
-            fed = loop.choose_feed(recipe.training(source.spec), source, splits.train, schedule.batch_size, seed)
-            start = time.perf_counter()
-            state = loop.fit(fed, key=jax.random.key(seed), steps=schedule.steps, steps_per_call=schedule.steps_per_call)
-            jax.block_until_ready(state)
-            seconds = time.perf_counter() - start
-            sampler = quality.sampler_of(model, eval_params(state), state.state)
+            folder = (keep or Path(scratch)) / f"dcgan-mnist_seed{seed}"
+            seconds = results_of_zoo.train("dcgan-mnist", seed, folder)
+            loaded = run.load(folder)
+            sampler = quality.sampler_of(loaded.model, loaded.params, loaded.state)
             own = {f.name: f.value for f in quality.figures_of(recipe, sampler, seed=seed)}
-            runs["genjax"].append({"seconds": seconds, **own})
+            runs["genjax"].append({"training, s": seconds, **own})
             flags = [f"--steps={schedule.steps}", f"--batch={schedule.batch_size}", f"--seed={seed}", f"--n={n}"]
             script = str(Path(__file__).with_name("torch_dcgan.py"))
             subprocess.run([TORCH, script, str(images), str(out), *flags], check=True)
@@ -110,14 +111,18 @@ def twin(seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, Any]:
                 drawn, seconds = file["x"].astype(np.float32), float(file["seconds"])
             figures = quality.figures_of(recipe, lambda key, cond, n, drawn=drawn: drawn[:n], seed=seed)
             own = {f.name: f.value for f in figures}
-            runs["torch"].append({"seconds": seconds, **own})
+            runs["torch"].append({"training, s": seconds, **own})
             print(f"seed {seed}: genjax {runs['genjax'][-1]}; torch {runs['torch'][-1]}", flush=True)
     over = lambda values: {"mean": statistics.mean(values), "sd": statistics.stdev(values), "by_seed": values}  # noqa: E731
-    table = {who: {name: over([run[name] for run in of]) for name in of[0]} for who, of in runs.items()}
+    table = {who: {name: over([one[name] for one in of]) for name in of[0]} for who, of in runs.items()}
     return {"steps": schedule.steps, "batch_size": schedule.batch_size, "split": "test", "n": n, "seeds": list(seeds), **table}
 
 
 def main(seconds: float = 10.0) -> None:
-    """Measure and write results/adversarial.json."""
-    mixed = [mixtures(name) for name in ("gan-ring", "gan-grid")]
-    write("adversarial", {"mixtures": mixed, "members": members(seconds), "twin": twin()})
+    """Measure mixtures and members, and write results/adversarial.json."""
+    write("adversarial", {"mixtures": [mixtures(name) for name in ("gan-ring", "gan-grid")], "members": members(seconds)})
+
+
+def compare_with_torch(keep: Path | None = None) -> None:
+    """Measure the twin, and write results/dcgan.json."""
+    write("dcgan", twin(keep=keep))

@@ -16,9 +16,9 @@ from benchmarks.common import alternate, ratio, summary, write
 from genjax import config, loop
 from genjax.data import example_batch
 from genjax.families.variational import vae
+from genjax.log import Log
 from genjax.measure import stepper
 from genjax.protocol import DataSpec
-from genjax.run import Log
 from genjax.train import compiled, training
 from genjax.zoo import ZOO
 

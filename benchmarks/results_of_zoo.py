@@ -9,7 +9,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,22 @@ from genjax.zoo import ZOO
 PATH = Path(genjax.__file__).parent / "results.json"
 
 
+def train(name: str, seed: int, folder: Path) -> float:
+    """Train one row through the command line, or find it trained; the seconds of its training."""
+    command = [sys.executable, "-m", "genjax", "train", name, "--seed", str(seed), "--out", str(folder)]
+    subprocess.run(command, check=True)
+    return read_metrics(folder / "metrics.jsonl")[-1]["seconds"]
+
+
 def run_row(name: str, seeds: list[int], keep: Path | None) -> dict[str, Any]:
     """Train and evaluate one row with each seed through the command line."""
-    reports, seconds, walls = [], [], []
+    reports, seconds = [], []
     with tempfile.TemporaryDirectory() as scratch:
         for seed in seeds:
             folder = (keep or Path(scratch)) / f"{name}_seed{seed}"
-            start = time.perf_counter()
-            subprocess.run(
-                [sys.executable, "-m", "genjax", "train", name, "--seed", str(seed), "--out", str(folder)], check=True
-            )
-            walls.append(time.perf_counter() - start)
+            seconds.append(train(name, seed, folder))
             subprocess.run([sys.executable, "-m", "genjax", "evaluate", str(folder)], check=True)
             reports.append(json.loads((folder / "report.json").read_text()))
-            seconds.append(read_metrics(folder / "metrics.jsonl")[-1]["seconds"])
     means = [report["mean"] for report in reports]
     first = reports[0]
     spread = lambda values: {"mean": statistics.mean(values), "max": max(values)}  # noqa: E731
@@ -47,13 +48,22 @@ def run_row(name: str, seeds: list[int], keep: Path | None) -> dict[str, Any]:
         "seeds": seeds,
         **{key: first[key] for key in ("data", "unit", "kind", "estimator", "split", "n", "step", "versions", "hardware")},
         "train_seconds": spread(seconds),
-        "command_seconds": spread(walls),
         "evaluate_seconds": spread([report["seconds"] for report in reports]),
     }
     for key in ("bits_per_dim", "true_log_prob"):
         if key in first:
             values = [r[key] if key == "bits_per_dim" else r[key]["mean"] for r in reports]
             result[key] = statistics.mean(values)
+    if "per_step" in first:
+        nats = [report["per_step"]["nats"] for report in reports]
+        result["per_step"] = {
+            "step": first["per_step"]["step"],
+            "nats": statistics.mean(nats),
+            "sd": statistics.stdev(nats) if len(nats) > 1 else None,
+            "by_seed": nats,
+            "standard_error": max(report["per_step"]["standard_error"] for report in reports),
+            "n": first["per_step"]["n"],
+        }
     if "figures" in first:
         result["figures"] = [
             over_seeds([report["figures"][index] for report in reports]) for index in range(len(first["figures"]))
