@@ -27,6 +27,9 @@ _HOME = {
     "open_source": "data",
     "fit": "loop",
     "gan": "families.adversarial",
+    "rnn": "families.recurrent",
+    "transformer": "families.attention",
+    "vrnn": "families.variational_recurrent",
     "vae": "families.variational",
     "Prior": "families.variational",
     "ZOO": "zoo",
@@ -37,7 +40,10 @@ __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 if TYPE_CHECKING:
     from genjax.data import batch_at, example_batch, open_source
     from genjax.families.adversarial import gan
+    from genjax.families.attention import transformer
+    from genjax.families.recurrent import rnn
     from genjax.families.variational import Prior, vae
+    from genjax.families.variational_recurrent import vrnn
     from genjax.loop import fit
     from genjax.protocol import Aux, Batch, DataSpec, Model, Training, TrainState
     from genjax.train import (

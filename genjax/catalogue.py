@@ -45,6 +45,10 @@ def expected(result: dict[str, Any]) -> str:
     spread = f" ± {result['sd']:.2f}" if result["sd"] is not None else ""
     seeds = f"{len(result['seeds'])} seed{'s' if len(result['seeds']) != 1 else ''}"
     about = f"{result['estimator']}; {result['split']}, n={result['n']:,}, {seeds}"
+    if "per_step" in result:
+        per = result["per_step"]
+        spread = f" ± {per['sd']:.3f}" if per["sd"] is not None else ""
+        return f"{per['nats']:.3f}{spread} nats per {per['step']} ({about})"
     if "figures" not in result:
         return f"{result['mean']:.2f}{spread} nats ({about})"
     return f"{result['kind']} {result['mean']:.3f}{spread} ({about})"

@@ -82,7 +82,7 @@ class Recipe:
     Attributes:
         name: the row's name.
         family: the builder, (spec, **model) -> Model.
-        data: a name in `genjax.data.SOURCES`, or the path of an .npz or .npy file.
+        data: a name in `genjax.data.SOURCES`, or the path of a file (`genjax.data.FILES`).
         summary: what it is, in a few words.
         model: the builder's keyword arguments that differ from its defaults.
         data_options: the same for the data set's loader.

@@ -1,5 +1,6 @@
 """Pictures: grids of images, scatters over a density, and learning curves. Everything is drawn without a display."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -102,17 +103,56 @@ def samples(
     log_prob: Callable[[np.ndarray], Any] | None = None,
     labels: np.ndarray | None = None,
 ) -> Figure | None:
-    """The picture that fits the data: an image grid (a row for each class if `labels` are given), a scatter, or None."""
+    """The picture that fits the data: an image grid (a row for each class given `labels`), a scatter, sequences, or None.
+
+    The rows of an image, one after the other, are shown as that image.
+    """
+    if spec.step == "row" and len(spec.shape) == 2:
+        spec, x = dataclasses.replace(spec, shape=(*spec.shape, 1), step=None), x[..., None]
     if is_image(spec):
         if labels is not None and len(set(labels.tolist())) > 1:
             order = np.argsort(labels, kind="stable")
             classes, counts = np.unique(labels, return_counts=True)
             if len(set(counts.tolist())) == 1:
-                return image_grid(x[order], spec, title, columns=int(counts[0]), labels=[str(c) for c in classes])
+                names = [spec.class_names[c] if spec.class_names else str(c) for c in classes]
+                return image_grid(x[order], spec, title, columns=int(counts[0]), labels=names)
         return image_grid(x, spec, title)
     if spec.shape == (2,):
         return scatter(x, log_prob, title)
+    if spec.step is not None:
+        return sequences(x, spec, title)
     return None
+
+
+def sequences(x: np.ndarray, spec: DataSpec, title: str = "", at_most: int = 8) -> Figure:
+    """Sequences [n, T, *event] against the step: real vectors as lines, others as a raster of their values.
+
+    Tokens are one raster with a row for each sequence; vectors get a panel for each of the first `at_most` sequences.
+    """
+    if spec.kind == "tokens":
+        figure = Figure(figsize=(7.0, 0.5 + 0.12 * min(len(x), 64)), layout="constrained")
+        axes = figure.add_subplot()
+        shown = axes.imshow(x[:64], aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=(spec.levels or 2) - 1)
+        figure.colorbar(shown, label="token")
+        axes.set_ylabel("sequence", fontsize=8)
+        panels = [axes]
+    else:
+        flat = x[:at_most].reshape(min(len(x), at_most), x.shape[1], -1)
+        figure = Figure(figsize=(7.0, 0.6 + 1.3 * len(flat)), layout="constrained")
+        panels = list(np.ravel(figure.subplots(len(flat), 1, sharex=True)))
+        for axes, one in zip(panels, flat, strict=True):
+            if spec.kind == "continuous":
+                for color, values in zip(COLORS * 9, one.T, strict=False):
+                    axes.plot(values, color=color, lw=1.0)
+                axes.grid(alpha=0.25)
+            else:
+                axes.imshow(one.T, aspect="auto", origin="lower", interpolation="nearest", cmap="Blues", vmin=0)
+    for axes in panels:
+        axes.tick_params(labelsize=7)
+    panels[-1].set_xlabel(spec.step or "step", fontsize=8)
+    if title:
+        figure.suptitle(title, fontsize=9)
+    return figure
 
 
 def curves(lines: Sequence[dict[str, Any]], title: str = "") -> Figure:

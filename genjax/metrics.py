@@ -43,6 +43,20 @@ def bits_per_dim(nats: float, spec: DataSpec) -> float:
     return -nats / (spec.size * math.log(2))
 
 
+def per_step(values: np.ndarray, steps: np.ndarray) -> Estimate:
+    """Σ values / Σ steps of sequences with values [n] and numbers of steps [n], and its standard error.
+
+    A ratio of two sums, whose error is √(Σ (value_i - ratio · steps_i)² n / (n - 1)) / Σ steps (Cochran 1977, equation 2.46);
+    n is the number of steps. For log-probabilities in nats, minus the ratio is the code length in nats per step, e to that
+    the perplexity, and that over ln 2 the bits per step.
+    """
+    values, steps = np.asarray(values, np.float64), np.asarray(steps, np.float64)
+    n, total = len(values), steps.sum()
+    ratio = float(values.sum() / total)
+    error = math.sqrt(np.square(values - ratio * steps).sum() * n / (n - 1)) / total if n > 1 else float("nan")
+    return Estimate(ratio, float(error), int(total))
+
+
 def padded(arrays: Batch, start: int, size: int) -> Batch:
     """Rows start .. start+size of host arrays as a batch of exactly `size`: missing rows repeat row 0 with weight 0."""
     n = min(size, len(arrays.x) - start)

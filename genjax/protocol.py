@@ -61,6 +61,7 @@ class DataSpec:
         levels: how many values `discrete` or `tokens` data take (256 for bytes); None for the other kinds.
         n_classes: the model is conditional on a label 0 .. n_classes-1, int32 [B]; None if it is not.
         cond_dim: the model is conditional on a vector, float32 [B, cond_dim]; None if it is not.
+        class_names: what each class is called, for messages and pictures; None calls it by its number.
         vocabulary: the symbol of each token, for `tokens` data that are text.
         step: the event is a sequence along its first axis, and this is what one step of it is called in reports:
             "character", "frame", "row". None for events that are no sequences.
@@ -76,6 +77,7 @@ class DataSpec:
     levels: int | None = None
     n_classes: int | None = None
     cond_dim: int | None = None
+    class_names: tuple[str, ...] | None = None
     vocabulary: tuple[str, ...] | None = None
     step: str | None = None
     end: int | None = None
@@ -85,8 +87,9 @@ class DataSpec:
     def __post_init__(self) -> None:
         # JSON gives lists back; a spec must stay hashable and equal to the one that was written.
         object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
-        if self.vocabulary is not None:
-            object.__setattr__(self, "vocabulary", tuple(self.vocabulary))
+        for name in ("vocabulary", "class_names"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.kind not in KINDS:
             raise ValueError(f"DataSpec.kind must be one of {', '.join(KINDS)}; got {self.kind!r}.")
         if any(size < 1 for size in self.shape):
@@ -102,6 +105,8 @@ class DataSpec:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"DataSpec.{name} must be at least 1; got {value}.")
+        if self.class_names is not None and len(self.class_names) != self.n_classes:
+            raise ValueError(f"{len(self.class_names)} class_names for n_classes={self.n_classes}: give one name for each.")
         self._check_sequence()
 
     def _check_sequence(self) -> None:
@@ -132,6 +137,11 @@ class DataSpec:
     def cond_size(self) -> int:
         """The length of a condition as a vector (a label counts as one-hot); 0 for an unconditional model."""
         return self.n_classes or self.cond_dim or 0
+
+    @property
+    def text(self) -> bool:
+        """Whether events are text: tokens that a vocabulary gives symbols to."""
+        return self.vocabulary is not None
 
     @property
     def dtype(self) -> Any:
@@ -330,7 +340,7 @@ def step_mask(spec: DataSpec, batch: Batch) -> Array:
         ended = jnp.cumsum((batch.x == spec.end).astype(jnp.int32), axis=1)
         return jnp.concatenate([jnp.ones((n, 1), bool), ended[:, :-1] == 0], axis=1)
     if batch.length is not None:
-        return jnp.arange(t)[None] < batch.length[:, None]
+        return jnp.arange(t, dtype=batch.length.dtype)[None] < batch.length[:, None]
     return jnp.ones((n, t), bool)
 
 

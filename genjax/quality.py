@@ -10,6 +10,7 @@ import numpy as np
 from genjax import metrics
 from genjax.config import Recipe
 from genjax.data import Source, loader, open_source
+from genjax.errors import ConfigError
 from genjax.judge import judge_of
 from genjax.protocol import Batch, Key, Model, Params, State
 
@@ -85,8 +86,15 @@ def figures_of(
     Args:
         split: what samples are compared with.
         n: how many examples of it, the first ones, and as many samples; None means all.
+
+    Raises:
+        ConfigError: for sequences, which none of the figures fits.
     """
     source = recipe.source()
+    if source.spec.step is not None:
+        raise ConfigError(
+            f"Figures about samples compare points and images; {source.spec.name} are sequences. Use the log-probability."
+        )
     splits = source.load()
     key_data, key_real, key_sample = jax.random.split(jax.random.key(seed), 3)
     arrays: Batch = getattr(splits, split)

@@ -1,22 +1,23 @@
 """Run folders: what `train`, `sweep`, `sample` and `evaluate` read and write.
 
 config.json      every setting of the run
+spec.json        what its data look like (shape, vocabulary, end token ...), so that sampling needs no data
 metrics.jsonl    one JSON object a line: step, seconds of training so far, means over the window, validation
 tensorboard/     the same numbers as TensorBoard events
 checkpoints/     the newest few states
-samples/*.png    pictures of samples, and *.npz of what `genjax sample` drew
+samples/         pictures or text of samples, and *.npz (and *.mid) of what `genjax sample` drew
 curves.png       learning curves
 report.json      what `genjax evaluate` found
 """
 
-import contextlib
 import dataclasses
 import json
+import math
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,14 +26,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from genjax import figures, quality
+from genjax import figures, quality, samples
 from genjax.checkpoint import Checkpoints
 from genjax.config import Recipe, config_hash, flatten, from_dict, to_dict
 from genjax.data import Source, Splits
-from genjax.errors import CheckpointError, ConfigError, replacing, writing
+from genjax.errors import CheckpointError, ConfigError, GenjaxError, replacing
+from genjax.log import Log, logging_in
 from genjax.loop import Hook, Progress, choose_feed, fit
-from genjax.metrics import Estimate, bits_per_dim, estimate, score_examples, scorer
-from genjax.protocol import Batch, Key, Model, Params, ScoreFn, State, TrainState, check_cond
+from genjax.metrics import Estimate, bits_per_dim, estimate, per_step, score_examples, scorer
+from genjax.protocol import Batch, DataSpec, Key, Model, Params, ScoreFn, State, TrainState, check_cond, step_mask
 from genjax.train import eval_params
 from genjax.zoo import ZOO
 
@@ -116,99 +118,39 @@ def read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-class Log:
-    """metrics.jsonl and TensorBoard events of one run; cut back to a step when a run goes on from there.
+def keep_spec(folder: Path, spec: DataSpec) -> None:
+    """Write the spec of a run's data beside its settings, or check that the data are still as they were.
 
-    Every line is on its way to the disk when the call returns. TensorBoard's usual writer hands its events to a thread
-    instead, which dies of a full disk without a word and then blocks the run.
+    Raises:
+        ConfigError: if they are not, such as a text file whose vocabulary has changed since.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "metrics.jsonl"
-        self.folder = folder
-        self.before = 0.0  # seconds of training in earlier processes
-        self.started = time.perf_counter()
-        self.events: Any = None
-
-    def restore(self, step: int) -> None:
-        """Forget what was logged after `step`: the run does those steps again.
-
-        Raises:
-            CheckpointError: if the disk does not take it.
-        """
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]  # made at run time
-
-        lines = figures.read_metrics(self.path) if self.path.exists() else []
-        kept = [line for line in lines if line["step"] <= step]
-        self.before = kept[-1].get("seconds", 0.0) if kept else 0.0
-        with replacing(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        folder = self.folder / "tensorboard"
-        with writing(folder):
-            folder.mkdir(exist_ok=True)
-            # The step in the name keeps apart two processes that start within one second.
-            self.events = EventsWriter(str(folder / "events"), f".from_{step}")
-            # TensorBoard then forgets the events of this step and later ones that an earlier process wrote.
-            self.events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
-            self.events.flush()
-        self.started = time.perf_counter()
-
-    def __call__(self, line: dict[str, Any]) -> None:
-        seconds = round(self.before + time.perf_counter() - self.started, 3)
-        line = {"step": line["step"], "seconds": seconds, **{k: v for k, v in line.items() if k != "step"}}
-        with writing(self.path), self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        with writing(self.folder / "tensorboard"):
-            self.events.write_event(_event(line))
-            self.events.flush()
-
-    def draw(self, title: str) -> None:
-        """Draw what was logged into curves.png.
-
-        Raises:
-            CheckpointError: if the disk does not take it.
-        """
-        lines = figures.read_metrics(self.path) if self.path.exists() else []
-        if lines:
-            figures.save(figures.curves(lines, title), self.folder / "curves.png")
-
-    def close(self) -> None:
-        """Close the file of events. All of them were flushed, so a disk that complains even now has cost nothing."""
-        with contextlib.suppress(OSError):
-            if self.events is not None:
-                self.events.close()
+    path, values = folder / "spec.json", json.loads(json.dumps(dataclasses.asdict(spec)))
+    if not path.exists():
+        write_json(path, values)
+        return
+    there = read_spec(folder)
+    if there != spec:
+        old = dataclasses.asdict(there)  # type: ignore[arg-type]  # there is a file, so there is a spec
+        changed = [name for name, value in dataclasses.asdict(spec).items() if old[name] != value]
+        raise ConfigError(
+            f"The data are not those that {folder} was trained on: {', '.join(changed)} changed since. "
+            "Bring the old data back, or train in another folder with --out."
+        )
 
 
-def _event(line: dict[str, Any]) -> Any:
-    """A line of metrics.jsonl as a TensorBoard event; the members of a sweep are scalars of their own, "name/0", "name/1"."""
-    from tensorboardX.proto.event_pb2 import Event  # type: ignore[attr-defined]  # made at run time
-    from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]  # made at run time
+def read_spec(folder: Path) -> DataSpec | None:
+    """The spec of a run's data; None in a folder from before there was one.
 
-    scalars: dict[str, float] = {}
-    for name, value in line.items():
-        if isinstance(value, list):
-            scalars |= {f"{name}/{index}": number for index, number in enumerate(value)}
-        elif name != "step":
-            scalars[name] = value
-    summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])
-    return Event(wall_time=time.time(), step=line["step"], summary=summary)
-
-
-@contextlib.contextmanager
-def logging_in(folder: Path, title: str) -> Iterator[Log]:
-    """The log of a run that is about to start or go on. However the run ends, the log is closed and its curves are drawn."""
-    log = Log(folder)
+    Raises:
+        ConfigError: for a damaged file.
+    """
+    path = folder / "spec.json"
+    if not path.exists():
+        return None
     try:
-        yield log
-    except BaseException:
-        with contextlib.suppress(CheckpointError):  # what stopped the run is what there is to say
-            log.draw(title)
-        raise
-    else:
-        log.draw(title)
-    finally:
-        log.close()
+        return DataSpec(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged: {error}.") from error
 
 
 def score_of(model: Model) -> tuple[str, ScoreFn] | None:
@@ -241,6 +183,7 @@ def train(recipe: Recipe, folder: Path, progress: Progress | None = None, say: C
     t = recipe.training(source.spec)
     feed = choose_feed(t, source, splits.train, schedule.batch_size, schedule.seed, schedule.place)
     open_folder(folder, to_dict(recipe))  # not before everything else fits: a folder keeps its settings for good
+    keep_spec(folder, source.spec)
     checkpoints = Checkpoints(folder / "checkpoints", schedule.keep_checkpoints)
     hooks = [
         _valid_hook(model, source, splits, schedule.evaluate_every),
@@ -288,23 +231,18 @@ def _valid_hook(model: Model, source: Source, splits: Splits, every: int) -> Hoo
 
 
 def _picture_hook(model: Model, source: Source, splits: Splits, folder: Path, every: int) -> Hook:
-    n = 2000 if source.spec.shape == (2,) else 100 if source.spec.n_classes else 64
-    cond = picture_cond(source.spec, n, splits.train)
+    spec = source.spec
+    n = 2000 if spec.shape == (2,) else 16 if spec.step else 100 if spec.n_classes else 64
+    cond = picture_cond(spec, n, splits.train)
     n = n if cond is None else len(cond)
     draw = jax.jit(picture_sampler(model), static_argnums=3)
 
     def call(step: int, state: TrainState) -> None:
         x = np.asarray(draw(eval_params(state), state.state, jax.random.key(PICTURE_SEED), n, cond))
-        title = f"{picture_title(model)} at step {step}"
-        figure = figures.samples(x, source.spec, title, true_log_prob(source), cond if source.spec.n_classes else None)
-        if figure is not None:
-            figures.save(figure, folder / "samples" / f"step_{step:08d}.png")
+        stem, title = folder / "samples" / f"step_{step:08d}", f"{picture_title(model)} at step {step}"
+        samples.show(x, spec, stem, title, samples.true_log_prob(source), cond)
 
     return Hook(every, call)
-
-
-def true_log_prob(source: Source) -> Callable[[np.ndarray], Any] | None:
-    return None if source.log_prob is None else lambda x: source.log_prob(jnp.asarray(x, jnp.float32))  # type: ignore[misc]
 
 
 def picture_sampler(model: Model) -> Callable[..., Any]:
@@ -322,10 +260,9 @@ def _shows_means(model: Model) -> bool:
 
 
 class Loaded(NamedTuple):
-    """A trained run: recipe, data, model, and the parameters of its last checkpoint, averaged where there is an average."""
+    """A trained run: recipe, model, and the parameters of its last checkpoint, averaged where there is an average."""
 
     recipe: Recipe
-    source: Source
     model: Model
     params: Params
     state: State
@@ -346,20 +283,35 @@ def load(folder: Path, **changes: Any) -> Loaded:
     if "sweep" in values:
         raise ConfigError(f"{folder} is a sweep of several members; sample and evaluate take the folder of a single run.")
     recipe = from_dict(values, ZOO)
-    source = recipe.source()
-    t = recipe.training(source.spec)
+    spec = read_spec(folder) or recipe.source().spec
+    t = recipe.training(spec)
     restored = Checkpoints(folder / "checkpoints").restore(jax.eval_shape(t.init, jax.random.key(0)))
     if restored is None:
         raise CheckpointError(f"{folder} has no checkpoint yet. Run its `genjax train` command again.")
     for path, reason in restored.passed_over.items():
         print(f"genjax: warning: passed over a damaged checkpoint, {path}: {reason}", file=sys.stderr)
     state = restored.state
-    model = recipe.build(source.spec, **changes)
-    return Loaded(recipe, source, model, eval_params(state), state.state, int(state.step))
+    model = recipe.build(spec, **changes)
+    return Loaded(recipe, model, eval_params(state), state.state, int(state.step))
 
 
-def sample(run: Loaded, key: Key, n: int, cond: np.ndarray | None = None, means: bool = False) -> np.ndarray:
-    """n samples of a run as an array [n, *shape]; with `means` the means of p(x|z) instead.
+def source_of(run: Loaded) -> Source | None:
+    """The data that a run was trained on; None where they are no longer there, which sampling can do without."""
+    try:
+        return run.recipe.source()
+    except GenjaxError:
+        return None
+
+
+def sample(
+    run: Loaded,
+    key: Key,
+    n: int,
+    cond: np.ndarray | None = None,
+    means: bool = False,
+    how: samples.Decoding | None = None,
+) -> np.ndarray:
+    """n samples of a run as an array [n, *shape]; with `means` the means of p(x|z) instead, or decoded as `how` says.
 
     Raises:
         ConfigError: for a condition that is missing, not wanted, or out of range, or means of a family without them.
@@ -370,8 +322,9 @@ def sample(run: Loaded, key: Key, n: int, cond: np.ndarray | None = None, means:
         raise ConfigError(str(error)) from error
     if means and "sample_mean" not in run.model.extras:
         raise ConfigError(f"{run.recipe.name} has no means of p(x|z) to show; sample without --means.")
-    draw = run.model.extras["sample_mean"] if means else run.model.sample
-    return np.asarray(jax.jit(draw, static_argnums=3)(run.params, run.state, key, n, cond))
+    if not means:
+        return samples.draw(run.model, run.params, run.state, key, n, cond, how or samples.Decoding())
+    return np.asarray(jax.jit(run.model.extras["sample_mean"], static_argnums=3)(run.params, run.state, key, n, cond))
 
 
 def evaluate(
@@ -381,7 +334,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 100,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    samples: bool = False,
+    about_samples: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """What a run is worth on a split, as the dictionary that goes into report.json.
@@ -391,7 +344,7 @@ def evaluate(
     Args:
         n: the first n examples only; None means all.
         seed: of the estimator's noise, of the binarisation of the data, and of the samples.
-        samples: give figures about samples beside a log-probability or bound, too.
+        about_samples: give figures about samples beside a log-probability or bound, too.
 
     Raises:
         ConfigError: if the split does not exist, or n is too small.
@@ -400,11 +353,11 @@ def evaluate(
         raise ConfigError(f"There is no split {split!r}; there are: {', '.join(Splits._fields)}.")
     if n is not None and n < 2:
         raise ConfigError(f"--n must be at least 2, so that there is a standard error; got {n}.")
-    spec, scoring, started = run.source.spec, score_of(run.model), time.perf_counter()
+    spec, scoring, started = run.model.spec, score_of(run.model), time.perf_counter()
     found: dict[str, Any] = {}
     if scoring is not None:
         found = _score(run, scoring, split, n, seed, batch_size, progress)
-    if scoring is None or samples:
+    if scoring is None or about_samples:
         sampler = quality.sampler_of(run.model, run.params, run.state)
         figures_found = quality.figures_of(run.recipe, sampler, split, n, seed, say)
         first = figures_found[0]
@@ -443,11 +396,11 @@ def _score(
 ) -> dict[str, Any]:
     """The part of a report that is about log-probabilities."""
     name, score = scoring
-    spec = run.source.spec
-    arrays: Batch = getattr(run.source.load(), split)
+    spec, source = run.model.spec, run.recipe.source()
+    arrays: Batch = getattr(source.load(), split)
     if n is not None:
         arrays = jax.tree.map(lambda leaf: leaf[:n], arrays)
-    run_score = scorer(score, run.source.prepare)
+    run_score = scorer(score, source.prepare)
     values = score_examples(run_score, run.params, run.state, arrays, jax.random.key(seed), batch_size, progress)
     result: Estimate = estimate(values)
     found: dict[str, Any] = {
@@ -458,11 +411,23 @@ def _score(
         "estimator": run.model.estimator,
         "n": result.n,
     }
-    if spec.kind in ("discrete", "binary"):
+    if spec.step is not None:
+        counted = lambda params, state, batch, key: step_mask(spec, batch).sum(1).astype(jnp.float32)  # noqa: E731
+        steps = score_examples(scorer(counted, source.prepare), {}, {}, arrays, jax.random.key(seed), batch_size)
+        code = per_step(-values, steps)
+        found["per_step"] = {
+            "step": spec.step,
+            "nats": code.mean,
+            "standard_error": code.standard_error,
+            "bits": code.mean / math.log(2),
+            "perplexity": math.exp(code.mean),
+            "n": code.n,
+        }
+    if spec.kind in ("discrete", "binary") and not spec.lengths:
         found["bits_per_dim"] = bits_per_dim(result.mean, spec)
-    if run.source.log_prob is not None:
-        prepared = run.source.prepare(jax.random.key(seed), arrays)
-        found["true_log_prob"] = estimate(np.asarray(run.source.log_prob(prepared.x)))._asdict()
+    if source.log_prob is not None:
+        prepared = source.prepare(jax.random.key(seed), arrays)
+        found["true_log_prob"] = estimate(np.asarray(source.log_prob(prepared.x)))._asdict()
     return found
 
 

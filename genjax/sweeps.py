@@ -12,10 +12,11 @@ from genjax import quality
 from genjax.checkpoint import Checkpoints
 from genjax.config import Recipe, config_hash, replace, sections_of, to_dict
 from genjax.errors import ConfigError
+from genjax.log import logging_in
 from genjax.loop import Progress, choose_feed, fit
 from genjax.metrics import score_examples, scorer
 from genjax.protocol import Array, Batch, Key, Params, State
-from genjax.run import VALID_SEED, environment, go_on, logging_in, open_folder, score_of, write_json
+from genjax.run import VALID_SEED, environment, go_on, open_folder, score_of, write_json
 from genjax.train import Mode, ensemble, eval_params, grid, sweep
 
 

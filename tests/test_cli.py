@@ -97,7 +97,7 @@ def test_training_says_what_it_does_and_what_to_do_next(trained: tuple[Path, str
     pattern = r"vae  step (\d+)/300  \d+\.\d steps/s  \d+ s left(  .*)?"
     assert all(re.fullmatch(pattern, line) for line in lines), err
     assert re.fullmatch(r"vae  step 300/300 .*vae/loss \d+\.\d{3}  valid/bound -\d+\.\d{3}", lines[-1])
-    assert {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "samples", "curves.png"} == {
+    assert {"config.json", "spec.json", "metrics.jsonl", "tensorboard", "checkpoints", "samples", "curves.png"} == {
         path.name for path in folder.iterdir()
     }
 

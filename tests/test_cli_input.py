@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from program import refused
 
-import genjax.cli
+import genjax.cli_runs
 from genjax.errors import ConfigError
 from genjax.protocol import DataSpec
 from genjax.zoo import ZOO
@@ -22,7 +22,7 @@ from genjax.zoo import ZOO
         ("train xyzzy", f"There is no recipe called 'xyzzy'. There are: {', '.join(ZOO)}."),
         ("train", "genjax train needs the name of a recipe. There are: vae"),
         ("sweep --seeds 3", "genjax sweep needs the name of a recipe"),
-        ("train vae --data digit", "There is no data set called 'digit'. Did you mean digits?"),
+        ("train vae --data digit", "There is no data set called 'digit'. Did you mean digits or digit_rows?"),
         ("train vae --learnig-rate 1", "--learnig-rate"),
         ("train vae --steps many", "--steps"),
         ("train vae --net cnn", "--net"),
@@ -119,7 +119,7 @@ def test_files_that_are_not_there_are_named_with_what_to_do(
 )
 def test_conditions_as_text(text: str | None, n_classes: int | None, cond_dim: int | None, expected: Any) -> None:
     spec = DataSpec((2,), "continuous", n_classes=n_classes, cond_dim=cond_dim)
-    found = genjax.cli._condition(spec, text, 5)
+    found = genjax.cli_runs.condition(spec, text, 5)
     if expected is None:
         assert found is None
         return
@@ -137,4 +137,4 @@ def test_conditions_as_text(text: str | None, n_classes: int | None, cond_dim: i
 def test_conditions_that_are_no_classes(text: str) -> None:
     spec = DataSpec((2,), "continuous", n_classes=3)
     with pytest.raises(ConfigError, match="--cond takes"):
-        genjax.cli._condition(spec, text, 5)
+        genjax.cli_runs.condition(spec, text, 5)

@@ -74,13 +74,14 @@ def test_flax_is_imported_under_nets_only():
 
 
 def test_the_command_line_imports_nothing_heavy():
-    for name in ("cli", "errors", "__init__", "__main__"):
+    for name in ("cli", "cli_runs", "terminal", "errors", "__init__", "__main__"):
         light = sys.stdlib_module_names | {"genjax"}
         modules = set(imports(FILES[name], top_level=True))
         assert {module.split(".")[0] for module in modules} <= light, name
-    own = {module for module in imports(FILES["cli"], top_level=True) if module.startswith("genjax")}
-    assert own
-    assert all(module == "genjax.errors" or module.startswith("genjax.errors.") for module in own)
+    for name in ("cli", "cli_runs"):
+        found = {module for module in imports(FILES[name], top_level=True) if module.startswith("genjax")}
+        assert found
+        assert all(module.split(".")[1] in ("errors", "terminal") for module in found)
 
 
 @pytest.mark.parametrize("flag", ["--help", "--version"])

@@ -112,8 +112,9 @@ def test_inputs_come_one_step_late_and_single_steps_agree(spec):
 
 def test_a_dropped_condition_leaves_no_trace():
     spec = DataSpec((4,), "tokens", levels=3, n_classes=2, step="token")
-    net = functional(lambda rngs: EventEmbed(spec, 6, rngs=rngs))
+    net = functional(lambda rngs: EventEmbed(spec, 6, droppable=True, rngs=rngs))
     params, _ = net.init(jax.random.key(0))
+    assert params["dropped"].shape == (6,)
     x = jnp.zeros((2, 4), jnp.int32)
     c = jax.nn.one_hot(jnp.asarray([0, 1]), 2)
     given, _ = net.apply(params, {}, x, c, jnp.asarray([False, False]))

@@ -137,7 +137,7 @@ def test_a_run_without_a_likelihood_is_evaluated_by_its_samples(tmp_path: Path) 
 def test_a_likelihood_stays_the_headline_beside_figures_about_samples(tmp_path: Path) -> None:
     recipe = replace(ZOO["vae-ring"], hidden=(8,), evaluate_every=0, **SHORT)
     run.train(recipe, tmp_path / "vae")
-    report = run.evaluate(run.load(tmp_path / "vae"), "valid", n=50, samples=True)
+    report = run.evaluate(run.load(tmp_path / "vae"), "valid", n=50, about_samples=True)
     assert report["kind"] == "lower bound on the log-probability"
     assert [figure["name"] for figure in report["figures"]][:2] == ["high-quality share", "modes covered"]
     assert "figures" not in run.evaluate(run.load(tmp_path / "vae"), "valid", n=50)

@@ -68,8 +68,10 @@ def test_a_run_folder_is_what_the_documentation_says(folder: Path) -> None:
         "curves.png",
         "metrics.jsonl",
         "samples",
+        "spec.json",
         "tensorboard",
     ]
+    assert run.read_spec(folder) == tiny("cvae").source().spec
     config = json.loads((folder / "config.json").read_text())
     assert config == to_dict(tiny("cvae"))
     assert to_dict(from_dict(config, ZOO)) == config
@@ -127,7 +129,7 @@ def test_samples_are_a_function_of_the_key(loaded: run.Loaded) -> None:
 
 def test_a_run_is_sampled_with_its_averaged_weights(folder: Path, loaded: run.Loaded) -> None:
     recipe = tiny("cvae")
-    like = jax.eval_shape(recipe.training(loaded.source.spec).init, jax.random.key(0))
+    like = jax.eval_shape(recipe.training(loaded.model.spec).init, jax.random.key(0))
     restored = Checkpoints(folder / "checkpoints").restore(like)
     assert restored is not None
     same = jax.tree.map(lambda a, b: bool((a == b).all()), loaded.params, restored.state.params)
@@ -157,9 +159,10 @@ def test_means_of_a_family_without_them(loaded: run.Loaded) -> None:
 def test_a_report_says_what_its_figure_is(folder: Path, loaded: run.Loaded) -> None:
     told: list[tuple[int, int]] = []
     report = run.evaluate(loaded, "test", seed=3, batch_size=77, progress=lambda done, total: told.append((done, total)))
-    arrays = loaded.source.load().test
+    source = loaded.recipe.source()
+    arrays = source.load().test
     assert loaded.model.bound is not None
-    score = scorer(loaded.model.bound, loaded.source.prepare)
+    score = scorer(loaded.model.bound, source.prepare)
     values = score_examples(score, loaded.params, loaded.state, arrays, jax.random.key(3), 77)
     expected = estimate(values)
     assert (report["mean"], report["standard_error"], report["n"]) == expected

@@ -1,6 +1,7 @@
 """Data sets: sources, their loaders, and the order in which they are visited.
 
-`open_source("digits", conditional=True)` or `open_source("mine.npz")` gives a `Source`; `batch_at` takes batches from it.
+`open_source("digits", conditional=True)`, `open_source("mine.npz")` or `open_source("book.txt")` gives a `Source`;
+`batch_at` takes batches from it.
 """
 
 import inspect
@@ -11,9 +12,12 @@ from typing import Any
 from genjax.data.arrays import arrays
 from genjax.data.densities import checkerboard, grid, moons, pinwheel, ring, swiss_roll
 from genjax.data.idx import read_idx, write_idx
-from genjax.data.images import digits, fashion_mnist, mnist
+from genjax.data.images import digit_rows, digits, fashion_mnist, mnist
+from genjax.data.music import jsb, midi, rolls
 from genjax.data.order import batch_indices, permutation
+from genjax.data.processes import hmm, lgssm, markov
 from genjax.data.source import Source, Splits, batch_at, cast, example_batch, host_batch, prepare_at, validate
+from genjax.data.text import decode, encode, names, shakespeare, text, unicode_classes, unicode_names
 from genjax.errors import ConfigError, unknown_name
 
 SOURCES: dict[str, Callable[..., Source]] = {
@@ -26,29 +30,41 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "pinwheel": pinwheel,
     "checkerboard": checkerboard,
     "swiss_roll": swiss_roll,
+    "digit_rows": digit_rows,
+    "unicode_names": unicode_names,
+    "shakespeare": shakespeare,
+    "names": names,
+    "jsb": jsb,
+    "markov": markov,
+    "hmm": hmm,
+    "lgssm": lgssm,
 }
+
+# What makes a source of a user's own file, by the ending of its path.
+FILES: dict[str, Callable[..., Source]] = {".npz": arrays, ".npy": arrays, ".txt": text, ".mat": rolls}
 
 
 def loader(name: str | os.PathLike[str]) -> Callable[..., Source]:
-    """The function that makes the source: one of `SOURCES`, or `arrays` for a path that ends in .npz or .npy.
+    """The function that makes the source: one of `SOURCES`, or one of `FILES` for a path with its ending.
 
     Raises:
         ConfigError: for a name that is neither.
     """
     name = os.fspath(name)
     if _is_path(name):
-        return arrays
+        return next(make for ending, make in FILES.items() if name.endswith(ending))
     if name not in SOURCES:
-        raise unknown_name("data set", name, [*SOURCES, "a path ending in .npz or .npy"])
+        *endings, last = FILES
+        raise unknown_name("data set", name, [*SOURCES, f"a path ending in {', '.join(endings)} or {last}"])
     return SOURCES[name]
 
 
 def open_source(name: str | os.PathLike[str], **options: Any) -> Source:
-    """The source of that name (see `SOURCES`) or of a .npz or .npy file, made with the options that its loader takes.
+    """The source of that name (see `SOURCES`) or of a file (see `FILES`), made with the options that its loader takes.
 
     Raises:
         ConfigError: for an unknown name, or an option that the loader does not take.
-        DataError: for a file of arrays that cannot be used; files of named data sets are read by `Source.load`.
+        DataError: for a file of one's own that cannot be used; files of named data sets are read by `Source.load`.
     """
     name = os.fspath(name)
     make = loader(name)
@@ -61,10 +77,11 @@ def open_source(name: str | os.PathLike[str], **options: Any) -> Source:
 
 
 def _is_path(name: str) -> bool:
-    return name.endswith((".npz", ".npy"))
+    return name.endswith(tuple(FILES))
 
 
 __all__ = [
+    "FILES",
     "SOURCES",
     "Source",
     "Splits",
@@ -73,21 +90,35 @@ __all__ = [
     "batch_indices",
     "cast",
     "checkerboard",
+    "decode",
+    "digit_rows",
     "digits",
+    "encode",
     "example_batch",
     "fashion_mnist",
     "grid",
+    "hmm",
     "host_batch",
+    "jsb",
+    "lgssm",
     "loader",
+    "markov",
+    "midi",
     "mnist",
     "moons",
+    "names",
     "open_source",
     "permutation",
     "pinwheel",
     "prepare_at",
     "read_idx",
     "ring",
+    "rolls",
+    "shakespeare",
     "swiss_roll",
+    "text",
+    "unicode_classes",
+    "unicode_names",
     "validate",
     "write_idx",
 ]

@@ -81,7 +81,8 @@ def _read(path: str, conditional: bool) -> dict[str, Batch]:
     except Exception as error:  # numpy, zipfile, zlib and tokenize raise a dozen kinds at a damaged file
         if "Object arrays" in str(error):
             raise DataError(
-                f"{path}: holds Python objects, which are never unpickled. Save arrays of plain numbers."
+                f"{path}: holds Python objects, which are never unpickled. Save arrays of plain numbers, "
+                "and pad sequences of unequal length to one length."
             ) from error
         raise DataError(f"{path}: damaged, cannot be read as arrays ({error}). Write it again with numpy.savez.") from error
 

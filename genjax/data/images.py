@@ -1,4 +1,7 @@
-"""Images of digits and clothes: scikit-learn's digits, MNIST and Fashion-MNIST, as grey levels or binarised."""
+"""Images of digits and clothes: scikit-learn's digits, MNIST and Fashion-MNIST, as grey levels or binarised.
+
+`digit_rows` is scikit-learn's digits once more, as sequences of rows.
+"""
 
 import dataclasses
 import hashlib
@@ -70,6 +73,25 @@ def digits(conditional: bool = False, binarize: Binarize = "none") -> Source:
 
     about = "1,257 train / 180 valid / 360 test images of 8 x 8, from scikit-learn, no download"
     return _image_source(grey, binarize, load, about)
+
+
+def digit_rows(conditional: bool = False, binarize: Binarize = "none") -> Source:
+    """The same 1797 digits as `digits` as sequences, from top to bottom: 8 rows of 8 pixels, with the same splits.
+
+    Args:
+        conditional: give the digit as the condition, a label from 0 to 9.
+        binarize: "none" keeps grey levels 0-16; "threshold" is v >= 8; "dynamic" draws 1 with probability v / 16 each time.
+
+    Raises:
+        ConfigError: for an unknown `binarize`.
+    """
+    source = digits(conditional, binarize)
+
+    def load() -> Splits:
+        return Splits(*(batch._replace(x=batch.x[..., 0]) for batch in source.load()))
+
+    spec = dataclasses.replace(source.spec, shape=(8, 8), step="row", name="digit_rows")
+    return source._replace(spec=spec, load=load, description=source.description.replace("images of 8 x 8", "images as 8 rows"))
 
 
 def mnist(conditional: bool = False, binarize: Binarize = "none", path: str | None = None, check_hash: bool = True) -> Source:

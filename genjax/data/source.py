@@ -35,24 +35,25 @@ class Source(NamedTuple):
         load: () -> Splits: reads the files, or makes the points. Raises DataError when it cannot.
         prepare: (key, stored batch) -> Batch in the dtypes of `spec`; pure and jit-able, draws dynamic binarisation with
             the key, and keeps `weight` and `length`.
-        order: (n, batch_size, seed, step) -> the examples of one batch, int32 [batch_size]; see `batch_indices`, which
-            shuffles. A stream whose batches go on from each other has another one.
-        log_prob: (points [B, 2]) -> exact log-density in nats [B], where it is known; the marginal over the classes.
-        entropy: the differential entropy of the same density in nats, where it is known.
+        log_prob: (x [B, *shape]) -> exact log-probability or log-density in nats [B], where it is known; the marginal over
+            the classes.
+        entropy: the entropy of the same distribution in nats (differential for a density), where it is known.
         modes: the centres [M, 2] of a mixture with separate components, and
         mode_std: their standard deviation, for measures of mode coverage.
         description: one line with the sizes of the splits and where the data come from.
+        order: (n, batch_size, seed, step) -> the examples of one batch, int32 [batch_size]; see `batch_indices`, which
+            shuffles. A stream whose batches go on from each other has another one.
     """
 
     spec: DataSpec
     load: Callable[[], Splits]
     prepare: Callable[[Key, Batch], Batch]
-    order: Callable[[int, int, int | Array, int | Array], Array | np.ndarray] = batch_indices
     log_prob: Callable[[Array], Array] | None = None
     entropy: float | None = None
     modes: np.ndarray | None = None
     mode_std: float | None = None
     description: str = ""
+    order: Callable[[int, int, int | Array, int | Array], Array | np.ndarray] = batch_indices
 
 
 def cast(spec: DataSpec) -> Callable[[Key, Batch], Batch]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from genjax.nets.conv import check_image
+from genjax.nets.fast_conv import Conv, ConvTranspose, double
 from genjax.nets.mlp import flatten_with
 from genjax.nets.norm import BatchNorm, Plain, Spectral
 from genjax.protocol import Array
@@ -100,7 +101,7 @@ class DCGANGenerator(nnx.Module):
         self.start = (*check_image(shape, len(channels)), channels[0])
         self.first = nnx.Linear(d_z + concat, math.prod(self.start), kernel_init=_NARROW, rngs=rngs)
         sizes = [*channels, shape[2]]
-        make = partial(nnx.ConvTranspose, kernel_size=(4, 4), strides=(2, 2), kernel_init=_NARROW, rngs=rngs)
+        make = partial(ConvTranspose, kernel_size=(4, 4), stride=2, kernel_init=_NARROW, rngs=rngs)
         biased = [not norm] * (len(channels) - 1) + [True]  # a normalisation takes a bias before it away again
         self.convs = nnx.List([make(*size, use_bias=b) for size, b in zip(itertools.pairwise(sizes), biased, strict=True)])
         self.norms = nnx.List([BatchNorm(d, norm_cond, rngs=rngs) for d in channels] if norm else [])
@@ -130,7 +131,7 @@ class DCGANFeatures(nnx.Module):
         sizes, wrap = [shape[2] + concat, *channels], _wrap(spectral)
         # Weights of 0.02 would vanish without a normalisation behind them.
         init = {"kernel_init": _NARROW} if norm else {}
-        make = partial(nnx.Conv, kernel_size=(4, 4), strides=(2, 2), rngs=rngs, **init)
+        make = partial(Conv, kernel_size=(4, 4), stride=2, rngs=rngs, **init)
         biased = [True] + [not norm] * (len(channels) - 1)
         layers = [make(*size, use_bias=b) for size, b in zip(itertools.pairwise(sizes), biased, strict=True)]
         self.convs = nnx.List([wrap(layer, rngs=rngs) for layer in layers])
@@ -150,9 +151,9 @@ class _Residual(nnx.Module):
     """x + conv(act(conv(act(x)))), 3x3, with a 1x1 convolution on the short way where the width changes."""
 
     def __init__(self, d_in: int, d_out: int, *, norm: bool, norm_cond: int, wrap: Any, rngs: nnx.Rngs) -> None:
-        self.one = wrap(nnx.Conv(d_in, d_out, (3, 3), use_bias=not norm, rngs=rngs), rngs=rngs)
-        self.two = wrap(nnx.Conv(d_out, d_out, (3, 3), rngs=rngs), rngs=rngs)
-        self.short = wrap(nnx.Conv(d_in, d_out, (1, 1), use_bias=False, rngs=rngs), rngs=rngs) if d_in != d_out else None
+        self.one = wrap(Conv(d_in, d_out, (3, 3), use_bias=not norm, rngs=rngs), rngs=rngs)
+        self.two = wrap(Conv(d_out, d_out, (3, 3), rngs=rngs), rngs=rngs)
+        self.short = wrap(Conv(d_in, d_out, (1, 1), use_bias=False, rngs=rngs), rngs=rngs) if d_in != d_out else None
         self.norms = nnx.List([BatchNorm(d, norm_cond, rngs=rngs) for d in (d_in, d_out)] if norm else [])
 
     def __call__(self, x: Array, cond: Array | None, train: bool) -> Array:
@@ -181,15 +182,13 @@ class ResidualGenerator(nnx.Module):
         sizes = [channels[0], *channels]
         make = partial(_Residual, norm=norm, norm_cond=norm_cond, wrap=Plain, rngs=rngs)
         self.blocks = nnx.List([make(a, b) for a, b in itertools.pairwise(sizes)])
-        self.last = nnx.Conv(channels[-1], shape[2], (3, 3), rngs=rngs)
+        self.last = Conv(channels[-1], shape[2], (3, 3), rngs=rngs)
         self.concat = concat
 
     def __call__(self, z: Array, cond: Array | None, train: bool) -> Array:
         x = self.first(flatten_with(z, 1, cond if self.concat else None)).reshape(-1, *self.start)
         for block in self.blocks:
-            x = block(x, cond, train)
-            n, height, width, depth = x.shape
-            x = jax.image.resize(x, (n, 2 * height, 2 * width, depth), "nearest")
+            x = double(block(x, cond, train))
         return self.last(_leaky(x))
 
 
@@ -208,7 +207,7 @@ class ResidualFeatures(nnx.Module):
     ) -> None:
         smallest = check_image(shape, len(channels))
         wrap = _wrap(spectral)
-        self.first = wrap(nnx.Conv(shape[2] + concat, channels[0], (3, 3), rngs=rngs), rngs=rngs)
+        self.first = wrap(Conv(shape[2] + concat, channels[0], (3, 3), rngs=rngs), rngs=rngs)
         sizes = [channels[0], *channels]
         make = partial(_Residual, norm=norm, norm_cond=0, wrap=wrap, rngs=rngs)
         self.blocks = nnx.List([make(a, b) for a, b in itertools.pairwise(sizes)])

@@ -4,11 +4,11 @@ import itertools
 import math
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from genjax.errors import ConfigError
+from genjax.nets.fast_conv import Conv, double
 from genjax.nets.mlp import ACTIVATIONS
 from genjax.protocol import Array
 
@@ -48,7 +48,7 @@ class ConvEncoder(nnx.Module):
     ) -> None:
         smallest = check_image(shape, len(channels))
         sizes = [shape[2], *channels]
-        self.convs = nnx.List([nnx.Conv(a, b, (3, 3), strides=2, rngs=rngs) for a, b in itertools.pairwise(sizes)])
+        self.convs = nnx.List([Conv(a, b, (3, 3), 2, rngs=rngs) for a, b in itertools.pairwise(sizes)])
         self.last = nnx.Linear(math.prod(smallest) * sizes[-1] + cond_size, d_out, rngs=rngs)
         self.activation = ACTIVATIONS[activation]
 
@@ -75,17 +75,14 @@ class ConvDecoder(nnx.Module):
         self.start = (*check_image(shape, len(channels)), channels[0])
         self.first = nnx.Linear(d_in, self.start[0] * self.start[1] * self.start[2], rngs=rngs)
         sizes = [*channels, d_out]
-        self.convs = nnx.List([nnx.Conv(a, b, (3, 3), rngs=rngs) for a, b in itertools.pairwise(sizes)])
+        self.convs = nnx.List([Conv(a, b, (3, 3), rngs=rngs) for a, b in itertools.pairwise(sizes)])
         self.activation = ACTIVATIONS[activation]
 
     def __call__(self, h: Array) -> Array:
         x = self.first(h).reshape(h.shape[0], *self.start)
         for conv in self.convs:
             # Doubling by repetition and then a convolution has no checkerboard pattern (Odena 2016), unlike a transposed one.
-            x = self.activation(x)
-            n, height, width, depth = x.shape
-            x = jax.image.resize(x, (n, 2 * height, 2 * width, depth), "nearest")
-            x = conv(x)
+            x = conv(double(self.activation(x)))
         return x
 
 

@@ -21,11 +21,11 @@ class EventEmbed(nnx.Module):
     """The inputs of an autoregressive network: position t gets event t-1 as a vector of d, and position 0 a learned start.
 
     Tokens are rows of a learned table [levels, d]; other events are flattened, normalised and go through a dense layer. A
-    condition c [B, E] adds W c at every position, or a learned vector in its place where it is dropped, which is how a model
-    learns to do without it for classifier-free guidance.
+    condition c [B, E] adds W c at every position. Where it is dropped, which is how a model learns to do without it for
+    classifier-free guidance, nothing is added, or with `droppable` a learned vector.
     """
 
-    def __init__(self, spec: DataSpec, d: int, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, spec: DataSpec, d: int, droppable: bool = False, *, rngs: nnx.Rngs) -> None:
         self.spec = spec
         self.start = nnx.Param(0.02 * jax.random.normal(rngs.params(), (d,)))
         if spec.kind == "tokens":
@@ -35,7 +35,7 @@ class EventEmbed(nnx.Module):
             self.dense = nnx.Linear(size, d, rngs=rngs)
         if spec.conditional:
             self.condition = nnx.Linear(spec.cond_size, d, use_bias=False, rngs=rngs)
-            self.dropped = nnx.Param(jnp.zeros(d))
+            self.dropped = nnx.Param(jnp.zeros(d)) if droppable else None
 
     def embed(self, x: Array) -> Array:
         """Events [..., *event] as vectors [..., d], without start and condition."""
@@ -48,8 +48,11 @@ class EventEmbed(nnx.Module):
         """What the condition adds, [n, d]; zeros for an unconditional model. `dropped` is bool [n]; None drops none."""
         if not self.spec.conditional:
             return jnp.zeros((n, self.start[...].shape[0]), self.start[...].dtype)
-        given = self.condition(c)
-        return given if dropped is None else jnp.where(dropped[:, None], self.dropped[...][None], given)
+        given = self.condition(jnp.asarray(c))
+        if dropped is None:
+            return given
+        without = jnp.zeros((), given.dtype) if self.dropped is None else self.dropped[...]
+        return jnp.where(dropped[:, None], without.reshape(1, -1), given)
 
     def first(self, n: int, c: Array | None, dropped: Array | None = None) -> Array:
         """The input of position 0, [n, d]."""

@@ -1,0 +1,218 @@
+"""Recurrent networks: the vanilla cell, the LSTM and the GRU, in layers, over whole sequences or one step at a time."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from genjax.errors import unknown_name
+from genjax.nets.sequence import EventEmbed, dropout
+from genjax.protocol import Array, DataSpec, Key
+
+# What a layer carries from step to step, each [B, d]; the first entry is h, the output.
+Carry = tuple[Array, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One step of a recurrent layer without its matrix products, which is elementwise.
+
+    Attributes:
+        step: (a, u, carry) -> carry, where a = x W + b and u = h U (+ c for the last gates), each [B, n_gates d].
+        n_gates: how many vectors of d the products give.
+        n_carry: how many vectors of d are carried; the first is h.
+        n_biased: how many of the last gates have a bias of their own in u.
+        bias: the initial b of each gate.
+    """
+
+    step: Callable[[Array, Array, Carry], Carry]
+    n_gates: int
+    n_carry: int = 1
+    n_biased: int = 0
+    bias: tuple[float, ...] = (0.0,)
+
+
+def vanilla_step(a: Array, u: Array, carry: Carry) -> Carry:
+    """h' = tanh(x W + h U + b). Elman 1990."""
+    return (jnp.tanh(a + u),)
+
+
+def lstm_step(a: Array, u: Array, carry: Carry) -> Carry:
+    """(i, f, g, o) = x W + h U + b;  c' = σ(f) c + σ(i) tanh(g);  h' = σ(o) tanh(c').
+
+    Hochreiter & Schmidhuber 1997 with the forget gate of Gers 2000, without peepholes. b of f starts at 1 (Jozefowicz 2015).
+    """
+    i, f, g, o = jnp.split(a + u, 4, axis=-1)
+    c = jax.nn.sigmoid(f) * carry[1] + jax.nn.sigmoid(i) * jnp.tanh(g)
+    return jax.nn.sigmoid(o) * jnp.tanh(c), c
+
+
+def gru_step(a: Array, u: Array, carry: Carry) -> Carry:
+    """r, z = σ(x W + h U + b);  n = tanh(x W_n + b_n + r (h U_n + c_n));  h' = (1 - z) n + z h.
+
+    Cho 2014 resets h before its product, (r h) U_n; this is the form of cuDNN (and, without c_n, of Flax), which resets after
+    it, so that one product serves all three gates.
+    """
+    a_gates, a_n = jnp.split(a, [2 * (a.shape[-1] // 3)], axis=-1)
+    u_gates, u_n = jnp.split(u, [2 * (u.shape[-1] // 3)], axis=-1)
+    r, z = jnp.split(jax.nn.sigmoid(a_gates + u_gates), 2, axis=-1)
+    n = jnp.tanh(a_n + r * u_n)
+    return (n + z * (carry[0] - n),)
+
+
+CELLS = {
+    "vanilla": Cell(vanilla_step, 1),
+    "lstm": Cell(lstm_step, 4, n_carry=2, bias=(0.0, 1.0, 0.0, 0.0)),
+    "gru": Cell(gru_step, 3, n_biased=1, bias=(0.0, 0.0, 0.0)),
+}
+
+
+def cell_of(cell: str | Cell) -> Cell:
+    """A cell by name, or the one that is given.
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
+    if isinstance(cell, Cell):
+        return cell
+    if cell not in CELLS:
+        raise unknown_name("cell", cell, CELLS)
+    return CELLS[cell]
+
+
+class RecurrentLayer(nnx.Module):
+    """One layer; in its loop over time there is only h U. W is [d_in, n_gates d]; U is [d, n_gates d], orthogonal by gates."""
+
+    def __init__(self, cell: Cell, d_in: int, d: int, *, rngs: nnx.Rngs) -> None:
+        self.cell = cell
+        self.inputs = nnx.Linear(d_in, cell.n_gates * d, rngs=rngs)
+        bias = jnp.concatenate([jnp.full(d, value, jnp.float32) for value in cell.bias])
+        self.inputs.bias = nnx.Param(bias)
+        orthogonal = jax.nn.initializers.orthogonal()
+        gates = [orthogonal(rngs.params(), (d, d)) for _ in range(cell.n_gates)]
+        self.kernel = nnx.Param(jnp.concatenate(gates, axis=1))
+        if cell.n_biased:
+            self.bias = nnx.Param(jnp.zeros(cell.n_biased * d))
+
+    def _bias(self) -> Array:
+        kernel = self.kernel[...]
+        if not self.cell.n_biased:
+            return jnp.zeros(kernel.shape[1], kernel.dtype)
+        own = self.bias[...]
+        return jnp.concatenate([jnp.zeros(kernel.shape[1] - own.shape[0], own.dtype), own])
+
+    def __call__(self, x: Array, carry: Carry) -> tuple[Array, Carry]:
+        """x [T, B, d_in] -> h [T, B, d]: time comes first, as the loop wants it."""
+
+        # On a CPU neither unrolling nor a derivative that sums the gradient of U in one product at the end is faster.
+        def step(carry: Carry, a: Array) -> tuple[Carry, Array]:
+            after = self.step(a, carry)
+            return after, after[0]
+
+        a = self.inputs(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:2], -1)
+        last, y = jax.lax.scan(step, carry, a)
+        return y, last
+
+    def step(self, a: Array, carry: Carry) -> Carry:
+        """The next carry for projected inputs a = x W + b [B, n_gates d]."""
+        return self.cell.step(a, carry[0] @ self.kernel[...] + self._bias()[None], carry)
+
+
+class Recurrent(nnx.Module):
+    """Layers of one cell, each fed with the h of the layer below; dropout between the layers (Zaremba 2014), not over time.
+
+    The carry is a tuple with one entry for each layer.
+    """
+
+    def __init__(self, cell: str | Cell, d_in: int, d: int, n_layers: int = 1, *, rngs: nnx.Rngs) -> None:
+        self.d = d
+        sizes = [d_in] + [d] * (n_layers - 1)
+        self.layers = nnx.List([RecurrentLayer(cell_of(cell), size, d, rngs=rngs) for size in sizes])
+
+    def start(self, n: int) -> tuple[Carry, ...]:
+        """The carry before the first step: zeros."""
+        zeros = jnp.zeros((n, self.d), self.layers[0].kernel[...].dtype)
+        return tuple((zeros,) * layer.cell.n_carry for layer in self.layers)
+
+    def __call__(
+        self, x: Array, carry: tuple[Carry, ...], key: Key | None = None, rate: Any = 0.0
+    ) -> tuple[Array, tuple[Carry, ...]]:
+        """Whole sequences x [B, T, d_in] -> h of the last layer [B, T, d], and the carry after them."""
+        y, after = x.swapaxes(0, 1), []
+        for index, (layer, before) in enumerate(zip(self.layers, carry, strict=True)):
+            if index and key is not None:
+                y = dropout(jax.random.fold_in(key, index), y, rate)
+            y, last = layer(y, before)
+            after.append(last)
+        return y.swapaxes(0, 1), tuple(after)
+
+    def one(self, x: Array, carry: tuple[Carry, ...]) -> tuple[Array, tuple[Carry, ...]]:
+        """One step x [B, d_in] -> h of the last layer [B, d], and the carry after it."""
+        after = []
+        for layer, before in zip(self.layers, carry, strict=True):
+            after.append(layer.step(layer.inputs(x), before))
+            x = after[-1][0]
+        return x, tuple(after)
+
+
+class RecurrentNet(nnx.Module):
+    """Events of a sequence -> the outputs that describe the distribution of the next one.
+
+    `rate` is the dropout of the embedded events, between the layers and before the readout.
+    """
+
+    def __init__(
+        self,
+        spec: DataSpec,
+        cell: str | Cell,
+        d_embed: int,
+        d_hidden: int,
+        n_layers: int,
+        n_outputs: int,
+        droppable: bool = False,
+        *,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.embed = EventEmbed(spec, d_embed, droppable, rngs=rngs)
+        self.layers = Recurrent(cell, d_embed, d_hidden, n_layers, rngs=rngs)
+        self.readout = nnx.Linear(d_hidden, n_outputs, rngs=rngs)
+
+    def start(self, n: int) -> tuple[Carry, ...]:
+        return self.layers.start(n)
+
+    def begin(self, n: int, c: Array | None, dropped: Array | None) -> tuple[Array, tuple[Carry, ...]]:
+        """Outputs for the first step [n, n_outputs], and the carry."""
+        h, carry = self.layers.one(self.embed.first(n, c, dropped), self.start(n))
+        return self.readout(h), carry
+
+    def one(
+        self, x: Array, c: Array | None, dropped: Array | None, carry: tuple[Carry, ...]
+    ) -> tuple[Array, tuple[Carry, ...]]:
+        """Outputs for the step after event x [n, *event], and the carry."""
+        h, carry = self.layers.one(self.embed.one(x, c, dropped), carry)
+        return self.readout(h), carry
+
+    def __call__(
+        self,
+        x: Array,
+        c: Array | None,
+        dropped: Array | None,
+        carry: tuple[Carry, ...],
+        last: Array,
+        started: Array,
+        key: Key | None = None,
+        rate: Any = 0.0,
+    ) -> tuple[Array, tuple[Carry, ...]]:
+        """Outputs of all steps of x [B, T, *event], [B, T, n_outputs], and the carry after them.
+
+        Where `started` [B], x goes on from an event `last` [B, *event], before which the carry was `carry`.
+        """
+        keys: Any = (None, None, None) if key is None else jax.random.split(key, 3)
+        first = jnp.where(started[:, None], self.embed.one(last, c, dropped), self.embed.first(x.shape[0], c, dropped))
+        inputs = self.embed(x, c, dropped).at[:, 0].set(first)
+        h, carry = self.layers(dropout(keys[0], inputs, rate), carry, keys[1], rate)
+        h = dropout(keys[2], h, rate)
+        return self.readout(h.reshape(-1, h.shape[-1])).reshape(*h.shape[:2], -1), carry

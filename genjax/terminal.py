@@ -1,0 +1,59 @@
+"""What the commands share on the terminal: tables, counters, and numbers in flags. Nothing heavy is imported here."""
+
+import math
+import sys
+from collections.abc import Callable
+
+from genjax.errors import ConfigError
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table on standard output; wide where nobody sees it, because folded lines cannot be searched."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    # Into a file or a pipe rich would fold at 80 columns, which nobody can grep.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(title, style="bold", markup=False, highlight=False)  # a table's own title is folded to the table's width
+    table = Table()
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))  # brackets are text, not markup
+    console.print(table)
+
+
+def counter(name: str) -> Callable[[int, int], None]:
+    """A plain count on standard error, rewritten in place on a terminal and silent elsewhere."""
+
+    def show(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{name} {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    return show
+
+
+def numbers(flag: str, value: str) -> list[float]:
+    """The numbers of a flag, which are separated by commas.
+
+    Raises:
+        ConfigError: if it has none, or anything else.
+    """
+    try:
+        found = [float(text) for text in value.split(",") if text]
+    except ValueError:
+        found = []
+    if not found or not all(map(math.isfinite, found)):
+        raise ConfigError(f"{flag} takes numbers separated by commas; got {value!r}.")
+    return found
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that is none.
+
+    Raises:
+        ConfigError: for one outside 0 .. 2**32 - 1.
+    """
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"--seed must be from 0 to 2**32 - 1; got {seed}.")

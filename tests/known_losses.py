@@ -1,0 +1,81 @@
+"""Losses whose value is known: for each family, parameters of which one can say in advance what every example costs."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.stats
+from rows import B
+
+from genjax.config import sections_of
+from genjax.families.adversarial import gan
+from genjax.families.attention import transformer
+from genjax.families.recurrent import rnn
+from genjax.families.variational import vae
+from genjax.families.variational_recurrent import vrnn
+from genjax.protocol import step_mask
+
+UNIT = -7 + math.log1p(math.exp(7))  # bounded_log_scale(0)
+
+
+def zero(tree):
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+def vae_known(row):
+    """Both nets give 0, so q(z|x) = p(z) = N(0, I), every importance weight is p(x|0), and the KL is 0."""
+    p = row.params["vae"]
+    params = {"vae": {**p, "encoder": zero(p["encoder"]), "decoder": zero(p["decoder"])}}
+    scale = row.recipe.model.get("scale", "shared")
+    scale = scale if isinstance(scale, float) else math.exp(UNIT)
+
+    def logistic(x):
+        width = 2 / (row.spec.levels - 1)
+        edges = np.concatenate([[-np.inf], (np.arange(row.spec.levels - 1) + 0.5) * width - 1, [np.inf]])
+        return np.log(np.diff(scipy.stats.logistic.cdf(edges, 0, scale)))[x.astype(int)]
+
+    log_likelihood = {
+        "binary": lambda x: np.full(x.shape, -math.log(2)),
+        "discrete": logistic,
+        "continuous": lambda x: scipy.stats.norm.logpdf(x, 0, scale),
+    }[row.spec.kind]
+    return params, {"vae": lambda batch: -log_likelihood(np.asarray(batch.x, np.float64)).reshape(B, -1).sum(1)}
+
+
+def gan_known(row):
+    """A discriminator of zeros tells nothing apart, its gradient is 0, and it guesses every class alike."""
+    params = {**row.params, "discriminator": jax.tree.map(jnp.zeros_like, row.params["discriminator"])}
+    settings = {name: value for name, (_, value, _) in sections_of(row.recipe)["model"].items()}
+    ln2 = math.log(2)
+    discriminator, generator = {
+        "minimax": (2 * ln2, -ln2),
+        "nonsaturating": (2 * ln2, ln2),
+        "least_squares": (0.5, 0.5),
+        "hinge": (2.0, 0.0),
+        "wasserstein": (0.0, 0.0),
+        "relativistic": (ln2, ln2),
+    }[settings["objective"]]
+    task = settings["auxiliary_weight"] * math.log(row.spec.n_classes or 1)
+    task = task if settings["discriminator_cond"] == "auxiliary" else 0.0
+    values = {"discriminator": discriminator + settings["gradient_penalty"] + task, "generator": generator + task}
+    return params, {player: lambda batch, value=value: np.full(B, value) for player, value in values.items()}
+
+
+def sequence_known(row):
+    """All parameters 0: every step has the same distribution, uniform or N(0, exp(UNIT)²), and a latent path costs nothing."""
+    (player,) = row.losses
+
+    def nats(batch):
+        x = np.asarray(batch.x, np.float64)
+        if row.spec.kind == "continuous":
+            each = -scipy.stats.norm.logpdf(x, 0, math.exp(UNIT))
+        else:
+            each = np.full(x.shape, math.log(row.spec.levels or 2))
+        return (each.reshape(*x.shape[:2], -1).sum(2) * np.asarray(step_mask(row.spec, batch))).sum(1)
+
+    return zero(row.params), {player: nats}
+
+
+# family -> (row) -> parameters, and for each player the loss [B] that they must give for a batch.
+ANALYTIC = {vae: vae_known, gan: gan_known, rnn: sequence_known, transformer: sequence_known, vrnn: sequence_known}

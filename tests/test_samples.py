@@ -1,0 +1,216 @@
+"""What samples become: decoded sequences, text, pictures and music; and runs of models that go step by step."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import mido
+import numpy as np
+import pytest
+from program import refused
+
+import genjax.cli
+from genjax import figures, run, samples
+from genjax.config import replace
+from genjax.errors import ConfigError, DataError
+from genjax.families.recurrent import rnn
+from genjax.families.variational import vae
+from genjax.metrics import per_step
+from genjax.protocol import DataSpec
+from genjax.samples import Decoding
+from genjax.zoo import ZOO
+
+STREAM = DataSpec((6,), "tokens", levels=3, vocabulary=("a", "b", "\n"), step="character", name="letters")
+LINES = DataSpec((6,), "tokens", levels=3, vocabulary=("\n", "a", "b"), step="character", end=0, n_classes=2, name="lines")
+ROLLS = DataSpec((9, 88), "binary", step="frame", lengths=True, name="rolls")
+
+
+@functools.cache
+def letters():
+    model = rnn(STREAM, d_embed=4, d_hidden=6)
+    return model, *model.init(jax.random.key(0))
+
+
+def draw(n: int = 5, seed: int = 0, **how) -> np.ndarray:
+    model, params, state = letters()
+    return samples.draw(model, params, state, jax.random.key(seed), n, None, Decoding(**how))
+
+
+def test_without_settings_samples_are_the_models_own() -> None:
+    model, params, state = letters()
+    np.testing.assert_array_equal(draw(), model.sample(params, state, jax.random.key(0), 5))
+
+
+def test_a_prompt_is_kept_and_what_follows_depends_on_it() -> None:
+    x = draw(200, prompt="ab\n", length=8)
+    assert x.shape == (200, 8)
+    assert [samples.decode(row, STREAM)[:3] for row in x] == ["ab\n"] * 200
+    assert len(np.unique(x[:, 3:], axis=0)) > 50
+
+
+def test_temperature_zero_is_greedy_and_agrees_with_one_beam() -> None:
+    greedy = draw(3, temperature=0.0)
+    assert (greedy == greedy[:1]).all()
+    np.testing.assert_array_equal(greedy, draw(3, seed=1, temperature=0.0))
+    np.testing.assert_array_equal(greedy, draw(3, beams=1))
+    np.testing.assert_array_equal(greedy, draw(3, top_k=1, length=6))
+
+
+def test_rules_cut_off_what_they_say() -> None:
+    model, params, state = letters()
+    (outputs, _) = model.extras["begin"](params, state, 1)
+    rarest = int(np.argmin(outputs[0]))
+    assert rarest in draw(500)[:, 0]
+    assert rarest not in draw(500, top_k=2)[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "message"),
+    [
+        ({"prompt": "abc"}, DataError, r"the prompt: the character 'c' .* at position 2"),
+        ({"prompt": "abababa"}, ConfigError, "7 characters, and only 6 fit"),
+        ({"temperature": -1.0}, ConfigError, "temperature"),
+        ({"top_p": 0.0}, ConfigError, r"\(0, 1\]"),
+        ({"top_p": 1.5}, ConfigError, r"\(0, 1\]"),
+        ({"beams": 2, "top_k": 1}, ConfigError, "--beams"),
+        ({"guidance": 2.0}, ConfigError, "condition"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(how, error, message) -> None:
+    with pytest.raises(error, match=message):
+        draw(**how)
+
+
+def test_rules_are_for_tokens_and_steps() -> None:
+    key = jax.random.key(0)
+    model = rnn(ROLLS, d_embed=2, d_hidden=2)
+    params, state = model.init(key)
+    with pytest.raises(ConfigError, match="--temperature: rules and beams are for tokens; rolls is binary"):
+        samples.draw(model, params, state, key, 2, None, Decoding(temperature=0.5))
+    with pytest.raises(ConfigError, match="--prompt takes text"):
+        samples.draw(model, params, state, key, 2, None, Decoding(prompt="a"))
+    model = vae(DataSpec((2,), "continuous"), hidden=(2,), latent_dim=1)
+    with pytest.raises(ConfigError, match="step by step"):
+        samples.draw(model, *model.init(key), key, 2, None, Decoding(top_k=2))
+
+
+def test_text_is_written_as_text_and_names_its_classes(tmp_path: Path) -> None:
+    x = np.asarray([[1, 2, 0, 0, 0, 0], [2, 2, 2, 2, 2, 2]])
+    assert samples.texts(x, LINES) == ["ab", "bbbbbb"]
+    named = DataSpec(**{**json.loads(json.dumps(LINES.__dict__)), "class_names": ["LATIN", "GREEK"]})
+    (path,) = samples.show(x, named, tmp_path / "s", "", cond=np.asarray([1, 0]))
+    assert path == tmp_path / "s.txt"
+    assert path.read_text() == "GREEK: ab\nLATIN: bbbbbb\n"
+
+
+def test_piano_rolls_are_drawn_and_played(tmp_path: Path) -> None:
+    x = (np.random.default_rng(0).random((10, 9, 88)) < 0.1).astype(np.float32)
+    (picture,) = samples.show(x, ROLLS, tmp_path / "s", "title")
+    assert picture.suffix == ".png"
+    paths = samples.play(x, ROLLS, tmp_path / "s")
+    assert [path.name for path in paths] == [f"s_{i}.mid" for i in range(samples.MIDI_FILES)]
+    notes = [m.note - 21 for m in mido.MidiFile(paths[1]) if m.type == "note_on"]
+    assert set(notes) == set(np.flatnonzero(x[1].any(0)).tolist())
+    assert samples.play(x[..., :3], DataSpec((9, 3), "binary", step="frame"), tmp_path / "t") == []
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        DataSpec((12, 3), "continuous", step="step"),
+        DataSpec((12,), "tokens", levels=5, step="token"),
+        DataSpec((8, 8), "discrete", levels=17, step="row"),
+    ],
+    ids=["lines", "raster", "image rows"],
+)
+def test_sequences_have_a_picture(spec) -> None:
+    x = np.random.default_rng(0).integers(0, 5, (7, *spec.shape)).astype(np.float32)
+    figure = figures.samples(x, spec, "title")
+    assert figure is not None
+    assert figure.axes
+
+
+def test_values_per_step_are_a_ratio_with_its_error() -> None:
+    rng = np.random.default_rng(0)
+
+    def once(n):
+        steps = rng.integers(1, 20, n)
+        return per_step(2.0 * steps + rng.normal(size=n) * np.sqrt(steps), steps)
+
+    found = [once(200) for _ in range(400)]
+    means, errors = np.asarray([f.mean for f in found]), np.asarray([f.standard_error for f in found])
+    assert abs(means.mean() - 2) < 4 * means.std() / 20
+    assert abs(errors.mean() / means.std(ddof=1) - 1) < 0.15  # four of its own errors, 1/√(2 · 400)
+    assert per_step(np.asarray([3.0, 5.0]), np.asarray([1, 3]))[::2] == (2.0, 4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few steps of an LSTM of a text file of one's own."""
+    where = tmp_path_factory.mktemp("text")
+    (where / "book.txt").write_text("the cat sat on the mat. " * 60)
+    recipe = replace(
+        ZOO["lstm"].__class__(**{**ZOO["lstm"].__dict__, "data": str(where / "book.txt"), "data_options": {"context": 16}}),
+        d_embed=4,
+        d_hidden=8,
+        lanes=0,
+        steps=20,
+        batch_size=8,
+        evaluate_every=20,
+        sample_every=20,
+    )
+    run.train(recipe, where / "run", say=lambda text: None)
+    return where / "run"
+
+
+def test_a_run_of_text_shows_text_and_needs_no_data_to_sample(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (shown,) = (folder / "samples").glob("step_*.txt")
+    assert set(shown.read_text()) <= set("the cat sat on the mat. -\n")
+    (folder.parent / "book.txt").rename(folder.parent / "gone.txt")
+    try:
+        genjax.cli.main(["sample", str(folder), "--n", "2", "--prompt", "the", "--temperature", "0.5", "--length", "40"])
+    finally:
+        (folder.parent / "gone.txt").rename(folder.parent / "book.txt")
+    out = capsys.readouterr().out
+    texts = [text for text in out.split("-" * 40 + "\n") if text][:2]
+    assert len(texts) == 2
+    assert all(text.startswith("the") for text in texts)
+    x = np.load(folder / "samples" / "sample_n2_seed0_prompt_temperature0.5_length40.npz")["x"]
+    assert x.shape == (2, 40)
+
+
+def test_a_report_on_text_counts_in_characters(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    genjax.cli.main(["evaluate", str(folder)])
+    report = json.loads((folder / "report.json").read_text())
+    per = report["per_step"]
+    assert report["kind"] == "exact log-probability"
+    assert per["n"] == report["n"] * 16
+    assert per["nats"] == pytest.approx(-report["mean"] / 16, rel=1e-6)
+    assert per["bits"] == pytest.approx(per["nats"] / np.log(2))
+    assert per["perplexity"] == pytest.approx(np.exp(per["nats"]))
+    assert f"{per['nats']:.4f} ± " in capsys.readouterr().out
+
+
+def test_changed_data_are_noticed(folder: Path, tmp_path: Path) -> None:
+    spec = run.read_spec(folder)
+    assert spec is not None
+    assert spec.vocabulary == tuple(sorted(set("the cat sat on the mat. ")))
+    run.keep_spec(folder, spec)
+    changed = DataSpec((16,), "tokens", levels=2, vocabulary=("a", "b"), step="character", name=spec.name)
+    with pytest.raises(ConfigError, match=r"levels, vocabulary changed since"):
+        run.keep_spec(folder, changed)
+    (tmp_path / "spec.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"spec\.json is damaged"):
+        run.read_spec(tmp_path)
+
+
+def test_bad_settings_end_in_one_message(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for args, message in (
+        (["--prompt", "dog"], "'d'"),
+        (["--temperature", "-1"], "temperature"),
+        (["--length", "0"], "--length must be at least 1"),
+        (["--top-p", "2"], "(0, 1]"),
+        (["--guidance", "2"], "condition"),
+    ):
+        assert message in refused(["sample", str(folder), *args], capsys)
