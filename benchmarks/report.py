@@ -53,7 +53,7 @@ def results_table() -> str:
             bits = f", {r['bits_per_dim']:.3f} bits/dim" if "bits_per_dim" in r else ""
             value = f"{'at least ' * (r['kind'] != EXACT)}{mean_and_sd(r, '.2f')} nats{bits}"
             how = f"{r['estimator']}; s.e. over examples {r['standard_error']:.2f}"
-        how += f"; {r['split']}, n={r['n']:,}; {len(r['seeds'])} seeds"
+        how += f"; {r['split']}, n={r['n']:,}; {len(r['seeds'])} seed{'s' * (len(r['seeds']) != 1)}"
         rows.append([f"`{name}`", r["data"], value, how, reference or "-", f"{r['train_seconds']['mean']:.0f} s"])
     return markdown(["recipe", "data", "value", "estimator", "reference", "training time"], rows)
 
