@@ -71,7 +71,7 @@ X = np.ones((3, 2, 2), np.float32)
         ({}, Batch(X[:, :1]), ValueError, r"batch.x of squares must have shape \[B, 2, 2\]; got \[3, 1, 2\]"),
         ({}, Batch(X[0]), ValueError, r"must have shape \[B, 2, 2\]; got \[2, 2\]"),
         ({}, Batch(X.astype(np.uint8)), TypeError, "is binary and must be floating point; got uint8"),
-        ({}, X, TypeError, r"Expected a genjax.Batch\(x, cond, weight\); got ndarray"),
+        ({}, X, TypeError, r"Expected a genjax.Batch\(x, cond, weight, length\); got ndarray"),
         ({}, Batch(X, weight=np.ones((2,), np.float32)), ValueError, r"batch.weight must have shape \[3\]; got \[2\]"),
         ({}, Batch(X, np.zeros(3, np.int32)), ValueError, "this model of squares is unconditional: leave `cond` out"),
         ({"n_classes": 4}, Batch(X), ValueError, r"is conditional: give `cond` \(labels 0..3, int \[3\]\)"),
