@@ -22,10 +22,12 @@ STEPS = 5  # at most so many steps in a sequence
 RATE = 1e-3
 
 first_of_family = {row.family: row.name for row in reversed(ZOO.values())}.values()
-slow_rows = pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in ZOO])
-# One row of each family is always run; the others are slow.
-_own = [name if name in first_of_family else pytest.param(name, marks=pytest.mark.slow) for name in ZOO]
-every_row = pytest.mark.parametrize("name", _own)
+# One row of each family is always run; the others are slow. Within a module all gates of a row come one after the other, and
+# so in one worker, which compiles what they share once (that is what the scope is for).
+_slow = [pytest.param(name, marks=pytest.mark.slow) for name in ZOO]
+_own = [name if name in first_of_family else slow for name, slow in zip(ZOO, _slow, strict=True)]
+slow_rows = pytest.mark.parametrize("name", _slow, scope="module")
+every_row = pytest.mark.parametrize("name", _own, scope="module")
 
 
 @functools.cache
