@@ -12,11 +12,14 @@ class Args:
     """Measure, and write benchmarks/results/*.json, benchmarks/REPORT.md and genjax/results.json."""
 
     part: Annotated[
-        Literal["all", "overhead", "throughput", "adversarial", "dcgan", "nanogpt", "results", "gallery", "report"],
+        Literal[
+            "all", "overhead", "throughput", "adversarial", "dcgan", "nanogpt", "generation", "results", "gallery", "report"
+        ],
         tyro.conf.Positional,
     ] = "all"
     """What to measure. `results` trains every recipe, `adversarial` many GANs, `dcgan` one and its PyTorch twin,
-    `nanogpt` a Transformer's step and its twin (GENJAX_TORCH_PYTHON names their interpreter). `all` leaves these out."""
+    `nanogpt` a Transformer's step and its twin (GENJAX_TORCH_PYTHON names their interpreter), `generation` cached sampling.
+    `all` leaves these out."""
     names: tuple[str, ...] = ()
     """For `results`: only these recipes; all unless given."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -50,6 +53,10 @@ def main() -> None:
         from benchmarks import nanogpt
 
         nanogpt.main(*([args.seconds] if args.seconds else []))
+    if args.part == "generation":
+        from benchmarks import generation
+
+        generation.main(*([args.seconds] if args.seconds else []))
     if args.part == "results":
         from benchmarks import results_of_zoo
 

@@ -1,5 +1,6 @@
 """One picture with samples of every recipe, from the run folders that `python -m benchmarks results --keep FOLDER` left."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.common import RESULTS
-from genjax import figures, run
+from genjax import figures, run, samples
 from genjax.zoo import ZOO
 
 COLUMNS = 4
+TEXTS, LINES, WIDTH = 14, 14, 38  # in a panel of text: samples, lines and characters a line
 
 
 def main(keep: Path) -> None:
@@ -31,12 +33,25 @@ def main(keep: Path) -> None:
 
 
 def _panel(axes: Any, loaded: run.Loaded) -> None:
-    spec, n = loaded.model.spec, 1000 if loaded.model.spec.shape == (2,) else 100
+    spec = loaded.model.spec
+    n = 1000 if spec.shape == (2,) else TEXTS if spec.text else 1 if samples.is_music(spec) else 100
     cond = run.picture_cond(spec, n)
+    cond = cond[:: len(cond) // TEXTS][:TEXTS] if spec.text and cond is not None else cond
+    n = n if cond is None else len(cond)
     draw = jax.jit(run.picture_sampler(loaded.model), static_argnums=3)
     x = np.asarray(draw(loaded.params, loaded.state, jax.random.key(0), n, cond))
+    if spec.step == "row" and len(spec.shape) == 2:
+        spec, x = dataclasses.replace(spec, shape=(*spec.shape, 1), step=None), x[..., None]
     if figures.is_image(spec):
         axes.imshow(figures.tile(x, spec, columns=10).squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    elif spec.text:
+        lines = [line for text in samples.texts(x, spec) for line in text.splitlines() if line.strip()]
+        shown = "\n".join(line if len(line) <= WIDTH else line[: WIDTH - 1] + "…" for line in lines[:LINES])
+        axes.text(0.02, 0.98, shown, family="monospace", fontsize=6.5, va="top", transform=axes.transAxes)
+    elif spec.step is not None:
+        axes.imshow(
+            x[0].reshape(x.shape[1], -1).T, aspect="auto", origin="lower", interpolation="nearest", cmap="Blues", vmin=0
+        )
     else:
         axes.scatter(x[:, 0], x[:, 1], s=2, color=figures.COLORS[1], alpha=0.5, linewidths=0)
         axes.set_aspect("equal")

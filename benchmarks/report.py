@@ -144,6 +144,47 @@ def twin_parts(twin: dict[str, Any]) -> list[str]:
     ]
 
 
+def nanogpt_parts(found: dict[str, Any]) -> list[str]:
+    """The part about a Transformer's step and nanoGPT's."""
+    ms, ratios = found["ms"], found["ratio_to"]
+    quartiles = lambda r, form: f"{r['median']:{form}} [{r['q1']:{form}}, {r['q3']:{form}}]"  # noqa: E731
+    rows = [[name, quartiles(r, ".1f"), quartiles(ratios[name], ".2f") if name in ratios else "-"] for name, r in ms.items()]
+    return [
+        "## A Transformer of nanoGPT's size for a CPU",
+        "",
+        "4 layers, 4 heads, width 128, context 64, batch 12, AdamW; the twin is the same arithmetic in PyTorch "
+        f"{found['torch']}, timed in turns on the same machine ({machine(found)}); median and quartiles. genjax runs "
+        "20 steps a dispatch, as `fit` does, unless said; `compiled` is `torch.compile`, `fused` eager with fused AdamW.",
+        "",
+        markdown(["program", "ms a step", "genjax's time as a share of it"], rows),
+        "",
+    ]
+
+
+def generation_parts(found: dict[str, Any]) -> list[str]:
+    """The part about cached generation."""
+    rows = [
+        [
+            f"`{r['recipe']}`",
+            str(r["batch"]),
+            str(r["length"]),
+            f"{r['us_per_step']['median']:,.0f} [{r['us_per_step']['q1']:,.0f}, {r['us_per_step']['q3']:,.0f}]",
+            f"{r['tokens_per_second']:,.0f}",
+            str(r["programs"]),
+        ]
+        for r in found["rows"]
+    ]
+    return [
+        "## Cached generation",
+        "",
+        f"Sampling whole sequences of {found['levels']} symbols ({machine(found)}); for the Transformer the length is also its "
+        "context. Programs: how many were compiled for prompts of 0, 1, half and all but one of the length.",
+        "",
+        markdown(["recipe", "batch", "length", "µs a step (quartiles)", "tokens/s", "programs"], rows),
+        "",
+    ]
+
+
 def main() -> None:
     """Write the report from the files that are there."""
     parts = [
@@ -202,6 +243,11 @@ def main() -> None:
     dcgan = read("dcgan")
     if dcgan:
         parts += twin_parts(dcgan)
+    nanogpt, generation = read("nanogpt"), read("generation")
+    if nanogpt:
+        parts += nanogpt_parts(nanogpt)
+    if generation:
+        parts += generation_parts(generation)
     parts += ["## Results of the zoo", "", results_table(), ""]
     (HERE / "REPORT.md").write_text("\n".join(parts))
     print(f"written: {HERE / 'REPORT.md'}")

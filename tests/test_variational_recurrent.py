@@ -164,6 +164,48 @@ def test_particles_are_chosen_in_proportion_to_their_weights(scheme, x64):
         np.testing.assert_allclose(counts.var(1), k * weight * (1 - weight), rtol=0.05)
 
 
+# --- a hidden Markov model: the truth is the forward algorithm's ------------------------------------------------------
+
+START = np.asarray([0.5, 0.3, 0.2])
+MOVE = np.asarray([[0.8, 0.15, 0.05], [0.1, 0.6, 0.3], [0.3, 0.3, 0.4]])
+EMIT = np.asarray([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [0.05, 0.9, 0.05]])
+
+
+def hidden_markov_model():
+    """It as a model with latent variables: z_t ~ N(0, 1) whatever came before, and the state after s is where Φ(z_t) falls
+    among the cumulated probabilities of moving from s. h_t is the state, 3 before the first; the proposal is off on purpose."""
+    cumulated = jnp.asarray(np.cumsum([*MOVE, START], axis=1)[:, :-1])
+    emit = jnp.log(jnp.asarray(EMIT))
+
+    def state(z, h):
+        return (jax.scipy.stats.norm.cdf(z) > cumulated[h[:, 0].astype(int)]).sum(1)
+
+    return Sequential(
+        prior=lambda h: (jnp.zeros_like(h), jnp.zeros_like(h)),
+        posterior=lambda observed, h: (0.3 * observed - 0.3, jnp.full_like(h, math.log(1.2))),
+        log_likelihood=lambda x, z, h: emit[state(z, h), x],
+        recur=lambda observed, z, carry: (state(z, carry[0])[:, None].astype(z.dtype),),
+    )
+
+
+def test_the_particle_estimate_of_a_hidden_markov_model_is_unbiased_for_the_forward_algorithm(x64):
+    x, n = np.asarray([0, 2, 2, 1, 0]), N
+    alpha = START * EMIT[:, x[0]]
+    for symbol in x[1:]:
+        alpha = alpha @ MOVE * EMIT[:, symbol]
+    paths = itertools.product(range(3), repeat=len(x))
+    joint = [START[s[0]] * MOVE[s[:-1], s[1:]].prod() * EMIT[s, x].prod() for s in map(np.asarray, paths)]
+    np.testing.assert_allclose(alpha.sum(), sum(joint), rtol=1e-12)
+    xs = jnp.broadcast_to(jnp.asarray(x)[:, None], (len(x), n))
+    observed, carry = xs[..., None].astype(float), (jnp.full((n, 1), 3.0),)
+    for resampling in (None, *RESAMPLING.values()):
+        values = particle_bound(hidden_markov_model(), xs, observed, jnp.ones(xs.shape, bool), carry, KEY, 32, resampling)
+        ratio = np.exp(np.asarray(values)) / alpha.sum()
+        assert standard_error(ratio) < 0.02
+        assert abs(ratio.mean() - 1) < 3 * standard_error(ratio)
+        assert np.log(ratio).mean() < -0.01
+
+
 # --- special cases that are other families ----------------------------------------------------------------------------
 
 
