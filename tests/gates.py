@@ -30,15 +30,15 @@ def assert_same(got, wanted):
         assert got[name].tobytes() == leaf.tobytes(), f"{name} differs by at most {np.abs(got[name] - leaf).max()}"
 
 
-def assert_close(got, wanted, rtol=1e-4):
-    """Every leaf is equal to `rtol` of its own largest entry: small entries are differences of large ones. Whole numbers
-    and keys are equal exactly."""
+def assert_close(got, wanted, rtol=1e-4, atol=0.0):
+    """Every leaf is equal to `atol` plus `rtol` of its own largest entry: small entries are differences of large ones. Whole
+    numbers and keys are equal exactly."""
     got, wanted = named(got), named(wanted)
     assert got.keys() == wanted.keys()
     for name, leaf in wanted.items():
         assert (got[name].shape, got[name].dtype) == (leaf.shape, leaf.dtype), name
         exact = not np.issubdtype(leaf.dtype, np.floating)
-        scale = 0 if exact or not leaf.size else rtol * np.abs(leaf).max()
+        scale = 0 if exact or not leaf.size else atol + rtol * np.abs(leaf).max()
         np.testing.assert_allclose(got[name], leaf, rtol=0, atol=scale, err_msg=name)
 
 

@@ -471,6 +471,7 @@ def test_a_turn_changes_its_own_player_only(player):
         assert len(differ(new, old)) == len(jax.tree.leaves(old[player]))
 
 
+@pytest.mark.slow
 def test_turns_are_counted_and_optimisers_and_averages_are_each_players_own():
     # A discriminator that stands still: its power iterations are then known, two a turn (on real and on generated examples).
     average = optax.chain(optax.adam(0.02), track_ema(0.9))

@@ -97,6 +97,7 @@ def one_by_one(m, params, x, cond=None):
     return np.stack(found, axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_cache_gives_the_outputs_of_the_full_forward_pass_at_every_position(variant):
     m, x = shared(variant), tokens(1, 3)
@@ -250,6 +251,7 @@ def test_the_law_of_samples_is_the_model_by_enumeration():
     assert scipy.stats.chisquare(counts, np.full(27, n / 27)).pvalue < 1e-6
 
 
+@pytest.mark.slow
 def test_guidance_of_scale_one_is_the_conditional_and_of_zero_the_unconditional_model():
     m, cond, key = built(CLASSES, cond_dropout=0.1), jnp.asarray([0, 1] * 8), jax.random.key(1)
     with pytest.raises(ConfigError, match="cond_dropout"):
@@ -266,6 +268,7 @@ def test_guidance_of_scale_one_is_the_conditional_and_of_zero_the_unconditional_
     assert (np.asarray(run(4.0)) != np.asarray(run(1.0))).any()
 
 
+@pytest.mark.slow
 def test_a_prompt_is_kept_and_no_length_of_it_compiles_another_program():
     m, prompt = shared("window"), tokens(3, 5)
     run = jax.jit(
@@ -302,6 +305,7 @@ def test_beam_search_over_the_cache_finds_the_best_string_of_each_condition():
         np.testing.assert_allclose(nats[row], wanted[order], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spec",
     [

@@ -26,6 +26,7 @@ def _as_anyone_would_write_it() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_the_hand_written_step_does_the_same_arithmetic() -> None:
     """Loss and parameters after three steps equal genjax's for the same weights, data and noise."""
     hand = overhead.hand_written(SIDE, WIDTH, LATENT)

@@ -86,6 +86,7 @@ def test_help_imports_nothing_heavy() -> None:
         assert f"\n  {command} " in out
 
 
+@pytest.mark.slow
 def test_training_says_what_it_does_and_what_to_do_next(trained: tuple[Path, str, str]) -> None:
     folder, out, err = trained
     assert out.splitlines() == [
@@ -102,6 +103,7 @@ def test_training_says_what_it_does_and_what_to_do_next(trained: tuple[Path, str
     }
 
 
+@pytest.mark.slow
 def test_the_installed_program_evaluates(trained: tuple[Path, str, str]) -> None:
     folder = trained[0]
     command = [str(BIN / "genjax"), "evaluate", "run", "--n", "50", "--n-samples", "7", "--seed", "5"]
@@ -115,6 +117,7 @@ def test_the_installed_program_evaluates(trained: tuple[Path, str, str]) -> None
     assert done.stdout.splitlines()[-1] == "written: run/report.json"
 
 
+@pytest.mark.slow
 def test_sampling(trained: tuple[Path, str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = trained[0]
     genjax.cli.main(["sample", str(folder), "--n", "9", "--seed", "2"])
@@ -144,6 +147,7 @@ def test_the_list_has_a_row_for_every_recipe(capsys: pytest.CaptureFixture[str])
     assert (by_name["vae"]["score"], by_name["cvae"]["conditional"]) == ("bound", "10 classes")
 
 
+@pytest.mark.slow
 def test_bench_prints_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     genjax.cli.main(["bench", "vae", "--hidden", "8", "--latent-dim", "2", "--batch-size", "32", "--seconds", "0.2"])

@@ -300,6 +300,7 @@ def of_class(params, state, n, cond, dropped):
     return logits, logits
 
 
+@pytest.mark.slow
 def test_the_generator_of_a_family_guides_and_refuses_what_does_not_fit():
     stay = lambda params, state, carry, x, cond, dropped: (carry, carry)  # noqa: E731
     draw = lambda key, outputs: jax.random.categorical(key, outputs).astype(jnp.int32)  # noqa: E731

@@ -54,6 +54,7 @@ def derivatives(function, stride, x, kernel, dx, dkernel):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize(("size", "stride"), WINDOWS)
 def test_values_and_derivatives_are_those_of_xla(x64, size, stride, name):

@@ -104,6 +104,7 @@ def at(step: int, do: Callable[[], Any]) -> Hook:
     return Hook(1, call)
 
 
+@pytest.mark.slow
 def test_host_and_device_feeds_are_equal_bit_for_bit_also_with_a_last_short_dispatch() -> None:
     on_device, lines = run(toy_feed(device_feed))
     on_host, host_lines = run(toy_feed(host_feed))
@@ -129,6 +130,7 @@ def test_a_batch_larger_than_the_data_is_refused_before_anything_happens() -> No
         choose_feed(toy_training(), source, arrays, 41, SEED)
 
 
+@pytest.mark.slow
 def test_lines_and_hooks_come_at_the_first_boundary_at_or_after_a_multiple_of_their_interval() -> None:
     seen: dict[int, list[int]] = {10: [], 20: [], 0: []}
 
@@ -203,6 +205,7 @@ def test_going_on_from_every_checkpoint_gives_the_same_run(tmp_path: Path) -> No
         assert lines == [line for line in expected_lines if line["step"] > step]
 
 
+@pytest.mark.slow
 def test_an_ensemble_goes_on_bitwise_too(tmp_path: Path) -> None:
     keys = jax.random.split(jax.random.key(1), 3)
     feed = lambda: toy_feed(wrap=ensemble)  # noqa: E731
@@ -268,6 +271,7 @@ def test_without_a_checkpoint_none_is_promised() -> None:
     assert "checkpoint" not in str(stopped.value)
 
 
+@pytest.mark.slow
 def test_the_member_of_an_ensemble_is_named() -> None:
     def one_bad(t: Training) -> Training:
         def init(key):  # the member with seed 1 starts at NaN
@@ -284,6 +288,7 @@ def test_the_member_of_an_ensemble_is_named() -> None:
     assert [np.isfinite(line["b/loss"]).tolist() for line in lines] == [[True, False, True]] * len(lines)
 
 
+@pytest.mark.slow
 def test_skipped_steps_are_counted_and_leave_the_rest_finite() -> None:
     """The bad row comes once an epoch; its steps change nothing but the step, and the others go on."""
     row = 7
@@ -309,6 +314,7 @@ def test_parameters_that_are_not_finite_are_never_saved_even_if_the_loss_is(tmp_
     assert Checkpoints(tmp_path).steps()[-1] == step
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_the_first_dispatches(tmp_path: Path) -> None:
     compiled: list[str] = []
     counts: list[int] = []

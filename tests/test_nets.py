@@ -50,6 +50,7 @@ def test_convolutional_nets_halve_and_double_once_per_entry(shape, channels):
     assert jax.eval_shape(decoder.apply, dp, ds, jnp.ones((3, 6)))[0].shape == (3, *shape[:2], 7)
 
 
+@pytest.mark.slow
 def test_a_decoder_with_unit_kernels_repeats_and_an_encoder_with_them_picks_every_other_pixel():
     unit = np.zeros((3, 3, 1, 1), np.float32)
     unit[1, 1] = 1

@@ -65,6 +65,7 @@ def test_lengths_travel_with_their_examples():
     np.testing.assert_array_equal(last.length, [*raw.length[198:], raw.length[0], raw.length[0]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tokens", "discrete", "binary", "continuous"])
 def test_an_emission_is_a_distribution_that_samples_follow(kind, x64):
     """Discrete ones sum to 1 over all events and frequencies agree; a mixture of Gaussians has the moments of its parts."""

@@ -60,6 +60,7 @@ def test_points_of_the_truth_score_as_the_truth() -> None:
     assert one["FD[raw]"].value > 0.5
 
 
+@pytest.mark.slow
 def test_real_digits_score_as_real_digits_and_shuffled_labels_do_not() -> None:
     train = open_source("digits", conditional=True).load().train
 
@@ -84,6 +85,7 @@ def test_real_digits_score_as_real_digits_and_shuffled_labels_do_not() -> None:
     assert bad["precision"].value < 0.2
 
 
+@pytest.mark.slow
 def test_the_judge_is_good_and_is_trained_once(cache: Path) -> None:
     said: list[str] = []
     source = open_source("digits", conditional=True)
@@ -104,6 +106,7 @@ def test_the_judge_is_good_and_is_trained_once(cache: Path) -> None:
     np.testing.assert_array_equal(judge.judge_of(source, STEPS).features(x), first.features(x))
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
@@ -117,6 +120,7 @@ def test_labels_are_found_where_the_recipe_does_not_use_them() -> None:
     assert quality.labelled(ZOO["gan-grid"]).spec.n_classes == 25
 
 
+@pytest.mark.slow
 def test_a_run_without_a_likelihood_is_evaluated_by_its_samples(tmp_path: Path) -> None:
     recipe = replace(ZOO["gan-ring"], hidden=(8,), **SHORT)
     run.train(recipe, tmp_path / "gan")
@@ -134,6 +138,7 @@ def test_a_run_without_a_likelihood_is_evaluated_by_its_samples(tmp_path: Path) 
     assert all(np.isfinite(leaf).all() for leaf in averaged)
 
 
+@pytest.mark.slow
 def test_a_likelihood_stays_the_headline_beside_figures_about_samples(tmp_path: Path) -> None:
     recipe = replace(ZOO["vae-ring"], hidden=(8,), evaluate_every=0, **SHORT)
     run.train(recipe, tmp_path / "vae")
@@ -143,6 +148,7 @@ def test_a_likelihood_stays_the_headline_beside_figures_about_samples(tmp_path: 
     assert "figures" not in run.evaluate(run.load(tmp_path / "vae"), "valid", n=50)
 
 
+@pytest.mark.slow
 def test_members_of_a_sweep_without_a_likelihood_are_compared_by_their_samples(tmp_path: Path) -> None:
     recipe = replace(ZOO["gan-ring"], hidden=(8,), **SHORT)
     results = run_sweep(recipe, {"r1": [0.1, 1.0]}, 2, tmp_path / "sweep")
@@ -153,6 +159,7 @@ def test_members_of_a_sweep_without_a_likelihood_are_compared_by_their_samples(t
     assert json.loads((tmp_path / "sweep" / "results.json").read_text())["results"] == results["results"]
 
 
+@pytest.mark.slow
 def test_a_member_that_diverged_leaves_the_others_their_figures(tmp_path: Path) -> None:
     recipe = replace(ZOO["gan-ring"], hidden=(8,), **SHORT)
     results = run_sweep(recipe, {"r1": [0.1, float("inf")]}, 1, tmp_path / "sweep")

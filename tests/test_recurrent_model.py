@@ -68,6 +68,7 @@ def test_discrete_rows_sum_to_one(x64):
     np.testing.assert_allclose(np.exp(model.log_prob(params, state, Batch(x), KEY)).sum(), 1, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_mixture_of_gaussians_integrates_to_one_and_one_component_is_a_gaussian(x64):
     spec = DataSpec((2, 1), "continuous", step="point")
     model, params, state = setup(spec, n_components=3)
@@ -84,6 +85,7 @@ def test_a_mixture_of_gaussians_integrates_to_one_and_one_component_is_a_gaussia
     np.testing.assert_allclose(got, wanted, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [WORDS, LABELLED, ROLLS, CURVES, ROWS], ids=lambda spec: spec.name)
 def test_one_step_at_a_time_equals_the_whole_sequence(spec, x64):
     """What `begin` and `advance` say of each next event is what `log_prob` adds up, with and without the condition."""
@@ -121,6 +123,7 @@ def test_no_step_sees_its_future(x64):
     assert size[np.tril_indices(5)].min() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [WORDS, ROLLS], ids=lambda spec: spec.name)
 def test_padding_changes_neither_values_nor_gradients(spec, x64):
     model, params, state = setup(spec, n_layers=2)
@@ -166,6 +169,7 @@ def test_windows_with_a_carried_state_are_the_long_sequence(cell, x64):
     assert_close(carry, state["rnn"], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_one_window_is_the_full_one_and_stops_at_its_edge(x64):
     model, params, start = setup(WINDOW, lanes=2)
     whole, _, nothing = setup(WINDOW)
@@ -214,6 +218,7 @@ def chi_square(x, x_all, p, levels):
     return scipy.stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue
 
 
+@pytest.mark.slow
 def test_samples_follow_the_enumerated_law_and_a_prompt_its_conditional_law():
     spec = DataSpec((3,), "tokens", levels=3, step="character", end=2)
     model, params, state = setup(spec, wide=False, cell="gru")
@@ -232,6 +237,7 @@ def test_samples_follow_the_enumerated_law_and_a_prompt_its_conditional_law():
     assert chi_square(x, x_all[given], p[given] / p[given].sum(), 3) > 1e-3
 
 
+@pytest.mark.slow
 def test_guidance_of_scale_1_is_the_conditional_and_0_the_unconditional_model():
     model, params, state = setup(LABELLED, wide=False, cond_dropout=0.1)
     cond = jnp.asarray([0, 1] * 50, jnp.int32)
@@ -246,6 +252,7 @@ def test_guidance_of_scale_1_is_the_conditional_and_0_the_unconditional_model():
 # --- training mode ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_dropout_is_for_losses_only():
     model, params, state = setup(ROLLS, wide=False, dropout=0.4)
     plain, _, _ = setup(ROLLS, wide=False)
@@ -257,6 +264,7 @@ def test_dropout_is_for_losses_only():
     assert (loss(jax.random.key(0)) != loss(jax.random.key(1))).all()
 
 
+@pytest.mark.slow
 def test_conditions_are_dropped_at_the_rate_that_was_asked_for():
     model, params, state = setup(LABELLED, wide=False, cond_dropout=0.2)
     n = 4000

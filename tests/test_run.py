@@ -363,6 +363,7 @@ def test_folders_of_other_data_of_sweeps_and_of_many_settings() -> None:
     assert all(len(name.name) < 60 for name in names), "a long list of settings is replaced by a hash of it"
 
 
+@pytest.mark.slow
 def test_a_sweep_compares_its_members_on_the_validation_split(tmp_path: Path) -> None:
     """A step size of 0 learns nothing, a reasonable one something, and a huge one nothing finite."""
     recipe = tiny("vae-ring", n_samples=1, sample_every=0, algorithm="sgd", schedule="constant", ema_decay=0.0)

@@ -82,6 +82,7 @@ def test_settings_that_do_not_fit_are_refused(how, error, message) -> None:
         draw(**how)
 
 
+@pytest.mark.slow
 def test_rules_are_for_tokens_and_steps() -> None:
     key = jax.random.key(0)
     model = rnn(ROLLS, d_embed=2, d_hidden=2)
@@ -164,6 +165,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return where / "run"
 
 
+@pytest.mark.slow
 def test_a_run_of_text_shows_text_and_needs_no_data_to_sample(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (shown,) = (folder / "samples").glob("step_*.txt")
     assert set(shown.read_text()) <= set("the cat sat on the mat. -\n")

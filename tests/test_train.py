@@ -256,6 +256,7 @@ def test_members_may_have_their_own_batches(mode, axis):
     assert_close((got, swap(stack(metrics))), solo(own=own), TIGHT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["vmap", "map"])
 def test_a_sweep_equals_solo_runs(mode):
     scales = np.asarray([1.0, 0.5, 2.0], np.float32)
@@ -293,6 +294,7 @@ def test_nested_members_equal_solo_runs(name):
             assert_close((mine, [member(member(one, i), j) for one in metrics]), wanted, TIGHT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["feed(ensemble)", "ensemble(feed)", "scan_steps(feed(ensemble), k)", "ensemble(scan_steps(feed, k))"]
 )
@@ -320,6 +322,7 @@ def test_fed_members_equal_solo_runs(name):
         assert_close((got, metrics), reference(parts), TIGHT)
 
 
+@pytest.mark.slow
 def test_each_member_skips_its_own_bad_steps():
     scales = np.asarray([1.0, np.inf, 0.5], np.float32)
     make = lambda scale: skip_nonfinite(training(toy(), sgd(scale)))  # noqa: E731
@@ -358,6 +361,7 @@ def test_skipping_changes_no_good_step_and_nothing_but_the_counter_of_a_bad_one(
 # --- Which mode is faster -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_fastest_mode_is_measured_once_outside_and_inside_a_trace(monkeypatch):
     monkeypatch.setattr(train, "_MEASURED", {})
     first = jitted(ensemble(TRAIN).init)(keys())

@@ -190,6 +190,7 @@ def test_the_gradient_of_the_bound_is_finite(x64):
 # --- the parts of the objective -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_posterior_that_collapsed_to_a_point_has_a_finite_bound_and_finds_its_way_back():
     """A log-scale of -96, which a run once reached, ended in NaN; now it counts as -15 and its KL still pushes it up."""
     spec = DataSpec((6,), "binary")

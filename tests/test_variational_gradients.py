@@ -65,6 +65,7 @@ def deviations(one, other):
     return np.abs(difference.mean(0)) / np.maximum(error, 1e-12 * scale + 1e-300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gradient", "k", "beta", "prior"),
     [

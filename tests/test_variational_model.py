@@ -52,6 +52,7 @@ def split_rows(own):
     return walk(own, ()), rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("net", "effect", "form"),
     [

@@ -63,6 +63,7 @@ def smoothing_posterior(x):
     return tuple(jnp.asarray(values[::-1])[:, None, None] for values in (slopes, offsets, log_scales))
 
 
+@pytest.mark.slow
 def test_with_the_smoother_as_posterior_the_bound_is_the_kalman_log_likelihood(x64):
     steps, n = 5, 2000
     x = state_space.draw(steps)
@@ -113,6 +114,7 @@ def test_the_mean_bound_is_the_kalman_log_likelihood_minus_the_divergence(how, p
     assert abs(values.mean() - wanted) < 4 * standard_error(values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["iwae", "fivo"])
 def test_bounds_grow_with_the_number_of_particles_towards_the_truth(how, x64):
     x = state_space.draw(8)
@@ -188,6 +190,7 @@ def hidden_markov_model():
     )
 
 
+@pytest.mark.slow
 def test_the_particle_estimate_of_a_hidden_markov_model_is_unbiased_for_the_forward_algorithm(x64):
     x, n = np.asarray([0, 2, 2, 1, 0]), N
     alpha = START * EMIT[:, x[0]]
@@ -223,6 +226,7 @@ ROLLS = DataSpec((5, 3), "binary", step="frame", lengths=True, name="rolls")
 CURVES = DataSpec((4, 2), "continuous", step="point", cond_dim=2, name="curves")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "cell"), [(WORDS, "vanilla"), (LABELLED, "lstm"), (CURVES, "gru")], ids=["words", "labels", "curves"]
 )
@@ -242,6 +246,7 @@ def test_without_latent_variables_it_is_the_recurrent_network(spec, cell, x64):
         np.testing.assert_allclose(quick(model.bound)(same, state, batch, KEY), wanted, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_one_step_is_a_conditional_variational_autoencoder(x64):
     """Linear networks, a standard normal prior: the VRNN of one step has the KL of the VAE, and its mean log-likelihood."""
     d, e, n = 3, 2, 20_000
@@ -286,6 +291,7 @@ def test_one_step_is_a_conditional_variational_autoencoder(x64):
     assert abs(difference) < 4 * error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["iwae", "fivo"])
 def test_estimates_of_the_probabilities_of_all_sequences_sum_to_one(how):
     spec = DataSpec((3,), "tokens", levels=3, step="character", end=2)
@@ -312,6 +318,7 @@ def test_estimates_of_the_probabilities_of_all_sequences_sum_to_one(how):
     assert (np.abs(frequency - mean) < 4.5 * error).all()
 
 
+@pytest.mark.slow
 def test_identical_noise_gives_identical_bounds():
     model, params, state = random(ROLLS)
     batch = example_batch(ROLLS, KEY, 3)

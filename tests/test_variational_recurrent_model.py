@@ -43,6 +43,7 @@ def _setup(spec, wide, **settings):
     return model, widen(params) if wide else params, state
 
 
+@pytest.mark.slow
 @every_objective
 def test_padding_changes_neither_values_nor_gradients(how, x64):
     model, params, state = setup(ROLLS, **OBJECTIVES[how])
@@ -72,6 +73,7 @@ def test_after_the_end_token_nothing_counts(how, x64):
     assert_same(bound(params, state, other, KEY), bound(params, state, batch, KEY))
 
 
+@pytest.mark.slow
 def test_no_term_of_the_bound_sees_its_future(x64):
     model, params, state = setup(DataSpec((5, 3), "binary", step="frame"), hidden=(6, 7))
     x = widen(example_batch(model.spec, KEY, 1)).x
@@ -86,6 +88,7 @@ def test_no_term_of_the_bound_sees_its_future(x64):
     np.testing.assert_array_equal(size[np.triu_indices(5, 1)], 0)
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_bound_and_beta_weighs_the_divergence(x64):
     batch = widen(example_batch(CURVES, KEY, 6))
     for how, settings in OBJECTIVES.items():
@@ -114,6 +117,7 @@ def lying(k, g, s):
     return model, params, moved, state
 
 
+@pytest.mark.slow
 def test_free_runs_use_the_prior_and_given_data_the_posterior(x64):
     model, params, moved, state = lying(*state_space.filtering())
     x = jnp.asarray(state_space.draw(3))[None]
@@ -146,6 +150,7 @@ def test_samples_have_the_covariance_of_the_state_space_model(x64):
     assert (np.abs(x.T @ x / n - covariance) < 4.5 * error).all()
 
 
+@pytest.mark.slow
 def test_samples_end_with_the_end_token_and_have_the_dtype_of_the_data():
     model, params, state = setup(WORDS)
     x = np.asarray(quick(model.sample, static_argnums=3)(params, state, KEY, 500))
@@ -169,6 +174,7 @@ def test_conditions_matter_and_are_dropped_at_the_rate_that_was_asked_for():
     assert not np.isclose(other, loss[1], rtol=1e-5).any()
 
 
+@pytest.mark.slow
 def test_dropout_is_for_losses_only():
     model, params, state = setup(ROLLS, dropout=0.4)
     plain, _, _ = setup(ROLLS)
