@@ -1,6 +1,5 @@
 """One picture with samples of every recipe, from the run folders that `python -m benchmarks results --keep FOLDER` left."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +35,13 @@ def _panel(axes: Any, loaded: run.Loaded) -> None:
     spec = loaded.model.spec
     n = 1000 if spec.shape == (2,) else TEXTS if spec.text else 1 if samples.is_music(spec) else 100
     cond = run.picture_cond(spec, n)
-    cond = cond[:: len(cond) // TEXTS][:TEXTS] if spec.text and cond is not None else cond
-    n = n if cond is None else len(cond)
+    if cond is not None:
+        # Of classes with names for texts there may be more than there is room for.
+        cond = cond[np.linspace(0, len(cond) - 1, min(n, len(cond))).astype(int)]
+        n = len(cond)
     draw = jax.jit(run.picture_sampler(loaded.model), static_argnums=3)
     x = np.asarray(draw(loaded.params, loaded.state, jax.random.key(0), n, cond))
-    if spec.step == "row" and len(spec.shape) == 2:
-        spec, x = dataclasses.replace(spec, shape=(*spec.shape, 1), step=None), x[..., None]
+    x, spec = figures.rows_as_images(x, spec)
     if figures.is_image(spec):
         axes.imshow(figures.tile(x, spec, columns=10).squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     elif spec.text:

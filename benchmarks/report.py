@@ -63,6 +63,11 @@ def mean_and_sd(r: dict[str, Any], form: str) -> str:
     return f"{r['mean']:{form}}" + (f" ± {r['sd']:{form}}" if r["sd"] is not None else "")
 
 
+def quartiles(r: dict[str, float], form: str) -> str:
+    """A `common.summary` in words: the median and, in brackets, the quartiles."""
+    return f"{r['median']:{form}} [{r['q1']:{form}}, {r['q3']:{form}}]"
+
+
 def figure_text(figure: dict[str, Any]) -> str:
     """A figure about samples over seeds, and the same figure of real data."""
     real = "" if figure["real"] is None else f" (real data {figure['real']:.3g})"
@@ -101,7 +106,7 @@ def adversarial_parts(found: dict[str, Any]) -> list[str]:
         [
             mode,
             f"{row['ms_per_step']:.2f}",
-            f"{row['ratio']['median']:.2f} [{row['ratio']['q1']:.2f}, {row['ratio']['q3']:.2f}]",
+            quartiles(row["ratio"], ".2f"),
         ]
         if "ratio" in row
         else [mode, f"{row['ms_per_step']:.2f}", "1"]
@@ -147,13 +152,12 @@ def twin_parts(twin: dict[str, Any]) -> list[str]:
 def nanogpt_parts(found: dict[str, Any]) -> list[str]:
     """The part about a Transformer's step and nanoGPT's."""
     ms, ratios = found["ms"], found["ratio_to"]
-    quartiles = lambda r, form: f"{r['median']:{form}} [{r['q1']:{form}}, {r['q3']:{form}}]"  # noqa: E731
     rows = [[name, quartiles(r, ".1f"), quartiles(ratios[name], ".2f") if name in ratios else "-"] for name, r in ms.items()]
     return [
         "## A Transformer of nanoGPT's size for a CPU",
         "",
         "4 layers, 4 heads, width 128, context 64, batch 12, AdamW; the twin is the same arithmetic in PyTorch "
-        f"{found['torch']}, timed in turns on the same machine ({machine(found)}); median and quartiles. genjax runs "
+        f"({found['torch']}), timed in turns on the same machine ({machine(found)}); median and quartiles. genjax runs "
         "20 steps a dispatch, as `fit` does, unless said; `compiled` is `torch.compile`, `fused` eager with fused AdamW.",
         "",
         markdown(["program", "ms a step", "genjax's time as a share of it"], rows),
@@ -168,7 +172,7 @@ def generation_parts(found: dict[str, Any]) -> list[str]:
             f"`{r['recipe']}`",
             str(r["batch"]),
             str(r["length"]),
-            f"{r['us_per_step']['median']:,.0f} [{r['us_per_step']['q1']:,.0f}, {r['us_per_step']['q3']:,.0f}]",
+            quartiles(r["us_per_step"], ",.0f"),
             f"{r['tokens_per_second']:,.0f}",
             str(r["programs"]),
         ]

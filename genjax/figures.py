@@ -37,6 +37,13 @@ def is_image(spec: DataSpec) -> bool:
     return len(spec.shape) == 3 and spec.shape[-1] in (1, 3)
 
 
+def rows_as_images(x: np.ndarray, spec: DataSpec) -> tuple[np.ndarray, DataSpec]:
+    """Images that come row by row, [n, height, width], as images and their spec; anything else as it is."""
+    if spec.step == "row" and len(spec.shape) == 2:
+        return x[..., None], dataclasses.replace(spec, shape=(*spec.shape, 1), step=None)
+    return x, spec
+
+
 def tile(x: np.ndarray, spec: DataSpec, columns: int) -> np.ndarray:
     """Images [n, height, width, channels], in the units of the data, as one image in [0, 1], row by row with white gaps."""
     n, height, width, channels = x.shape
@@ -107,8 +114,7 @@ def samples(
 
     The rows of an image, one after the other, are shown as that image.
     """
-    if spec.step == "row" and len(spec.shape) == 2:
-        spec, x = dataclasses.replace(spec, shape=(*spec.shape, 1), step=None), x[..., None]
+    x, spec = rows_as_images(x, spec)
     if is_image(spec):
         if labels is not None and len(set(labels.tolist())) > 1:
             order = np.argsort(labels, kind="stable")

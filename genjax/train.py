@@ -129,7 +129,7 @@ def _blank(batch: Batch, kept: Array) -> Batch:
 
 def _dot(weight: Array, value: Array) -> Array:
     """Σ weight value for a weight [B], or [] for all alike; a weight of 0 silences even a NaN, such as that of padding."""
-    value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    value = value if value.dtype == jnp.float64 else value.astype(jnp.float32)  # sums of few bits would lose them
     if not weight.ndim:
         return jnp.sum(value) * weight.astype(value.dtype)
     return jnp.sum(jnp.where(weight > 0, value, 0) * weight.astype(value.dtype))

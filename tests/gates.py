@@ -10,13 +10,14 @@ def quick(fun, **options):
     return jax.jit(fun, compiler_options={"xla_backend_optimization_level": 0}, **options)
 
 
-# Undoes what conftest.py switches off to compile faster, for the tests that compare the bits of two programs.
-_FUSING = {"xla_cpu_use_fusion_emitters": True} if jax.__version__.startswith("0.10.") else {}
+# Undoes what conftest.py switches off to compile faster.
+_OLD = jax.__version__.startswith("0.10.")
+_AS_USERS = {"xla_cpu_use_fusion_emitters": True, "xla_backend_optimization_level": 3} if _OLD else {}
 
 
-def bitwise(fun, level, **options):
-    """`jax.jit` with the fusions that users have, at an optimisation level; 3 is theirs too, and 0 takes half the time."""
-    return jax.jit(fun, compiler_options={"xla_backend_optimization_level": level, **_FUSING}, **options)
+def optimised(fun, **options):
+    """`jax.jit` as users have it, whatever conftest.py says: for programs whose last bit is compared."""
+    return jax.jit(fun, compiler_options=_AS_USERS, **options)
 
 
 def named(tree):
@@ -39,15 +40,15 @@ def assert_same(got, wanted):
         assert got[name].tobytes() == leaf.tobytes(), f"{name} differs by at most {np.abs(got[name] - leaf).max()}"
 
 
-def assert_close(got, wanted, rtol=1e-4, atol=0.0):
-    """Every leaf is equal to `atol` plus `rtol` of its own largest entry: small entries are differences of large ones. Whole
-    numbers and keys are equal exactly."""
+def assert_close(got, wanted, rtol=1e-4):
+    """Every leaf is equal to `rtol` of its own largest entry: small entries are differences of large ones. Whole numbers
+    and keys are equal exactly."""
     got, wanted = named(got), named(wanted)
     assert got.keys() == wanted.keys()
     for name, leaf in wanted.items():
         assert (got[name].shape, got[name].dtype) == (leaf.shape, leaf.dtype), name
         exact = not np.issubdtype(leaf.dtype, np.floating)
-        scale = 0 if exact or not leaf.size else atol + rtol * np.abs(leaf).max()
+        scale = 0 if exact or not leaf.size else rtol * np.abs(leaf).max()
         np.testing.assert_allclose(got[name], leaf, rtol=0, atol=scale, err_msg=name)
 
 

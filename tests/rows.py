@@ -19,15 +19,18 @@ from genjax.zoo import ZOO
 
 B = 8  # examples in every batch: one for each fake device, and divisible by the parts of a microbatch
 STEPS = 5  # at most so many steps in a sequence
-SIDE = 8  # images are of so many pixels by so many
 RATE = 1e-3
 
-first_of_family = list({row.family: row.name for row in reversed(ZOO.values())}.values())
-# One row of each family is always run; the others are slow. Within a module all gates of a row come one after the other, and
-# so in one worker, which compiles what they share once (that is what the scope is for).
-_slow = [pytest.param(name, marks=pytest.mark.slow) for name in ZOO]
-_own = [name if name in first_of_family else slow for name, slow in zip(ZOO, _slow, strict=True)]
-first_rows = pytest.mark.parametrize("name", [slow for name, slow in zip(ZOO, _slow, strict=True) if name in first_of_family])
+first_of_family = {row.family: row.name for row in reversed(ZOO.values())}.values()
+# One row of each family is always run. The others are slow, and variants: CI runs them on one end of the supported versions.
+# Within a module all gates of a row come one after the other, and so in one worker, which compiles what they share once (that
+# is what the scope is for).
+_others = [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.variant]) for name in ZOO]
+_slow = [
+    pytest.param(name, marks=pytest.mark.slow) if name in first_of_family else one
+    for name, one in zip(ZOO, _others, strict=True)
+]
+_own = [name if name in first_of_family else one for name, one in zip(ZOO, _others, strict=True)]
 slow_rows = pytest.mark.parametrize("name", _slow, scope="module")
 every_row = pytest.mark.parametrize("name", _own, scope="module")
 
@@ -38,10 +41,8 @@ def setup(name):
     row = ZOO[name]
     recipe = dataclasses.replace(row, model={**row.model, **row.tiny})
     spec = recipe.source().spec
-    if spec.step:  # a few steps, or pixels, show all that many would
+    if spec.step:  # a few steps show all that many would
         spec = dataclasses.replace(spec, shape=(min(STEPS, spec.shape[0]), *spec.shape[1:]))
-    elif len(spec.shape) == 3:
-        spec = dataclasses.replace(spec, shape=(SIDE, SIDE, spec.shape[-1]))
     model = recipe.build(spec)
     t = training(model, optimizer())
     init = quick(t.init)

@@ -72,13 +72,15 @@ def test_alternation_gives_one_value_a_round_and_program() -> None:
 
 @pytest.mark.slow
 def test_the_command_writes_tables_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks import throughput
+    from benchmarks import generation, throughput
 
     small = {"tiny": {"side": SIDE, "width": WIDTH, "latent": LATENT, "batch": 8}}
     for module in (overhead, throughput):
         monkeypatch.setattr(module, "SIZES", small)
     for name, few in {"DTYPES": ("float32",), "SCANS": (10,), "MEMBERS": (4,)}.items():
         monkeypatch.setattr(throughput, name, few)
+    for name, few in {"ROWS": ("gru",), "BATCHES": (2,), "LENGTHS": (4, 8)}.items():
+        monkeypatch.setattr(generation, name, few)
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr(report, "HERE", tmp_path)
     readme = tmp_path / "README.md"
@@ -88,12 +90,16 @@ def test_the_command_writes_tables_and_json(tmp_path: Path, monkeypatch: pytest.
     assert rows[0]["compiled_programs"] == 1
     common.write("overhead", {"step": rows, "loop": overhead.loop_overhead(rounds=2, steps=600)})
     throughput.main(0.02)
+    generation.main(0.02)
     report.main()
     assert {"solo", "scan k=10", "vmap x4", "map x4"} == {
         row["variant"] for row in json.loads((tmp_path / "throughput.json").read_text())["rows"]
     }
+    generated = json.loads((tmp_path / "generation.json").read_text())["rows"]
+    assert [(row["length"], row["programs"]) for row in generated] == [(4, 1), (8, 1)]  # one for prompts of any length
     text = (tmp_path / "REPORT.md").read_text()
     assert "Overhead" in text
     assert "vmap x4" in text
+    assert "tokens/s" in text
     assert "old" not in readme.read_text()
     assert readme.read_text().startswith("before\n<!-- results -->\n| recipe")
