@@ -117,6 +117,20 @@ def attend(q: Array, k: Array, v: Array, allowed: Array) -> Array:
     return mixed.reshape(b, g, r, t, h) / total.astype(v.dtype)
 
 
+def attend_one(q: Array, k: Array, v: Array, allowed: Array) -> Array:
+    """`attend` for one query a head: q [n, G, R, h], k and v [n, G, S, h], allowed bool [S] -> [n, G, R, h].
+
+    By products and sums, which a compiler makes one pass over the cache: batched products of a matrix and one vector took 3.6
+    times as long on a CPU, for 64 sequences with a context of 256.
+    """
+    dtype = wide(q.dtype)
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    scores = jnp.sum(q[:, :, :, None] * k[:, :, None], axis=-1) * q.shape[-1] ** -0.5
+    scores = jnp.where(allowed[None, None, None], scores, -jnp.inf)
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    return jnp.sum(weights[..., None] * v[:, :, None], axis=3) / weights.sum(axis=-1, keepdims=True)
+
+
 def causal(t: int, window: int | None) -> Array:
     """bool [T, T]: position i sees j for i - window < j <= i (Beltagy 2020); without a window all j <= i."""
     i, j = jnp.arange(t)[:, None], jnp.arange(t)[None]
@@ -189,7 +203,8 @@ class Attention(nnx.Module):
         )
         ages = position - jnp.arange(keys.shape[2], dtype=position.dtype)
         allowed = (ages >= 0) if self.window is None else (ages >= 0) & (ages < self.window)
-        return self.joined(attend(q, keys, values, allowed[None]))[:, 0], keys, values
+        y = attend_one(q[..., 0, :], keys, values, allowed).astype(x.dtype)
+        return self.joined(y[..., None, :])[:, 0], keys, values
 
 
 def gated(x: Array) -> Array:
