@@ -17,7 +17,7 @@ from genjax.zoo import ZOO
 
 ROWS = ("lstm", "gru", "transformer-shakespeare")
 BATCHES = (1, 64)
-LENGTHS = (64, 256, 1024)
+LENGTHS = (64, 256, 512)
 LEVELS = 65
 
 

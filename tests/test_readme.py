@@ -31,4 +31,4 @@ def test_results_table_shows_every_recipe_as_measured() -> None:
         elif "per_step" in result:
             assert f"{result['per_step']['nats']:.3f}" in row
         else:
-            assert f"{result['mean']:.2f}" in row
+            assert f"{result['mean']:{'.3g' if 'figures' in result else '.2f'}}" in row
