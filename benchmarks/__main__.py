@@ -13,12 +13,23 @@ class Args:
 
     part: Annotated[
         Literal[
-            "all", "overhead", "throughput", "adversarial", "dcgan", "nanogpt", "generation", "results", "gallery", "report"
+            "all",
+            "overhead",
+            "throughput",
+            "adversarial",
+            "dcgan",
+            "nanogpt",
+            "generation",
+            "denoising",
+            "results",
+            "gallery",
+            "report",
         ],
         tyro.conf.Positional,
     ] = "all"
     """What to measure. `results` trains every recipe, `adversarial` many GANs, `dcgan` one and its PyTorch twin,
-    `nanogpt` a Transformer's step and its twin (GENJAX_TORCH_PYTHON names their interpreter), `generation` cached sampling.
+    `nanogpt` a Transformer's step and its twin (GENJAX_TORCH_PYTHON names their interpreter), `generation` cached sampling,
+    `denoising` what diffusion and flow matching reach.
     `all` leaves these out."""
     names: tuple[str, ...] = ()
     """For `results`: only these recipes; all unless given."""
@@ -27,7 +38,7 @@ class Args:
     seconds: float | None = None
     """Seconds for each comparison; each part's own default unless given."""
     keep: Path | None = None
-    """For `results` and `dcgan`: keep run folders here, and do not train again what is here already."""
+    """For `results`, `dcgan`, `nanogpt` and `denoising`: keep run folders here, and do not train again what is here already."""
 
 
 def main() -> None:
@@ -52,11 +63,15 @@ def main() -> None:
     if args.part == "nanogpt":
         from benchmarks import nanogpt
 
-        nanogpt.main(*([args.seconds] if args.seconds else []))
+        nanogpt.main(args.seconds or 30.0, args.keep)
     if args.part == "generation":
         from benchmarks import generation
 
         generation.main(*([args.seconds] if args.seconds else []))
+    if args.part == "denoising":
+        from benchmarks import denoising
+
+        denoising.main(args.keep)
     if args.part == "results":
         from benchmarks import results_of_zoo
 

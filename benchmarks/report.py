@@ -170,6 +170,18 @@ def nanogpt_parts(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def nanogpt_value_parts(found: dict[str, Any]) -> list[str]:
+    """What the Transformer of nanoGPT's size reaches, counted as nanoGPT counts."""
+    seeds = len(found["by_seed"])
+    return [
+        f"`transformer-shakespeare` reaches {mean_and_sd(found, '.3f')} nats per character (mean and sd over {seeds} "
+        f"seed{'s' * (seeds > 1)}; s.e. over windows {found['standard_error']:.3f}) on the last tenth of the text, nanoGPT's "
+        f"validation split: {found['characters']:,} characters, each with the 1 to 64 before it, as nanoGPT counts. "
+        f"nanoGPT's README has 1.88 ({machine(found)}).",
+        "",
+    ]
+
+
 def generation_parts(found: dict[str, Any]) -> list[str]:
     """The part about cached generation."""
     rows = [
@@ -190,6 +202,62 @@ def generation_parts(found: dict[str, Any]) -> list[str]:
         "context. Programs: how many were compiled for prompts of 0, 1, half and all but one of the length.",
         "",
         markdown(["recipe", "batch", "length", "µs a step (quartiles)", "tokens/s", "programs"], rows),
+        "",
+    ]
+
+
+def denoising_parts(found: dict[str, Any]) -> list[str]:
+    """The part about diffusion and flow matching."""
+    plane = [
+        [
+            f"`{one['recipe']}`",
+            one["density"],
+            *(f"{one['mean'][who]:.4f} ± {one['sd'][who]:.4f}" for who in ("samples", "real")),
+            f"{one['excess_in_standard_errors']:+.2f}",
+        ]
+        for one in found["plane"]
+    ]
+    guided = [
+        [f"`{one['recipe']}`", f"{row['scale']:g}", f"{100 * row['class agreement']:.1f} %", f"{row['FD[cnn-v1]']:.2f}"]
+        for one in found["guided"]
+        for row in one["rows"]
+    ]
+    bits = [
+        [
+            f"`{one['recipe']}`",
+            "given the class" if one["conditional"] else "no",
+            f"{one['bits_per_dim']:.3f}",
+            f"{one['mean']:.2f} ± {one['standard_error']:.2f}",
+            one["estimator"],
+            f"{one['n']:,}",
+        ]
+        for one in found["bits"]
+    ]
+    few = found["few_steps"]
+    steps = [[n, f"{row['FD[cnn-v1]']:.2f}", f"{row['recall']:.3f}"] for n, row in few["steps"].items()]
+    judge = found["guided"][0]
+    return [
+        "## Diffusion and flow matching",
+        "",
+        f"In the plane: sliced Wasserstein distance of {found['points']:,} samples ({found['plane_steps']} Heun steps) to as "
+        f"many fresh points, and of two fresh sets; mean and sd over {found['draws']} draws. The excess is in units of the "
+        f"latter sd, which is the standard error of one such distance ({machine(found)}).",
+        "",
+        markdown(["recipe", "density", "samples", "fresh data", "excess, s.e."], plane),
+        "",
+        f"Guided digits, one seed: n={judge['n']:,} samples with the classes of the test split; judge: {judge['judge']}. "
+        "Scale 1 is the conditional model, 0 the unconditional one.",
+        "",
+        markdown(["recipe", "guidance", "class agreement", "FD[cnn-v1]"], guided),
+        "",
+        "Bits per dimension of the 8x8 digits with 17 levels, one seed. All are bounds from above, by different estimators, so "
+        "a difference between two rows is of models and of estimators together.",
+        "",
+        markdown(["recipe", "conditional", "bits/dim, at most", "nats, at least", "estimator", "n, test"], bits),
+        "",
+        f"`{few['recipe']}` with few and with many Heun steps from the same noise, n={few['n']:,}:",
+        "",
+        markdown(["Heun steps", "FD[cnn-v1]", "recall"], steps),
         "",
     ]
 
@@ -255,8 +323,14 @@ def main() -> None:
     nanogpt, generation = read("nanogpt"), read("generation")
     if nanogpt:
         parts += nanogpt_parts(nanogpt)
+    nanogpt_value = read("nanogpt_value")
+    if nanogpt_value:
+        parts += nanogpt_value_parts(nanogpt_value)
     if generation:
         parts += generation_parts(generation)
+    denoising = read("denoising")
+    if denoising:
+        parts += denoising_parts(denoising)
     parts += ["## Results of the zoo", "", results_table(), ""]
     (HERE / "REPORT.md").write_text("\n".join(parts))
     print(f"written: {HERE / 'REPORT.md'}")

@@ -21,9 +21,9 @@ from genjax.zoo import ZOO
 PATH = Path(genjax.__file__).parent / "results.json"
 
 
-def train(name: str, seed: int, folder: Path) -> float:
+def train(name: str, seed: int, folder: Path, *flags: str) -> float:
     """Train one row through the command line, or find it trained; the seconds of its training."""
-    command = [sys.executable, "-m", "genjax", "train", name, "--seed", str(seed), "--out", str(folder)]
+    command = [sys.executable, "-m", "genjax", "train", name, "--seed", str(seed), "--out", str(folder), *flags]
     subprocess.run(command, check=True)
     return read_metrics(folder / "metrics.jsonl")[-1]["seconds"]
 

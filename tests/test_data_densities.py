@@ -58,7 +58,9 @@ def test_density_sources(name):
     assert all(batch.x.dtype == np.float32 for batch in splits)
     assert_same(splits, source.load())
     assert_same(splits.test, data.open_source(name).load().test)  # n_train does not move the other splits
-    firsts = np.concatenate([batch.x[:30] for batch in splits])
+    new = [source.fresh(seed, 30) for seed in (0, 1)]
+    assert_same(new[1], source.fresh(1, 30))
+    firsts = np.concatenate([batch.x[:30] for batch in (*splits, *new)])
     assert len(np.unique(firsts, axis=0)) == 90
     check_batch(source.spec, source.prepare(jax.random.key(0), splits.train))
     assert not np.isnan(source.log_prob(np.full((1, 2), 1e4, np.float32))).any()

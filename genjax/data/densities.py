@@ -223,7 +223,8 @@ def _source(
         return validate(Splits(split(0, n_train), split(1, _N_VALID), split(2, _N_TEST)), spec, name)
 
     about = f"{n_train:,} train / {_N_VALID:,} valid / {_N_TEST:,} test points of a known density, drawn with fixed seeds"
-    return Source(spec, load, cast(spec), log_prob, entropy, description=about)
+    fresh = lambda seed, n: split(3 + seed, n)  # noqa: E731
+    return Source(spec, load, cast(spec), log_prob, entropy, description=about, fresh=fresh)
 
 
 def _as_array(x) -> tuple[Any, ModuleType]:

@@ -43,6 +43,7 @@ class Source(NamedTuple):
         description: one line with the sizes of the splits and where the data come from.
         order: (n, batch_size, seed, step) -> the examples of one batch, int32 [batch_size]; see `batch_indices`, which
             shuffles. A stream whose batches go on from each other has another one.
+        fresh: (seed, n) -> Batch: n examples that are in no split, where the data can be drawn without end.
     """
 
     spec: DataSpec
@@ -54,6 +55,7 @@ class Source(NamedTuple):
     mode_std: float | None = None
     description: str = ""
     order: Callable[[int, int, int | Array, int | Array], Array | np.ndarray] = batch_indices
+    fresh: Callable[[int, int], Batch] | None = None
 
 
 def cast(spec: DataSpec) -> Callable[[Key, Batch], Batch]:
