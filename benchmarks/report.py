@@ -17,7 +17,7 @@ EXACT = "exact log-probability"  # what `genjax evaluate` calls it
 
 # What others published for the same quantity; the source is named because the figure is not ours.
 REFERENCES = {
-    "transformer-shakespeare": "1.88 nats per character (nanoGPT's README, its settings for a CPU; one context character more)",
+    "transformer-shakespeare": "1.88 nats per character (nanoGPT's README, which leaves out the first of a window)",
     "transformer-names": "1.92 nats per character (makemore's README)",
     "rnn-jsb": "8.91 nats per frame (Bai 2018, table 1, without the first frame)",
     "gru-jsb": "8.43 nats per frame (the same)",

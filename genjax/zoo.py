@@ -305,7 +305,7 @@ _ROWS = (
         data="shakespeare",
         summary="Transformer of Shakespeare's plays, of the size of nanoGPT's example for a CPU",
         model={"d_model": 128, "n_layers": 4, "n_heads": 4, "bias": False},
-        data_options={"context": 64},
+        data_options={"context": 65},  # nanoGPT's 64 and the first character, which it does not predict
         optimizer=dataclasses.replace(_ATTENTION_OPTIMIZER, learning_rate=3e-3),
         schedule=Schedule(steps=2_000, batch_size=12, log_every=50, evaluate_every=500, sample_every=1000),
         tiny=_TINY_TRANSFORMER,

@@ -61,7 +61,7 @@ def test_density_sources(name):
     new = [source.fresh(seed, 30) for seed in (0, 1)]
     assert_same(new[1], source.fresh(1, 30))
     firsts = np.concatenate([batch.x[:30] for batch in (*splits, *new)])
-    assert len(np.unique(firsts, axis=0)) == 90
+    assert len(np.unique(firsts, axis=0)) == 150
     check_batch(source.spec, source.prepare(jax.random.key(0), splits.train))
     assert not np.isnan(source.log_prob(np.full((1, 2), 1e4, np.float32))).any()
 
