@@ -9,7 +9,6 @@ The noise level and the condition become one vector e [n, d_embed], which scales
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -132,5 +131,18 @@ class DenoiserMlp(nnx.Module):
 
 def outputs_shape(shape: tuple[int, ...], out_factor: int) -> tuple[int, ...]:
     """The event's shape with `out_factor` times as many numbers along its last axis."""
-    rest: Any = shape[:-1]
-    return (*rest, out_factor * (shape[-1] if shape else 1)) if shape or out_factor > 1 else ()
+    return (*shape[:-1], out_factor * shape[-1])
+
+
+def to_patches(x: Array, size: int) -> Array:
+    """Images [n, H, W, C] -> [n, H / size, W / size, size² C]: the pixels of a patch, row by row, as channels."""
+    n, height, width, d = x.shape
+    x = x.reshape(n, height // size, size, width // size, size, d).swapaxes(2, 3)
+    return x.reshape(n, height // size, width // size, size * size * d)
+
+
+def from_patches(x: Array, size: int) -> Array:
+    """The inverse of `to_patches`."""
+    n, rows, columns, _ = x.shape
+    x = x.reshape(n, rows, columns, size, size, -1).swapaxes(2, 3)
+    return x.reshape(n, rows * size, columns * size, -1)
