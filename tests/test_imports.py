@@ -50,13 +50,18 @@ def test_families_know_of_no_optimiser_training_or_other_family():
     assert FAMILIES
     for name in FAMILIES:
         assert not packages(name) & {"optax", "flax", "orbax", "sklearn"}, name
-        within(name, "protocol", "errors", "distributions", "paths", "solvers", "guidance", "decoding", "nets")
+        parts = ("distributions", "paths", "coupling", "bounds", "solvers", "guidance", "decoding")
+        within(name, "protocol", "errors", *parts, "nets")
 
 
 def test_training_knows_of_no_family_and_no_data():
     within("train", "protocol", "errors", "optim")
     within("optim", "protocol", "errors")
     within("distributions", "protocol", "errors")
+    within("paths", "protocol", "errors", "distributions")
+    within("coupling", "protocol")
+    within("bounds", "protocol", "errors", "distributions", "paths")
+    within("solvers", "protocol", "errors", "distributions", "paths")
     within("checkpoint", "protocol", "errors")
     assert not {"families", "zoo"} & {module.split(".")[0] for module in own("loop")}
 
@@ -71,6 +76,11 @@ def test_data_and_nets_know_of_the_contract_only():
 
 def test_flax_is_imported_under_nets_only():
     assert [name for name in FILES if "flax" in packages(name) and not name.startswith("nets.")] == []
+
+
+def test_diffrax_is_imported_by_solvers_only_and_only_when_it_is_used():
+    assert [name for name in FILES if "diffrax" in packages(name)] == ["solvers"]
+    assert "diffrax" not in set(imports(FILES["solvers"], top_level=True))
 
 
 def test_the_command_line_imports_nothing_heavy():
