@@ -25,8 +25,11 @@ _HOME = {
     "batch_at": "data",
     "example_batch": "data",
     "open_source": "data",
+    "diffusion": "families.denoising",
     "fit": "loop",
+    "flow_matching": "families.transport",
     "gan": "families.adversarial",
+    "reflow": "families.transport",
     "rnn": "families.recurrent",
     "transformer": "families.attention",
     "vrnn": "families.variational_recurrent",
@@ -41,7 +44,9 @@ if TYPE_CHECKING:
     from genjax.data import batch_at, example_batch, open_source
     from genjax.families.adversarial import gan
     from genjax.families.attention import transformer
+    from genjax.families.denoising import diffusion
     from genjax.families.recurrent import rnn
+    from genjax.families.transport import flow_matching, reflow
     from genjax.families.variational import Prior, vae
     from genjax.families.variational_recurrent import vrnn
     from genjax.loop import fit
