@@ -1,4 +1,4 @@
-"""A diffusion Transformer (DiT, Peebles & Xie 2023): attention between patches of an image, NHWC, that knows the noise level."""
+"""A diffusion Transformer (DiT, Peebles & Xie 2023), NHWC: attention between patches of an image, told of the noise level."""
 
 import jax
 import jax.numpy as jnp
