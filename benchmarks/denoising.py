@@ -20,7 +20,7 @@ DENSITIES = ("ring", "moons", "checkerboard")
 POINTS, DRAWS, PLANE_STEPS = 2_000, 20, 50
 DIGITS = ("diffusion", "flow-matching")
 SCALES = (0.0, 1.0, 1.5, 2.0, 3.0)
-FEW, MANY = 18, 200
+FEW, MANY, FEW_SAMPLES = 18, 200, 2_000
 COMPARED = ("vdm-digits", "vae", "flow-matching")
 
 
@@ -82,7 +82,7 @@ def few_steps(name: str, keep: Path) -> dict[str, Any]:
     loaded = trained(name, keep)
     found = {}
     for steps in (FEW, MANY):
-        figures = quality.figures_of(loaded.recipe, sampler(loaded, solver="heun", n_steps=steps), n=None)
+        figures = quality.figures_of(loaded.recipe, sampler(loaded, solver="heun", n_steps=steps), n=FEW_SAMPLES)
         found[steps] = {f.name: f.value for f in figures}
         print(f"{name}, {steps} Heun steps: {found[steps]}", flush=True)
     return {"recipe": name, "n": figures[0].n, "steps": {str(steps): row for steps, row in found.items()}}

@@ -274,6 +274,7 @@ def main() -> None:
     if overhead:
         rows = [
             [
+                f"`{row.get('family', 'vae')}`",
                 row["size"],
                 f"{row['genjax_ms']:.3f}",
                 f"{row['hand_written_ms']:.3f}",
@@ -284,11 +285,11 @@ def main() -> None:
         ]
         loop = overhead["loop"]
         parts += [
-            "## Overhead of `training(vae(...))` over a hand-written jax step",
+            "## Overhead of a training step over a hand-written jax step",
             "",
             f"Same arithmetic, timed in alternation in one process; median and quartiles of the ratio ({machine(overhead)}).",
             "",
-            markdown(["size", "genjax, ms", "hand-written, ms", "overhead", "compiled programs"], rows),
+            markdown(["family", "size", "genjax, ms", "hand-written, ms", "overhead", "compiled programs"], rows),
             "",
             "## Cost of the loop",
             "",
