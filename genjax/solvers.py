@@ -153,15 +153,18 @@ def _step(tableau: Tableau, field: Field, y: PyTree, t: Array, s: Array, last: A
     return end
 
 
-def _visible(path: Path, t: Array) -> Array:
-    """t, but not so near to sigma = 0 that the noise in x_t is lost to rounding: sigma / alpha >= 3 sqrt(eps)."""
-    least = jnp.asarray(3 * jnp.finfo(t.dtype).eps ** 0.5, t.dtype)
-    return jnp.maximum(t, path.time_of_log_snr(-2 * jnp.log(least)).astype(t.dtype))
+def _least_time(path: Path, dtype: Any) -> Array:
+    """The t nearest to data at which the noise in x_t is not lost to rounding: sigma / alpha = 3 sqrt(eps). It may be < end."""
+    least = jnp.asarray(3 * jnp.finfo(dtype).eps ** 0.5, dtype)
+    return path.time_of_log_snr(-2 * jnp.log(least)).astype(dtype)
 
 
-def _velocity(denoise: Denoise, path: Path) -> Field:
+def _velocity(denoise: Denoise, path: Path, dtype: Any) -> Field:
+    """dx/dt of the probability-flow ODE; at times nearer to sigma = 0 than can be, that at the nearest which can."""
+    least = _least_time(path, dtype)
+
     def field(x: Array, t: Array) -> Array:
-        t = _visible(path, t)
+        t = jnp.maximum(t, least)
         return velocity_of(path, denoise(x, t), x, t)
 
     return field
@@ -171,7 +174,7 @@ def _runge_kutta(
     tableau: Tableau, denoise: Denoise, path: Path, x: Array, times: Array, key: Key | None = None, every: bool = False
 ) -> Array:
     """The probability-flow ODE by `tableau`; Heun's step to sigma = 0 is Euler's. Karras 2022, algorithm 1, for Heun."""
-    field = _velocity(denoise, path)
+    field = _velocity(denoise, path, x.dtype)
 
     def step(x: Array, at: Any) -> Array:
         t, s = at
@@ -211,7 +214,7 @@ def adaptive_to(tolerance: float) -> Solver:
     """
 
     def solver(denoise: Denoise, path: Path, x: Array, times: Array, key: Key | None = None, every: bool = False) -> Array:
-        return _integrate(_velocity(denoise, path), x, jnp.asarray(times, x.dtype), tolerance, every)
+        return _integrate(_velocity(denoise, path, x.dtype), x, jnp.asarray(times, x.dtype), tolerance, every)
 
     return solver
 
@@ -255,8 +258,8 @@ def langevin(path: Path, n_steps: int = 1, snr: Array | float = 0.16) -> Callabl
         raise ConfigError(f"n_steps must be at least 1; got {n_steps}.")
 
     def corrector(denoise: Denoise, x: Array, t: Array, key: Key) -> Array:
-        clean = path.sigma(t) == 0
-        seen = _visible(path, t)
+        clean = path.sigma(jnp.asarray(t)) == 0
+        seen = jnp.maximum(jnp.asarray(t, x.dtype), _least_time(path, x.dtype))
         _, sigma = coefficients(path, seen, x)
         eta = 2 * jnp.square(jnp.asarray(snr, x.dtype) * sigma)
 
@@ -423,7 +426,7 @@ def ode_log_prob(
             "Probes are random and need a key: pass key=jax.random.key(seed), or probes=0 for the exact divergence."
         )
     drawn = None if key is None or not probes else jax.random.rademacher(key, (probes, *x.shape), x.dtype)
-    field = _with_divergence(_velocity(denoise, path), drawn)
+    field = _with_divergence(_velocity(denoise, path, x.dtype), drawn)
     backwards = jnp.asarray(times, x.dtype)[::-1]
     start = (x, jnp.zeros(x.shape[0], x.dtype))
     if solver == "adaptive":
