@@ -11,8 +11,9 @@ SMALL = {
     "01_composition.ipynb": "STEPS = 40\nSWEEP_STEPS = 20\nSEEDS = 2",
     "02_adversarial.ipynb": "STEPS = 40\nSEEDS = 2",
     "03_sequences.ipynb": "STEPS = 20\nPATH_STEPS = 20\nWIDTH = 16",
+    "04_guidance.ipynb": "STEPS = 200\nEARLY = 100\nWIDTH = 16\nN = 30",
 }
-SHOWS = {"01_composition.ipynb": 4, "02_adversarial.ipynb": 2, "03_sequences.ipynb": 2}  # pictures
+SHOWS = {"01_composition.ipynb": 4, "02_adversarial.ipynb": 2, "03_sequences.ipynb": 2, "04_guidance.ipynb": 2}  # pictures
 
 
 def test_every_notebook_has_small_settings() -> None:
