@@ -32,6 +32,25 @@ def time_of_step(path: Path, step: Array, n_times: int) -> Array:
     return end + (start - end) * (step / n_times)
 
 
+def log_snr_of_values(spec: DataSpec) -> float:
+    """The log-SNR at which the middle between two neighbouring values of the data is 3 standard deviations away from each.
+
+    sigma / alpha = 1 / (3 (levels - 1)) for values evenly spaced on [-1, 1]; 13.3 for 256 of them, as in Kingma 2021.
+    """
+    return 2 * math.log(3 * ((spec.levels or 2) - 1))
+
+
+def ending_at_values(path: Path, spec: DataSpec) -> Path:
+    """The path, which ends at `log_snr_of_values` if it went on: beyond, the values of x0 are known and noise is all there is.
+
+    A network cannot round, and would pay for that noise in the bound. Of continuous data the path itself.
+    """
+    if spec.kind == "continuous":
+        return path
+    end = path.time_of_log_snr(jnp.asarray(log_snr_of_values(spec), float))
+    return path._replace(end=max(float(end), float(path.end)))
+
+
 # --- the terms of the bound ---------------------------------------------------------------------------------------------
 
 
@@ -131,10 +150,10 @@ def variational_bound(
 # --- a learned schedule -------------------------------------------------------------------------------------------------
 
 
-def init_schedule(n_units: int = 8) -> Any:
-    """The parameters of `learned_gamma`: log-SNR from 13.3 to -5, as in Kingma 2021, and nearly linear in t."""
+def init_schedule(highest: float = 13.3, n_units: int = 8) -> Any:
+    """The parameters of `learned_gamma`: log-SNR from `highest` to -5, as in Kingma 2021, and nearly linear in t."""
     return {
-        "ends": jnp.asarray([-13.3, math.log(18.3)]),
+        "ends": jnp.asarray([-highest, math.log(highest + 5)]),
         "inner": {
             "weight": jnp.asarray([-4.0] * n_units),
             "slope": jnp.asarray([math.log(10.0)] * n_units),

@@ -15,8 +15,10 @@ from denoising_oracles import PATHS, PLANE, Normal, assert_mean, jit
 from genjax.bounds import (
     diffusion_nats,
     discrete_nats,
+    ending_at_values,
     init_schedule,
     learned_gamma,
+    log_snr_of_values,
     prior_kl,
     reconstruction,
     variational_bound,
@@ -143,6 +145,20 @@ def test_reconstruction_is_a_distribution_over_the_values(x64, kind, levels):
     np.testing.assert_allclose(np.stack([fixed(v) for v in values]), log_p.sum(1).T, rtol=1e-9)
     rest = np.exp(log_p[:, 1:, 0].sum(1))  # the two others were held at the value 0
     np.testing.assert_allclose(total.sum(0), rest, rtol=1e-9)
+
+
+def test_paths_end_where_the_values_are_three_deviations_apart(x64):
+    for levels, kind in ((17, "discrete"), (2, "binary")):
+        spec = DataSpec((3,), kind, levels=levels if kind == "discrete" else None)
+        for path in (PATHS["cosine"], PATHS["edm"], PATHS["linear"]):
+            short = ending_at_values(path, spec)
+            ratio = np.exp(-0.5 * float(log_snr(short, jnp.asarray(short.end))))
+            np.testing.assert_allclose(3 * ratio, 1 / (levels - 1), rtol=1e-6)  # half of 2 / (levels - 1)
+            assert short.start == path.start
+    assert log_snr_of_values(DataSpec((3,), "discrete", levels=256)) == pytest.approx(13.28, abs=0.01)
+    bytes_, plane = DataSpec((3,), "discrete", levels=256), PLANE
+    assert ending_at_values(PATHS["cosine"], bytes_).end == PATHS["cosine"].end  # which ends before
+    assert ending_at_values(PATHS["cosine"], plane) is PATHS["cosine"]
 
 
 def test_reconstruction_in_single_precision_neither_overflows_nor_exceeds_0():

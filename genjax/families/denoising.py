@@ -15,8 +15,10 @@ from jax.core import Tracer
 
 from genjax.bounds import (
     end_nats,
+    ending_at_values,
     init_schedule,
     learned_gamma,
+    log_snr_of_values,
     prior_kl,
     snr_drop,
     squared,
@@ -224,7 +226,8 @@ def diffusion(
     Args:
         spec: the data; binary, discrete or continuous, and no sequences.
         schedule: the noise: "cosine" and "linear" (in beta) preserve the variance, "edm" adds noise of sd t; "learned" is
-            a monotone function with learned ends (Kingma 2021); in Python any `paths.Path`.
+            a monotone function with learned ends (Kingma 2021); in Python any `paths.Path`. The named ones end, or begin to
+            learn where to end, where the noise just leaves the values of discrete data apart (`bounds.log_snr_of_values`).
         n_times: discrete time: train on, and bound, a chain of so many steps; None is continuous time.
         prediction: what the network predicts; "v" unless given.
         precondition: "edm": predict what c_skip x_t leaves over, at unit variance; `prediction` is then left out.
@@ -303,7 +306,8 @@ def diffusion(
 
     guided = spec.conditional and (isinstance(cond_dropout, Tracer) or cond_dropout > 0)
     own = _net(spec, net, guided, hidden, channels, n_blocks, patch, d_model, n_layers, n_heads, dtype)
-    fixed = schedule if isinstance(schedule, Path) else SCHEDULES.get(schedule, cosine)()
+    fixed = schedule if isinstance(schedule, Path) else ending_at_values(SCHEDULES.get(schedule, cosine)(), spec)
+    highest = 13.3 if spec.kind == "continuous" else log_snr_of_values(spec)
     kind = edm_prediction(sigma_data) if precondition == "edm" else PREDICTIONS[prediction or "v"]
     weigh, draw_times = WEIGHTINGS[weighting], uniform_times
     if times == "log_normal":
@@ -322,7 +326,7 @@ def diffusion(
 
     def init(key: Key) -> tuple[Params, State]:
         params: dict[str, Any] = {"net": own.init(key)[0]}
-        return {"diffusion": params | ({"schedule": init_schedule()} if learned else {})}, {"diffusion": {}}
+        return {"diffusion": params | ({"schedule": init_schedule(highest)} if learned else {})}, {"diffusion": {}}
 
     def path_of(p: Any) -> Path:
         return from_log_snr(learned_gamma(p["schedule"])) if learned else fixed
@@ -423,15 +427,16 @@ def diffusion(
         times = GRIDS[grid or defaults["grid"]](path, defaults["n_steps"] if n_steps is None else n_steps)
         x = SOLVERS[solver or defaults["solver"]](estimate, path, start, times, key_solver, every=every)
         if not every:
-            return legal(x / path.alpha(times[-1]))
-        return jnp.concatenate([spec.denormalize(x[:-1]), legal(x[-1:] / path.alpha(times[-1]))])
+            return finished(estimate, path, x, times[-1])
+        return jnp.concatenate([spec.denormalize(x[:-1]), finished(estimate, path, x[-1], times[-1])[None]])
 
     defaults: dict[str, Any] = {"solver": solver, "n_steps": n_steps, "grid": grid, "guidance": guidance}
 
-    def legal(x: Array) -> Array:
-        """Normalised values as the spec has them: discrete and binary ones rounded to the nearest that exists."""
-        y = spec.denormalize(x)
-        return y if spec.kind == "continuous" else jnp.clip(jnp.round(y), 0, (spec.levels or 2) - 1)
+    def finished(estimate: Denoise, path: Path, x: Array, t: Array) -> Array:
+        """Data of x_t at the end of the path: x_t / alpha or, of values that are rounded, the estimate of x0."""
+        if spec.kind == "continuous":
+            return x / path.alpha(t)
+        return jnp.clip(jnp.round(spec.denormalize(estimate(x, t))), 0, (spec.levels or 2) - 1)
 
     def sample(params: Params, state: State, key: Key, n: int, cond: Any = None) -> Array:
         return generate(params, state, key, n, cond)
