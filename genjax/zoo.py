@@ -10,6 +10,7 @@ from typing import Any
 from genjax.config import Recipe, Schedule
 from genjax.families.adversarial import gan
 from genjax.families.attention import transformer
+from genjax.families.denoising import diffusion
 from genjax.families.recurrent import rnn
 from genjax.families.variational import vae
 from genjax.families.variational_recurrent import vrnn
@@ -32,6 +33,16 @@ def _players(learning_rate: float, b1: float = 0.0, b2: float = 0.99, schedule: 
 
 _TINY_RNN = {"d_embed": 3, "d_hidden": 4, "n_layers": 2, "lanes": 0, "dropout": 0.0}
 _TINY_TRANSFORMER = {"d_model": 4, "n_layers": 2, "n_heads": 2, "d_hidden": 6}
+_TINY_DIFFUSION = {
+    "hidden": (4,),
+    "channels": (4,),
+    "n_heads": 2,
+    "cond_dropout": 0.0,
+    "guidance": None,
+    "n_steps": 2,
+    "n_bound_samples": 2,
+    "n_likelihood_steps": 2,
+}
 _TINY_VRNN = {"latent_dim": 2, "d_hidden": 4, "hidden": (4,)}
 
 # Names in a row, cut into 64 streams that each step reads on by 64 characters: truncated back-propagation.
@@ -369,6 +380,66 @@ _ROWS = (
         **_chorales(3e-3, steps=800),
         evaluation={"bound_estimator": "fivo", "n_bound_samples": 100},
         tiny={**_TINY_VRNN, "n_samples": 2, "n_bound_samples": 2, "dropout": 0.0},
+    ),
+    Recipe(
+        name="diffusion",
+        family=diffusion,
+        data="digits",
+        summary="diffusion of digits, conditional on the digit, with guidance",
+        model={"hidden": (512, 512, 512), "sigma_data": 0.75, "cond_dropout": 0.15, "guidance": 1.5},
+        data_options={"conditional": True},
+        optimizer=Optimizer(algorithm="adamw", learning_rate=1e-3, schedule="cosine", weight_decay=0.1, ema_decay=0.999),
+        schedule=Schedule(steps=4_000, batch_size=128, evaluate_every=1000, sample_every=2000, checkpoint_every=2000),
+        evaluation={"n_bound_samples": 256},
+        tiny=_TINY_DIFFUSION,
+    ),
+    Recipe(
+        name="diffusion-2d",
+        family=diffusion,
+        data="ring",
+        summary="diffusion of eight Gaussians on a ring",
+        model={"hidden": (256, 256, 256), "schedule": "edm", "precondition": "edm", "sigma_data": 0.7},
+        optimizer=Optimizer(learning_rate=1e-3, schedule="cosine", ema_decay=0.999),
+        schedule=Schedule(steps=10_000, batch_size=512, evaluate_every=2000, sample_every=2000, checkpoint_every=2000),
+        tiny=_TINY_DIFFUSION,
+    ),
+    Recipe(
+        name="edm-mnist",
+        family=diffusion,
+        data="mnist",
+        summary="EDM of MNIST with a U-Net",
+        model={
+            "net": "unet",
+            "channels": (24, 48),
+            "n_heads": 2,
+            "schedule": "edm",
+            "precondition": "edm",
+            "sigma_data": 0.5,
+            "n_steps": 18,
+        },
+        optimizer=Optimizer(learning_rate=2e-3, schedule="cosine", warmup_steps=100, clip_norm=1.0, ema_decay=0.999),
+        schedule=Schedule(
+            steps=6_000, batch_size=64, steps_per_call=10, evaluate_every=0, sample_every=2000, checkpoint_every=1000
+        ),
+        evaluation={"n_bound_samples": 64},
+        tiny=_TINY_DIFFUSION,
+    ),
+    Recipe(
+        name="vdm-digits",
+        family=diffusion,
+        data="digits",
+        summary="variational diffusion of digits with a learned schedule",
+        model={
+            "net": "unet",
+            "channels": (32, 64),
+            "schedule": "learned",
+            "weighting": "elbo",
+            "prediction": "epsilon",
+        },
+        optimizer=Optimizer(algorithm="adamw", learning_rate=2e-3, schedule="cosine", weight_decay=0.1, ema_decay=0.999),
+        schedule=Schedule(steps=3_000, batch_size=64, evaluate_every=500, sample_every=1000, checkpoint_every=1000),
+        evaluation={"n_bound_samples": 256},
+        tiny=_TINY_DIFFUSION,
     ),
 )
 

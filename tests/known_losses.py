@@ -1,5 +1,6 @@
 """Losses whose value is known: for each family, parameters of which one can say in advance what every example costs."""
 
+import functools
 import math
 
 import jax
@@ -11,6 +12,7 @@ from rows import B
 from genjax.config import sections_of
 from genjax.families.adversarial import gan
 from genjax.families.attention import transformer
+from genjax.families.denoising import diffusion, log_normal_times, uniform_times
 from genjax.families.recurrent import rnn
 from genjax.families.variational import vae
 from genjax.families.variational_recurrent import vrnn
@@ -77,5 +79,45 @@ def sequence_known(row):
     return zero(row.params), {player: nats}
 
 
+def diffusion_known(row):
+    """A new network predicts 0, so that its error is the target, for the times and the noise that G1's key gives."""
+    settings = {name: value for name, (_, value, _) in sections_of(row.recipe)["model"].items()}
+    path, sd = row.model.extras["path"], settings["sigma_data"]
+    path = path(row.params) if settings["schedule"] == "learned" else path
+
+    def squares(batch):
+        x0 = row.spec.normalize(batch.x)
+        key_time, key_noise, _, key_end = jax.random.split(jax.random.key(1), 4)
+        log_normal = settings["times"] == "log_normal" or (settings["times"] is None and settings["schedule"] == "edm")
+        draw = functools.partial(log_normal_times, settings["p_mean"], settings["p_std"]) if log_normal else uniform_times
+        t, epsilon = draw(key_time, path, B, x0.dtype), jax.random.normal(key_noise, x0.shape, x0.dtype)
+        over = lambda v: np.asarray(v, np.float64).reshape(B, *[1] * (x0.ndim - 1))  # noqa: E731
+        alpha, sigma, x0, epsilon = over(path.alpha(t)), over(path.sigma(t)), np.float64(x0), np.float64(epsilon)
+        sum_of = lambda v: np.square(v).reshape(B, -1).sum(1)  # noqa: E731
+        if settings["precondition"] == "edm":
+            s = sigma / alpha
+            skip, out = sd**2 / (s**2 + sd**2), s * sd / np.sqrt(s**2 + sd**2)
+            return sum_of((x0 - skip * (x0 + s * epsilon)) / out)
+        if settings["prediction"] is None:
+            return sum_of(alpha * epsilon - sigma * x0)
+        rate = jax.jvp(lambda t: -2 * jnp.log(path.alpha(t) / path.sigma(t)), (t,), (jnp.ones(B),))[1]
+        alpha, sigma = (float(c(jnp.zeros(()))) for c in (path.alpha, path.sigma))
+        x_end = alpha * x0 + sigma * np.float64(jax.random.normal(key_end, x0.shape, np.float32))
+        values = np.linspace(-1, 1, row.spec.levels)
+        logits = -0.5 * np.square((x_end[..., None] - alpha * values) / sigma)
+        true = -0.5 * np.square((x_end - alpha * x0) / sigma)
+        reconstruction = (true - np.logaddexp.reduce(logits, axis=-1)).reshape(B, -1).sum(1)
+        return 0.5 * np.asarray(rate) * sum_of(epsilon) + 0.5 * math.exp(-5) * sum_of(x0) - reconstruction
+
+    return row.params, {"diffusion": squares}
+
+
 # family -> (row) -> parameters, and for each player the loss [B] that they must give for a batch.
-ANALYTIC = {vae: vae_known, gan: gan_known, rnn: sequence_known, transformer: sequence_known, vrnn: sequence_known}
+ANALYTIC = {
+    vae: vae_known,
+    gan: gan_known,
+    rnn: sequence_known,
+    transformer: sequence_known,
+    vrnn: sequence_known,
+    diffusion: diffusion_known,
+}

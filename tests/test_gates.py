@@ -24,6 +24,7 @@ from genjax.checkpoint import Checkpoints
 from genjax.data import example_batch
 from genjax.families.adversarial import gan
 from genjax.families.attention import transformer
+from genjax.families.denoising import diffusion
 from genjax.families.recurrent import rnn
 from genjax.families.variational import vae
 from genjax.families.variational_recurrent import vrnn
@@ -45,15 +46,20 @@ SCANNED_TO_ROUNDING = {"vae-conv": 1e-6, "dcgan-mnist": 2e-5, "r3gan-mnist": 2e-
 # Families whose gradient is, by design, not the derivative of the loss for fixed noise: builder arguments that make it so.
 # (The estimators themselves are tested with the family.) Gradient penalties jump where a leaky ReLU has its kink, so they
 # have no difference quotient there.
-PLAIN_GRADIENT = {vae: {"gradient": "pathwise"}, gan: {"r1": 0.0, "r2": 0.0, "gradient_penalty": 0.0}}
+PLAIN_GRADIENT = {
+    vae: {"gradient": "pathwise"},
+    gan: {"r1": 0.0, "r2": 0.0, "gradient_penalty": 0.0},
+    diffusion: {"schedule_gradient": "bound"},
+}
 # Families whose steps are vectors of independent values, given the past: the first step has no past to be told apart by.
 INDEPENDENT = {rnn, transformer}
 # Builder arguments that make a family's score tight enough for G7, and that spare it time or noise there.
-TIGHT = {vae: {"n_bound_samples": 32}}
+TIGHT = {vae: {"n_bound_samples": 32}, diffusion: {"n_bound_samples": 32, "n_likelihood_steps": 20}}
 ROOMY = {
     rnn: {"lanes": 0, "dropout": 0.0, "d_hidden": 128},
     transformer: {"dropout": 0.0, "cond_dropout": 0.0, "d_model": 64, "n_layers": 2},
     vrnn: {"dropout": 0.0},
+    diffusion: {"cond_dropout": 0.0, "guidance": None, "channels": (8, 16)},
 }
 
 
