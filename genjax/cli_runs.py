@@ -1,6 +1,7 @@
 """The commands about a run folder: genjax sample and genjax evaluate."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,13 +24,15 @@ def sample(args: list[str]) -> None:
         run: Annotated[Path, tyro.conf.Positional]
         """The run folder."""
         n: int | None = None
-        """How many samples: 64, or 10 of sequences, unless given."""
+        """How many samples: 64, or 10 of sequences and of images with --film, unless given."""
         cond: str | None = None
         """A class (3, or its name), classes to cycle through (0,1,2), or a vector (0.5,-1). Every class if left out."""
         seed: int = 0
         """Of the samples."""
         means: bool = False
         """Show means of p(x|z) instead of samples of x, where the family has them."""
+        film: bool = False
+        """Show the way from noise to data: a row for each sample, a column for each of some of the times."""
         out: Path | None = None
         """Where to write, without an ending; in the run folder unless given."""
         how: Annotated[Decoding, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Decoding)
@@ -37,10 +40,14 @@ def sample(args: list[str]) -> None:
     options = tyro.cli(Sample, prog="genjax sample", args=args)
     if options.n is not None and options.n < 1:
         raise ConfigError(f"--n must be at least 1; got {options.n}.")
-    for name in ("length", "beams"):
+    for name in ("length", "beams", "n_steps"):
         value = getattr(options.how, name)
         if value is not None and value < 1:
-            raise ConfigError(f"--{name} must be at least 1; got {value}.")
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1; got {value}.")
+    if options.how.guidance is not None and not math.isfinite(options.how.guidance):
+        raise ConfigError(f"--guidance must be a finite number; got {options.how.guidance}.")
+    if options.film and options.means:
+        raise ConfigError("--film and --means are two different pictures: leave one of them out.")
     check_seed(options.seed)
     import jax
     import numpy as np
@@ -49,19 +56,30 @@ def sample(args: list[str]) -> None:
 
     loaded = run.load(options.run)
     spec = loaded.model.spec
-    n = options.n or (10 if spec.step else 64)
+    n = options.n or (10 if spec.step or (options.film and spec.shape != (2,)) else 64)
     cond = condition(spec, options.cond, n)
-    x = run.sample(loaded, jax.random.key(options.seed), n, cond, options.means, options.how)
+    found = run.sample(loaded, jax.random.key(options.seed), n, cond, options.means, options.how, options.film)
+    x = found[-1] if options.film else found
     asked = {k: v for k, v in dataclasses.asdict(options.how).items() if v is not None and k != "prompt"}
     parts = [f"sample_n{n}_seed{options.seed}", *([f"cond{options.cond}"] if options.cond else [])]
-    parts += ["means"] * options.means + ["prompt"] * (options.how.prompt is not None) + [f"{k}{v}" for k, v in asked.items()]
+    parts += (
+        ["means"] * options.means
+        + ["film"] * options.film
+        + ["prompt"] * (options.how.prompt is not None)
+        + [f"{k}{v}" for k, v in asked.items()]
+    )
     stem = options.out or options.run / "samples" / "_".join(parts).replace("/", "_")
-    what = "means of p(x|z)" if options.means else "samples"
+    what = "means of p(x|z)" if options.means else "samples from noise to data" if options.film else "samples"
     title = f"{loaded.recipe.name}: {what}, step {loaded.step}, seed {options.seed}"
     with replacing(stem.with_name(stem.name + ".npz")) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, x=x, **({} if cond is None else {"cond": cond}))
+        more: Any = ({} if cond is None else {"cond": cond}) | ({"film": found} if options.film else {})
+        np.savez_compressed(file, x=x, **more)
     written = [stem.with_name(stem.name + ".npz")]
-    written += samples.show(x, spec, stem, title, samples.true_log_prob(run.source_of(loaded)), cond)
+    log_prob = samples.true_log_prob(run.source_of(loaded))
+    if options.film:
+        written += samples.show_film(found, spec, stem, title, log_prob, cond)
+    else:
+        written += samples.show(x, spec, stem, title, log_prob, cond)
     written += samples.play(x, spec, stem)
     if spec.text:
         labels = cond if spec.n_classes else None

@@ -69,19 +69,24 @@ def image_grid(
     n, height, width, _ = x.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
-    canvas = tile(x, spec, columns)
+    figure, axes = _picture(tile(x, spec, columns), width, height, columns, rows)
+    axes.set_xticks([])
+    axes.set_yticks([(row + 0.5) * (height + 1) for row in range(rows)] if labels else [], labels or [])
+    if title:
+        axes.set_title(title, fontsize=9)
+    return figure
+
+
+def _picture(canvas: np.ndarray, width: int, height: int, columns: int, rows: int) -> tuple[Figure, Any]:
+    """A figure that shows tiles of so many pixels, and its axes, which have no frame and no ticks' lines."""
     inches = 0.55 if width > 16 else 0.42
     figure = Figure(figsize=(inches * columns + 0.3, inches * rows * height / width + 0.3))
     axes = figure.add_subplot()
     axes.imshow(canvas.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_xticks([])
-    axes.set_yticks([(row + 0.5) * (height + 1) for row in range(rows)] if labels else [], labels or [])
     axes.tick_params(length=0, labelsize=8)
     for side in axes.spines.values():
         side.set_visible(False)
-    if title:
-        axes.set_title(title, fontsize=9)
-    return figure
+    return figure, axes
 
 
 def scatter(points: np.ndarray, log_prob: Callable[[np.ndarray], Any] | None = None, title: str = "") -> Figure:
@@ -89,18 +94,21 @@ def scatter(points: np.ndarray, log_prob: Callable[[np.ndarray], Any] | None = N
     figure = Figure(figsize=(4.2, 4.2))
     axes = figure.add_subplot()
     if log_prob is not None:
-        half = 1.15 * max(float(np.quantile(np.abs(points), 0.995)), 1e-3)
-        line = np.linspace(-half, half, 220, dtype=np.float32)
-        grid = np.stack(np.meshgrid(line, line), axis=-1).reshape(-1, 2)
-        density = np.exp(np.asarray(log_prob(grid))).reshape(220, 220)
-        # The square root shows where the density is small but not zero.
-        axes.imshow(np.sqrt(density), extent=(-half, half, -half, half), origin="lower", cmap="Blues", alpha=0.6)
-        axes.set_xlim(-half, half)
-        axes.set_ylim(-half, half)
+        _density(axes, log_prob, 1.15 * max(float(np.quantile(np.abs(points), 0.995)), 1e-3))
     axes.scatter(points[:, 0], points[:, 1], s=2, color=COLORS[1], alpha=0.5, linewidths=0)
     axes.set_aspect("equal")
     axes.set_title(title, fontsize=9)
     return figure
+
+
+def _density(axes: Any, log_prob: Callable[[np.ndarray], Any], half: float) -> None:
+    """A density over [-half, half]², behind points; its square root shows where it is small but not zero."""
+    line = np.linspace(-half, half, 220, dtype=np.float32)
+    grid = np.stack(np.meshgrid(line, line), axis=-1).reshape(-1, 2)
+    density = np.exp(np.asarray(log_prob(grid))).reshape(220, 220)
+    axes.imshow(np.sqrt(density), extent=(-half, half, -half, half), origin="lower", cmap="Blues", alpha=0.6)
+    axes.set_xlim(-half, half)
+    axes.set_ylim(-half, half)
 
 
 def samples(
@@ -156,6 +164,55 @@ def sequences(x: np.ndarray, spec: DataSpec, title: str = "", at_most: int = 8) 
     for axes in panels:
         axes.tick_params(labelsize=7)
     panels[-1].set_xlabel(spec.step or "step", fontsize=8)
+    if title:
+        figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def film(
+    x: np.ndarray,
+    spec: DataSpec,
+    title: str = "",
+    log_prob: Callable[[np.ndarray], Any] | None = None,
+    labels: Sequence[str] = (),
+    at_most: int = 11,
+) -> Figure | None:
+    """A film strip of paths from noise to data, x [steps + 1, n, *shape]: columns are times, named by the step.
+
+    Images have a row for each sample, and each column its own grey scale only if the data are continuous: values outside their
+    range are cut off, as noise is. Points [n, 2] are one scatter a column, all on the same scale. None for other data.
+
+    Args:
+        log_prob: the true density of points, drawn behind them.
+        labels: one text for each sample, such as its class.
+        at_most: so many times are shown, evenly spaced, the first and the last among them.
+    """
+    shown = np.unique(np.round(np.linspace(0, len(x) - 1, min(at_most, len(x)))).astype(int))
+    names = [f"{index}" for index in shown]
+    if is_image(spec):
+        n, (height, width, channels) = x.shape[1], spec.shape
+        strip = np.ones((n * (height + 1) + 1, len(shown) * (width + 1) + 1, channels))
+        for column, index in enumerate(shown):
+            left = column * (width + 1)
+            strip[:, left : left + width + 2] = tile(x[index], spec, 1)
+        figure, axes = _picture(strip, width, height, len(shown), n)
+        axes.set_xticks([(column + 0.5) * (width + 1) for column in range(len(shown))], names)
+        axes.set_yticks([(row + 0.5) * (height + 1) for row in range(n)] if labels else [], labels or [])
+        axes.set_xlabel(f"step of {len(x) - 1}", fontsize=8)
+        if title:
+            axes.set_title(title, fontsize=9)
+        return figure
+    if spec.shape != (2,):
+        return None
+    figure = Figure(figsize=(1.6 * len(shown) + 0.2, 2.2), layout="constrained")
+    half = 1.15 * max(float(np.quantile(np.abs(x[shown]), 0.995)), 1e-3)
+    for axes, index, name in zip(np.ravel(figure.subplots(1, len(shown))), shown, names, strict=True):
+        if log_prob is not None:
+            _density(axes, log_prob, half)
+        axes.scatter(x[index, :, 0], x[index, :, 1], s=2, color=COLORS[1], alpha=0.5, linewidths=0)
+        axes.set(xlim=(-half, half), ylim=(-half, half), aspect="equal", xticks=[], yticks=[])
+        axes.set_xlabel(name, fontsize=8)
+    figure.supxlabel(f"step of {len(x) - 1}", fontsize=8)
     if title:
         figure.suptitle(title, fontsize=9)
     return figure

@@ -310,11 +310,14 @@ def sample(
     cond: np.ndarray | None = None,
     means: bool = False,
     how: samples.Decoding | None = None,
+    film: bool = False,
 ) -> np.ndarray:
-    """n samples of a run as an array [n, *shape]; with `means` the means of p(x|z) instead, or decoded as `how` says.
+    """n samples of a run as an array [n, *shape]; with `means` the means of p(x|z) instead, or made as `how` says.
+
+    With `film` all that a solver passes through on its way from noise to data, [n_steps + 1, n, *shape].
 
     Raises:
-        ConfigError: for a condition that is missing, not wanted, or out of range, or means of a family without them.
+        ConfigError: for a condition that is missing, not wanted, or out of range, or means or a film of a family without them.
     """
     try:
         check_cond(run.model.spec, cond, n)
@@ -323,7 +326,8 @@ def sample(
     if means and "sample_mean" not in run.model.extras:
         raise ConfigError(f"{run.recipe.name} has no means of p(x|z) to show; sample without --means.")
     if not means:
-        return samples.draw(run.model, run.params, run.state, key, n, cond, how or samples.Decoding())
+        make = samples.film if film else samples.draw
+        return make(run.model, run.params, run.state, key, n, cond, how or samples.Decoding())
     return np.asarray(jax.jit(run.model.extras["sample_mean"], static_argnums=3)(run.params, run.state, key, n, cond))
 
 

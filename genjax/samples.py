@@ -1,4 +1,4 @@
-"""What samples become: arrays, pictures, text, music. And how a model that goes step by step is asked for them."""
+"""What samples become: arrays, pictures, text, music. And how a model that makes them in many steps is asked for them."""
 
 import dataclasses
 import inspect
@@ -16,11 +16,15 @@ from genjax.errors import ConfigError, replacing
 from genjax.protocol import DataSpec, Key, Model, Params, State
 
 MIDI_FILES = 8  # at most so many of the samples are written as music
+SOLVING = ("solver", "n_steps", "grid")  # the settings of models that go from noise to data, with `guidance`
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How to go from the outputs of an autoregressive model to a sequence; what is left out changes nothing.
+    """How to make samples where there is a choice: from one step of a sequence to the next, or from noise to data.
+
+    What is left out changes nothing. `solver`, `n_steps` and `grid` are for models that go from noise to data along a path, all
+    others but `guidance` for those that make a sequence step by step.
 
     Attributes:
         prompt: the text that every sample begins with.
@@ -29,9 +33,12 @@ class Decoding:
         top_p: keep the smallest set of tokens with at least this probability.
         min_p: keep tokens that are at least this many times as probable as the most probable one.
         repetition_penalty: above 1 makes tokens that came before less likely.
-        guidance: scale of classifier-free guidance towards the condition; 1 is the model, 0 ignores the condition.
+        guidance: scale of classifier-free guidance towards the condition; 1 is the conditional model, 0 ignores the condition.
         beams: search for the most probable sequences with so many beams, and show the best one.
         length: how many steps to sample; those of the training data unless given.
+        solver: how to go from noise to data: "heun", "ddim", "ancestral", ... (`genjax.solvers.SOLVERS`).
+        n_steps: how many steps the solver takes.
+        grid: where they are: "uniform", "karras", "cosine" or "log_snr" (`genjax.solvers.GRIDS`).
     """
 
     prompt: str | None = None
@@ -43,6 +50,9 @@ class Decoding:
     guidance: float | None = None
     beams: int | None = None
     length: int | None = None
+    solver: str | None = None
+    n_steps: int | None = None
+    grid: str | None = None
 
     def rules(self) -> list[decoding.Rule]:
         """The rules in the order in which they are applied: penalty, temperature, then what cuts off."""
@@ -57,7 +67,7 @@ class Decoding:
 
 
 def draw(model: Model, params: Params, state: State, key: Key, n: int, cond: Any, how: Decoding) -> np.ndarray:
-    """n sequences of a model, decoded as `how` says, [n, length, *event].
+    """n samples of a model, made as `how` says: [n, *shape], or sequences [n, length, *event].
 
     Beyond the context of a model that has one, a text goes on from its own second half, a window at a time.
 
@@ -68,9 +78,18 @@ def draw(model: Model, params: Params, state: State, key: Key, n: int, cond: Any
     asked = [f.name for f in dataclasses.fields(how) if getattr(how, f.name) is not None]
     if not asked:
         return np.asarray(jax.jit(model.sample, static_argnums=3)(params, state, key, n, cond))
-    flags = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
-    if "generate" not in model.extras:
-        raise ConfigError(f"{flags}: for models that generate step by step, which this one of {spec.name} is not.")
+    flags = _flags(asked)
+    generate = model.extras.get("generate")
+    if generate is None:
+        raise ConfigError(f"{flags}: for models that make samples step by step, which this one of {spec.name} is not.")
+    if _solves(model):
+        solving = _solving(model, asked, how)
+        return np.asarray(jax.jit(lambda key, cond: generate(params, state, key, n, cond, **solving))(key, cond))
+    if wrong := [name for name in asked if name in SOLVING]:
+        raise ConfigError(
+            f"{_flags(wrong)}: for models that go from noise to data (diffusion, flow matching); this one of {spec.name} makes "
+            "a sequence step by step."
+        )
     rules = how.rules()
     if (rules or how.beams) and spec.kind != "tokens":
         raise ConfigError(f"{flags}: rules and beams are for tokens; {spec.name} is {spec.kind}.")
@@ -83,11 +102,10 @@ def draw(model: Model, params: Params, state: State, key: Key, n: int, cond: Any
         return _beams(model, params, state, n, cond, how)
     options: dict[str, Any] = {"choose": decoding.sampler(*rules)} if rules else {}
     options |= {} if how.guidance is None else {"guidance": how.guidance}
-    lacking = set(options) - set(inspect.signature(model.extras["generate"]).parameters)
+    lacking = set(options) - set(inspect.signature(generate).parameters)
     if lacking:
         raise ConfigError(f"{flags}: this model of {spec.name} has latent variables and takes no rules and no guidance.")
     length = how.length or spec.shape[0]
-    generate = model.extras["generate"]
     if length > spec.shape[0] and spec.text and spec.end is None:
         try:
             jax.eval_shape(lambda key: generate(params, state, key, n, cond, length=length), key)
@@ -106,6 +124,43 @@ def draw(model: Model, params: Params, state: State, key: Key, n: int, cond: Any
         return generate(params, state, key, n, cond, prompt=prompt, prompt_length=m, **options)
 
     return np.asarray(jax.jit(prompted)(key, jnp.asarray(prompt), jnp.asarray(len(given), jnp.int32), cond))
+
+
+def film(model: Model, params: Params, state: State, key: Key, n: int, cond: Any, how: Decoding) -> np.ndarray:
+    """The paths of n samples from noise to data, [n_steps + 1, n, *shape] in the units of the data: the last is `draw`'s.
+
+    Raises:
+        ConfigError: for a model that has no such path, or settings that do not fit it.
+    """
+    if not _solves(model):
+        raise ConfigError(
+            "--film shows the way from noise to data of a diffusion or flow-matching model; this one of "
+            f"{model.spec.name} has none."
+        )
+    asked = [f.name for f in dataclasses.fields(how) if getattr(how, f.name) is not None]
+    options, generate = _solving(model, asked, how), model.extras["generate"]
+    return np.asarray(jax.jit(lambda key, cond: generate(params, state, key, n, cond, every=True, **options))(key, cond))
+
+
+def _flags(names: list[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
+
+
+def _solves(model: Model) -> bool:
+    """Whether a model goes from noise to data by a solver."""
+    generate = model.extras.get("generate")
+    return generate is not None and "solver" in inspect.signature(generate).parameters
+
+
+def _solving(model: Model, asked: list[str], how: Decoding) -> dict[str, Any]:
+    """What was asked of a model that goes from noise to data, as arguments of its `generate`."""
+    takes = (*SOLVING, "guidance")
+    if wrong := [name for name in asked if name not in takes]:
+        raise ConfigError(
+            f"{_flags(wrong)}: for models that make a sequence step by step; this one of {model.spec.name} goes from noise "
+            f"to data and takes {_flags(list(takes))}."
+        )
+    return {name: getattr(how, name) for name in asked}
 
 
 def _beyond(
@@ -195,6 +250,24 @@ def show(
             temporary.write_text(separator.join(texts(x, spec, labels)) + "\n")
         return [path]
     figure = figures.samples(x, spec, title, log_prob, labels)
+    return [] if figure is None else [figures.save(figure, stem.with_name(stem.name + ".png"))]
+
+
+def show_film(
+    x: np.ndarray,
+    spec: DataSpec,
+    stem: Path,
+    title: str,
+    log_prob: Callable[[np.ndarray], Any] | None = None,
+    cond: np.ndarray | None = None,
+) -> list[Path]:
+    """Write paths [n_steps + 1, n, *shape] from noise to data as STEM.png; nothing for data other than images and points.
+
+    Raises:
+        CheckpointError: if the disk does not take it.
+    """
+    labels = [class_name(spec, label) for label in cond] if spec.n_classes and cond is not None else []
+    figure = figures.film(x, spec, title, log_prob, labels)
     return [] if figure is None else [figures.save(figure, stem.with_name(stem.name + ".png"))]
 
 

@@ -117,6 +117,37 @@ def test_points_are_scattered_over_the_square_root_of_the_density() -> None:
     assert len(plain.axes[0].images) == 0
 
 
+def test_a_film_has_a_row_for_each_sample_and_a_column_for_each_time() -> None:
+    x = np.stack([numbered(3) + 4 * step for step in range(3)])  # [steps + 1, n, height, width, 1]
+    figure = figures.film(x, GREY, "film", labels=["a", "b", "c"])
+    assert figure is not None
+    found = canvas(figure)
+    expected = np.ones((3 * 3 + 1, 3 * 4 + 1))
+    for step in range(3):
+        for row in range(3):
+            expected[3 * row + 1 : 3 * row + 3, 4 * step + 1 : 4 * step + 4] = x[step, row, :, :, 0] / 16
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    axes = figure.axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b", "c"]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "1", "2"]
+    assert list(axes.get_xticks()) == [2, 6, 10]  # the middle of each column: pixel c covers c - 0.5 to c + 0.5
+    assert axes.get_xlabel() == "step of 2"
+
+
+def test_a_long_film_shows_some_times_the_first_and_the_last_among_them() -> None:
+    figure = figures.film(np.zeros((51, 2, 2, 3, 1)), GREY, at_most=6)
+    assert figure is not None
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["0", "10", "20", "30", "40", "50"]
+    points = np.random.default_rng(0).normal(size=(31, 40, 2))
+    figure = figures.film(points, DataSpec((2,), "continuous"), "points", lambda x: -np.square(x).sum(-1), at_most=4)
+    assert figure is not None
+    assert [axes.get_xlabel() for axes in figure.axes] == ["0", "10", "20", "30"]
+    for axes, index in zip(figure.axes, (0, 10, 20, 30), strict=True):
+        np.testing.assert_array_equal(axes.collections[0].get_offsets(), points[index])
+        assert axes.get_xlim() == figure.axes[0].get_xlim()
+    assert figures.film(np.zeros((4, 2, 5)), DataSpec((5,), "continuous")) is None
+
+
 def test_metrics_of_one_kind_share_a_panel() -> None:
     lines = [
         {"step": s, "seconds": 0.1, "gen/loss": s, "disc/loss": -s, "gen/elbo": s, "valid/bound": s, "skipped": 0.0}
