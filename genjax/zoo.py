@@ -410,16 +410,16 @@ _ROWS = (
         summary="EDM of MNIST with a U-Net",
         model={
             "net": "unet",
-            "channels": (24, 48),
+            "channels": (24, 48, 64),
             "n_heads": 2,
             "schedule": "edm",
             "precondition": "edm",
             "sigma_data": 0.5,
             "n_steps": 18,
         },
-        optimizer=Optimizer(learning_rate=2e-3, schedule="cosine", warmup_steps=100, clip_norm=1.0, ema_decay=0.999),
+        optimizer=Optimizer(learning_rate=1e-3, schedule="cosine", warmup_steps=100, clip_norm=1.0, ema_decay=0.999),
         schedule=Schedule(
-            steps=6_000, batch_size=64, steps_per_call=10, evaluate_every=0, sample_every=2000, checkpoint_every=1000
+            steps=5_000, batch_size=16, steps_per_call=10, evaluate_every=0, sample_every=2000, checkpoint_every=1000
         ),
         evaluation={"n_bound_samples": 64},
         tiny=_TINY_DIFFUSION,
