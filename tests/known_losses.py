@@ -14,6 +14,7 @@ from genjax.families.adversarial import gan
 from genjax.families.attention import transformer
 from genjax.families.denoising import diffusion, log_normal_times, uniform_times
 from genjax.families.recurrent import rnn
+from genjax.families.transport import flow_matching
 from genjax.families.variational import vae
 from genjax.families.variational_recurrent import vrnn
 from genjax.protocol import step_mask
@@ -112,6 +113,18 @@ def diffusion_known(row):
     return row.params, {"diffusion": squares}
 
 
+def flow_known(row):
+    """A new network says that nothing moves, so that its error is ε - x0, for the noise that G1's key gives."""
+
+    def squares(batch):
+        key_noise, _, key_data, *_ = jax.random.split(jax.random.key(1), 5)
+        moved = jax.random.uniform(key_data, batch.x.shape, np.float32, -0.5, 0.5) if row.spec.kind != "continuous" else 0.0
+        x0 = np.float64(row.spec.normalize(batch.x + moved))
+        return np.square(np.float64(jax.random.normal(key_noise, x0.shape, np.float32)) - x0).reshape(B, -1).sum(1)
+
+    return row.params, {"flow": squares}
+
+
 # family -> (row) -> parameters, and for each player the loss [B] that they must give for a batch.
 ANALYTIC = {
     vae: vae_known,
@@ -120,4 +133,5 @@ ANALYTIC = {
     transformer: sequence_known,
     vrnn: sequence_known,
     diffusion: diffusion_known,
+    flow_matching: flow_known,
 }

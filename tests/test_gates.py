@@ -26,6 +26,7 @@ from genjax.families.adversarial import gan
 from genjax.families.attention import transformer
 from genjax.families.denoising import diffusion
 from genjax.families.recurrent import rnn
+from genjax.families.transport import flow_matching
 from genjax.families.variational import vae
 from genjax.families.variational_recurrent import vrnn
 from genjax.protocol import Batch, InitFn, LossFn, SampleFn, ScoreFn, step_mask
@@ -60,6 +61,7 @@ ROOMY = {
     transformer: {"dropout": 0.0, "cond_dropout": 0.0, "d_model": 64, "n_layers": 2},
     vrnn: {"dropout": 0.0},
     diffusion: {"cond_dropout": 0.0, "guidance": None, "channels": (8, 16)},
+    flow_matching: {"cond_dropout": 0.0, "guidance": None, "channels": (8, 16)},
 }
 
 

@@ -15,6 +15,7 @@ from genjax import figures, run, samples
 from genjax.config import replace
 from genjax.errors import ConfigError, DataError
 from genjax.families.recurrent import rnn
+from genjax.families.transport import flow_matching
 from genjax.families.variational import vae
 from genjax.metrics import per_step
 from genjax.protocol import DataSpec
@@ -94,6 +95,98 @@ def test_rules_are_for_tokens_and_steps() -> None:
     model = vae(DataSpec((2,), "continuous"), hidden=(2,), latent_dim=1)
     with pytest.raises(ConfigError, match="step by step"):
         samples.draw(model, *model.init(key), key, 2, None, Decoding(top_k=2))
+
+
+@functools.cache
+def squares():
+    spec = DataSpec((2, 2, 1), "discrete", levels=5, n_classes=2, name="squares")
+    model = flow_matching(spec, hidden=(4,), cond_dropout=0.5, n_steps=3)
+    params, state = model.init(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    return model, jax.tree.map(lambda leaf: leaf + rng.normal(size=leaf.shape).astype(leaf.dtype), params), state
+
+
+def test_a_solver_its_steps_and_guidance_are_what_a_model_from_noise_to_data_takes() -> None:
+    model, params, state = squares()
+    key, cond = jax.random.key(1), np.arange(6) % 2
+    draw = lambda **how: samples.draw(model, params, state, key, 6, cond, Decoding(**how))  # noqa: E731
+    np.testing.assert_array_equal(draw(), model.sample(params, state, key, 6, cond))
+    how: dict = {"solver": "ddim", "n_steps": 7, "grid": "cosine", "guidance": 3.0}
+    wanted = model.extras["generate"](params, state, key, 6, cond, **how)
+    np.testing.assert_array_equal(draw(**how), wanted)
+    assert (np.asarray(wanted) != draw()).any()
+    film = samples.film(model, params, state, key, 6, cond, Decoding(**how))
+    assert film.shape == (8, 6, 2, 2, 1)
+    np.testing.assert_array_equal(film[-1], wanted)
+    assert len(samples.film(model, params, state, key, 6, cond, Decoding())) == 4
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (
+            {"temperature": 0.5, "solver": "heun"},
+            r"--temperature: for models that make a sequence .* --solver, --n-steps, --grid",
+        ),
+        ({"prompt": "a", "beams": 2}, "--prompt, --beams: for models that make a sequence step by step"),
+        ({"solver": "huen"}, r"no solver called 'huen'\. Did you mean heun\?"),
+        ({"grid": "karas"}, r"no grid called 'karas'\. Did you mean karras\?"),
+    ],
+)
+def test_settings_that_do_not_fit_a_model_from_noise_to_data_are_refused(how, message) -> None:
+    model, params, state = squares()
+    with pytest.raises(ConfigError, match=message):
+        samples.draw(model, params, state, jax.random.key(0), 2, np.zeros(2, np.int32), Decoding(**how))
+
+
+def test_solvers_and_films_are_for_models_from_noise_to_data_only() -> None:
+    with pytest.raises(
+        ConfigError, match=r"--solver, --n-steps: for models that go from noise to data \(diffusion, flow matching\)"
+    ):
+        draw(solver="heun", n_steps=3, temperature=0.5)
+    model, params, state = letters()
+    with pytest.raises(ConfigError, match=r"--film shows the way from noise to data .*letters has none"):
+        samples.film(model, params, state, jax.random.key(0), 2, None, Decoding())
+    plain = vae(DataSpec((2,), "continuous"), hidden=(2,), latent_dim=1)
+    with pytest.raises(ConfigError, match=r"--n-steps: for models that make samples step by step"):
+        samples.draw(plain, *plain.init(jax.random.key(0)), jax.random.key(0), 2, None, Decoding(n_steps=3))
+
+
+def test_guidance_of_a_model_that_was_never_trained_without_its_condition_is_refused() -> None:
+    model = flow_matching(squares()[0].spec, hidden=(4,))
+    with pytest.raises(ConfigError, match=r"never trained without its condition: build it with cond_dropout"):
+        samples.draw(model, *model.init(jax.random.key(0)), jax.random.key(0), 2, np.zeros(2, np.int32), Decoding(guidance=2.0))
+
+
+@pytest.fixture(scope="module")
+def flow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few steps of flow matching of digits."""
+    where = tmp_path_factory.mktemp("flow") / "run"
+    recipe = replace(ZOO["flow-matching"], hidden=(8,), steps=4, steps_per_call=2, evaluate_every=4, n_likelihood_steps=1)
+    run.train(recipe, where, say=lambda text: None)
+    return where
+
+
+@pytest.mark.slow
+def test_a_run_is_sampled_by_the_solver_asked_for_and_filmed(flow: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--solver", "heun", "--n-steps", "4", "--grid", "karras", "--guidance", "2", "--cond", "3", "--n", "5"]
+    genjax.cli.main(["sample", str(flow), *flags])
+    genjax.cli.main(["sample", str(flow), *flags, "--film"])
+    stem = "sample_n5_seed0_cond3{}_guidance2.0_solverheun_n_steps4_gridkarras"
+    plain, film = (np.load(flow / "samples" / f"{stem.format(part)}.npz") for part in ("", "_film"))
+    assert film["film"].shape == (5, 5, 8, 8, 1)
+    np.testing.assert_array_equal(film["x"], plain["x"])
+    np.testing.assert_array_equal(film["film"][-1], plain["x"])
+    assert plain["cond"].tolist() == [3] * 5
+    assert (flow / "samples" / f"{stem.format('_film')}.png").stat().st_size > 1000
+    assert "5 samples from noise to data [5, 8, 8, 1] in " in capsys.readouterr().out
+    for bad, message in (
+        (["--solver", "huen"], "Did you mean heun?"),
+        (["--n-steps", "0"], "--n-steps must be at least 1; got 0."),
+        (["--guidance", "nan"], "--guidance must be a finite number"),
+        (["--temperature", "0.5"], "for models that make a sequence step by step"),
+    ):
+        assert message in refused(["sample", str(flow), *bad], capsys)
 
 
 def test_text_is_written_as_text_and_names_its_classes(tmp_path: Path) -> None:
