@@ -34,25 +34,24 @@ def _players(learning_rate: float, b1: float = 0.0, b2: float = 0.99, schedule: 
 
 _TINY_RNN = {"d_embed": 3, "d_hidden": 4, "n_layers": 2, "lanes": 0, "dropout": 0.0}
 _TINY_TRANSFORMER = {"d_model": 4, "n_layers": 2, "n_heads": 2, "d_hidden": 6}
-_TINY_DIFFUSION = {
+_TINY_DENOISER = {
     "hidden": (4,),
     "channels": (4,),
     "n_heads": 2,
     "cond_dropout": 0.0,
     "guidance": None,
     "n_steps": 2,
-    "n_bound_samples": 2,
     "n_likelihood_steps": 2,
 }
-_TINY_FLOW = {
-    "hidden": (4,),
-    "channels": (4,),
-    "n_heads": 2,
-    "cond_dropout": 0.0,
-    "guidance": None,
-    "n_steps": 2,
-    "n_likelihood_steps": 2,
-    "n_probes": 1,
+_TINY_DIFFUSION = {**_TINY_DENOISER, "n_bound_samples": 2}
+_TINY_FLOW = {**_TINY_DENOISER, "n_probes": 1}
+# Patches of 2 x 2 pixels make a step of a U-Net four times as fast on a CPU.
+_UNET = {"net": "unet", "channels": (24, 48), "patch": 2, "n_heads": 2}
+_UNET_TRAINING: dict[str, Any] = {
+    "optimizer": Optimizer(learning_rate=2e-3, schedule="cosine", warmup_steps=100, clip_norm=1.0, ema_decay=0.999),
+    "schedule": Schedule(
+        steps=6_000, batch_size=64, steps_per_call=10, evaluate_every=0, sample_every=2000, checkpoint_every=1000
+    ),
 }
 _TINY_VRNN = {"latent_dim": 2, "d_hidden": 4, "hidden": (4,)}
 
@@ -420,19 +419,14 @@ _ROWS = (
         data="mnist",
         summary="EDM of MNIST with a U-Net",
         model={
-            "net": "unet",
-            "channels": (24, 48, 64),
-            "n_heads": 2,
+            **_UNET,
             "schedule": "edm",
             "precondition": "edm",
             "sigma_data": 0.5,
             "n_steps": 18,
         },
-        optimizer=Optimizer(learning_rate=1e-3, schedule="cosine", warmup_steps=100, clip_norm=1.0, ema_decay=0.999),
-        schedule=Schedule(
-            steps=5_000, batch_size=16, steps_per_call=10, evaluate_every=0, sample_every=2000, checkpoint_every=1000
-        ),
-        evaluation={"n_bound_samples": 64},
+        **_UNET_TRAINING,
+        evaluation={"n_bound_samples": 16},
         tiny=_TINY_DIFFUSION,
     ),
     Recipe(
@@ -488,11 +482,13 @@ _ROWS = (
         family=flow_matching,
         data="mnist",
         summary="flow matching of MNIST with a U-Net",
-        model={"net": "unet", "channels": (24, 48, 64), "n_heads": 2, "n_steps": 25, "n_likelihood_steps": 10, "n_probes": 1},
-        optimizer=Optimizer(learning_rate=1e-3, schedule="cosine", warmup_steps=100, clip_norm=1.0, ema_decay=0.999),
-        schedule=Schedule(
-            steps=5_000, batch_size=16, steps_per_call=10, evaluate_every=0, sample_every=2000, checkpoint_every=1000
-        ),
+        model={
+            **_UNET,
+            "n_steps": 25,
+            "n_likelihood_steps": 10,
+            "n_probes": 1,
+        },
+        **_UNET_TRAINING,
         tiny=_TINY_FLOW,
     ),
 )

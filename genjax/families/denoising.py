@@ -27,10 +27,8 @@ from genjax.bounds import (
 )
 from genjax.errors import ConfigError, unknown_name
 from genjax.guidance import guided as guide
-from genjax.nets.denoising import DenoiserMlp
-from genjax.nets.dit import DiT
-from genjax.nets.functional import Net, functional
-from genjax.nets.unet import UNet
+from genjax.nets.denoiser import BUILDS, denoiser
+from genjax.nets.functional import Net
 from genjax.paths import (
     PREDICTIONS,
     Denoise,
@@ -50,7 +48,6 @@ from genjax.protocol import Array, Aux, Batch, DataSpec, Key, Model, Params, Sta
 from genjax.solvers import GRIDS, LIKELIHOOD_SOLVERS, SOLVERS, ode_log_prob
 
 SCHEDULES: dict[str, Callable[[], Path]] = {"cosine": cosine, "linear": linear, "edm": edm}
-NETS = ("mlp", "unet", "dit")
 
 
 # --- what a network sees and predicts -----------------------------------------------------------------------------------
@@ -147,30 +144,6 @@ def discrete_times(n_times: int, key: Key, path: Path, n: int, dtype: Any) -> Ar
     return time_of_step(path, jax.random.randint(key, (n,), 1, n_times + 1).astype(dtype), n_times)
 
 
-def _net(
-    spec: DataSpec,
-    net: str | Net,
-    guided: bool,
-    hidden: tuple[int, ...],
-    channels: tuple[int, ...],
-    n_blocks: int,
-    patch: int,
-    d_model: int,
-    n_layers: int,
-    n_heads: int,
-    dtype: str,
-) -> Net:
-    """The network that was asked for: (params, {}, c_in x_t, noise level [n], cond, dropped) -> y."""
-    if isinstance(net, Net):
-        return net
-    builds = {
-        "mlp": partial(DenoiserMlp, spec.shape, tuple(hidden), spec.cond_size, guided),
-        "unet": partial(UNet, spec.shape, tuple(channels), spec.cond_size, guided, n_blocks=n_blocks, n_heads=n_heads),
-        "dit": partial(DiT, spec.shape, patch, d_model, n_layers, n_heads, spec.cond_size, guided),
-    }
-    return functional(builds[net], dtype)
-
-
 # --- the model ----------------------------------------------------------------------------------------------------------
 
 
@@ -191,7 +164,7 @@ def diffusion(
     hidden: tuple[int, ...] = (256, 256, 256),
     channels: tuple[int, ...] = (32, 64),
     n_blocks: int = 1,
-    patch: int = 2,
+    patch: int | None = None,
     d_model: int = 128,
     n_layers: int = 4,
     n_heads: int = 4,
@@ -243,7 +216,7 @@ def diffusion(
         hidden: for "mlp": widths of the layers.
         channels: for "unet": channels at each resolution, each half of the one before.
         n_blocks: for "unet": residual blocks at each resolution.
-        patch: for "dit": the side of a patch.
+        patch: the side of a patch, which "unet" and "dit" see as one pixel with more channels; 1 and 2 unless given.
         d_model: for "dit": the width.
         n_layers: for "dit": how many blocks.
         n_heads: of attention, for "unet" and "dit".
@@ -278,7 +251,7 @@ def diffusion(
         "weighting": (weighting, WEIGHTINGS),
         "times": (times, ("uniform", "log_normal")),
         "schedule_gradient": (schedule_gradient, ("variance", "bound")),
-        "net": (net if isinstance(net, str) else "mlp", NETS),
+        "net": (net if isinstance(net, str) else "mlp", BUILDS),
         "solver": (solver, SOLVERS),
         "grid": (grid, GRIDS),
         "likelihood_solver": (likelihood_solver, LIKELIHOOD_SOLVERS),
@@ -305,7 +278,19 @@ def diffusion(
         raise ConfigError("weighting='elbo' and n_times go with times='uniform'; got times='log_normal'.")
 
     guided = spec.conditional and (isinstance(cond_dropout, Tracer) or cond_dropout > 0)
-    own = _net(spec, net, guided, hidden, channels, n_blocks, patch, d_model, n_layers, n_heads, dtype)
+    own = denoiser(
+        spec,
+        net,
+        guided,
+        dtype,
+        hidden=hidden,
+        channels=channels,
+        n_blocks=n_blocks,
+        patch=patch,
+        d_model=d_model,
+        n_layers=n_layers,
+        n_heads=n_heads,
+    )
     fixed = schedule if isinstance(schedule, Path) else ending_at_values(SCHEDULES.get(schedule, cosine)(), spec)
     highest = 13.3 if spec.kind == "continuous" else log_snr_of_values(spec)
     kind = edm_prediction(sigma_data) if precondition == "edm" else PREDICTIONS[prediction or "v"]

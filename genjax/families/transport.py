@@ -7,7 +7,6 @@ here, t = 0 is data and t = 1 noise; these papers count the other way, and their
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -17,16 +16,13 @@ from jax.core import Tracer
 from genjax.coupling import COUPLINGS
 from genjax.errors import ConfigError, unknown_name
 from genjax.guidance import guided as guide
-from genjax.nets.denoising import DenoiserMlp
-from genjax.nets.dit import DiT
-from genjax.nets.functional import Net, functional
-from genjax.nets.unet import UNet
+from genjax.nets.denoiser import BUILDS, denoiser
+from genjax.nets.functional import Net
 from genjax.paths import PREDICTIONS, Denoise, Path, conditional_ot, diffuse, prior, rates, variance_preserving
 from genjax.protocol import Array, Aux, Batch, DataSpec, Key, Model, Params, State, check_cond, check_key, checked
 from genjax.solvers import GRIDS, LIKELIHOOD_SOLVERS, SOLVERS, ode_log_prob
 
 PATHS: dict[str, Callable[[], Path]] = {"conditional_ot": conditional_ot, "variance_preserving": variance_preserving}
-NETS = ("mlp", "unet", "dit")
 # Keeps the noise level that a network sees within ±3, where the log-SNR / 4 of both paths is infinite at the ends.
 SOFTENING = 1 / 400
 
@@ -115,7 +111,7 @@ def flow_matching(
     hidden: tuple[int, ...] = (256, 256, 256),
     channels: tuple[int, ...] = (32, 64),
     n_blocks: int = 1,
-    patch: int = 2,
+    patch: int | None = None,
     d_model: int = 128,
     n_layers: int = 4,
     n_heads: int = 4,
@@ -163,7 +159,7 @@ def flow_matching(
         hidden: for "mlp": widths of the layers.
         channels: for "unet": channels at each resolution, each half of the one before.
         n_blocks: for "unet": residual blocks at each resolution.
-        patch: for "dit": the side of a patch.
+        patch: the side of a patch, which "unet" and "dit" see as one pixel with more channels; 1 and 2 unless given.
         d_model: for "dit": the width.
         n_layers: for "dit": how many blocks.
         n_heads: of attention, for "unet" and "dit".
@@ -193,7 +189,7 @@ def flow_matching(
         "coupling": (coupling, COUPLINGS),
         "distribution of times": (times, TIMES),
         "loss": (loss, LOSSES),
-        "net": (net if isinstance(net, str) else "mlp", NETS),
+        "net": (net if isinstance(net, str) else "mlp", BUILDS),
         "solver": (solver, SOLVERS),
         "grid": (grid, GRIDS),
         "likelihood_solver": (likelihood_solver, LIKELIHOOD_SOLVERS),
@@ -215,16 +211,19 @@ def flow_matching(
         )
 
     guided = spec.conditional and (isinstance(cond_dropout, Tracer) or cond_dropout > 0)
-    if isinstance(net, Net):
-        own = net
-    else:
-        size, d = spec.cond_size, d_model
-        builds = {
-            "mlp": partial(DenoiserMlp, spec.shape, tuple(hidden), size, guided),
-            "unet": partial(UNet, spec.shape, tuple(channels), size, guided, n_blocks=n_blocks, n_heads=n_heads),
-            "dit": partial(DiT, spec.shape, patch, d, n_layers, n_heads, size, guided),
-        }
-        own = functional(builds[net], dtype)
+    own = denoiser(
+        spec,
+        net,
+        guided,
+        dtype,
+        hidden=hidden,
+        channels=channels,
+        n_blocks=n_blocks,
+        patch=patch,
+        d_model=d_model,
+        n_layers=n_layers,
+        n_heads=n_heads,
+    )
     way, weigh, draw_times, couple = PATHS[path](), LOSSES[loss], TIMES[times], COUPLINGS[coupling]
     defaults: dict[str, Any] = {"solver": solver, "n_steps": n_steps, "grid": grid, "guidance": guidance}
 
