@@ -408,7 +408,7 @@ _ROWS = (
         family=diffusion,
         data="ring",
         summary="diffusion of eight Gaussians on a ring",
-        model={"hidden": (256, 256, 256), "schedule": "edm", "precondition": "edm", "sigma_data": 0.7},
+        model={"hidden": (256, 256, 256), "noise_schedule": "edm", "precondition": "edm", "sigma_data": 0.7},
         optimizer=Optimizer(learning_rate=1e-3, schedule="cosine", ema_decay=0.999),
         schedule=Schedule(steps=10_000, batch_size=512, evaluate_every=2000, sample_every=2000, checkpoint_every=2000),
         tiny=_TINY_DIFFUSION,
@@ -420,7 +420,7 @@ _ROWS = (
         summary="EDM of MNIST with a U-Net",
         model={
             **_UNET,
-            "schedule": "edm",
+            "noise_schedule": "edm",
             "precondition": "edm",
             "sigma_data": 0.5,
             "n_steps": 18,
@@ -437,7 +437,7 @@ _ROWS = (
         model={
             "net": "unet",
             "channels": (32, 64),
-            "schedule": "learned",
+            "noise_schedule": "learned",
             "weighting": "elbo",
             "prediction": "epsilon",
         },

@@ -84,12 +84,12 @@ def diffusion_known(row):
     """A new network predicts 0, so that its error is the target, for the times and the noise that G1's key gives."""
     settings = {name: value for name, (_, value, _) in sections_of(row.recipe)["model"].items()}
     path, sd = row.model.extras["path"], settings["sigma_data"]
-    path = path(row.params) if settings["schedule"] == "learned" else path
+    path = path(row.params) if settings["noise_schedule"] == "learned" else path
 
     def squares(batch):
         x0 = row.spec.normalize(batch.x)
         key_time, key_noise, _, key_end = jax.random.split(jax.random.key(1), 4)
-        log_normal = settings["times"] == "log_normal" or (settings["times"] is None and settings["schedule"] == "edm")
+        log_normal = settings["times"] == "log_normal" or (settings["times"] is None and settings["noise_schedule"] == "edm")
         draw = functools.partial(log_normal_times, settings["p_mean"], settings["p_std"]) if log_normal else uniform_times
         t, epsilon = draw(key_time, path, B, x0.dtype), jax.random.normal(key_noise, x0.shape, x0.dtype)
         over = lambda v: np.asarray(v, np.float64).reshape(B, *[1] * (x0.ndim - 1))  # noqa: E731

@@ -232,7 +232,7 @@ def test_builder_sets_how_samples_are_made():
 # --- samples and likelihoods of normal data -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [{}, {"solver": "ancestral", "n_steps": 200}, {"schedule": "linear", "grid": "log_snr"}])
+@pytest.mark.parametrize("how", [{}, {"solver": "ancestral", "n_steps": 200}, {"noise_schedule": "linear", "grid": "log_snr"}])
 def test_samples_of_the_best_denoiser_have_the_law_of_the_data(how):
     model = diffusion(PLANE, net=DATA.net(), prediction="x0", **how)
     x = np.asarray(jit(lambda key: model.sample({"diffusion": {"net": {}}}, {"diffusion": {}}, key, 4000))(jax.random.key(11)))
@@ -245,8 +245,8 @@ def test_samples_of_the_best_denoiser_have_the_law_of_the_data(how):
     [
         {},
         {"n_probes": 2},
-        pytest.param({"schedule": "linear"}, marks=pytest.mark.slow),
-        pytest.param({"schedule": "learned", "weighting": "elbo"}, marks=pytest.mark.slow),
+        pytest.param({"noise_schedule": "linear"}, marks=pytest.mark.slow),
+        pytest.param({"noise_schedule": "learned", "weighting": "elbo"}, marks=pytest.mark.slow),
     ],
 )
 def test_log_prob_of_the_best_denoiser_is_that_of_the_data(x64, settings):
@@ -256,9 +256,11 @@ def test_log_prob_of_the_best_denoiser_is_that_of_the_data(x64, settings):
     nats = jit(model.log_prob)(params, state, Batch(x), jax.random.key(13))
     # Every Rademacher vector gives the exact divergence here, as the Jacobian of the best denoiser is diagonal.
     path = model.extras["path"]
-    path = path(params) if settings.get("schedule") == "learned" else path
+    path = path(params) if settings.get("noise_schedule") == "learned" else path
     np.testing.assert_allclose(nats, DATA.ode_log_prob(path, x), atol=1e-5, rtol=0)
-    np.testing.assert_allclose(nats, DATA.log_prob(x), atol=0.05 if settings.get("schedule") == "learned" else 0.01, rtol=0)
+    np.testing.assert_allclose(
+        nats, DATA.log_prob(x), atol=0.05 if settings.get("noise_schedule") == "learned" else 0.01, rtol=0
+    )
 
 
 def test_conditional_log_prob_is_that_of_the_class(x64):
@@ -308,14 +310,14 @@ def test_a_small_model_learns_normal_data_to_its_entropy():
 
 
 _DIT = {"net": "dit", "d_model": 4, "n_layers": 1, "n_heads": 2}
-_LEARNED = {"schedule": "learned", "weighting": "elbo"}
+_LEARNED = {"noise_schedule": "learned", "weighting": "elbo"}
 
 
 @pytest.mark.parametrize(
     ("spec", "settings"),
     [
         (DataSpec((3,), "binary"), {}),
-        (PLANE, {"schedule": "edm", "precondition": "edm", "sigma_data": 0.5}),
+        (PLANE, {"noise_schedule": "edm", "precondition": "edm", "sigma_data": 0.5}),
         pytest.param(IMAGE, {"net": "unet", "channels": (4,)}, marks=pytest.mark.slow),
         pytest.param(IMAGE, {**_DIT, "n_times": 6, "solver": "ancestral"}, marks=pytest.mark.slow),
         pytest.param(DataSpec((2, 2), "discrete", levels=256), _LEARNED, marks=pytest.mark.slow),
@@ -338,7 +340,7 @@ def test_samples_are_legal_and_the_whole_way_ends_in_them(spec, settings):
         assert set(np.unique(x)) <= set(range(top + 1))
         assert not (way[:-1] == np.round(way[:-1])).all()
     start = np.asarray(spec.normalize(jnp.asarray(way[0])))
-    sigma = float(80.0 if settings.get("schedule") == "edm" else 1.0)
+    sigma = float(80.0 if settings.get("noise_schedule") == "edm" else 1.0)
     assert abs(start.std() / sigma - 1) < 4 / math.sqrt(2 * start.size)
 
 
@@ -359,7 +361,7 @@ def test_hyperparameters_may_be_traced(n_steps):
 
     def first(sigma_data, cond_dropout, p_mean):
         settings = {"sigma_data": sigma_data, "cond_dropout": cond_dropout, "p_mean": p_mean, "p_std": p_mean + 3}
-        model = diffusion(LABELLED, schedule="edm", precondition="edm", hidden=(4,), **settings)
+        model = diffusion(LABELLED, noise_schedule="edm", precondition="edm", hidden=(4,), **settings)
         t = scan_steps(training(model, optax.sgd(1e-2)))
         batch = Batch(jnp.ones((n_steps, 4, 2)), jnp.zeros((n_steps, 4), jnp.int32))
         return t.step(t.init(jax.random.key(0)), batch)[1]["diffusion/loss"]
@@ -376,7 +378,7 @@ def test_hyperparameters_may_be_traced(n_steps):
 @pytest.mark.parametrize(
     ("spec", "settings", "match"),
     [
-        (PLANE, {"schedule": "cosin"}, "no schedule called 'cosin'. Did you mean cosine"),
+        (PLANE, {"noise_schedule": "cosin"}, "no noise schedule called 'cosin'. Did you mean cosine"),
         (PLANE, {"prediction": "eps"}, "no prediction called 'eps'"),
         (PLANE, {"precondition": "karras"}, "no precondition called 'karras'. There are: none, edm"),
         (PLANE, {"weighting": "min-snr"}, "no weighting called 'min-snr'. Did you mean min_snr"),
@@ -404,10 +406,10 @@ def test_hyperparameters_may_be_traced(n_steps):
             "Guidance needs a condition and its absence; .* of normal points has none",
         ),
         (PLANE, {"precondition": "edm", "prediction": "v"}, "leave out prediction='v'"),
-        (PLANE, {"schedule": "learned"}, "needs weighting='elbo'; got 'unit'"),
+        (PLANE, {"noise_schedule": "learned"}, "needs weighting='elbo'; got 'unit'"),
         (PLANE, {"weighting": "elbo", "times": "log_normal"}, "go with times='uniform'"),
         (PLANE, {"n_times": 10, "times": "log_normal"}, "go with times='uniform'"),
-        (PLANE, {"schedule": "edm", "weighting": "elbo"}, "go with times='uniform'; got times='log_normal'"),
+        (PLANE, {"noise_schedule": "edm", "weighting": "elbo"}, "go with times='uniform'; got times='log_normal'"),
         (PLANE, {"net": "unet"}, r"U-Net needs events of shape \(height, width, channels\)"),
         (PLANE, {"net": "dit"}, r"DiT needs events of shape \(height, width, channels\)"),
         (PLANE, {"hidden": ()}, "at least one hidden layer"),

@@ -71,7 +71,7 @@ def gaussian_velocity(p, path, x, t, mean=MEAN, root=ROOT):
 
 
 def gaussian(name, **settings):
-    model = flow_matching(POINTS, path=name, net=closed_form(name, gaussian_velocity), **settings)
+    model = flow_matching(POINTS, probability_path=name, net=closed_form(name, gaussian_velocity), **settings)
     return model, *model.init(jax.random.key(0))
 
 
@@ -146,7 +146,7 @@ def test_the_least_loss_is_the_conditional_variance(name, times, loss, x64):
     assert abs(value.mean() - least_losses(name, loss, times)) < 4 * value.std() / math.sqrt(len(value))
     if loss == "velocity":
         off = closed_form(name, lambda *args: gaussian_velocity(*args) + 0.3)
-        other = flow_matching(POINTS, path=name, net=off, times=times)
+        other = flow_matching(POINTS, probability_path=name, net=off, times=times)
         more = np.asarray(other.losses["flow"](params, state, batch, key)[0]) - value
         assert abs(more.mean() - D * 0.3**2) < 4 * more.std() / math.sqrt(len(more))
 
@@ -173,7 +173,7 @@ def test_noise_is_carried_to_its_place_in_the_data(name, x64):
     """For Gaussian data with a diagonal covariance the flow ends at mean + sd ε, for whatever ε it began with."""
     root = np.diag([0.3, 1.0, 2.0])
     net = closed_form(name, functools.partial(gaussian_velocity, root=root))
-    model = flow_matching(POINTS, path=name, net=net, solver="rk4", n_steps=60)
+    model = flow_matching(POINTS, probability_path=name, net=net, solver="rk4", n_steps=60)
     generate = jax.jit(model.extras["generate"], static_argnames=("n", "every", "n_steps", "solver", "grid"))
     path = generate({"flow": {}}, {"flow": {}}, jax.random.key(0), n=50, every=True)
     path = np.asarray(path)
@@ -240,7 +240,7 @@ def test_the_bound_of_discrete_data_is_below_the_probability_of_their_levels(x64
     spec, name = DataSpec((D,), "discrete", levels=5), "conditional_ot"
     root = np.diag([0.3, 0.5, 0.8])
     net = closed_form(name, functools.partial(gaussian_velocity, root=root))
-    model = flow_matching(spec, path=name, net=net, n_likelihood_steps=60)
+    model = flow_matching(spec, probability_path=name, net=net, n_likelihood_steps=60)
     assert model.log_prob is None
     x, width = np.asarray([[0.0, 1, 4], [2, 2, 2]]), 0.5
     y, sd = x * width - 1, np.diag(root)
@@ -428,7 +428,10 @@ def test_a_guided_teacher_is_followed_where_the_condition_is_there():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"path": "straight"}, r"no path called 'straight'.*There are: conditional_ot, variance_preserving"),
+        (
+            {"probability_path": "straight"},
+            r"no probability path called 'straight'.*There are: conditional_ot",
+        ),
         ({"coupling": "optima"}, r"no coupling called 'optima'\. Did you mean optimal\?"),
         ({"times": "logit-normal"}, r"no distribution of times called .* Did you mean logit_normal\?"),
         ({"loss": "epsilon"}, "no loss called 'epsilon'"),

@@ -231,7 +231,7 @@ def test_gradient_of_a_learned_schedule_is_in_the_variance_only(x64):
 def vdm():
     """One tiny model with either gradient: a function of the parameters that gives both losses and what they consist of."""
     spec = DataSpec((3,), "discrete", levels=5)
-    settings = {"schedule": "learned", "weighting": "elbo", "prediction": "epsilon", "hidden": (6,)}
+    settings = {"noise_schedule": "learned", "weighting": "elbo", "prediction": "epsilon", "hidden": (6,)}
     models = {how: diffusion(spec, schedule_gradient=how, **settings) for how in ("variance", "bound")}
     with jax.enable_x64(True):
         params, state = models["bound"].init(jax.random.key(0))
@@ -275,7 +275,7 @@ def test_loss_with_the_elbo_weighting_is_the_bound_in_expectation(x64, vdm):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"n_times": 4}, {"schedule": "learned"}])
+@pytest.mark.parametrize("settings", [{}, {"n_times": 4}, {"noise_schedule": "learned"}])
 def test_loss_is_minus_the_bound_for_the_paths_and_steps_there_are(x64, settings):
     """The same for continuous data, on all paths and in discrete time."""
     model = diffusion(PLANE, weighting="elbo", hidden=(4,), n_bound_samples=32, **settings)
@@ -291,7 +291,7 @@ def test_loss_is_minus_the_bound_for_the_paths_and_steps_there_are(x64, settings
 @pytest.mark.slow
 def test_learning_the_schedule_reduces_the_variance_of_the_loss(x64):
     """With the best denoiser of narrow data, descent on the inner parameters alone; the mean stays where it is."""
-    model = diffusion(PLANE, schedule="learned", weighting="elbo", prediction="x0", net=DATA.net())
+    model = diffusion(PLANE, noise_schedule="learned", weighting="elbo", prediction="x0", net=DATA.net())
     params, state = model.init(jax.random.key(0))
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
     x = lambda key: DATA.sd * jax.random.normal(key, (200, 2))  # noqa: E731

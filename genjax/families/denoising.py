@@ -150,7 +150,7 @@ def discrete_times(n_times: int, key: Key, path: Path, n: int, dtype: Any) -> Ar
 def diffusion(
     spec: DataSpec,
     *,
-    schedule: Literal["cosine", "linear", "edm", "learned"] | Path = "cosine",
+    noise_schedule: Literal["cosine", "linear", "edm", "learned"] | Path = "cosine",
     n_times: int | None = None,
     prediction: Literal["epsilon", "x0", "v", "score", "velocity"] | None = None,
     precondition: Literal["none", "edm"] = "none",
@@ -198,7 +198,7 @@ def diffusion(
 
     Args:
         spec: the data; binary, discrete or continuous, and no sequences.
-        schedule: the noise: "cosine" and "linear" (in beta) preserve the variance, "edm" adds noise of sd t; "learned" is
+        noise_schedule: "cosine" and "linear" (in beta) preserve the variance, "edm" adds noise of sd t; "learned" is
             a monotone function with learned ends (Kingma 2021); in Python any `paths.Path`. The named ones end, or begin to
             learn where to end, where the noise just leaves the values of discrete data apart (`bounds.log_snr_of_values`).
         n_times: discrete time: train on, and bound, a chain of so many steps; None is continuous time.
@@ -206,7 +206,7 @@ def diffusion(
         precondition: "edm": predict what c_skip x_t leaves over, at unit variance; `prediction` is then left out.
         weighting: of squared errors: "unit" of the prediction's, "elbo", "min_snr" or "edm".
         times: where the loss looks: "uniform" in t, or "log_normal" in sigma / alpha; that is the default with
-            schedule="edm".
+            noise_schedule="edm".
         p_mean: mean of ln(sigma / alpha) with times="log_normal".
         p_std: its standard deviation.
         sigma_data: the data's standard deviation on the normalised scale, which inputs are scaled by.
@@ -240,11 +240,11 @@ def diffusion(
         raise ConfigError(f"Diffusion models vectors and images; {spec.name} are {found}. Use a sequence family.")
     if likelihood_solver in SOLVERS and likelihood_solver not in LIKELIHOOD_SOLVERS:
         raise ConfigError(f"{likelihood_solver} gives no likelihood; those that do are: {', '.join(LIKELIHOOD_SOLVERS)}.")
-    learned = schedule == "learned"
-    if isinstance(schedule, str) and schedule not in (*SCHEDULES, "learned"):
-        raise unknown_name("schedule", schedule, (*SCHEDULES, "learned"))
+    learned = noise_schedule == "learned"
+    if isinstance(noise_schedule, str) and noise_schedule not in (*SCHEDULES, "learned"):
+        raise unknown_name("noise schedule", noise_schedule, (*SCHEDULES, "learned"))
     if times is None:
-        times = "log_normal" if schedule == "edm" and n_times is None else "uniform"
+        times = "log_normal" if noise_schedule == "edm" and n_times is None else "uniform"
     chosen = {
         "prediction": ("v" if prediction is None else prediction, PREDICTIONS),
         "precondition": (precondition, ("none", "edm")),
@@ -291,7 +291,9 @@ def diffusion(
         n_layers=n_layers,
         n_heads=n_heads,
     )
-    fixed = schedule if isinstance(schedule, Path) else ending_at_values(SCHEDULES.get(schedule, cosine)(), spec)
+    fixed = noise_schedule
+    if not isinstance(fixed, Path):
+        fixed = ending_at_values(SCHEDULES.get(fixed, cosine)(), spec)
     highest = 13.3 if spec.kind == "continuous" else log_snr_of_values(spec)
     kind = edm_prediction(sigma_data) if precondition == "edm" else PREDICTIONS[prediction or "v"]
     weigh, draw_times = WEIGHTINGS[weighting], uniform_times

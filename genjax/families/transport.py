@@ -103,7 +103,7 @@ def dequantized_bound(spec: DataSpec, log_density: Callable[[Array], Array], x: 
 def flow_matching(
     spec: DataSpec,
     *,
-    path: Literal["conditional_ot", "variance_preserving"] = "conditional_ot",
+    probability_path: Literal["conditional_ot", "variance_preserving"] = "conditional_ot",
     coupling: Literal["independent", "optimal", "entropic"] = "independent",
     times: Literal["uniform", "logit_normal"] = "uniform",
     loss: Literal["velocity", "x0"] = "velocity",
@@ -148,7 +148,7 @@ def flow_matching(
 
     Args:
         spec: the data; binary, discrete or continuous, and no sequences.
-        path: "conditional_ot", straight lines x_t = (1 - t) x0 + t ε, or "variance_preserving", circles,
+        probability_path: "conditional_ot", straight lines x_t = (1 - t) x0 + t ε, or "variance_preserving", circles,
             x_t = cos(πt/2) x0 + sin(πt/2) ε.
         coupling: of noise and data within a batch: "independent", "optimal" (the assignment that is shortest in squares) or
             "entropic" (drawn from Sinkhorn's plan). Examples then depend on each other. With labels, noise is exchanged only
@@ -185,7 +185,7 @@ def flow_matching(
     if likelihood_solver in SOLVERS and likelihood_solver not in LIKELIHOOD_SOLVERS:
         raise ConfigError(f"{likelihood_solver} gives no likelihood; those that do are: {', '.join(LIKELIHOOD_SOLVERS)}.")
     chosen = {
-        "path": (path, PATHS),
+        "probability path": (probability_path, PATHS),
         "coupling": (coupling, COUPLINGS),
         "distribution of times": (times, TIMES),
         "loss": (loss, LOSSES),
@@ -224,7 +224,7 @@ def flow_matching(
         n_layers=n_layers,
         n_heads=n_heads,
     )
-    way, weigh, draw_times, couple = PATHS[path](), LOSSES[loss], TIMES[times], COUPLINGS[coupling]
+    way, weigh, draw_times, couple = PATHS[probability_path](), LOSSES[loss], TIMES[times], COUPLINGS[coupling]
     defaults: dict[str, Any] = {"solver": solver, "n_steps": n_steps, "grid": grid, "guidance": guidance}
 
     def check_guidance(scale: Any) -> None:
