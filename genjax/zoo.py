@@ -444,7 +444,7 @@ _ROWS = (
         optimizer=Optimizer(algorithm="adamw", learning_rate=2e-3, schedule="cosine", weight_decay=0.1, ema_decay=0.999),
         schedule=Schedule(steps=3_000, batch_size=64, evaluate_every=500, sample_every=1000, checkpoint_every=1000),
         evaluation={"n_bound_samples": 256},
-        tiny=_TINY_DIFFUSION,
+        tiny={**_TINY_DIFFUSION, "net": "mlp"},
     ),
     Recipe(
         name="flow-matching",
