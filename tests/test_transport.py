@@ -269,25 +269,28 @@ def test_samples_of_discrete_data_are_rounded_and_the_way_there_is_not(spec):
 # --- couplings ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_optimal_pairs_of_a_batch_are_nearly_those_of_the_whole_distribution(x64):
     """On a line, optimal transport from N(0, 1) to N(m, s²) is m + s ε, whose straight flow then costs next to nothing."""
     spec, s = DataSpec((1,), "continuous"), 0.5
     net = closed_form("conditional_ot", lambda p, path, x, t: (1 - s) / ((1 - t) * s + t) * (x - (1 - t)) - 1)
-    batch = Batch(jnp.asarray(1 + s * np.random.default_rng(7).normal(size=(400, 1))))
+    batch = Batch(jnp.asarray(1 + s * np.random.default_rng(7).normal(size=(200, 1))))
     values = {}
     for coupling in ("independent", "entropic", "optimal"):
         model = flow_matching(spec, net=net, coupling=coupling)
         values[coupling] = float(jax.jit(model.losses["flow"])({"flow": {}}, {}, batch, jax.random.key(8))[0].mean())
-    assert values["optimal"] < 0.02 * values["independent"]
+    # Two samples of 200 are this far from their distributions: W2² of a sample of N(0, 1) is about 0.02 there.
+    assert values["optimal"] < 0.06 * values["independent"]
     assert values["optimal"] < values["entropic"] < 0.3 * values["independent"]
 
 
+@pytest.mark.slow
 def test_noise_is_exchanged_within_a_class_only(x64):
     """Classes far apart would otherwise take the noise on their own side: with a velocity of 0 the loss is ‖x0 - ε‖², whose
     mean over a class is |m|² + 2 only if its noise is N(0, I) still."""
     spec = DataSpec((2,), "continuous", n_classes=2)
     net = closed_form("conditional_ot", lambda p, path, x, t: jnp.zeros_like(x))
-    labels = np.arange(600) % 2
+    labels = np.arange(200) % 2
     x = jnp.asarray(np.where(labels[:, None] == 1, 10.0, -10.0) * np.ones((1, 2)))
     model = flow_matching(spec, net=net, coupling="optimal")
     value = np.asarray(model.losses["flow"]({"flow": {}}, {}, Batch(x, jnp.asarray(labels)), jax.random.key(0))[0])
@@ -345,7 +348,7 @@ def test_the_condition_is_dropped_as_often_as_asked():
 # --- reflow -------------------------------------------------------------------------------------------------------------
 
 SD = 0.4  # of the data of these tests, N(1, SD²) in each dimension
-STRAIGHT = {"straight": jnp.ones(())}
+STRAIGHT = {"straight": np.ones(())}
 
 
 def mixed_velocity(p, path, x, t):
@@ -356,7 +359,6 @@ def mixed_velocity(p, path, x, t):
     return p["straight"] * straight + (1 - p["straight"]) * curved
 
 
-@functools.cache
 def reflowed():
     net = closed_form("conditional_ot", mixed_velocity, {"straight": jnp.zeros(())})
     model = flow_matching(POINTS, net=net)
