@@ -267,6 +267,7 @@ def test_a_residual_block_is_its_formula(x64, d_out):
     np.testing.assert_allclose(net.apply(p, {}, jnp.asarray(x), jnp.asarray(e))[0], wanted, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_the_sizes_that_a_unet_takes_are_those_that_it_names():
     build = lambda shape, n, patch=1: functional(partial(UNet, shape, (4,) * n, patch=patch))  # noqa: E731
     for shape, patch, most in (

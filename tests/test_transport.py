@@ -135,6 +135,7 @@ def least_losses(name, loss, times):
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", list(LOSSES))
 @pytest.mark.parametrize("times", list(TIMES))
 @every_path
@@ -168,6 +169,7 @@ def test_a_new_network_costs_what_a_velocity_of_zero_does(net):
 # --- samples and densities ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_path
 def test_noise_is_carried_to_its_place_in_the_data(name, x64):
     """For Gaussian data with a diagonal covariance the flow ends at mean + sd ε, for whatever ε it began with."""
@@ -185,6 +187,7 @@ def test_noise_is_carried_to_its_place_in_the_data(name, x64):
     assert 1e-4 < np.abs(few[-1] - path[-1]).max() < 0.5
 
 
+@pytest.mark.slow
 @every_path
 def test_log_prob_is_the_density_and_probes_estimate_it_without_bias(name, x64):
     batch = normal_batch(6, seed=1)
@@ -332,6 +335,7 @@ def test_guidance_of_scale_1_is_the_model_and_of_0_the_unconditional_one_bit_for
     np.testing.assert_array_equal(built.sample(params, state, key, 30, cond), draw(guidance=2.0))
 
 
+@pytest.mark.slow
 def test_the_condition_is_dropped_as_often_as_asked():
     model, params, state = conditional()
     dropped = np.asarray(model.extras["drop"](jax.random.key(0), 20_000))
@@ -386,6 +390,7 @@ def test_reflow_costs_nothing_where_the_flow_is_straight_and_the_square_of_its_b
     assert abs(curved.mean() - wanted) < 4 * curved.std() / math.sqrt(len(curved))
 
 
+@pytest.mark.slow
 def test_reflow_learns_the_straight_flow_and_leaves_its_teacher_alone(x64):
     _, params, state, second = reflowed()
     t = training(second, optax.sgd(0.8))
@@ -410,6 +415,7 @@ def test_reflow_learns_the_straight_flow_and_leaves_its_teacher_alone(x64):
         assert (step_off < 1e-6) == (bent == 0)
 
 
+@pytest.mark.slow
 def test_a_guided_teacher_is_followed_where_the_condition_is_there():
     model, params, state = conditional()
     cond = jnp.arange(200) % 3

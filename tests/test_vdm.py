@@ -264,6 +264,7 @@ def test_schedule_gradient_is_that_of_the_square_and_leaves_all_else_alone(x64, 
         np.testing.assert_allclose(leaf, want, rtol=1e-8, err_msg=name)
 
 
+@pytest.mark.slow
 def test_loss_with_the_elbo_weighting_is_the_bound_in_expectation(x64, vdm):
     models, params, state, batch = vdm
     many = Batch(jnp.tile(batch.x[:1], (10_000, 1)))
