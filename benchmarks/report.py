@@ -207,59 +207,69 @@ def generation_parts(found: dict[str, Any]) -> list[str]:
 
 
 def denoising_parts(found: dict[str, Any]) -> list[str]:
-    """The part about diffusion and flow matching."""
-    plane = [
-        [
-            f"`{one['recipe']}`",
-            one["density"],
-            *(f"{one['mean'][who]:.4f} ± {one['sd'][who]:.4f}" for who in ("samples", "real")),
-            f"{one['excess_in_standard_errors']:+.2f}",
+    """The part about diffusion and flow matching, as far as it was measured."""
+    parts = ["## Diffusion and flow matching", ""]
+    if "plane" in found:
+        rows = [
+            [
+                f"`{one['recipe']}`",
+                one["density"],
+                *(f"{one['mean'][who]:.4f} ± {one['sd'][who]:.4f}" for who in ("samples", "real")),
+                f"{one['excess_in_standard_errors']:+.2f}",
+            ]
+            for one in found["plane"]
         ]
-        for one in found["plane"]
-    ]
-    guided = [
-        [f"`{one['recipe']}`", f"{row['scale']:g}", f"{100 * row['class agreement']:.1f} %", f"{row['FD[cnn-v1]']:.2f}"]
-        for one in found["guided"]
-        for row in one["rows"]
-    ]
-    bits = [
-        [
-            f"`{one['recipe']}`",
-            "given the class" if one["conditional"] else "no",
-            f"{one['bits_per_dim']:.3f}",
-            f"{one['mean']:.2f} ± {one['standard_error']:.2f}",
-            one["estimator"],
-            f"{one['n']:,}",
+        parts += [
+            f"In the plane: sliced Wasserstein distance of {found['points']:,} samples ({found['plane_steps']} Heun steps) to as "
+            f"many fresh points, and of two fresh sets; mean and sd over {found['draws']} draws. The excess is in units of the "
+            f"latter sd, which is the standard error of one such distance ({machine(found)}).",
+            "",
+            markdown(["recipe", "density", "samples", "fresh data", "excess, s.e."], rows),
+            "",
         ]
-        for one in found["bits"]
-    ]
-    few = found["few_steps"]
-    steps = [[n, f"{row['FD[cnn-v1]']:.2f}", f"{row['recall']:.3f}"] for n, row in few["steps"].items()]
-    judge = found["guided"][0]
-    return [
-        "## Diffusion and flow matching",
-        "",
-        f"In the plane: sliced Wasserstein distance of {found['points']:,} samples ({found['plane_steps']} Heun steps) to as "
-        f"many fresh points, and of two fresh sets; mean and sd over {found['draws']} draws. The excess is in units of the "
-        f"latter sd, which is the standard error of one such distance ({machine(found)}).",
-        "",
-        markdown(["recipe", "density", "samples", "fresh data", "excess, s.e."], plane),
-        "",
-        f"Guided digits, one seed: n={judge['n']:,} samples with the classes of the test split; judge: {judge['judge']}. "
-        "Scale 1 is the conditional model, 0 the unconditional one.",
-        "",
-        markdown(["recipe", "guidance", "class agreement", "FD[cnn-v1]"], guided),
-        "",
-        "Bits per dimension of the 8x8 digits with 17 levels, one seed. All are bounds from above, by different estimators, so "
-        "a difference between two rows is of models and of estimators together.",
-        "",
-        markdown(["recipe", "conditional", "bits/dim, at most", "nats, at least", "estimator", "n, test"], bits),
-        "",
-        f"`{few['recipe']}` with few and with many Heun steps from the same noise, n={few['n']:,}:",
-        "",
-        markdown(["Heun steps", "FD[cnn-v1]", "recall"], steps),
-        "",
-    ]
+    if "guided" in found:
+        judge = found["guided"][0]
+        rows = [
+            [f"`{one['recipe']}`", f"{row['scale']:g}", f"{100 * row['class agreement']:.1f} %", f"{row['FD[cnn-v1]']:.2f}"]
+            for one in found["guided"]
+            for row in one["rows"]
+        ]
+        parts += [
+            f"Guided digits, one seed: n={judge['n']:,} samples with the classes of the test split; judge: {judge['judge']}. "
+            f"Scale 1 is the conditional model, 0 the unconditional one ({machine(found)}).",
+            "",
+            markdown(["recipe", "guidance", "class agreement", "FD[cnn-v1]"], rows),
+            "",
+        ]
+    if "bits" in found:
+        rows = [
+            [
+                f"`{one['recipe']}`",
+                "on the class" if one["conditional"] else "no",
+                f"{one['bits_per_dim']:.3f}",
+                f"{one['mean']:.2f} ± {one['standard_error']:.2f}",
+                one["estimator"],
+                f"{one['n']:,}",
+            ]
+            for one in found["bits"]
+        ]
+        parts += [
+            "Bits per dimension of the 8x8 digits with 17 levels, one seed. All are bounds from above, by different estimators, "
+            "so a difference between two rows is of models and of estimators together.",
+            "",
+            markdown(["recipe", "conditional", "bits/dim, at most", "nats, at least", "estimator", "n, test"], rows),
+            "",
+        ]
+    if "few_steps" in found:
+        few = found["few_steps"]
+        rows = [[n, f"{row['FD[cnn-v1]']:.2f}", f"{row['recall']:.3f}"] for n, row in few["steps"].items()]
+        parts += [
+            f"`{few['recipe']}` with few and with many Heun steps from the same noise, n={few['n']:,}:",
+            "",
+            markdown(["Heun steps", "FD[cnn-v1]", "recall"], rows),
+            "",
+        ]
+    return parts
 
 
 def main() -> None:
