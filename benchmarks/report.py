@@ -220,8 +220,8 @@ def denoising_parts(found: dict[str, Any]) -> list[str]:
             for one in found["plane"]
         ]
         parts += [
-            f"In the plane: sliced Wasserstein distance of {found['points']:,} samples ({found['plane_steps']} Heun steps) to as "
-            f"many fresh points, and of two fresh sets; mean and sd over {found['draws']} draws. The excess is in units of the "
+            f"In the plane: sliced Wasserstein distance of {found['points']:,} samples ({found['plane_steps']} Heun steps) to "
+            f"as many fresh points, and of two fresh sets; mean and sd over {found['draws']} draws. The excess is in units of the "
             f"latter sd, which is the standard error of one such distance ({machine(found)}).",
             "",
             markdown(["recipe", "density", "samples", "fresh data", "excess, s.e."], rows),
@@ -254,8 +254,8 @@ def denoising_parts(found: dict[str, Any]) -> list[str]:
             for one in found["bits"]
         ]
         parts += [
-            "Bits per dimension of the 8x8 digits with 17 levels, one seed. All are bounds from above, by different estimators, "
-            "so a difference between two rows is of models and of estimators together.",
+            "Bits per dimension of the 8x8 digits with 17 levels, one seed. All are bounds from above, by different "
+            "estimators, so a difference between two rows is of models and of estimators together.",
             "",
             markdown(["recipe", "conditional", "bits/dim, at most", "nats, at least", "estimator", "n, test"], rows),
             "",
