@@ -221,8 +221,8 @@ def denoising_parts(found: dict[str, Any]) -> list[str]:
         ]
         parts += [
             f"In the plane: sliced Wasserstein distance of {found['points']:,} samples ({found['plane_steps']} Heun steps) to "
-            f"as many fresh points, and of two fresh sets; mean and sd over {found['draws']} draws. The excess is in units of the "
-            f"latter sd, which is the standard error of one such distance ({machine(found)}).",
+            f"as many fresh points, and of two fresh sets; mean and sd over {found['draws']} draws. The excess is in units "
+            f"of the latter sd, which is the standard error of one such distance ({machine(found)}).",
             "",
             markdown(["recipe", "density", "samples", "fresh data", "excess, s.e."], rows),
             "",
