@@ -12,7 +12,7 @@ from genjax import figures, run, samples
 from genjax.zoo import ZOO
 
 COLUMNS = 4
-TEXTS, LINES, WIDTH = 14, 14, 38  # in a panel of text: samples, lines and characters a line
+TEXTS, LINES, WIDTH = 26, 26, 38  # in a panel of text: samples, lines and characters a line
 
 
 def main(keep: Path) -> None:
@@ -24,7 +24,7 @@ def main(keep: Path) -> None:
     for index, (name, folder) in enumerate(have.items()):
         axes = figure.add_subplot(rows, COLUMNS, index + 1)
         _panel(axes, run.load(folder))
-        axes.set_title(f"{name}: {ZOO[name].summary}", fontsize=8)
+        axes.set_title(name, fontsize=9)
         axes.set_xticks([])
         axes.set_yticks([])
     figures.save(figure, RESULTS / "gallery.png", dpi=110)
