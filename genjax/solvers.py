@@ -361,6 +361,12 @@ def grid(name: str) -> Grid:
 LIKELIHOOD_SOLVERS = (*TABLEAUS, "adaptive")
 
 
+def likelihood_in_words(solver: str, n_steps: int, probes: int) -> str:
+    """How `ode_log_prob` computes, for reports: "rk4 in 100 steps, exact divergence"."""
+    steps = solver if solver == "adaptive" else f"{solver} in {n_steps} steps"
+    return f"{steps}, " + (f"divergence by {probes} random probe{'s' * (probes > 1)}" if probes else "exact divergence")
+
+
 def _with_divergence(field: Field, probes: Array | None) -> Field:
     """(x [n, *event], t) -> dx/dt and its divergence [n]: exact, one derivative a dimension, or by probes [P, n, *event]."""
 

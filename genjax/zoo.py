@@ -45,6 +45,11 @@ _TINY_DENOISER = {
 }
 _TINY_DIFFUSION = {**_TINY_DENOISER, "n_bound_samples": 2}
 _TINY_FLOW = {**_TINY_DENOISER, "n_probes": 1}
+_DENOISER_OPTIMIZER = Optimizer(algorithm="adamw", learning_rate=1e-3, schedule="cosine", weight_decay=0.1, ema_decay=0.999)
+_PLANE_TRAINING: dict[str, Any] = {
+    "optimizer": Optimizer(learning_rate=1e-3, schedule="cosine", ema_decay=0.999),
+    "schedule": Schedule(steps=10_000, batch_size=512, evaluate_every=2000, sample_every=2000, checkpoint_every=2000),
+}
 # Patches of 2 x 2 pixels make a step of a U-Net four times as fast on a CPU.
 _UNET = {"net": "unet", "channels": (24, 48), "patch": 2, "n_heads": 2}
 _UNET_TRAINING: dict[str, Any] = {
@@ -398,7 +403,7 @@ _ROWS = (
         summary="diffusion of digits, conditional on the digit, with guidance",
         model={"hidden": (512, 512, 512), "sigma_data": 0.75, "cond_dropout": 0.15, "guidance": 1.5},
         data_options={"conditional": True},
-        optimizer=Optimizer(algorithm="adamw", learning_rate=1e-3, schedule="cosine", weight_decay=0.1, ema_decay=0.999),
+        optimizer=_DENOISER_OPTIMIZER,
         schedule=Schedule(steps=4_000, batch_size=128, evaluate_every=1000, sample_every=2000, checkpoint_every=2000),
         evaluation={"n_bound_samples": 256},
         tiny=_TINY_DIFFUSION,
@@ -409,8 +414,7 @@ _ROWS = (
         data="ring",
         summary="diffusion of eight Gaussians on a ring",
         model={"hidden": (256, 256, 256), "noise_schedule": "edm", "precondition": "edm", "sigma_data": 0.7},
-        optimizer=Optimizer(learning_rate=1e-3, schedule="cosine", ema_decay=0.999),
-        schedule=Schedule(steps=10_000, batch_size=512, evaluate_every=2000, sample_every=2000, checkpoint_every=2000),
+        **_PLANE_TRAINING,
         tiny=_TINY_DIFFUSION,
     ),
     Recipe(
@@ -461,7 +465,7 @@ _ROWS = (
             "n_probes": 1,
         },
         data_options={"conditional": True},
-        optimizer=Optimizer(algorithm="adamw", learning_rate=1e-3, schedule="cosine", weight_decay=0.1, ema_decay=0.999),
+        optimizer=_DENOISER_OPTIMIZER,
         schedule=Schedule(steps=10_000, batch_size=128, evaluate_every=1000, sample_every=2000, checkpoint_every=2000),
         evaluation={"n_likelihood_steps": 40, "n_probes": 0},
         tiny=_TINY_FLOW,
@@ -472,8 +476,7 @@ _ROWS = (
         data="ring",
         summary="flow matching of eight Gaussians on a ring",
         model={"hidden": (256, 256, 256)},
-        optimizer=Optimizer(learning_rate=1e-3, schedule="cosine", ema_decay=0.999),
-        schedule=Schedule(steps=10_000, batch_size=512, evaluate_every=2000, sample_every=2000, checkpoint_every=2000),
+        **_PLANE_TRAINING,
         evaluation={"n_likelihood_steps": 200},
         tiny=_TINY_FLOW,
     ),

@@ -70,20 +70,19 @@ def inputs(n=4):
 # --- what all share -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @every_net
 def test_a_new_network_returns_zero_in_the_shape_of_the_event(name, shape):
-    for factor in (1, 2):
-        net = functional(partial(NETS[name], shape, out_factor=factor))
-        out = (*shape[:2], shape[2] * factor)
-        args = (jnp.ones((2, *shape), jnp.float32), jnp.ones(2, jnp.float32))
-        params = jax.eval_shape(net.init, KEY)[0]
-        y = jax.eval_shape(lambda p, *args, net=net: net.apply(p, {}, *args)[0], params, *args)
-        assert (y.shape, y.dtype) == ((2, *out), jnp.float32)
+    net = functional(partial(NETS[name], shape))
+    args = (jnp.ones((2, *shape), jnp.float32), jnp.ones(2, jnp.float32))
+    params = jax.eval_shape(net.init, KEY)[0]
+    y = jax.eval_shape(lambda p, *args: net.apply(p, {}, *args)[0], params, *args)
+    assert (y.shape, y.dtype) == ((2, *shape), jnp.float32)
     if shape == SHAPES[0]:
         params, state = quick(net.init)(KEY)
         assert state == {}
-        np.testing.assert_array_equal(quick(net.apply)(params, {}, *args)[0], np.zeros((2, *out)))
+        np.testing.assert_array_equal(quick(net.apply)(params, {}, *args)[0], np.zeros((2, *shape)))
 
 
 def test_the_embedding_is_its_formula(x64):
@@ -187,7 +186,7 @@ def test_bfloat16_keeps_parameters_and_outputs_in_float32(name):
 
 
 def test_the_perceptron_is_its_formula(x64):
-    net = functional(partial(DenoiserMlp, (3, 2), (5, 5), 2, False, 2, 4))
+    net = functional(partial(DenoiserMlp, (3, 2), (5, 5), 2, False, 4))
     p, x, c, cond = random(net), normal(60, 4, 3, 2), normal(61, 4), normal(62, 4, 2)
     e = np.asarray(functional(partial(Embedding, 4, 2)).apply(p["embed"], {}, jnp.asarray(c), jnp.asarray(cond))[0])
     h = x.reshape(4, 6)
@@ -196,7 +195,7 @@ def test_the_perceptron_is_its_formula(x64):
         y = silu((1 + scale) * linear(h, p["layers"][index]) + shift)
         h = h + y if index else y  # from 6 to 5, then from 5 to 5
     found = net.apply(p, {}, jnp.asarray(x), jnp.asarray(c), jnp.asarray(cond))[0]
-    np.testing.assert_allclose(found, linear(h, p["last"]).reshape(4, 3, 4), rtol=1e-10)
+    np.testing.assert_allclose(found, linear(h, p["last"]).reshape(4, 3, 2), rtol=1e-10)
 
 
 @pytest.mark.parametrize("hidden", [(), (0,), (8, -1)])
@@ -218,6 +217,7 @@ def standard(x, groups):
     return y
 
 
+@pytest.mark.slow
 def test_group_normalisation_is_its_formula(x64):
     x = 100 + 3 * normal(0, 4, 5, 3, 12) * np.arange(1, 13)
     normalised = quick(group_norm, static_argnums=1)
@@ -246,6 +246,7 @@ def test_group_normalisation_scaled_by_the_embedding_is_its_formula(x64):
     np.testing.assert_allclose(at_first, standard(x, 2), rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("d_out", [8, 4])
 def test_a_residual_block_is_its_formula(x64, d_out):
     net = functional(partial(ResidualBlock, 8, d_out, 3))
@@ -375,6 +376,7 @@ def test_positions_tell_patches_apart_and_their_products_depend_on_the_distance_
     assert np.unique(p.reshape(-1, d).round(4), axis=0).shape[0] == rows * columns
 
 
+@pytest.mark.slow
 def test_a_block_of_the_dit_is_its_formula(x64):
     net = functional(partial(Block, 8, 2, 12))
     p, h, e = random(net), normal(0, 2, 3, 8), normal(1, 2, 8)

@@ -36,8 +36,7 @@ CLASSES = DataSpec((2,), "continuous", n_classes=3, name="classes")
 MEAN = np.asarray([0.5, -1.0, 0.2])
 ROOT = np.asarray([[0.6, 0.0, 0.0], [0.3, 0.4, 0.0], [-0.2, 0.1, 0.8]])
 COVARIANCE = ROOT @ ROOT.T
-NODES, WEIGHTS = (a / 2 for a in np.polynomial.legendre.leggauss(80))
-NODES = NODES + 0.5  # of integrals over t from 0 to 1
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(80) / np.float64(2) + [[0.5], [0.0]]  # of integrals over t from 0 to 1
 
 
 def time_of(name, level):
@@ -96,6 +95,7 @@ def test_a_network_is_told_the_noise_level_of_every_time(name, x64):
     assert -3.1 < float(level[-1]) < -2.9
 
 
+@pytest.mark.slow
 @every_path
 def test_velocity_score_and_x0_of_gaussian_data_are_one(name, x64):
     path, x = PATHS[name](), jnp.asarray(np.random.default_rng(1).normal(size=(7, D)))
@@ -152,6 +152,7 @@ def test_the_least_loss_is_the_conditional_variance(name, times, loss, x64):
         assert abs(more.mean() - D * 0.3**2) < 4 * more.std() / math.sqrt(len(more))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", ["mlp", "unet", "dit"])
 def test_a_new_network_costs_what_a_velocity_of_zero_does(net):
     """E‖x0 - ε‖² = ‖x0‖² + D for every example: each is drawn many times with other noise."""
@@ -238,6 +239,7 @@ def test_a_uniform_density_of_dequantised_data_has_the_bits_of_its_levels(kind, 
     np.testing.assert_allclose(-nats / math.log(2) / spec.size, bits, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_bound_of_discrete_data_is_below_the_probability_of_their_levels(x64):
     """For a flow onto N(m, s²): its mean is E_u ln p(x + u) in closed form, and less than ln ∫ p(x + u) du = ln P(x)."""
     spec, name = DataSpec((D,), "discrete", levels=5), "conditional_ot"
@@ -277,13 +279,12 @@ def test_optimal_pairs_of_a_batch_are_nearly_those_of_the_whole_distribution(x64
     """On a line, optimal transport from N(0, 1) to N(m, s²) is m + s ε, whose straight flow then costs next to nothing."""
     spec, s = DataSpec((1,), "continuous"), 0.5
     net = closed_form("conditional_ot", lambda p, path, x, t: (1 - s) / ((1 - t) * s + t) * (x - (1 - t)) - 1)
-    batch = Batch(jnp.asarray(1 + s * np.random.default_rng(7).normal(size=(200, 1))))
+    batch = Batch(jnp.asarray(1 + s * np.random.default_rng(7).normal(size=(150, 1))))
     values = {}
     for coupling in ("independent", "entropic", "optimal"):
         model = flow_matching(spec, net=net, coupling=coupling)
         values[coupling] = float(jax.jit(model.losses["flow"])({"flow": {}}, {}, batch, jax.random.key(8))[0].mean())
-    # Two samples of 200 are this far from their distributions: W2² of a sample of N(0, 1) is about 0.02 there.
-    assert values["optimal"] < 0.06 * values["independent"]
+    assert values["optimal"] < 8 / len(batch.x) * values["independent"]  # two samples' quantiles differ by the order of 1/n
     assert values["optimal"] < values["entropic"] < 0.3 * values["independent"]
 
 
@@ -293,12 +294,13 @@ def test_noise_is_exchanged_within_a_class_only(x64):
     mean over a class is |m|² + 2 only if its noise is N(0, I) still."""
     spec = DataSpec((2,), "continuous", n_classes=2)
     net = closed_form("conditional_ot", lambda p, path, x, t: jnp.zeros_like(x))
-    labels = np.arange(200) % 2
+    labels = np.arange(100) % 2
     x = jnp.asarray(np.where(labels[:, None] == 1, 10.0, -10.0) * np.ones((1, 2)))
     model = flow_matching(spec, net=net, coupling="optimal")
-    value = np.asarray(model.losses["flow"]({"flow": {}}, {}, Batch(x, jnp.asarray(labels)), jax.random.key(0))[0])
+    loss = jax.jit(lambda key: model.losses["flow"]({"flow": {}}, {}, Batch(x, jnp.asarray(labels)), key)[0])
+    values = np.stack([loss(key) for key in jax.random.split(jax.random.key(0), 6)])  # an auction of 600 alike takes minutes
     for label in (0, 1):
-        one = value[labels == label]
+        one = values[:, labels == label].ravel()
         assert abs(one.mean() - 202) < 4 * one.std() / math.sqrt(len(one))
 
 
@@ -314,6 +316,7 @@ def conditional(cond_dropout=0.25, **settings):
     return model, params, state
 
 
+@pytest.mark.slow
 def test_guidance_of_scale_1_is_the_model_and_of_0_the_unconditional_one_bit_for_bit(x64):
     model, params, state = conditional(cond_dropout=0.5)
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
@@ -377,6 +380,7 @@ def bend(t):
     return rate / v * ((1 - t) * SD + t) - (1 - SD), rate / np.sqrt(v) - (1 - SD)
 
 
+@pytest.mark.slow
 def test_reflow_costs_nothing_where_the_flow_is_straight_and_the_square_of_its_bend_where_it_is_not(x64):
     _, _, state, second = reflowed()
     batch = Batch(jnp.zeros((4000, D)))

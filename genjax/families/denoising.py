@@ -26,7 +26,7 @@ from genjax.bounds import (
     variational_bound,
 )
 from genjax.errors import ConfigError, unknown_name
-from genjax.guidance import guided as guide
+from genjax.guidance import generator
 from genjax.nets.denoiser import BUILDS, denoiser
 from genjax.nets.functional import Net
 from genjax.paths import (
@@ -42,10 +42,9 @@ from genjax.paths import (
     from_log_snr,
     linear,
     log_snr,
-    prior,
 )
-from genjax.protocol import Array, Aux, Batch, DataSpec, Key, Model, Params, State, check_cond, check_key, checked
-from genjax.solvers import GRIDS, LIKELIHOOD_SOLVERS, SOLVERS, ode_log_prob
+from genjax.protocol import Array, Aux, Batch, DataSpec, Key, Model, Params, State, check_cond, checked
+from genjax.solvers import GRIDS, LIKELIHOOD_SOLVERS, SOLVERS, likelihood_in_words, ode_log_prob
 
 SCHEDULES: dict[str, Callable[[], Path]] = {"cosine": cosine, "linear": linear, "edm": edm}
 
@@ -252,8 +251,6 @@ def diffusion(
         "times": (times, ("uniform", "log_normal")),
         "schedule_gradient": (schedule_gradient, ("variance", "bound")),
         "net": (net if isinstance(net, str) else "mlp", BUILDS),
-        "solver": (solver, SOLVERS),
-        "grid": (grid, GRIDS),
         "likelihood_solver": (likelihood_solver, LIKELIHOOD_SOLVERS),
         "dtype": (dtype, ("float32", "bfloat16")),
     }
@@ -303,13 +300,6 @@ def diffusion(
         draw_times = partial(discrete_times, n_times)
         weigh = partial(discrete_elbo_weight, n_times) if weighting == "elbo" else weigh
     only_variance = learned and n_times is None and schedule_gradient == "variance"
-
-    def check_guidance(scale: Any) -> None:
-        if scale is not None and not guided:
-            why = "was never trained without its condition: build it with cond_dropout=0.1" if spec.conditional else "has none"
-            raise ConfigError(f"Guidance needs a condition and its absence; this model of {spec.name} {why}.")
-
-    check_guidance(guidance)
 
     def init(key: Key) -> tuple[Params, State]:
         params: dict[str, Any] = {"net": own.init(key)[0]}
@@ -384,54 +374,28 @@ def diffusion(
         check_cond(spec, cond, x_t.shape[0])
         return denoise_of(params["diffusion"], cond, dropped)(x_t, t)
 
-    def generate(
-        params: Params,
-        state: State,
-        key: Key,
-        n: int,
-        cond: Any = None,
-        *,
-        solver: str | None = None,
-        n_steps: int | None = None,
-        grid: str | None = None,
-        guidance: Any = None,
-        every: bool = False,
-    ) -> Array:
-        check_key(key)
-        check_cond(spec, cond, n)
-        check_guidance(guidance)
-        if solver is not None and solver not in SOLVERS:
-            raise unknown_name("solver", solver, SOLVERS)
-        if grid is not None and grid not in GRIDS:
-            raise unknown_name("grid", grid, GRIDS)
-        scale = defaults["guidance"] if guidance is None else guidance
-        p = params["diffusion"]
-        path, estimate = path_of(p), denoise_of(p, cond)
-        if scale is not None:
-            estimate = guide(estimate, denoise_of(p, cond, jnp.ones(n, bool)), scale)
-        key_start, key_solver = jax.random.split(key)
-        start = prior(path) * jax.random.normal(key_start, (n, *spec.shape))
-        times = GRIDS[grid or defaults["grid"]](path, defaults["n_steps"] if n_steps is None else n_steps)
-        x = SOLVERS[solver or defaults["solver"]](estimate, path, start, times, key_solver, every=every)
-        if not every:
-            return finished(estimate, path, x, times[-1])
-        return jnp.concatenate([spec.denormalize(x[:-1]), finished(estimate, path, x[-1], times[-1])[None]])
+    def finish(estimate: Denoise, path: Path, x: Array, t: Array) -> Array:
+        """x_end / alpha or, of values that are rounded, the estimate of x0."""
+        return x / path.alpha(t) if spec.kind == "continuous" else estimate(x, t)
 
-    defaults: dict[str, Any] = {"solver": solver, "n_steps": n_steps, "grid": grid, "guidance": guidance}
-
-    def finished(estimate: Denoise, path: Path, x: Array, t: Array) -> Array:
-        """Data of x_t at the end of the path: x_t / alpha or, of values that are rounded, the estimate of x0."""
-        if spec.kind == "continuous":
-            return x / path.alpha(t)
-        return jnp.clip(jnp.round(spec.denormalize(estimate(x, t))), 0, (spec.levels or 2) - 1)
+    generate = generator(
+        spec,
+        lambda params: path_of(params["diffusion"]),
+        lambda params, cond, dropped: denoise_of(params["diffusion"], cond, dropped),
+        finish,
+        guided,
+        solver,
+        n_steps,
+        grid,
+        guidance,
+    )
 
     def sample(params: Params, state: State, key: Key, n: int, cond: Any = None) -> Array:
         return generate(params, state, key, n, cond)
 
     exact = spec.kind == "continuous"
-    divergence = "exact divergence" if n_probes == 0 else f"divergence by {n_probes} random probe{'s' * (n_probes > 1)}"
     if exact:
-        estimator = f"probability-flow ODE, {likelihood_solver} in {n_likelihood_steps} steps, {divergence}"
+        estimator = f"probability-flow ODE, {likelihood_in_words(likelihood_solver, n_likelihood_steps, n_probes)}"
     elif n_times is None:
         estimator = f"variational bound, {n_bound_samples} noise level{'s' * (n_bound_samples > 1)}"
     else:

@@ -13,14 +13,16 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from genjax.bounds import squared
 from genjax.coupling import COUPLINGS
 from genjax.errors import ConfigError, unknown_name
+from genjax.guidance import generator
 from genjax.guidance import guided as guide
 from genjax.nets.denoiser import BUILDS, denoiser
 from genjax.nets.functional import Net
 from genjax.paths import PREDICTIONS, Denoise, Path, conditional_ot, diffuse, prior, rates, variance_preserving
-from genjax.protocol import Array, Aux, Batch, DataSpec, Key, Model, Params, State, check_cond, check_key, checked
-from genjax.solvers import GRIDS, LIKELIHOOD_SOLVERS, SOLVERS, ode_log_prob
+from genjax.protocol import Array, Aux, Batch, DataSpec, Key, Model, Params, State, check_cond, checked
+from genjax.solvers import GRIDS, LIKELIHOOD_SOLVERS, SOLVERS, likelihood_in_words, ode_log_prob
 
 PATHS: dict[str, Callable[[], Path]] = {"conditional_ot": conditional_ot, "variance_preserving": variance_preserving}
 # Keeps the noise level that a network sees within ±3, where the log-SNR / 4 of both paths is infinite at the ends.
@@ -190,8 +192,6 @@ def flow_matching(
         "distribution of times": (times, TIMES),
         "loss": (loss, LOSSES),
         "net": (net if isinstance(net, str) else "mlp", BUILDS),
-        "solver": (solver, SOLVERS),
-        "grid": (grid, GRIDS),
         "likelihood_solver": (likelihood_solver, LIKELIHOOD_SOLVERS),
         "dtype": (dtype, ("float32", "bfloat16")),
     }
@@ -225,14 +225,6 @@ def flow_matching(
         n_heads=n_heads,
     )
     way, weigh, draw_times, couple = PATHS[probability_path](), LOSSES[loss], TIMES[times], COUPLINGS[coupling]
-    defaults: dict[str, Any] = {"solver": solver, "n_steps": n_steps, "grid": grid, "guidance": guidance}
-
-    def check_guidance(scale: Any) -> None:
-        if scale is not None and not guided:
-            why = "was never trained without its condition: build it with cond_dropout=0.1" if spec.conditional else "has none"
-            raise ConfigError(f"Guidance needs a condition and its absence; this model of {spec.name} {why}.")
-
-    check_guidance(guidance)
 
     def init(key: Key) -> tuple[Params, State]:
         return {"flow": own.init(key)[0]}, {"flow": {}}
@@ -256,7 +248,7 @@ def flow_matching(
         t = draw_times(key, x0.shape[0], x0.dtype)
         missed = velocity_of(params["flow"], cond, dropped)(diffuse(way, x0, epsilon, t), t)
         missed = missed - line_velocity(way, x0, epsilon, t)
-        error = jnp.sum(jnp.square(missed.reshape(x0.shape[0], -1)), axis=1)
+        error = squared(missed)
         return weigh(way, t) * error, Aux(state, {"mse": error / spec.size})
 
     def drop(key: Key, n: int) -> Array | None:
@@ -290,39 +282,17 @@ def flow_matching(
         check_cond(spec, cond, x_t.shape[0])
         return velocity_of(params["flow"], cond, dropped)(x_t, t)
 
-    def generate(
-        params: Params,
-        state: State,
-        key: Key,
-        n: int,
-        cond: Any = None,
-        *,
-        solver: str | None = None,
-        n_steps: int | None = None,
-        grid: str | None = None,
-        guidance: Any = None,
-        every: bool = False,
-    ) -> Array:
-        check_key(key)
-        check_cond(spec, cond, n)
-        check_guidance(guidance)
-        by: str = defaults["solver"] if solver is None else solver
-        over: str = defaults["grid"] if grid is None else grid
-        for what, name, names in (("solver", by, SOLVERS), ("grid", over, GRIDS)):
-            if name not in names:
-                raise unknown_name(what, name, names)
-        scale = defaults["guidance"] if guidance is None else guidance
-        estimate = denoise_of(params["flow"], cond)
-        if scale is not None:
-            estimate = guide(estimate, denoise_of(params["flow"], cond, jnp.ones(n, bool)), scale)
-        key_start, key_solver = jax.random.split(key)
-        start = prior(way) * jax.random.normal(key_start, (n, *spec.shape))
-        at = GRIDS[over](way, defaults["n_steps"] if n_steps is None else n_steps)
-        x = spec.denormalize(SOLVERS[by](estimate, way, start, at, key_solver, every=every))
-        return jnp.concatenate([x[:-1], legal(x[-1:])]) if every else legal(x)
-
-    def legal(x: Array) -> Array:
-        return x if spec.kind == "continuous" else jnp.clip(jnp.round(x), 0, (spec.levels or 2) - 1)
+    generate = generator(
+        spec,
+        lambda params: way,
+        lambda params, cond, dropped: denoise_of(params["flow"], cond, dropped),
+        lambda estimate, path, x, t: x,
+        guided,
+        solver,
+        n_steps,
+        grid,
+        guidance,
+    )
 
     def sample(params: Params, state: State, key: Key, n: int, cond: Any = None) -> Array:
         return generate(params, state, key, n, cond)
@@ -336,9 +306,7 @@ def flow_matching(
         "regress": regress,
     }
     exact = spec.kind == "continuous"
-    steps = likelihood_solver if likelihood_solver == "adaptive" else f"{likelihood_solver} in {n_likelihood_steps} steps"
-    divergence = "exact divergence" if n_probes == 0 else f"divergence by {n_probes} random probe{'s' * (n_probes > 1)}"
-    estimator = f"ODE, {steps}, {divergence}"
+    estimator = f"ODE, {likelihood_in_words(likelihood_solver, n_likelihood_steps, n_probes)}"
     return checked(
         Model(
             spec=spec,

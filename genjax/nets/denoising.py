@@ -93,7 +93,6 @@ class DenoiserMlp(nnx.Module):
         hidden: widths, at least one.
         cond_size: the length of the condition; 0 for none.
         guided: whether a vector is learned that stands for a dropped condition.
-        out_factor: the output's last axis is this many times that of the event, for nets that predict more than one number.
         d_embed: the length of e.
 
     Raises:
@@ -106,7 +105,6 @@ class DenoiserMlp(nnx.Module):
         hidden: Sequence[int],
         cond_size: int = 0,
         guided: bool = False,
-        out_factor: int = 1,
         d_embed: int = 128,
         *,
         rngs: nnx.Rngs,
@@ -117,8 +115,7 @@ class DenoiserMlp(nnx.Module):
         self.embed = Embedding(d_embed, cond_size, guided, rngs=rngs)
         self.layers = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in sizes])
         self.modulations = nnx.List([zero_linear(d_embed, 2 * b, rngs=rngs) for _, b in sizes])
-        self.last = zero_linear(hidden[-1], out_factor * math.prod(shape), rngs=rngs)
-        self.out_shape = outputs_shape(shape, out_factor)
+        self.last = zero_linear(hidden[-1], math.prod(shape), rngs=rngs)
 
     def __call__(self, x: Array, noise_level: Array, cond: Array | None = None, dropped: Array | None = None) -> Array:
         e = self.embed(noise_level, cond, dropped)
@@ -126,12 +123,7 @@ class DenoiserMlp(nnx.Module):
         for layer, modulation in zip(self.layers, self.modulations, strict=True):
             y = jax.nn.silu(modulate(layer(h), modulation(e)))
             h = h + y if h.shape == y.shape else y
-        return self.last(h).reshape(x.shape[0], *self.out_shape)
-
-
-def outputs_shape(shape: tuple[int, ...], out_factor: int) -> tuple[int, ...]:
-    """The event's shape with `out_factor` times as many numbers along its last axis."""
-    return (*shape[:-1], out_factor * shape[-1])
+        return self.last(h).reshape(x.shape)
 
 
 def to_patches(x: Array, size: int) -> Array:

@@ -6,7 +6,7 @@ from flax import nnx
 
 from genjax.errors import ConfigError
 from genjax.nets.attention import Dense, unit_rms, wide
-from genjax.nets.denoising import Embedding, SelfAttention, from_patches, modulate, outputs_shape, to_patches, zero_linear
+from genjax.nets.denoising import Embedding, SelfAttention, from_patches, modulate, to_patches, zero_linear
 from genjax.protocol import Array
 
 
@@ -55,7 +55,7 @@ class DiT(nnx.Module):
         d: the width of the blocks, a multiple of 4 and of n_heads; the length of e too.
         n_layers: blocks.
         n_heads: heads of attention.
-        cond_size, guided, out_factor: see `nets.denoising.DenoiserMlp`.
+        cond_size, guided: see `nets.denoising.DenoiserMlp`.
         d_hidden: the width of the layer between W_1 and W_2; 4 d unless given.
 
     Raises:
@@ -71,7 +71,6 @@ class DiT(nnx.Module):
         n_heads: int,
         cond_size: int = 0,
         guided: bool = False,
-        out_factor: int = 1,
         d_hidden: int | None = None,
         *,
         rngs: nnx.Rngs,
@@ -90,7 +89,7 @@ class DiT(nnx.Module):
         self.first = Dense(patch**2 * shape[2], d, True, (patch**2 * shape[2]) ** -0.5, rngs=rngs)
         self.blocks = nnx.List([Block(d, n_heads, d_hidden or 4 * d, rngs=rngs) for _ in range(n_layers)])
         self.parameters = zero_linear(d, 2 * d, rngs=rngs)
-        self.last = Dense(d, patch**2 * outputs_shape(shape, out_factor)[2], True, 0.0, rngs=rngs)
+        self.last = Dense(d, patch**2 * shape[2], True, 0.0, rngs=rngs)
 
     def __call__(self, x: Array, noise_level: Array, cond: Array | None = None, dropped: Array | None = None) -> Array:
         e = self.embed(noise_level, cond, dropped)

@@ -9,7 +9,7 @@ from flax import nnx
 
 from genjax.errors import ConfigError
 from genjax.nets.attention import EPSILON, wide
-from genjax.nets.denoising import Embedding, SelfAttention, from_patches, outputs_shape, to_patches, zero_linear
+from genjax.nets.denoising import Embedding, SelfAttention, from_patches, to_patches, zero_linear
 from genjax.nets.fast_conv import Conv, double
 from genjax.protocol import Array
 
@@ -79,7 +79,7 @@ class UNet(nnx.Module):
     Args:
         shape: (height, width, channels) of an image; sides must be multiples of patch · 2^(len(channels) - 1).
         channels: widths, the finest resolution first.
-        cond_size, guided, out_factor: see `nets.denoising.DenoiserMlp`.
+        cond_size, guided: see `nets.denoising.DenoiserMlp`.
         patch: the side p of a patch.
         n_blocks: residual blocks at each resolution, on each way.
         n_heads: of the attention; they divide the last width. 0 for no attention.
@@ -95,7 +95,6 @@ class UNet(nnx.Module):
         channels: Sequence[int],
         cond_size: int = 0,
         guided: bool = False,
-        out_factor: int = 1,
         patch: int = 1,
         n_blocks: int = 1,
         n_heads: int = 1,
@@ -118,8 +117,7 @@ class UNet(nnx.Module):
         self.narrow = nnx.List([Conv(below, c, (1, 1), rngs=rngs) for c, below in pairs])
         self.up = nnx.List([row(c, c) for c in channels])
         self.last_norm = AdaptiveGroupNorm(channels[0], d, rngs=rngs)
-        d_out = outputs_shape(shape, out_factor)[2] * patch**2
-        self.last = Conv(channels[0], d_out, (3, 3), kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
+        self.last = Conv(channels[0], shape[2] * patch**2, (3, 3), kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
 
     def __call__(self, x: Array, noise_level: Array, cond: Array | None = None, dropped: Array | None = None) -> Array:
         e = self.embed(noise_level, cond, dropped)
