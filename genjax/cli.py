@@ -4,8 +4,12 @@ Nothing heavy is imported until a command needs it, so that `genjax --help` answ
 types: those of `train`, `sweep` and `bench` from the signatures of the recipe's builder and data loader.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import math
+import os
+import platform
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -280,6 +284,25 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
+def _keep_compiled_programs() -> None:
+    """Have jax keep what took it long to compile on disk, so that the same command starts faster the next time.
+
+    In $JAX_COMPILATION_CACHE_DIR, or genjax/xla in the user's cache folder, in a folder for each kind of processor: a home
+    folder may be shared by several, and a program compiled for one need not run on another. JAX_ENABLE_COMPILATION_CACHE=0
+    turns it off. A damaged entry is compiled again.
+    """
+    if "jax" in sys.modules:  # which has read its settings
+        return
+    processor = platform.machine() + platform.processor()
+    with contextlib.suppress(OSError):  # no such file but on Linux
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor += "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genjax" / "xla"
+    kind = hashlib.sha256(processor.encode()).hexdigest()[:12]
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / kind))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")  # jax's own second skips most steps of a CPU
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The `genjax` program."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -294,6 +317,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if args[0] not in COMMANDS:
             raise unknown_name("command", args[0], COMMANDS)
+        if args[0] != "bench":  # which says how long compiling takes
+            _keep_compiled_programs()
         COMMANDS[args[0]](args[1:])
     except Interrupted as stop:
         print(f"genjax: {stop}", file=sys.stderr)

@@ -26,6 +26,14 @@ def x64():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _programs_share_what_they_compile(tmp_path_factory):
+    """The cache of the programs that tests start: one for all workers. (jax in this process has read its settings.)"""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(shared / "compiled")
+
+
 _tests = itertools.count()
 
 
