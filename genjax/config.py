@@ -121,14 +121,20 @@ class Recipe:
         return skip_nonfinite(t) if self.schedule.skip_nonfinite else t
 
 
+@functools.cache
+def _described(thing: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """The types and the help of what a function or a dataclass takes, by name, from its annotations and docstring."""
+    docs = docstring_parser.parse(inspect.getdoc(thing) or "")
+    help_of = {param.arg_name: " ".join((param.description or "").split()) for param in docs.params}
+    return typing.get_type_hints(thing), help_of
+
+
 def parameters_of(function: Callable[..., Any]) -> dict[str, tuple[Any, Any, str]]:
     """The keyword settings of a builder or loader: name -> (type, default, help), from its signature and docstring.
 
     Types that cannot be written on a command line (a record of functions) are left out of a union.
     """
-    docs = docstring_parser.parse(inspect.getdoc(function) or "")
-    help_of = {param.arg_name: " ".join((param.description or "").split()) for param in docs.params}
-    hints = typing.get_type_hints(function)
+    hints, help_of = _described(function)
     settings = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.default is inspect.Parameter.empty:
@@ -171,11 +177,9 @@ def sections_of(recipe: Recipe) -> dict[str, dict[str, tuple[Any, Any, str]]]:
     """Every setting of a recipe: section -> name -> (type, value, help). Settings of a player are named "player.field"."""
 
     def of_dataclass(value: Any, prefix: str = "") -> dict[str, tuple[Any, Any, str]]:
-        docs = docstring_parser.parse(inspect.getdoc(type(value)) or "")
-        help_of = {param.arg_name: " ".join((param.description or "").split()) for param in docs.params}
+        hints, help_of = _described(type(value))
         return {
-            prefix + f.name: (typing.get_type_hints(type(value))[f.name], getattr(value, f.name), help_of.get(f.name, ""))
-            for f in dataclasses.fields(value)
+            prefix + f.name: (hints[f.name], getattr(value, f.name), help_of.get(f.name, "")) for f in dataclasses.fields(value)
         }
 
     def of_function(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, tuple[Any, Any, str]]:

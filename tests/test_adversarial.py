@@ -16,6 +16,7 @@ import pytest
 import scipy.optimize
 import scipy.special
 import scipy.stats
+from adversarial_oracles import DATA, MODEL, RATIO, expected, optimum
 from gates import assert_close, assert_same, differ, quick
 
 from genjax.families.adversarial import OBJECTIVES, gan, input_gradient, one_centred_penalty, zero_centred_penalty
@@ -52,42 +53,6 @@ def linear(offset, slope=None, bias=0.0, kernel=0.0, **settings):
 
 
 # --- objectives ---------------------------------------------------------------------------------------------------------
-
-DATA, MODEL = scipy.stats.norm(0.5, 1.2), scipy.stats.norm(-0.7, 0.8)
-# The coefficients of 1, x, x² in ln p/q.
-RATIO = np.array(
-    [
-        math.log(0.8 / 1.2) - 0.5**2 / (2 * 1.2**2) + 0.7**2 / (2 * 0.8**2),
-        0.5 / 1.2**2 + 0.7 / 0.8**2,
-        1 / (2 * 0.8**2) - 1 / (2 * 1.2**2),
-    ]
-)
-
-
-def expected(name, logits, p, q):
-    """The discriminator's expected loss for logits on a grid with masses p and q: over all pairs, as the loss is of pairs."""
-    loss = OBJECTIVES[name].discriminator(logits[:, None], logits[None, :])
-    return jnp.sum(jnp.asarray(p)[:, None] * jnp.asarray(q)[None, :] * loss)
-
-
-def divergence(p, q):
-    """Jensen and Shannon's: ½ KL(p, m) + ½ KL(q, m) with m = (p + q) / 2."""
-    m = (p + q) / 2
-    return 0.5 * np.sum(scipy.special.rel_entr(p, m) + scipy.special.rel_entr(q, m))
-
-
-def optimum(name, p, q):
-    """The best logits for masses p and q, and the value there."""
-    if name in ("minimax", "nonsaturating"):
-        return np.log(p / q), 2 * math.log(2) - 2 * divergence(p, q)
-    if name == "least_squares":
-        return p / (p + q), 0.5 * np.sum(p * q / (p + q))
-    if name == "hinge":
-        return np.sign(p - q), 2 - np.sum(np.abs(p - q))
-    # Only differences matter. That of a pair is ln p(x) q(y) / (q(x) p(y)), so D is ln p/q up to a constant, and the value
-    # is half of what the cross entropy has for telling (x, y) ~ p q from (x, y) ~ q p.
-    assert name == "relativistic"
-    return np.log(p / q), math.log(2) - divergence(np.outer(p, q), np.outer(q, p))
 
 
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "wasserstein"])
@@ -180,6 +145,7 @@ def test_objectives_at_extreme_logits_and_at_none(name):
     assert same == objective.shift_invariant
 
 
+@pytest.mark.slow
 @every_objective
 def test_the_familys_losses_are_those_of_the_table(x64, name):
     # With G(z) = offset and D(x) = slope·x + bias all is known, the gradients of both players too.
@@ -216,6 +182,7 @@ def alone(model, player):  # with one player's turn only: the other is frozen
     return model._replace(losses={player: model.losses[player]}, turns=())
 
 
+@pytest.mark.slow
 def test_a_trained_discriminator_is_the_log_ratio():
     # Real data N(0.5, 1.2²) against G(z) = 0.8 z - 0.7, new examples in each step.
     steps = 3000
@@ -349,6 +316,7 @@ def test_a_training_step_is_two_turns_of_which_the_second_sees_the_first(weight)
 # --- penalties ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_penalties_of_a_quadratic_discriminator(x64):
     rng = np.random.default_rng(5)
     x, b, root = rng.normal(size=(4, 2, 3)), rng.normal(size=6), rng.normal(size=(6, 6))
@@ -372,6 +340,7 @@ def test_penalties_of_a_quadratic_discriminator(x64):
 PENALTIES = ("r1", "r2", "gradient_penalty")
 
 
+@pytest.mark.slow
 @every_objective
 def test_penalties_add_to_every_objective_in_proportion_to_their_weights(x64, name):
     x, slope = jnp.asarray(np.random.default_rng(6).normal(size=(5, 2))), np.array([1.5, -0.5])
@@ -399,6 +368,7 @@ def crossing(k, n):
     return params, state, Batch(jnp.zeros((n, 2)))
 
 
+@pytest.mark.slow
 def test_each_penalty_is_taken_at_its_own_points():
     n, far, near = 4000, math.sqrt(2), math.sqrt(0.08)
     _, state, batch = crossing(0.3, n)
@@ -427,6 +397,7 @@ def whole(objective):
     return losses, params
 
 
+@pytest.mark.slow
 def test_the_second_derivatives_of_the_penalties_are_right(x64):
     losses, params = whole("hinge")
     x = jnp.asarray(np.random.default_rng(9).normal(size=(7, 2)))
@@ -461,6 +432,7 @@ def stateful(**settings):
 BATCH = Batch(np.random.default_rng(12).normal(size=(8, 2)).astype(np.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("player", ["discriminator", "generator"])
 def test_a_turn_changes_its_own_player_only(player):
     t = training(alone(stateful(), player), optax.adam(0.01))

@@ -238,6 +238,7 @@ def test_residual_nets_are_their_formulas(x64):
     check(net, params, state, z, None, wanted=conv(leaky(h), plain["last"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", ["dcgan", "resnet"])
 @pytest.mark.parametrize("shape", [(8, 8, 1), (28, 28, 1), (32, 32, 3), (8, 16, 3)])
 def test_images_of_every_size_go_in_and_come_out(net, shape):
@@ -280,6 +281,7 @@ def test_penalties_of_binary_data_are_on_the_scale_from_minus_one_to_one(x64):
     np.testing.assert_allclose(penalty, 0.5 * (slope**2).sum(), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_bfloat16_arithmetic_keeps_float32_parameters_statistics_and_losses():
     make = partial(gan, DataSpec((4, 4, 1), "binary"), net="dcgan", generator_norm="batch", spectral_norm=True, r1=1.0)
     narrow, wide = make(dtype="bfloat16", channels=(4,)), make(channels=(4,))
@@ -299,6 +301,7 @@ CLASSES = DataSpec((2,), "continuous", n_classes=3)
 MEANS = 1.2 * np.array([[1.0, 0.0], [-0.6, 0.8], [0.0, -1.0]])  # of one length, so that one bias serves them all
 
 
+@pytest.mark.slow
 def test_a_projection_discriminator_is_and_learns_the_ratio_of_normals_by_class(x64):
     # p(x | c) = N(m_c, I) and q = N(0, I): ln p/q = m_c·x - |m_c|²/2, set by hand and then found.
     model = gan(CLASSES, latent_dim=1, hidden=(), discriminator_cond="projection")

@@ -63,6 +63,7 @@ def strings(levels, length):
 # --- causality ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 2])
 def test_a_step_depends_on_every_earlier_event_in_reach_and_exactly_on_no_other(window):
     """The jacobian, exactly 0: event s goes in at position s + 1, and each of L layers looks window - 1 steps back."""
@@ -75,6 +76,7 @@ def test_a_step_depends_on_every_earlier_event_in_reach_and_exactly_on_no_other(
     np.testing.assert_array_equal(size != 0, wanted)
 
 
+@pytest.mark.slow
 def test_changing_a_token_changes_no_step_up_to_it():
     m = shared("rotary")
     x = tokens(0, 4)
@@ -110,6 +112,7 @@ def test_the_cache_gives_the_outputs_of_the_full_forward_pass_at_every_position(
         np.testing.assert_allclose(one_by_one(m, params, x), full, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_the_cache_of_vectors_with_a_condition():
     m = built(VECTORS, n_components=2)
     rng = np.random.default_rng(0)
@@ -149,6 +152,7 @@ def test_with_an_end_token_the_strings_of_all_lengths_sum_to_one():
     np.testing.assert_allclose(steps.sum(1), nats, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_steps_are_the_log_softmax_of_the_outputs_and_padding_counts_for_nothing():
     m, x = shared("learned"), tokens(2, 4)
     outputs = np.asarray(m.outputs(m.params, {}, x), np.float64)
@@ -169,6 +173,7 @@ def test_steps_are_the_log_softmax_of_the_outputs_and_padding_counts_for_nothing
 # --- the same values by other programs --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 def test_scanned_or_recomputed_layers_have_the_same_loss_and_gradient(x64, rate):
     plain = built(dropout=rate)
@@ -183,6 +188,7 @@ def test_scanned_or_recomputed_layers_have_the_same_loss_and_gradient(x64, rate)
         assert_close(gradient(**options), wanted, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_tied_table_is_the_sum_of_its_two_uses(x64):
     tied, free = (transformer(TOKENS, **TINY, tie_weights=tie) for tie in (True, False))
     params = widen(built(tie_weights=True).params)["transformer"]
@@ -212,6 +218,7 @@ def test_as_many_key_heads_as_heads_is_the_default():
 # --- noise in training ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_dropout_depends_on_the_key_in_training_and_is_absent_from_evaluation():
     plain, noisy, batch = built(), built(dropout=0.5), Batch(tokens(0, 4))
     losses = {}
@@ -226,6 +233,7 @@ def test_dropout_depends_on_the_key_in_training_and_is_absent_from_evaluation():
     np.testing.assert_allclose(losses["plain"][0], -nats[0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_condition_is_left_out_at_the_rate_that_was_asked_for():
     m, n, rate = built(CLASSES, cond_dropout=0.3), 2000, 0.3
     batch = Batch(jnp.repeat(tokens(0, 1), n, axis=0), jnp.ones(n, jnp.int32))
@@ -241,6 +249,7 @@ def test_the_condition_is_left_out_at_the_rate_that_was_asked_for():
 # --- generation ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_law_of_samples_is_the_model_by_enumeration():
     spec, n = DataSpec((3,), "tokens", levels=3, step="symbol"), 20_000
     m = built(spec, n_kv_heads=1)
@@ -289,6 +298,7 @@ def test_a_prompt_is_kept_and_no_length_of_it_compiles_another_program():
         m.model.extras["generate"](m.params, {}, jax.random.key(0), 5, length=7)
 
 
+@pytest.mark.slow
 def test_beam_search_over_the_cache_finds_the_best_string_of_each_condition():
     spec, beams = DataSpec((3,), "tokens", levels=3, step="symbol", n_classes=2), 9
     m, cond = built(spec, n_heads=4, n_kv_heads=2), jnp.asarray([0, 1])

@@ -40,6 +40,7 @@ def by_hand(q, k, v, allowed):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize(("g", "r"), [(2, 1), (2, 3)])
 def test_attention_is_the_formula(x64, window, g, r):
@@ -71,6 +72,7 @@ def test_scores_that_would_overflow_do_not():
     np.testing.assert_array_equal(dense_attention(q, k, v), jnp.broadcast_to(v[:, :, None, :1], q.shape))
 
 
+@pytest.mark.slow
 def test_rotary_scores_depend_on_the_difference_of_positions_only(x64):
     q, k = normal(0, 1, 1, 8), normal(1, 1, 1, 8)
     score = lambda m, n: float((rotary(q, jnp.asarray([m])) * rotary(k, jnp.asarray([n]))).sum())  # noqa: E731

@@ -82,6 +82,7 @@ def test_the_hand_written_diffusion_does_the_same_arithmetic() -> None:
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_alternation_gives_one_value_a_round_and_program() -> None:
     spec = DataSpec((SIDE, SIDE, 1), "binary")
     batch = jax.jit(partial(example_batch, spec), static_argnums=1)(jax.random.key(1), 8)

@@ -123,6 +123,7 @@ def damages(path: Path):
     yield None
 
 
+@pytest.mark.slow
 def test_no_damage_to_any_file_is_ever_read_as_something_else(tmp_path: Path) -> None:
     checkpoints, old, new = two(tmp_path)
     fell_back: set[str] = set()

@@ -26,6 +26,7 @@ def some_digits():
     return rows._replace(weight=np.linspace(0, 1, 60, dtype=np.float32))
 
 
+@pytest.mark.slow
 def test_host_and_device_batches_are_bitwise_equal(some_digits):
     source = data.digits(conditional=True, binarize="dynamic")
     on_device = jax.tree.map(jnp.asarray, some_digits)

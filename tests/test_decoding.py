@@ -184,6 +184,7 @@ def test_counts_are_those_of_the_tokens_so_far():
     np.testing.assert_array_equal(got, [[1, 0, 2, 0, 1, 2, 0]] * 4)
 
 
+@pytest.mark.slow
 def test_prompts_are_kept_each_with_its_length_and_without_another_program():
     prompt = jnp.asarray(np.random.default_rng(0).integers(0, W, (4, 5)), jnp.int32)
 
@@ -258,6 +259,7 @@ def test_a_wide_beam_finds_the_best_of_all_strings(end, penalty):
         assert (nats[row, n:] == -np.inf).all()
 
 
+@pytest.mark.slow
 def test_a_beam_of_one_is_greedy_and_examples_do_not_mix():
     start = (jnp.asarray(np.random.default_rng(5).normal(size=(4, W)), jnp.float32), START[1])
     tokens, nats = beam_search(second_order, *start, 1, 5)

@@ -103,6 +103,7 @@ def spoken(name):
     return {"precondition": "edm"} if name == "edm" else {"prediction": name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighting", ["elbo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("min_snr", "edm"))])
 def test_weighted_losses_are_the_same_whatever_is_predicted(x64, weighting):
     assert WEIGHTINGS.keys() == {"unit", "elbo", "min_snr", "edm"}
@@ -117,6 +118,7 @@ def test_weighted_losses_are_the_same_whatever_is_predicted(x64, weighting):
         np.testing.assert_allclose(value, every[0], rtol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_loss_at_init_is_known(x64):
     """A new network returns 0, so its loss is the square of the target, at the times and with the noise that the key gives."""
     path, n, x0 = PATHS["cosine"], 5, jnp.asarray(np.random.default_rng(4).normal(size=(5, 2)))
@@ -198,6 +200,7 @@ def guided_model():
     return model, jax.tree.map(lambda leaf: leaf + jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype), params), state
 
 
+@pytest.mark.slow
 def test_guidance_of_scale_1_is_the_conditional_model_and_0_the_unconditional_one():
     model, params, state = guided_model()
     cond = jnp.asarray([0, 1, 2, 1])
@@ -218,6 +221,7 @@ def test_guidance_of_scale_1_is_the_conditional_model_and_0_the_unconditional_on
     np.testing.assert_allclose(some[::2], denoise(cond, jnp.ones(4, bool))[::2], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_builder_sets_how_samples_are_made():
     model, params, state = guided_model()
     cond, key = jnp.asarray([0, 1, 2, 1]), jax.random.key(10)
@@ -274,6 +278,7 @@ def test_conditional_log_prob_is_that_of_the_class(x64):
     np.testing.assert_allclose(nats, want, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_bound_is_below_log_prob_in_expectation(x64):
     model = diffusion(PLANE, net=Normal(0.1, 0.7).net(), prediction="x0", n_likelihood_steps=60)
     params, state = model.init(jax.random.key(0))
@@ -313,6 +318,7 @@ _DIT = {"net": "dit", "d_model": 4, "n_layers": 1, "n_heads": 2}
 _LEARNED = {"noise_schedule": "learned", "weighting": "elbo"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "settings"),
     [
@@ -355,6 +361,7 @@ def test_what_a_report_is_told():
     assert diffusion(DataSpec((3,), "binary")).log_prob is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_steps", [1, 2])
 def test_hyperparameters_may_be_traced(n_steps):
     """Every float setting can be an axis of a sweep."""

@@ -131,6 +131,7 @@ NETS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
 def test_only_a_cpu_gets_products_and_every_platform_has_a_program(name):
     build, shape = NETS[name]

@@ -133,6 +133,7 @@ def test_an_interval_switches_at_its_ends_exactly(x64):
         np.testing.assert_array_equal(straight(x, jnp.asarray(t)), x if inside else 2 * x)
 
 
+@pytest.mark.slow
 def test_a_solver_that_guides_in_an_interval_is_a_loop_with_an_if(x64):
     path = PATHS["edm"]
     cond, plain = gaussian(path, *PAIRS["narrow"]), gaussian(path, *PAIRS["wide"])

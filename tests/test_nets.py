@@ -38,6 +38,7 @@ def test_flatten_with_appends_the_condition_last():
     np.testing.assert_array_equal(flatten_with(x[..., 0], 1, None), x[..., 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "channels"), [((8, 8, 1), (2,)), ((8, 4, 3), (4, 3)), ((8, 8, 2), (2, 3, 4))])
 def test_convolutional_nets_halve_and_double_once_per_entry(shape, channels):
     encoder = functional(partial(ConvEncoder, shape, channels, 5, cond_size=2))

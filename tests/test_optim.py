@@ -289,6 +289,7 @@ def test_weight_decay_is_decoupled_and_skips_vectors(algorithm):
     np.testing.assert_array_equal(none["kernel"], 0.0)
 
 
+@pytest.mark.slow
 def test_float_settings_may_be_traced():
     settings = {"learning_rate": [0.1, 0.2], "clip_norm": [1.0, 2.0], "ema_decay": [0.05, 0.01], "final_fraction": [0.5, 0.1]}
 

@@ -82,6 +82,7 @@ def weights(cell, params):
     return w, np.split(layer["inputs"]["bias"], n), u, layer.get("bias")
 
 
+@pytest.mark.slow
 @every_cell
 @pytest.mark.parametrize("other", [written, flax_cell])
 def test_a_cell_is_its_equations_and_that_of_flax(cell, other, x64):
@@ -98,6 +99,7 @@ def test_a_cell_is_its_equations_and_that_of_flax(cell, other, x64):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-13)
 
 
+@pytest.mark.slow
 @every_cell
 def test_whole_sequences_equal_a_python_loop_of_single_steps_with_their_gradients(cell, x64):
     params, x, carry = setup(cell, 2)
@@ -124,6 +126,7 @@ def test_whole_sequences_equal_a_python_loop_of_single_steps_with_their_gradient
     assert_close(with_gradients(whole)(params, x, carry), with_gradients(loop)(params, x, carry), rtol=1e-12)
 
 
+@pytest.mark.slow
 @every_cell
 def test_a_sequence_in_two_parts_is_the_whole(cell, x64):
     params, x, carry = setup(cell, 2)
@@ -149,6 +152,7 @@ def test_the_first_weights_and_the_first_carry(cell):
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(start))
 
 
+@pytest.mark.slow
 def test_dropout_is_between_layers_only_and_unbiased():
     key = jax.random.key(3)
     params, x, carry = setup("gru", 1)

@@ -45,6 +45,7 @@ def every(levels, steps):
     return jnp.asarray(list(itertools.product(range(levels), repeat=steps)), jnp.int32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", ["vanilla", "lstm", "gru"])
 @pytest.mark.parametrize("spec", [WORDS, LABELLED], ids=lambda spec: spec.name)
 def test_probabilities_of_all_sequences_sum_to_one(spec, cell, x64):
@@ -62,6 +63,7 @@ def test_probabilities_of_all_sequences_sum_to_one(spec, cell, x64):
         assert p.max() > 3 * p.mean()
 
 
+@pytest.mark.slow
 def test_discrete_rows_sum_to_one(x64):
     model, params, state = setup(DataSpec((2, 2), "discrete", levels=3, step="row"))
     x = every(3, 4).reshape(-1, 2, 2).astype(jnp.float64)
@@ -114,6 +116,7 @@ def test_one_step_at_a_time_equals_the_whole_sequence(spec, x64):
     assert spec.conditional == bool(np.abs(without - log_prob).max() > 1e-3)
 
 
+@pytest.mark.slow
 def test_no_step_sees_its_future(x64):
     model, params, state = setup(DataSpec((5, 3), "binary", step="frame"), n_layers=2)
     x = wide_batch(model.spec, 1).x
@@ -151,6 +154,7 @@ LONG = DataSpec((12,), "tokens", levels=3, step="character")
 WINDOW = DataSpec((4,), "tokens", levels=3, step="character")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_windows_with_a_carried_state_are_the_long_sequence(cell, x64):
     whole, params, nothing = setup(LONG, cell=cell, n_layers=2)
@@ -188,6 +192,7 @@ def test_the_gradient_of_one_window_is_the_full_one_and_stops_at_its_edge(x64):
     assert np.abs(kernel(cut) - kernel(through)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_restarted_stream_begins_afresh():
     model, params, state = setup(WINDOW, wide=False, lanes=2000, restart=0.3, cell="gru")
     x = example_batch(WINDOW, jax.random.key(3), 1).x.repeat(2000, axis=0)
@@ -299,6 +304,7 @@ def test_settings_that_do_not_exist_or_do_not_fit(spec, settings, match):
         rnn(spec, **settings)
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fill_the_lanes():
     model, params, state = setup(WINDOW, wide=False, lanes=2)
     with pytest.raises(ConfigError, match="carries the state of 2 streams, so a batch must hold 2 examples; got 3"):

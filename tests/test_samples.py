@@ -38,11 +38,13 @@ def draw(n: int = 5, seed: int = 0, **how) -> np.ndarray:
     return samples.draw(model, params, state, jax.random.key(seed), n, None, Decoding(**how))
 
 
+@pytest.mark.slow
 def test_without_settings_samples_are_the_models_own() -> None:
     model, params, state = letters()
     np.testing.assert_array_equal(draw(), model.sample(params, state, jax.random.key(0), 5))
 
 
+@pytest.mark.slow
 def test_a_prompt_is_kept_and_what_follows_depends_on_it() -> None:
     x = draw(200, prompt="ab\n", length=8)
     assert x.shape == (200, 8)
@@ -50,6 +52,7 @@ def test_a_prompt_is_kept_and_what_follows_depends_on_it() -> None:
     assert len(np.unique(x[:, 3:], axis=0)) > 50
 
 
+@pytest.mark.slow
 def test_temperature_zero_is_greedy_and_agrees_with_one_beam() -> None:
     greedy = draw(3, temperature=0.0)
     assert (greedy == greedy[:1]).all()
@@ -58,6 +61,7 @@ def test_temperature_zero_is_greedy_and_agrees_with_one_beam() -> None:
     np.testing.assert_array_equal(greedy, draw(3, top_k=1, length=6))
 
 
+@pytest.mark.slow
 def test_rules_cut_off_what_they_say() -> None:
     model, params, state = letters()
     (outputs, _) = model.extras["begin"](params, state, 1)
@@ -106,6 +110,7 @@ def squares():
     return model, jax.tree.map(lambda leaf: leaf + rng.normal(size=leaf.shape).astype(leaf.dtype), params), state
 
 
+@pytest.mark.slow
 def test_a_solver_its_steps_and_guidance_are_what_a_model_from_noise_to_data_takes() -> None:
     model, params, state = squares()
     key, cond = jax.random.key(1), np.arange(6) % 2

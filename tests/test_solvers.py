@@ -107,6 +107,7 @@ def test_every_keeps_all_of_the_way_and_a_last_time_without_noise_works(name):
         np.testing.assert_allclose(jit(run(False))(x[::-1])[::-1], last, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_step_by_hand():
     """From t = 1 to 0.5 and on to 0 on straight lines, with a denoiser that one can do on paper."""
     path, x = paths.conditional_ot(), jnp.asarray([[2.0]])
@@ -265,6 +266,7 @@ def test_a_corrector_leaves_what_has_no_noise_alone():
 # --- grids --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GRIDS)
 def test_grids_go_down_from_start_to_end_evenly_in_what_they_say(name):
     made = {path_name: make() for path_name, make in ALL.items()}
@@ -283,6 +285,7 @@ def test_grids_go_down_from_start_to_end_evenly_in_what_they_say(name):
         np.testing.assert_allclose(steps, steps.mean(), rtol=1e-6, err_msg=of)
 
 
+@pytest.mark.slow
 def test_the_grid_of_karras_is_the_papers():
     """Karras 2022, equation 5: n noise levels from 80 to 0.002, and then 0."""
     n, i = 18, np.arange(18)
@@ -300,6 +303,7 @@ LIKELIHOODS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path_name", "name"), LIKELIHOODS)
 def test_the_likelihood_of_normal_data_is_the_normal_density(path_name, name):
     path = paths.cosine(1e-6) if path_name == "cosine" else PATHS[path_name]()

@@ -119,6 +119,7 @@ def test_averages_are_taken_where_an_optimiser_tracks_them():
     assert_same([found["disc"], found["frozen"]], [ts.params["disc"], ts.params["frozen"]])
 
 
+@pytest.mark.slow
 def test_compiled_steps_are_the_same_and_donate_the_state():
     t = compiled(TRAIN)
     wanted, _ = run(TRAIN, start(), batches())
@@ -225,6 +226,7 @@ SCANNED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STEPWISE)
 def test_members_equal_solo_runs(name):
     compose, parts = STEPWISE[name]
@@ -238,6 +240,7 @@ def test_members_equal_solo_runs(name):
     assert differ(member(got.params, 0), member(got.params, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCANNED)
 def test_scanned_members_equal_solo_runs(name):
     compose, parts, steps_first = SCANNED[name]
@@ -281,6 +284,7 @@ NESTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NESTED)
 def test_nested_members_equal_solo_runs(name):
     compose, scale = NESTED[name]
@@ -385,6 +389,7 @@ def test_the_fastest_mode_is_measured_once_outside_and_inside_a_trace(monkeypatc
         assert fastest_mode(one, {}, first, batches()[0]) == outside
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", ["vmap", "map"])
 def test_auto_is_the_mode_that_was_found_faster(monkeypatch, chosen):
     asked = []
@@ -395,6 +400,7 @@ def test_auto_is_the_mode_that_was_found_faster(monkeypatch, chosen):
     assert_same(got, run(ensemble(TRAIN, chosen), jitted(t.init)(keys()), batches()))
 
 
+@pytest.mark.slow
 def test_auto_trains_without_being_told_how(monkeypatch):
     monkeypatch.setattr(train, "_MEASURED", {})
     t = scan_steps(ensemble(TRAIN, "auto"))
@@ -437,6 +443,7 @@ def test_an_unknown_mode_is_refused():
         ensemble(TRAIN, "pmap").step(jitted(ensemble(TRAIN).init)(keys()), batches()[0])
 
 
+@pytest.mark.slow
 def test_a_sharded_step_is_split_over_the_devices_and_replicated_again():
     t = shard(TRAIN, mesh())
     first = jitted(t.init)(jax.random.key(0))

@@ -132,6 +132,7 @@ def test_the_elbo_is_below_the_evidence_by_the_kl_to_the_posterior(prior):
     assert_mean(bounds_off_the_optimum(1, prior), -KL)
 
 
+@pytest.mark.slow
 def test_importance_weighted_bounds_rise_to_the_evidence():
     ks = (1, 2, 8, 64, 512)
     values = [bounds_off_the_optimum(k).mean(1) for k in ks]  # over examples, which have the same law
@@ -155,6 +156,7 @@ def test_the_estimate_of_the_evidence_is_unbiased_and_its_variance_falls_as_one_
     assert_mean((ratio - 1) ** 2, SPREAD / k)
 
 
+@pytest.mark.slow
 def test_the_bound_is_the_log_mean_of_weights_made_from_the_extras(x64):
     # An independent computation: q from `encode`, p(x|z) from `decode`, the densities from scipy, other draws of z.
     p = ppca()
@@ -226,6 +228,7 @@ def test_the_closed_form_kl_equals_the_monte_carlo_kl(x64):
     assert_mean(one["elbo"] - other["elbo"], 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_samples", [1, 4])
 def test_beta_weighs_the_kl_and_nothing_else(x64, n_samples):
     p = ppca()
@@ -302,6 +305,7 @@ ENUMERATED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ENUMERATED)
 def test_a_tiny_model_is_a_proper_pmf_and_the_bound_finds_its_logarithm(x64, kind):
     spec = ENUMERATED[kind]

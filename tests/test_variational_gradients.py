@@ -90,6 +90,7 @@ def test_low_variance_gradients_have_the_mean_of_the_pathwise_gradient(gradient,
         np.testing.assert_allclose(ours[:, ~encoder], pathwise[:, ~encoder], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_comparison_of_gradients_sees_a_biased_one():
     # With K > 1 stopping the score term alone is biased (Tucker 2018, section 3).
     ours, encoder = gradients("stl", 4)
@@ -97,11 +98,13 @@ def test_the_comparison_of_gradients_sees_a_biased_one():
     assert deviations(ours, pathwise)[encoder].max() > 8
 
 
+@pytest.mark.slow
 def test_the_closed_form_kl_gives_the_same_gradient_in_the_mean():
     # "pathwise" with K = 1 uses the closed form where there is one.
     assert deviations(gradients("pathwise", 1, 1.0, "normal")[0], gradients("pathwise", 1, 1.0, "open")[0]).max() < 4.5
 
 
+@pytest.mark.slow
 def test_for_one_sample_dreg_is_stl():
     np.testing.assert_allclose(gradients("dreg", 1)[0], gradients("stl", 1)[0], rtol=1e-9, atol=1e-12)
 

@@ -103,6 +103,7 @@ def test_a_condition_without_effect_or_without_change_is_no_condition(x64, net, 
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_labels_are_one_hot_vectors_and_make_a_difference():
     settings = {"latent_dim": 2, "hidden": (5,)}
     by_label = vae(DataSpec((4,), "binary", n_classes=3), **settings)
@@ -175,6 +176,7 @@ def test_encode_decode_and_reconstruct_are_the_linear_maps_of_the_model(x64):
     np.testing.assert_allclose(extras["reconstruct"](params, state, jnp.asarray(p.x)), want, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "net"), [("binary", "conv"), ("discrete", "conv"), ("discrete", "mlp"), ("continuous", "mlp")]
 )
@@ -215,6 +217,7 @@ def test_shapes_kinds_and_ranges(kind, net):
     assert not np.all(np.asarray(means) == np.round(means))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", ["mlp", "conv"])
 def test_bfloat16_arithmetic_keeps_float32_parameters_and_losses(net):
     spec = DataSpec((4, 4, 1), "binary")

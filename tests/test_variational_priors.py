@@ -50,6 +50,7 @@ def test_the_vamp_prior_is_the_mixture_of_its_posteriors(x64, shape):
     np.testing.assert_allclose(got, naive_mixture(z, 3 * PSEUDO, -1 + 0.3 * PSEUDO), rtol=1e-10)
 
 
+@pytest.mark.slow
 # The sum over differences keeps all digits; the expansion into matrix products, taken where it may, loses some.
 @pytest.mark.parametrize(("narrow", "loses"), [(-5.0, 1e-4), (-1.0, 1e-3)])
 def test_the_vamp_prior_keeps_its_digits_in_float32(narrow, loses):
@@ -102,6 +103,7 @@ def test_samples_of_the_vamp_prior_follow_it():
         assert abs(np.corrcoef(inside.T)[0, 1]) < 4 / math.sqrt(len(inside))
 
 
+@pytest.mark.slow
 def test_equal_pseudo_inputs_are_one_component(x64):
     z = jnp.asarray(np.random.default_rng(19).normal(size=(5, 2)))
     one, many = (vamp_prior(DataSpec((2,), "continuous"), m) for m in (1, 6))
@@ -114,6 +116,7 @@ def test_equal_pseudo_inputs_are_one_component(x64):
     )
 
 
+@pytest.mark.slow
 def test_a_vae_with_one_pseudo_input_has_the_evidence_of_a_shifted_gaussian(x64):
     # p(z) = q(z|u) = N(a, diag(s^2)), so p(x) = N(W a + m, W diag(s^2) W' + noise I).
     p = ppca()
@@ -133,6 +136,7 @@ def test_a_vae_with_one_pseudo_input_has_the_evidence_of_a_shifted_gaussian(x64)
     check_moments(x, p.offset + p.weights @ mean, weights @ weights.T + p.noise * np.eye(6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["continuous", "binary", "discrete"])
 def test_pseudo_inputs_live_on_the_normalised_scale(x64, kind):
     spec = DataSpec((3,), kind, levels=5 if kind == "discrete" else None)
@@ -161,6 +165,7 @@ def test_pseudo_inputs_live_on_the_normalised_scale(x64, kind):
     assert len(set(distance.argmin(1))) == 3
 
 
+@pytest.mark.slow
 def test_pseudo_inputs_and_their_conditions_are_learned():
     spec = DataSpec((3,), "binary", n_classes=2)
     model = vae(spec, latent_dim=2, hidden=(4,), prior="vamp", n_pseudo_inputs=5)
@@ -171,6 +176,7 @@ def test_pseudo_inputs_and_their_conditions_are_learned():
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 def test_a_prior_of_ones_own_is_used_for_all_three_things(x64):
     # N(1, 2^2) with parameters of its own: the evidence of the linear model changes as it must.
     p = ppca()

@@ -94,6 +94,7 @@ def test_with_the_smoother_as_posterior_the_bound_is_the_kalman_log_likelihood(x
     assert (log_lik - kl).sum(0).mean() < truth - 0.1
 
 
+@pytest.mark.slow
 def test_one_step_with_its_exact_posterior_gives_the_exact_log_likelihood(x64):
     x = state_space.draw(1)
     truth = state_space.log_prob(x[None])
@@ -103,6 +104,7 @@ def test_one_step_with_its_exact_posterior_gives_the_exact_log_likelihood(x64):
     np.testing.assert_allclose(state_space.elbo(x, *state_space.filtering()), truth, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["elbo", "iwae"])
 @pytest.mark.parametrize("proposal", [state_space.filtering, state_space.bootstrap])
 def test_the_mean_bound_is_the_kalman_log_likelihood_minus_the_divergence(how, proposal, x64):
@@ -142,6 +144,7 @@ def test_the_particle_estimate_of_the_likelihood_is_unbiased(how, resampling, x6
     assert values.mean() < -0.01
 
 
+@pytest.mark.slow
 def test_resampling_keeps_the_estimate_sharp_where_weights_would_degenerate(x64):
     x, spread = state_space.draw(40), {}
     for how in ("iwae", "fivo"):

@@ -64,6 +64,7 @@ def test_padding_changes_neither_values_nor_gradients(how, x64):
     assert (model.extras["step_bound"](params, state, other, KEY) == 0).sum() == 15 - 8
 
 
+@pytest.mark.slow
 @every_objective
 def test_after_the_end_token_nothing_counts(how, x64):
     model, params, state = setup(WORDS, **OBJECTIVES[how])
@@ -162,6 +163,7 @@ def test_samples_end_with_the_end_token_and_have_the_dtype_of_the_data():
     assert longer.shape == (3, 9)
 
 
+@pytest.mark.slow
 def test_conditions_matter_and_are_dropped_at_the_rate_that_was_asked_for():
     model, params, state = setup(LABELLED, cond_dropout=0.3)
     never, _, _ = setup(LABELLED, cond_dropout=1e-9)  # with the same parameters
@@ -228,6 +230,7 @@ def test_settings_that_do_not_exist_or_do_not_fit(spec, settings, match):
         vrnn(spec, **settings)
 
 
+@pytest.mark.slow
 def test_prompts_that_do_not_fit():
     model, params, state = setup(ROLLS)
     generate = functools.partial(model.extras["generate"], params, state, KEY, 2)

@@ -58,6 +58,7 @@ def test_diffusion_term_is_the_integral_over_log_snr(x64, name):
     np.testing.assert_allclose(nats, want, rtol=1e-4)
 
 
+@pytest.mark.slow
 @every_path
 def test_bound_of_the_best_denoiser_loses_the_prior_only(x64, name):
     """-bound = ½ ln(2πe s²) + KL(N(0, v) || N(0, sigma²)) in expectation, for two elements."""
@@ -130,6 +131,7 @@ def test_sampled_discrete_terms_are_unbiased(x64):
 # --- data of a finite number of values ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "levels"), [("binary", None), ("discrete", 5), ("discrete", 256)])
 def test_reconstruction_is_a_distribution_over_the_values(x64, kind, levels):
     spec = DataSpec((3,), kind, levels=levels)
@@ -195,6 +197,7 @@ def inner_of(seed=0):
     return {"ends": jnp.asarray(schedule["ends"], jnp.float64), "inner": inner}
 
 
+@pytest.mark.slow
 def test_learned_schedule_is_monotone_between_its_ends(x64):
     for schedule in (init_schedule(), inner_of(0), inner_of(1)):
         schedule = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), schedule)
@@ -207,6 +210,7 @@ def test_learned_schedule_is_monotone_between_its_ends(x64):
         assert float(learned_gamma(schedule)(t[1])) == pytest.approx(float(learned_gamma(schedule)(t)[1]), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_expected_loss_does_not_depend_on_the_schedule_but_its_variance_does(x64):
     t = jnp.asarray(MIDDLES)
     paths = [PATHS["log-SNR"], PATHS["bent"], *(from_log_snr(learned_gamma(inner_of(seed))) for seed in range(3))]
@@ -215,6 +219,7 @@ def test_expected_loss_does_not_depend_on_the_schedule_but_its_variance_does(x64
     assert np.ptp([v.std() for v in values]) > 0.1
 
 
+@pytest.mark.slow
 def test_gradient_of_a_learned_schedule_is_in_the_variance_only(x64):
     t, schedule = jnp.asarray(MIDDLES), inner_of(2)
 
