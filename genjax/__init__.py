@@ -18,7 +18,9 @@ _HOME = {
     "grid": "train",
     "microbatch": "train",
     "scan_steps": "train",
-    "shard": "train",
+    "TENSOR_RULES": "sharding",
+    "make_mesh": "sharding",
+    "shard": "sharding",
     "skip_nonfinite": "train",
     "sweep": "train",
     "training": "train",
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from genjax.families.variational_recurrent import vrnn
     from genjax.loop import fit
     from genjax.protocol import Aux, Batch, DataSpec, Model, Training, TrainState
+    from genjax.sharding import TENSOR_RULES, make_mesh, shard
     from genjax.train import (
         compiled,
         ensemble,
@@ -59,7 +62,6 @@ if TYPE_CHECKING:
         grid,
         microbatch,
         scan_steps,
-        shard,
         skip_nonfinite,
         sweep,
         training,

@@ -39,7 +39,7 @@ message, 143 or 130 stopped by a signal after saving.
 
 
 @dataclasses.dataclass(frozen=True)
-class _Train:
+class _Out:
     """Where to, beside the recipe's own settings.
 
     Attributes:
@@ -52,7 +52,19 @@ class _Train:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sweep(_Train):
+class _Train(_Out):
+    """Where to and on what, beside the recipe's own settings.
+
+    Attributes:
+        mesh: devices to train on, such as data=8, or data=2,fsdp=4 to split the state as well, or tensor=2 for a Transformer;
+            one device unless given. A run may go on with another mesh.
+    """
+
+    mesh: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sweep(_Out):
     """Where to, and which members, beside the recipe's own settings.
 
     Attributes:
@@ -155,6 +167,9 @@ def _train(args: list[str]) -> None:
     recipe, row, options = _parse_recipe("train", args, _Train)
     from genjax import run
     from genjax.progress import console
+    from genjax.sharding import parse_mesh
+
+    mesh = parse_mesh(options.mesh) if options.mesh is not None else None
 
     folder = options.out or run.default_folder(recipe, row)
     print(
@@ -162,7 +177,7 @@ def _train(args: list[str]) -> None:
         flush=True,
     )
     with console(recipe.name, options.plain or None) as progress:
-        state = run.train(recipe, folder, progress)
+        state = run.train(recipe, folder, progress, mesh=mesh)
     print(f"trained to step {int(state.step)}; see {folder}/samples and {folder}/curves.png")
     print(f"next: genjax evaluate {folder}   or   genjax sample {folder} --n 64")
 

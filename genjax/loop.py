@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
 from genjax.checkpoint import Checkpoints
 from genjax.data import Source, batch_at, host_batch, prepare_at
@@ -40,9 +41,11 @@ class Feed(NamedTuple):
     prefetch: bool
 
 
-def device_feed(t: Training, source: Source, arrays: Batch, batch_size: int, seed: int) -> Feed:
-    """The whole split lives on the device, and each step gathers its own batch from it."""
-    resident = jax.device_put(arrays)
+def device_feed(
+    t: Training, source: Source, arrays: Batch, batch_size: int, seed: int, sharding: Sharding | None = None
+) -> Feed:
+    """The whole split lives on the device (or as `sharding` says), and each step gathers its own batch from it."""
+    resident = jax.device_put(arrays, sharding)
     fed = feed(t, batch_at(source, batch_size, seed))
     return Feed(lambda k: scan_steps(fed, k), lambda step, k: resident, prefetch=False)
 
@@ -58,7 +61,15 @@ def host_feed(t: Training, source: Source, arrays: Batch, batch_size: int, seed:
     return Feed(lambda k: scan_steps(fed), payload, prefetch=True)
 
 
-def choose_feed(t: Training, source: Source, arrays: Batch, batch_size: int, seed: int, place: str = "auto") -> Feed:
+def choose_feed(
+    t: Training,
+    source: Source,
+    arrays: Batch,
+    batch_size: int,
+    seed: int,
+    place: str = "auto",
+    sharding: Sharding | None = None,
+) -> Feed:
     """`device_feed` for data up to 2 GiB, `host_feed` beyond, or what `place` says.
 
     Raises:
@@ -67,7 +78,9 @@ def choose_feed(t: Training, source: Source, arrays: Batch, batch_size: int, see
     source.order(len(arrays.x), batch_size, seed, 0)  # refuse it now, before a run folder is made
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
     on_device = place == "device" or (place == "auto" and size <= DEVICE_LIMIT)
-    return (device_feed if on_device else host_feed)(t, source, arrays, batch_size, seed)
+    if on_device:
+        return device_feed(t, source, arrays, batch_size, seed, sharding)
+    return host_feed(t, source, arrays, batch_size, seed)
 
 
 class Hook(NamedTuple):

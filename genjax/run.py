@@ -11,13 +11,14 @@ report.json      what `genjax evaluate` found
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,16 +26,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from genjax import figures, quality, samples
 from genjax.checkpoint import Checkpoints
 from genjax.config import Recipe, config_hash, flatten, from_dict, to_dict
-from genjax.data import Source, Splits
+from genjax.data import Source, Splits, example_batch
 from genjax.errors import CheckpointError, ConfigError, GenjaxError, replacing
 from genjax.log import Log, logging_in
 from genjax.loop import Hook, Progress, choose_feed, fit
 from genjax.metrics import Estimate, bits_per_dim, estimate, per_step, score_examples, scorer
 from genjax.protocol import Batch, DataSpec, Key, Model, Params, ScoreFn, State, TrainState, check_cond, step_mask
+from genjax.sharding import TENSOR_RULES, make_mesh, shard
 from genjax.train import eval_params
 from genjax.zoo import ZOO
 
@@ -171,8 +174,22 @@ def picture_cond(spec: Any, n: int, arrays: Batch | None = None) -> np.ndarray |
     return np.resize(np.asarray(vectors, np.float32), (n, spec.cond_dim))
 
 
-def train(recipe: Recipe, folder: Path, progress: Progress | None = None, say: Callable[[str], None] = print) -> TrainState:
+def train(
+    recipe: Recipe,
+    folder: Path,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = print,
+    mesh: Mapping[str, int] | None = None,
+) -> TrainState:
     """Train a recipe in a run folder, or go on with the run that is there.
+
+    Args:
+        recipe: what to train.
+        folder: where; see `default_folder`.
+        progress: what is told after each dispatch.
+        say: what is told of going on.
+        mesh: the axes of a mesh to train on, see `sharding`. It is no part of the settings: values are those of one device
+            to rounding, and a run may go on with another mesh. Where it has `tensor`, `TENSOR_RULES` are its rules.
 
     Raises:
         GenjaxError: see the modules that this one calls; whatever was saved before stays.
@@ -180,8 +197,15 @@ def train(recipe: Recipe, folder: Path, progress: Progress | None = None, say: C
     source, schedule = recipe.source(), recipe.schedule
     model = recipe.build(source.spec)
     splits = source.load()
-    t = recipe.training(source.spec)
-    feed = choose_feed(t, source, splits.train, schedule.batch_size, schedule.seed, schedule.place)
+    t, everywhere = recipe.training(source.spec), None
+    if mesh:
+        devices = make_mesh(mesh)
+        t = shard(t, devices, TENSOR_RULES if mesh.get("tensor", 1) > 1 else ())
+        everywhere = NamedSharding(devices, PartitionSpec())
+        # Refuse one that does not fit now, before a run folder is made.
+        fake = functools.partial(example_batch, source.spec, n=schedule.batch_size)
+        jax.eval_shape(lambda key: t.step(t.init(key), fake(key)), jax.random.key(0))
+    feed = choose_feed(t, source, splits.train, schedule.batch_size, schedule.seed, schedule.place, everywhere)
     open_folder(folder, to_dict(recipe))  # not before everything else fits: a folder keeps its settings for good
     keep_spec(folder, source.spec)
     checkpoints = Checkpoints(folder / "checkpoints", schedule.keep_checkpoints)

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from genjax.errors import ConfigError
 from genjax.optim import averaged
@@ -355,32 +354,6 @@ def grid(**axes: Sequence[float]) -> dict[str, np.ndarray]:
     """The product of some axes as columns for `sweep`, the last axis fastest: grid(a=[1, 2], b=[3, 4]) has 4 rows."""
     rows = list(itertools.product(*axes.values()))
     return {name: np.asarray([row[index] for row in rows], np.float32) for index, name in enumerate(axes)}
-
-
-def shard(t: Training, mesh: Mesh, axis: str = "data") -> Training:
-    """The same step, data parallel over one axis of a mesh: the batch is split over it and the state is replicated.
-
-    The result equals that of one device to rounding. The compiler inserts the sum over devices.
-
-    Raises:
-        ConfigError: if the mesh has no such axis, or its size does not divide the batch.
-    """
-    if axis not in mesh.shape:
-        raise ConfigError(f"The mesh has axes {', '.join(mesh.shape)}; there is no {axis!r} to split the batch over.")
-    replicated, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(axis))
-
-    def init(key: Key) -> TrainState:
-        return jax.lax.with_sharding_constraint(t.init(key), replicated)
-
-    def step(ts: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        sizes = {leaf.shape[0] for leaf in jax.tree.leaves(batch)}
-        if any(size % mesh.shape[axis] for size in sizes):
-            raise ConfigError(f"A batch of {max(sizes)} does not divide over the {mesh.shape[axis]} devices of axis {axis!r}.")
-        ts = jax.lax.with_sharding_constraint(ts, replicated)
-        new, metrics = t.step(ts, jax.lax.with_sharding_constraint(batch, split))
-        return jax.lax.with_sharding_constraint(new, replicated), metrics
-
-    return Training(init, step, lambda wrap: shard(t.rewrap(wrap), mesh, axis))
 
 
 def _check_members(keys: Key) -> None:

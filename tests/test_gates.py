@@ -32,7 +32,8 @@ from genjax.families.transport import flow_matching
 from genjax.families.variational import vae
 from genjax.families.variational_recurrent import vrnn
 from genjax.protocol import Batch, InitFn, LossFn, SampleFn, ScoreFn, step_mask
-from genjax.train import ensemble, microbatch, scan_steps, shard, sweep, training
+from genjax.sharding import shard
+from genjax.train import ensemble, microbatch, scan_steps, sweep, training
 from genjax.zoo import ZOO
 
 PARTS = 2

@@ -56,6 +56,7 @@ def test_families_know_of_no_optimiser_training_or_other_family():
 
 def test_training_knows_of_no_family_and_no_data():
     within("train", "protocol", "errors", "optim")
+    within("sharding", "protocol", "errors")
     within("optim", "protocol", "errors")
     within("distributions", "protocol", "errors")
     within("paths", "protocol", "errors", "distributions")

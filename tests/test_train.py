@@ -12,13 +12,13 @@ import numpy as np
 import optax
 import pytest
 from gates import assert_close, assert_same, differ, member, stack, structure
-from jax.sharding import Mesh
 from toy import RATES, STEPS, TIGHT, TRAIN, TURNS, B, batches, by_hand, game, jitted, run, sgd, start, toy
 
 from genjax import train
 from genjax.errors import ConfigError
 from genjax.optim import track_ema
 from genjax.protocol import Batch
+from genjax.sharding import make_mesh, shard
 from genjax.train import (
     compiled,
     ensemble,
@@ -28,7 +28,6 @@ from genjax.train import (
     grid,
     microbatch,
     scan_steps,
-    shard,
     skip_nonfinite,
     sweep,
     training,
@@ -192,8 +191,8 @@ def reference(parts=1):
     return solo(parts)
 
 
-def mesh(axis="data"):
-    return Mesh(np.asarray(jax.devices()[:8]), (axis,))
+def mesh():
+    return make_mesh({"data": 8})
 
 
 def swap(metrics):
@@ -441,26 +440,3 @@ def test_members_need_one_key_each():
 def test_an_unknown_mode_is_refused():
     with pytest.raises(ConfigError, match="'vmap', 'map' or 'auto'; got 'pmap'"):
         ensemble(TRAIN, "pmap").step(jitted(ensemble(TRAIN).init)(keys()), batches()[0])
-
-
-@pytest.mark.slow
-def test_a_sharded_step_is_split_over_the_devices_and_replicated_again():
-    t = shard(TRAIN, mesh())
-    first = jitted(t.init)(jax.random.key(0))
-    program = (
-        jitted(t.step).lower(first, jax.device_put(batches()[0], jax.sharding.NamedSharding(mesh(), jax.P("data")))).compile()
-    )
-    assert "all-reduce" in program.as_text()
-    data = batches(weight=jnp.asarray([1, 0, 2, 0.5, 0, 1, 3, 1], jnp.float32))
-    got = run(t, first, data)
-    assert {(len(leaf.sharding.device_set), leaf.sharding.is_fully_replicated) for leaf in jax.tree.leaves(got)} == {(8, True)}
-    assert_close(got, run(TRAIN, start(), data), TIGHT)
-
-
-def test_a_mesh_that_does_not_fit_is_refused():
-    with pytest.raises(ConfigError, match="has axes model; there is no 'data'"):
-        shard(TRAIN, mesh("model"))
-    with pytest.raises(ConfigError, match="batch of 6 does not divide over the 8 devices"):
-        shard(TRAIN, mesh()).step(start(), Batch(jnp.zeros((6, 3))))
-    t = shard(TRAIN, mesh("model"), axis="model")
-    assert_close(run(t, start(), batches()), run(TRAIN, start(), batches()), TIGHT)

@@ -1,0 +1,207 @@
+"""Meshes and rules: how a training state and its batches lie on many devices.
+
+    mesh = make_mesh({"data": 2, "fsdp": 4})
+    sharded = shard(training(model, tx), mesh)                    # the same step on 8 devices
+    split = shard(training(model, tx), make_mesh({"data": 4, "tensor": 2}), TENSOR_RULES)
+
+A mesh has some of four axes. `data` splits the batch and keeps the state whole on every device; `fsdp` splits the batch too,
+and with it every array of the state (parameters, moments, averages); `tensor` splits what the rules say, so that one example's
+arithmetic is shared; `member` splits the members of an ensemble. Values equal those of one device to rounding: only the layout
+is named here, and the compiler puts in the sums and gathers that it takes (Xu 2021, GSPMD).
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from genjax.errors import ConfigError
+from genjax.protocol import Key, Metrics, PyTree, Training, TrainState
+
+AXES = {
+    "member": "the members of an ensemble",
+    "data": "the batch",
+    "fsdp": "the batch and the state",
+    "tensor": "what the rules say",
+}
+Rules = Sequence[tuple[str, PartitionSpec]]
+
+# Of a block of attention and a perceptron, as the Transformer and the DiT have them: the heads and the hidden units are split,
+# so that each half of a block needs one sum over the devices (Shoeybi 2019, section 3). Kernels have their longer axis last.
+TENSOR_RULES: Rules = (
+    (r"(qkv|up)/(kernel|bias)$", PartitionSpec("tensor")),
+    (r"attention/out/kernel$", PartitionSpec("tensor", None)),
+    (r"down/kernel$", PartitionSpec("tensor")),
+)
+
+
+def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of the first devices: {"data": 2, "fsdp": 4} takes eight.
+
+    Raises:
+        ConfigError: for an axis that does not exist, a size below 1, or more devices than there are.
+    """
+    for name, size in axes.items():
+        if name not in AXES:
+            known = ", ".join(f"{axis} ({what})" for axis, what in AXES.items())
+            raise ConfigError(f"A mesh has no axis {name!r}. There are: {known}.")
+        if size < 1:
+            raise ConfigError(f"The axis {name} of a mesh must have at least 1 device; got {size}.")
+    found = list(jax.devices() if devices is None else devices)
+    need = math.prod(axes.values())
+    if need > len(found):
+        raise ConfigError(
+            f"The mesh {describe(axes)} takes {need} devices; there are {len(found)}. "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={need} makes a CPU look like {need} of them, to try it."
+        )
+    ordered = {name: axes[name] for name in AXES if name in axes}
+    return Mesh(np.asarray(found[:need]).reshape(tuple(ordered.values())), tuple(ordered))
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """The axes that "data=4,fsdp=2" names.
+
+    Raises:
+        ConfigError: for a text of another form.
+    """
+    axes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.strip().partition("=")
+        if not size.isdigit() or name in axes:
+            raise ConfigError(f"A mesh is written as data=4,fsdp=2, each axis once; got {text!r}.")
+        axes[name] = int(size)
+    return axes
+
+
+def describe(axes: Mapping[str, int]) -> str:
+    """A mesh's shape in words: data=4,fsdp=2."""
+    return ",".join(f"{name}={size}" for name, size in axes.items())
+
+
+def layout(state: PyTree, mesh: Mesh, rules: Rules = ()) -> PyTree:
+    """Where each array of a TrainState lies: a NamedSharding for every leaf.
+
+    The first rule whose pattern is found in the leaf's path ("params/transformer/blocks/0/attention/qkv/kernel") gives the
+    axes of the mesh along the leaf's last dimensions. An optimiser's arrays have their parameter's path and so its layout.
+    Under `fsdp` the longest dimension that is left and can be divided is split too; under `member` the first one.
+
+    Args:
+        state: arrays, or their shapes from `jax.eval_shape`; with `member`, that of an ensemble.
+        mesh: see `make_mesh`.
+        rules: (regular expression, PartitionSpec), the first that matches counts.
+
+    Raises:
+        ConfigError: for a mesh of other axes, a rule that matches no parameter, names an axis that the mesh lacks, or splits a
+            dimension that its axis does not divide.
+    """
+    _check_mesh(mesh)
+    for pattern, spec in rules:
+        for axis in (name for entry in spec if entry for name in _names(entry)):
+            if axis not in mesh.shape:
+                raise ConfigError(f"The rule {pattern!r} splits over {axis!r}; the mesh is {describe(mesh.shape)}.")
+    matched: set[str] = set()
+
+    def one(path: Any, leaf: Any) -> NamedSharding:
+        name = _name(path)
+        if name == "step":  # which the members of an ensemble share
+            return NamedSharding(mesh, PartitionSpec())
+        entries: list[Any] = [None] * leaf.ndim
+        if "member" in mesh.shape:
+            _check_members(name, leaf, mesh.shape["member"])
+            entries[0] = "member"
+        begin = entries.count("member")
+        rule = next(((pattern, spec) for pattern, spec in rules if re.search(pattern, name)), None)
+        if rule is not None:
+            pattern, spec = rule
+            start = leaf.ndim - len(spec)
+            fits = start >= begin and all(leaf.shape[start + i] % _size(mesh, entry) == 0 for i, entry in enumerate(spec))
+            if name.startswith("params/"):
+                matched.add(pattern)
+                if not fits:
+                    raise ConfigError(
+                        f"The rule {pattern!r} splits {name}, of shape {list(leaf.shape)}, as {tuple(spec)} over a mesh "
+                        f"{describe(mesh.shape)}, which does not divide it."
+                    )
+            if fits:  # an optimiser may keep something of another shape for a parameter
+                entries[start:] = spec
+        if "fsdp" in mesh.shape:
+            size = mesh.shape["fsdp"]
+            free = [i for i in range(begin, leaf.ndim) if entries[i] is None and leaf.shape[i] and leaf.shape[i] % size == 0]
+            if free:
+                entries[max(free, key=lambda i: leaf.shape[i])] = "fsdp"
+        return NamedSharding(mesh, PartitionSpec(*entries))
+
+    found = jax.tree_util.tree_map_with_path(one, state)
+    if unused := [pattern for pattern, _ in rules if pattern not in matched]:
+        names = [name for name in map(_name, dict(jax.tree_util.tree_leaves_with_path(state))) if name.startswith("params/")]
+        raise ConfigError(f"The rule {unused[0]!r} matches no parameter. There are, among others: {', '.join(names[:5])}.")
+    return found
+
+
+def shard(t: Training, mesh: Mesh, rules: Rules = (), batch_spec: PartitionSpec | None = None) -> Training:
+    """The same step on many devices: the state lies as `layout` says, and a batch is split over `data` and `fsdp`.
+
+    The result equals that of one device to rounding.
+
+    Args:
+        t: what to run; with a `member` axis, an ensemble.
+        mesh: see `make_mesh`.
+        rules: what `tensor` splits; see `layout` and `TENSOR_RULES`.
+        batch_spec: of a batch's first dimensions, where they are others: PartitionSpec("member", "data") for an ensemble
+            whose members have batches of their own.
+
+    Raises:
+        ConfigError: as `layout` does, and for a batch that its axes do not divide.
+    """
+    _check_mesh(mesh)
+    split = tuple(axis for axis in ("data", "fsdp") if axis in mesh.shape)
+    spec = PartitionSpec(split or None) if batch_spec is None else batch_spec
+
+    def place(ts: TrainState) -> TrainState:
+        return jax.lax.with_sharding_constraint(ts, layout(ts, mesh, rules))
+
+    def init(key: Key) -> TrainState:
+        return place(t.init(key))
+
+    def step(ts: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        for leaf in jax.tree.leaves(batch):
+            for size, entry in zip(leaf.shape, spec, strict=False):
+                if size % _size(mesh, entry):
+                    raise ConfigError(
+                        f"A batch of {size} does not divide over the {_size(mesh, entry)} devices of the mesh's "
+                        f"{' x '.join(_names(entry))}."
+                    )
+        new, metrics = t.step(place(ts), jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, spec)))
+        return place(new), metrics
+
+    return Training(init, step, lambda wrap: shard(t.rewrap(wrap), mesh, rules, batch_spec))
+
+
+def _check_mesh(mesh: Mesh) -> None:
+    if unknown := [axis for axis in mesh.shape if axis not in AXES]:
+        raise ConfigError(f"The mesh has an axis {unknown[0]!r}; those of a training are {', '.join(AXES)}.")
+
+
+def _check_members(name: str, leaf: Any, size: int) -> None:
+    if leaf.ndim == 0 or leaf.shape[0] % size:
+        raise ConfigError(
+            f"The mesh has {size} devices to share members; {name} has the shape {list(leaf.shape)}, whose first dimension "
+            f"should be members, a multiple of {size}. Shard an ensemble of so many."
+        )
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+
+
+def _size(mesh: Mesh, entry: Any) -> int:
+    """How many parts an entry of a PartitionSpec makes of a dimension."""
+    return math.prod(mesh.shape[axis] for axis in _names(entry))

@@ -1,0 +1,240 @@
+"""Sharded training on 8 virtual devices: the values of one device, the layout asked for, and the collectives that it takes."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from gates import assert_close, quick
+from jax.sharding import Mesh, PartitionSpec
+from rows import RATE, batch, first_rows, optimizer, plain, run, widen
+
+from genjax.checkpoint import Checkpoints
+from genjax.config import replace
+from genjax.data import example_batch
+from genjax.errors import ConfigError
+from genjax.families.attention import transformer
+from genjax.families.denoising import diffusion
+from genjax.families.variational import vae
+from genjax.optim import track_ema
+from genjax.protocol import Batch, DataSpec
+from genjax.run import train
+from genjax.sharding import TENSOR_RULES, describe, layout, make_mesh, parse_mesh, shard
+from genjax.train import ensemble, microbatch, scan_steps, training
+from genjax.zoo import ZOO
+
+KEY = jax.random.key(0)
+TX = optax.chain(optax.adam(1e-2), track_ema(0.9))
+PLANE = DataSpec((2,), "continuous")
+VAE = training(vae(PLANE, latent_dim=2, hidden=(16,)), TX)
+WORDS = DataSpec((5,), "tokens", levels=8, step="token")
+IMAGES = DataSpec((4, 4, 1), "continuous")
+SPLIT = {
+    "transformer": (transformer(WORDS, d_model=16, n_layers=2, n_heads=4), WORDS),
+    "dit": (diffusion(IMAGES, net="dit", d_model=16, n_layers=1, n_heads=4), IMAGES),
+}
+
+
+def batches(spec=PLANE, n=16):
+    return [example_batch(spec, jax.random.key(seed), n) for seed in (1, 2)]
+
+
+def program(t, spec=PLANE, key=KEY, n=16):
+    ts = jax.jit(t.init)(key)
+    return jax.jit(t.step).lower(ts, batches(spec, n)[0]).compile()
+
+
+def collectives(compiled):
+    return set(re.findall(r"\b(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\b", compiled.as_text()))
+
+
+def share(tree):
+    """The part of a tree's bytes that the first device holds, from the arrays' own shards."""
+    leaves = [
+        jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf for leaf in jax.tree.leaves(tree)
+    ]
+    first = jax.devices()[0]
+    held = sum(s.data.nbytes for leaf in leaves for s in leaf.addressable_shards if s.device == first)
+    return held / sum(leaf.nbytes for leaf in leaves)
+
+
+# --- values -------------------------------------------------------------------------------------------------------------
+
+
+@first_rows
+def test_a_step_with_a_split_state_equals_one_device(name):
+    axes = {"data": 2, "fsdp": 4}
+    start = plain(name).init(KEY)
+    with jax.enable_x64(True):
+        data = [widen(batch(name, seed)) for seed in range(3)]
+        got = run(quick(shard(plain(name).t, make_mesh(axes)).step), widen(start), data)
+        assert_close(got, run(functools.partial(plain(name).step, RATE), widen(start), data), rtol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize("axes", [{"tensor": 4}, {"data": 2, "tensor": 2, "fsdp": 2}], ids=describe)
+def test_tensor_parallel_steps_equal_one_device_and_split_the_arithmetic(name, axes):
+    model, spec = SPLIT[name]
+    t = training(model, optimizer())
+    sharded = shard(t, make_mesh(axes), TENSOR_RULES)
+    start = quick(t.init)(KEY)
+    with jax.enable_x64(True):
+        data = [widen(one) for one in batches(spec)]
+        step = quick(sharded.step)
+        got = run(step, widen(start), data)
+        assert_close(got, run(quick(t.step), widen(start), data), rtol=1e-9)
+    lowered = jax.jit(sharded.step).lower(jax.jit(sharded.init)(KEY), batches(spec)[0]).compile()
+    assert "all-reduce" in collectives(lowered)
+    whole = jax.jit(t.step).lower(start, batches(spec)[0]).compile()
+    assert lowered.cost_analysis()["flops"] < 0.7 * whole.cost_analysis()["flops"]
+
+
+@pytest.mark.slow
+def test_members_over_devices_equal_members_on_one_and_never_speak():
+    t = ensemble(VAE)
+    sharded = shard(t, make_mesh({"member": 8}))
+    keys = jax.random.split(KEY, 8)
+    got = run(jax.jit(sharded.step), jax.jit(sharded.init)(keys), batches())
+    assert_close(got, run(jax.jit(t.step), jax.jit(t.init)(keys), batches()), rtol=1e-4)
+    assert got[0].params["vae"]["prior"] == {} or share(got[0].params) == 1 / 8
+    assert share(got[0].opt) == 1 / 8
+    step = jax.jit(sharded.step).lower(jax.jit(sharded.init)(keys), batches()[0]).compile()
+    text = step.as_text()
+    assert collectives(step) <= {"all-gather"}, text  # of the metrics, at the end
+
+
+@pytest.mark.slow
+def test_sharding_composes_with_the_other_transforms():
+    data = batches()
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *data)
+    mesh = make_mesh({"data": 2, "fsdp": 4})
+    t = scan_steps(microbatch(shard(VAE, mesh), 2))
+    got, _ = jax.jit(t.step)(jax.jit(t.init)(KEY), stacked)
+    wanted, _ = run(jax.jit(microbatch(VAE, 2).step), jax.jit(VAE.init)(KEY), data)
+    assert_close(got, wanted, rtol=1e-4)
+    assert share(got.params) < 1 / 3
+
+
+# --- layout -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_fsdp_keeps_an_eighth_of_the_state_on_each_device_and_gathers_it_to_use_it():
+    wide = training(vae(PLANE, latent_dim=8, hidden=(64, 64)), TX)
+    t = shard(wide, make_mesh({"fsdp": 8}))
+    ts = jax.jit(t.init)(KEY)
+    after, _ = jax.jit(t.step)(ts, batches()[0])
+    for state in (ts, after):  # an eighth but for a few biases and counters
+        assert 1 / 8 <= share(state) < 1.05 / 8
+    assert "all-gather" in collectives(jax.jit(t.step).lower(ts, batches()[0]).compile())
+
+
+def test_data_parallel_steps_replicate_the_state_and_sum_over_devices():
+    t = shard(VAE, make_mesh({"data": 8}))
+    assert "all-reduce" in collectives(program(t))
+    assert "all-gather" not in collectives(program(t))
+    ts, _ = jax.jit(t.step)(jax.jit(t.init)(KEY), batches()[0])
+    assert {(len(leaf.sharding.device_set), leaf.sharding.is_fully_replicated) for leaf in jax.tree.leaves(ts)} == {(8, True)}
+
+
+def test_rules_name_the_last_dimensions_and_optimisers_follow_their_parameters():
+    mesh = make_mesh({"data": 2, "tensor": 4})
+    model, _ = SPLIT["transformer"]
+    ts = jax.eval_shape(training(model, TX).init, KEY)
+    found = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): sharding.spec
+        for path, sharding in jax.tree_util.tree_leaves_with_path(layout(ts, mesh, TENSOR_RULES))
+    }
+    block = "transformer/blocks/1/"
+    assert found[f"params/{block}attention/qkv/kernel"] == PartitionSpec(None, "tensor")
+    assert found[f"params/{block}attention/out/kernel"] == PartitionSpec("tensor", None)
+    assert found[f"params/{block}feed_forward/down/kernel"] == PartitionSpec(None, "tensor")
+    assert not any(found["params/transformer/readout/norm/scale"])
+    moments = [spec for name, spec in found.items() if name.startswith("opt/") and name.endswith("1/attention/qkv/kernel")]
+    assert moments == [PartitionSpec(None, "tensor")] * 3  # two of Adam and the average
+
+
+def test_the_longest_dimension_that_can_be_divided_is_split():
+    tree = {"a": jnp.zeros((8, 24)), "b": jnp.zeros((16, 9)), "c": jnp.zeros((3, 5)), "d": jnp.zeros(())}
+    found = jax.tree.map(lambda s: tuple(s.spec), layout(tree, make_mesh({"fsdp": 8})), is_leaf=lambda x: hasattr(x, "spec"))
+    assert found == {"a": (None, "fsdp"), "b": ("fsdp", None), "c": (None, None), "d": ()}
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_one_mesh_is_restored_on_another(tmp_path):
+    t, other = shard(VAE, make_mesh({"fsdp": 8})), shard(VAE, make_mesh({"data": 4, "fsdp": 2}))
+    ts, _ = jax.jit(t.step)(jax.jit(t.init)(KEY), batches()[0])
+    Checkpoints(tmp_path).save(ts)
+    shapes = jax.eval_shape(other.init, KEY)
+    like = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        layout(shapes, make_mesh({"data": 4, "fsdp": 2})),
+    )
+    for wanted in (like, shapes):  # placed at once, or where the step will put it
+        restored = Checkpoints(tmp_path).restore(wanted).state
+        assert_close(restored, ts, rtol=0)
+        got = jax.jit(other.step)(restored, batches()[1])
+        assert_close(got, jax.jit(t.step)(ts, batches()[1]), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_trains_on_a_mesh_and_goes_on_with_another(tmp_path):
+    recipe = replace(
+        ZOO["vae"], hidden=(8,), latent_dim=2, batch_size=16, steps=20, steps_per_call=5, checkpoint_every=10, sample_every=0
+    )
+    straight = train(recipe, tmp_path / "one")
+    on_mesh = train(recipe, tmp_path / "mesh", mesh={"data": 2, "fsdp": 4})
+    assert_close(on_mesh.params, straight.params, rtol=1e-4)
+    assert share(on_mesh.params) < 1 / 3
+    for step in Checkpoints(tmp_path / "mesh" / "checkpoints").steps()[1:]:
+        (tmp_path / "mesh" / "checkpoints" / str(step)).rename(tmp_path / f"gone{step}")
+    again = train(recipe, tmp_path / "mesh", mesh={"data": 8})
+    assert_close(again.params, straight.params, rtol=1e-4)
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_mesh_that_does_not_exist():
+    with pytest.raises(ConfigError, match=r"no axis 'model'. There are: member \(the members of an ensemble\), data"):
+        make_mesh({"model": 2})
+    with pytest.raises(ConfigError, match=r"takes 16 devices; there are 8\. XLA_FLAGS"):
+        make_mesh({"data": 4, "fsdp": 4})
+    with pytest.raises(ConfigError, match="at least 1 device; got 0"):
+        make_mesh({"data": 0})
+    with pytest.raises(ConfigError, match="an axis 'x'; those of a training are member, data, fsdp, tensor"):
+        shard(VAE, Mesh(np.asarray(jax.devices()), ("x",)))
+
+
+@pytest.mark.parametrize("text", ["data", "data=", "data=two", "data=2;fsdp=4", "data=2,data=4", "", "data=-1"])
+def test_a_mesh_that_cannot_be_read(text):
+    with pytest.raises(ConfigError, match="written as data=4,fsdp=2"):
+        parse_mesh(text)
+
+
+def test_a_mesh_in_words_and_back():
+    assert parse_mesh("data=4, fsdp=2") == {"data": 4, "fsdp": 2}
+    assert describe(make_mesh({"fsdp": 2, "data": 4}).shape) == "data=4,fsdp=2"
+
+
+def test_batches_members_and_rules_that_do_not_fit():
+    ts = jax.eval_shape(VAE.init, KEY)
+    six = Batch(jnp.zeros((6, 2)))
+    with pytest.raises(ConfigError, match="batch of 6 does not divide over the 8 devices of the mesh's data x fsdp"):
+        jax.eval_shape(shard(VAE, make_mesh({"data": 2, "fsdp": 4})).step, ts, six)
+    with pytest.raises(ConfigError, match="8 devices to share members; key has the shape"):
+        jax.eval_shape(shard(VAE, make_mesh({"member": 8})).init, KEY)
+    with pytest.raises(ConfigError, match=r"key has the shape \[6\]"):
+        jax.eval_shape(shard(ensemble(VAE), make_mesh({"member": 8})).init, jax.random.split(KEY, 6))
+    mesh = make_mesh({"tensor": 8})
+    with pytest.raises(ConfigError, match=r"'nothing' matches no parameter. There are, among others: params/vae/decoder"):
+        layout(ts, mesh, [("nothing", PartitionSpec("tensor"))])
+    with pytest.raises(ConfigError, match=r"splits over 'tensor'; the mesh is data=8"):
+        layout(ts, make_mesh({"data": 8}), TENSOR_RULES)
+    with pytest.raises(ConfigError, match=r"of shape \[2\], as \('tensor',\) over a mesh tensor=8, which does not divide it"):
+        layout(ts, mesh, [("decoder/.*bias", PartitionSpec("tensor"))])
