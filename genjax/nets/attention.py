@@ -120,15 +120,15 @@ def attend(q: Array, k: Array, v: Array, allowed: Array) -> Array:
 def attend_one(q: Array, k: Array, v: Array, allowed: Array) -> Array:
     """`attend` for one query a head: q [n, G, R, h], k and v [n, G, S, h], allowed bool [S] -> [n, G, R, h].
 
-    By products and sums, which a compiler makes one pass over the cache: batched products of a matrix and one vector took 3.6
-    times as long on a CPU, for 64 sequences with a context of 256.
+    By matrix products: on a CPU, sums of products took 7 to 50 times as long with jax 0.10, for 1 and 64 sequences with a
+    context of 64 to 512; with 0.12 they took up to 3 times as long for 64 sequences, and half to a quarter for one.
     """
     dtype = wide(q.dtype)
     q, k, v = (x.astype(dtype) for x in (q, k, v))
-    scores = jnp.sum(q[:, :, :, None] * k[:, :, None], axis=-1) * q.shape[-1] ** -0.5
+    scores = jnp.einsum("ngrh,ngsh->ngrs", q, k) * q.shape[-1] ** -0.5
     scores = jnp.where(allowed[None, None, None], scores, -jnp.inf)
     weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-    return jnp.sum(weights[..., None] * v[:, :, None], axis=3) / weights.sum(axis=-1, keepdims=True)
+    return jnp.einsum("ngrs,ngsh->ngrh", weights, v) / weights.sum(axis=-1, keepdims=True)
 
 
 def causal(t: int, window: int | None) -> Array:
