@@ -1,7 +1,7 @@
-"""The command line: genjax list | train | sample | evaluate | sweep | bench (sample and evaluate are in cli_runs.py).
+"""The command line: genjax list | train | sample | evaluate | sweep | compile | bench (cli_runs.py has sample and evaluate).
 
 Nothing heavy is imported until a command needs it, so that `genjax --help` answers at once. A command's flags come from
-types: those of `train`, `sweep` and `bench` from the signatures of the recipe's builder and data loader.
+types: those of `train`, `sweep`, `compile` and `bench` from the signatures of the recipe's builder and data loader.
 """
 
 import contextlib
@@ -31,6 +31,7 @@ Pure-function generative models in JAX.
   sample RUN           draw samples from a run folder: pictures, text (with a --prompt), music
   evaluate RUN         log-probability, bound or figures about samples on the test split, into report.json
   sweep NAME           many seeds and settings as one compiled program: --seeds 4 --learning-rate 1e-3,3e-4
+  compile NAME         the step compiled for TPUs that are not here: --topology v5e:2x2; memory, FLOPs, best time
   bench NAME           steps/s, examples/s, compile time, FLOPs and share of the machine's peak
 
 `genjax COMMAND --help` and `genjax train NAME --help` list the flags. Exit codes: 0 done, 2 an error that is said in one
@@ -85,6 +86,19 @@ class _Bench:
     """
 
     seconds: float = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Compile:
+    """What to compile for.
+
+    Attributes:
+        topology: TPUs, such as v5e:2x2 (v4, v5e, v5p, v6e), or cuda, for which the step is only lowered.
+        mesh: how to split the work over them, such as data=2,fsdp=2; data parallel over all unless given.
+    """
+
+    topology: str = "v5e:2x2"
+    mesh: str | None = None
 
 
 def _group(title: str, fields: dict[str, tuple[Any, Any, str]]) -> Any:
@@ -254,6 +268,36 @@ def _bench(args: list[str]) -> None:
     )
 
 
+def _compile(args: list[str]) -> None:
+    # Before jax is imported: there is no TPU to look for, and arrays of this process live on the CPU.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    recipe, _, options = _parse_recipe("compile", args, _Compile)
+    from genjax.ahead import compile_for, lowered_for_cuda
+    from genjax.sharding import describe, parse_mesh
+
+    if options.topology == "cuda":
+        size = lowered_for_cuda(recipe)
+        print(f"a step of {recipe.name} lowers for CUDA: {size} bytes of StableHLO (compiling it takes a GPU)")
+        return
+    found = compile_for(recipe, options.topology, parse_mesh(options.mesh) if options.mesh is not None else None)
+    fits = "fits" if found.memory <= found.capacity else "DOES NOT FIT"
+    print_table(
+        f"a step of {recipe.name}, batch {recipe.schedule.batch_size}, compiled for {options.topology} over a mesh "
+        f"{describe(found.mesh)}; nothing was run",
+        ["what, on each device", "figure"],
+        [
+            ["device", found.device],
+            ["compile", f"{found.compile_seconds:.2f} s, on this machine"],
+            ["memory", f"{found.memory / 2**20:.1f} MiB of {found.capacity / 2**30:.0f} GiB: {fits}"],
+            ["FLOPs", f"{found.flops:.4g}"],
+            ["bytes accessed", f"{found.bytes_accessed:.4g}"],
+            ["least time", f"{1000 * found.optimal_seconds:.4g} ms, by the compiler's own estimate"],
+            ["share of peak", f"{100 * found.share_of_peak:.2f} % of the bfloat16 peak, in that time"],
+        ],
+    )
+
+
 def _list(args: list[str]) -> None:
     import tyro
 
@@ -295,6 +339,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "sample": _sample,
     "evaluate": _evaluate,
     "sweep": _sweep,
+    "compile": _compile,
     "bench": _bench,
 }
 
@@ -332,7 +377,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if args[0] not in COMMANDS:
             raise unknown_name("command", args[0], COMMANDS)
-        if args[0] != "bench":  # which says how long compiling takes
+        if args[0] not in ("bench", "compile"):  # which say how long compiling takes
             _keep_compiled_programs()
         COMMANDS[args[0]](args[1:])
     except Interrupted as stop:

@@ -158,8 +158,7 @@ def shard(t: Training, mesh: Mesh, rules: Rules = (), batch_spec: PartitionSpec 
         ConfigError: as `layout` does, and for a batch that its axes do not divide.
     """
     _check_mesh(mesh)
-    split = tuple(axis for axis in ("data", "fsdp") if axis in mesh.shape)
-    spec = PartitionSpec(split or None) if batch_spec is None else batch_spec
+    spec = batch_spec_of(mesh) if batch_spec is None else batch_spec
 
     def place(ts: TrainState) -> TrainState:
         return jax.lax.with_sharding_constraint(ts, layout(ts, mesh, rules))
@@ -179,6 +178,11 @@ def shard(t: Training, mesh: Mesh, rules: Rules = (), batch_spec: PartitionSpec 
         return place(new), metrics
 
     return Training(init, step, lambda wrap: shard(t.rewrap(wrap), mesh, rules, batch_spec))
+
+
+def batch_spec_of(mesh: Mesh) -> PartitionSpec:
+    """Where a batch lies: its first dimension is split over `data` and `fsdp`, as far as the mesh has them."""
+    return PartitionSpec(tuple(axis for axis in ("data", "fsdp") if axis in mesh.shape) or None)
 
 
 def _check_mesh(mesh: Mesh) -> None:

@@ -1,0 +1,68 @@
+"""Steps compiled for machines that are not here. What needs libtpu is skipped, and said to be, where it is not installed."""
+
+import dataclasses
+import importlib.util
+
+import pytest
+from program import refused
+
+from genjax import ahead
+from genjax.errors import ConfigError
+from genjax.zoo import ZOO
+
+libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (the extra tpu)")
+
+
+def tiny(name, batch_size=8):
+    row = ZOO[name]
+    schedule = dataclasses.replace(row.schedule, batch_size=batch_size)
+    return dataclasses.replace(row, model={**row.model, **row.tiny}, schedule=schedule)
+
+
+@libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ZOO)
+def test_every_recipe_compiles_for_a_tpu(name):
+    found = ahead.compile_for(tiny(name), "v5e:2x2", {"data": 2, "fsdp": 2})
+    assert found.device == "TPU v5 lite"
+    assert 0 < found.memory < found.capacity == 16 * 2**30
+    assert found.flops > 0
+    assert 0 < found.optimal_seconds < 1
+    assert 0 < found.share_of_peak < 1
+
+
+@libtpu
+@pytest.mark.slow
+def test_devices_share_the_work_and_a_split_state_takes_less_memory():
+    row = tiny("vae", 512)
+    row = dataclasses.replace(row, model={**row.model, "hidden": (256, 256)})
+    one, four = (ahead.compile_for(row, "v5e:2x2", axes) for axes in ({"data": 1}, {"data": 4}))
+    assert one.flops / four.flops == pytest.approx(4, rel=0.2)
+    split = ahead.compile_for(row, "v5e:2x2", {"fsdp": 4})
+    assert split.memory < 0.6 * four.memory
+
+
+@libtpu
+def test_every_topology_that_is_listed_exists_and_its_chip_is_known():
+    for version, sizes in ahead.TOPOLOGIES.items():
+        for size in sizes:
+            assert ahead.devices_of(f"{version}:{size}")[0].device_kind in ahead.CHIPS
+
+
+@pytest.mark.parametrize("name", ["vae", pytest.param("transformer", marks=pytest.mark.slow)])
+def test_a_step_is_lowered_for_cuda(name):
+    assert ahead.lowered_for_cuda(tiny(name)) > 1000
+
+
+def test_without_libtpu_the_error_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(ahead.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs libtpu, which no TPU is needed for: pip install 'genjax-zoo\[tpu\]'"):
+        ahead.devices_of("v5e:2x2")
+    assert "needs libtpu" in refused(["compile", "vae"], capsys)
+
+
+@pytest.mark.parametrize("topology", ["v9:2x2", "v5e", "v5e:3x3", "", "v5e:2x2x1"])
+def test_a_topology_that_does_not_exist(topology, monkeypatch):
+    monkeypatch.setattr(ahead.importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(ConfigError, match=rf"no topology '{topology}'. There are: v4:2x2x1, .*v6e:16x16, and cuda"):
+        ahead.devices_of(topology)
