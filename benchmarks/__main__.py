@@ -19,6 +19,7 @@ class Args:
             "adversarial",
             "dcgan",
             "nanogpt",
+            "published",
             "generation",
             "denoising",
             "results",
@@ -28,7 +29,8 @@ class Args:
         tyro.conf.Positional,
     ] = "all"
     """What to measure. `results` trains every recipe, `adversarial` many GANs, `dcgan` one and its PyTorch twin,
-    `nanogpt` a Transformer's step and its twin (GENJAX_TORCH_PYTHON names their interpreter), `generation` cached sampling,
+    `nanogpt` a Transformer's step and its twin (GENJAX_TORCH_PYTHON names their interpreter),
+    `published` rows as the source of their reference counts, from runs in `keep`, `generation` cached sampling,
     `denoising` what diffusion and flow matching reach.
     `all` leaves these out."""
     names: tuple[str, ...] = ()
@@ -38,7 +40,7 @@ class Args:
     seconds: float | None = None
     """Seconds for each comparison; each part's own default unless given."""
     keep: Path | None = None
-    """For `results`, `dcgan`, `nanogpt` and `denoising`: keep run folders here, and do not train again what is here already."""
+    """For `results`, `dcgan`, `published`, `denoising`: keep run folders here, and do not train again what is here already."""
 
 
 def main() -> None:
@@ -63,7 +65,11 @@ def main() -> None:
     if args.part == "nanogpt":
         from benchmarks import nanogpt
 
-        nanogpt.main(args.seconds or 30.0, args.keep)
+        nanogpt.main(args.seconds or 30.0)
+    if args.part == "published":
+        from benchmarks import published
+
+        published.main(args.keep)
     if args.part == "generation":
         from benchmarks import generation
 

@@ -1,4 +1,4 @@
-"""nanoGPT's example for a CPU: its value as it counts it, and a training step against its own arithmetic in PyTorch.
+"""nanoGPT's example for a CPU: a training step against its own arithmetic in PyTorch.
 
 The setting is nanoGPT's for a CPU: 4 layers, 4 heads, width 128, context 64, batch 12, 65 symbols, tied embeddings, no biases,
 gradients clipped at norm 1, AdamW. The twin, `torch_nanogpt.py`, runs in an interpreter of its own, which
@@ -7,9 +7,6 @@ $GENJAX_TORCH_PYTHON names.
 genjax runs as `fit` runs it, 20 steps a dispatch, and also one at a time. The difference is memory: a step has 40 MB of
 temporary arrays, which XLA asks the C library for anew in each dispatch, and glibc gives areas above 32 MB back to the system
 at once. That makes 11,000 page faults, a quarter of the time of a step.
-
-nanoGPT predicts each character from the 1 to 64 before it, so the first of a window counts for nothing. The row
-`transformer-shakespeare` has windows of 65 and also predicts the first, from nothing; `value` leaves it out.
 """
 
 import os
@@ -22,16 +19,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from benchmarks.common import ratio, summary, write
-from genjax import run
 from genjax.data import example_batch
 from genjax.errors import ConfigError
 from genjax.families.attention import transformer
 from genjax.measure import stepper
 from genjax.optim import Optimizer
-from genjax.protocol import Batch, DataSpec
+from genjax.protocol import DataSpec
 from genjax.train import compiled, scan_steps, training
 
 SPEC = DataSpec((64,), "tokens", levels=65, step="character", name="random characters")
@@ -106,45 +101,8 @@ def compare(python: str, seconds: float = 30.0, block: int = 20) -> dict[str, An
     }
 
 
-def value(folder: Path) -> dict[str, Any]:
-    """Nats per character of a run on its test split, nanoGPT's validation split, each with 1 to 64 characters before it."""
-    loaded = run.load(folder)
-    windows = loaded.recipe.source().load().test.x
-    score = jax.jit(lambda x: loaded.model.extras["step_log_prob"](loaded.params, loaded.state, Batch(x))[:, 1:].sum(1))
-    parts = [np.asarray(score(windows[i : i + 100].astype(np.int32))) for i in range(0, len(windows), 100)]
-    each = -np.concatenate(parts) / (windows.shape[1] - 1)
-    return {
-        "nats": float(each.mean()),
-        "standard_error": float(each.std(ddof=1) / len(each) ** 0.5),
-        "characters": int(len(each) * (windows.shape[1] - 1)),
-    }
-
-
-def values(keep: Path) -> dict[str, Any]:
-    """`value` of each seed whose run folder `python -m benchmarks results --keep` left; mean and sd over them."""
-    folders = sorted(keep.glob("transformer-shakespeare_seed*"))
-    if not folders:
-        raise ConfigError(
-            f"{keep} has no runs. Run `python -m benchmarks results --names transformer-shakespeare --keep {keep}`."
-        )
-    found = [value(folder) for folder in folders]
-    nats = [one["nats"] for one in found]
-    return {
-        "by_seed": nats,
-        "mean": statistics.mean(nats),
-        "sd": statistics.stdev(nats) if len(nats) > 1 else None,
-        "standard_error": max(one["standard_error"] for one in found),
-        "characters": found[0]["characters"],
-    }
-
-
-def main(seconds: float = 30.0, keep: Path | None = None) -> None:
-    """Measure and write results/nanogpt.json; with run folders only their value, results/nanogpt_value.json."""
-    if keep is not None:
-        found = values(keep)
-        print(f"nats per character as nanoGPT counts: {found['mean']:.4f}, by seed {found['by_seed']}")
-        write("nanogpt_value", found)
-        return
+def main(seconds: float = 30.0) -> None:
+    """Measure and write results/nanogpt.json."""
     python = os.environ.get("GENJAX_TORCH_PYTHON")
     if python is None:
         raise ConfigError("Set GENJAX_TORCH_PYTHON to an interpreter that has torch and numpy: the PyTorch twin runs there.")

@@ -170,14 +170,28 @@ def nanogpt_parts(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def nanogpt_value_parts(found: dict[str, Any]) -> list[str]:
-    """What the Transformer of nanoGPT's size reaches, counted as nanoGPT counts."""
-    seeds = len(found["by_seed"])
+def published_parts(found: dict[str, Any]) -> list[str]:
+    """The part about rows with a published reference."""
     return [
-        f"`transformer-shakespeare` reaches {mean_and_sd(found, '.3f')} nats per character (mean and sd over {seeds} "
-        f"seed{'s' * (seeds > 1)}; s.e. over windows {found['standard_error']:.3f}) on the last tenth of the text, nanoGPT's "
-        f"validation split: {found['characters']:,} characters, each with the 1 to 64 before it, as nanoGPT counts. "
-        f"nanoGPT's README has 1.88 ({machine(found)}).",
+        "## Counted as their references count",
+        "",
+        "Nats per step of the test split without the first step of each sequence, which nanoGPT and Bai (2018) do not predict; "
+        f"mean and sd over training seeds ({machine(found)}). Shakespeare's last tenth is nanoGPT's validation split.",
+        "",
+        markdown(
+            ["recipe", "nats", "seeds", "s.e. over sequences", "steps", "reference"],
+            [
+                [
+                    f"`{row['recipe']}`",
+                    mean_and_sd(row, ".3f"),
+                    str(len(row["by_seed"])),
+                    f"{row['standard_error']:.3f}",
+                    f"{row['steps']:,}",
+                    f"{row['reference']} ({row['source']})",
+                ]
+                for row in found["rows"]
+            ],
+        ),
         "",
     ]
 
@@ -334,9 +348,9 @@ def main() -> None:
     nanogpt, generation = read("nanogpt"), read("generation")
     if nanogpt:
         parts += nanogpt_parts(nanogpt)
-    nanogpt_value = read("nanogpt_value")
-    if nanogpt_value:
-        parts += nanogpt_value_parts(nanogpt_value)
+    published = read("published")
+    if published:
+        parts += published_parts(published)
     if generation:
         parts += generation_parts(generation)
     denoising = read("denoising")

@@ -97,6 +97,25 @@ def test_alternation_gives_one_value_a_round_and_program() -> None:
 
 
 @pytest.mark.slow
+def test_a_value_without_first_steps_is_the_mean_over_all_others(tmp_path: Path) -> None:
+    from benchmarks import published
+    from genjax import run
+    from genjax.config import replace
+    from genjax.zoo import ZOO
+
+    recipe = replace(ZOO["transformer"], d_model=8, n_layers=1, n_heads=2, context=8, batch_size=8, steps=2, warmup_steps=0)
+    run.train(replace(recipe, sample_every=0, evaluate_every=0), tmp_path / "run")
+    loaded = run.load(tmp_path / "run")
+    found = published.value(tmp_path / "run")
+    x = loaded.recipe.source().load().test.x.astype(np.int32)
+    outputs = jax.jit(loaded.model.extras["outputs"])(loaded.params, loaded.state, x)
+    nats = -np.take_along_axis(np.asarray(jax.nn.log_softmax(outputs)), x[..., None], -1)[..., 0]
+    assert found["steps"] == nats[:, 1:].size
+    assert found["nats"] == pytest.approx(nats[:, 1:].mean(), rel=1e-5)
+    assert published.values("gru-jsb", tmp_path) is None
+
+
+@pytest.mark.slow
 def test_the_command_writes_tables_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import generation, throughput
 
