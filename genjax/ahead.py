@@ -17,8 +17,7 @@ from jax.sharding import NamedSharding
 from genjax.config import Recipe
 from genjax.data import example_batch
 from genjax.errors import ConfigError
-from genjax.measure import cost_of
-from genjax.sharding import TENSOR_RULES, batch_spec_of, layout, make_mesh, shard
+from genjax.sharding import batch_spec_of, layout, make_mesh, shard
 
 # What one device, as jax counts them, does and holds: bfloat16 FLOP/s and bytes of memory. From Google's pages on the
 # architecture of each version (https://cloud.google.com/tpu/docs, 2025); of a v4 chip jax sees two cores.
@@ -89,20 +88,18 @@ def compile_for(recipe: Recipe, topology: str, mesh: Mapping[str, int] | None = 
     devices = devices_of(topology)
     axes = dict(mesh or {"data": len(devices)})
     where = make_mesh(axes, devices)
-    rules = TENSOR_RULES if axes.get("tensor", 1) > 1 else ()
     spec = recipe.source().spec
-    t = shard(recipe.training(spec), where, rules)
+    t = shard(recipe.training(spec), where)
     state, batch = _shapes(t, spec, recipe.schedule.batch_size)
     split = NamedSharding(where, batch_spec_of(where))
-    state = jax.tree.map(_placed, state, layout(state, where, rules))
+    state = jax.tree.map(_placed, state, layout(state, where))
     batch = jax.tree.map(lambda leaf: _placed(leaf, split), batch)
     begin = time.perf_counter()
     program = jax.jit(t.step, donate_argnums=0).lower(state, batch).compile()
     seconds = time.perf_counter() - begin
-    found: Any = program.cost_analysis() or {}
+    found: Any = program.cost_analysis()
     memory: Any = program.memory_analysis()
-    flops, _ = cost_of(program)
-    optimal = float(found.get("optimal_seconds", float("nan")))
+    flops, optimal = float(found["flops"]), float(found["optimal_seconds"])
     kind = devices[0].device_kind
     peak, capacity = CHIPS[kind]
     return Compiled(
@@ -110,7 +107,7 @@ def compile_for(recipe: Recipe, topology: str, mesh: Mapping[str, int] | None = 
         mesh=axes,
         compile_seconds=seconds,
         flops=flops,
-        bytes_accessed=float(found.get("bytes accessed", float("nan"))),
+        bytes_accessed=float(found["bytes accessed"]),
         memory=memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes

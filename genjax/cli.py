@@ -269,9 +269,7 @@ def _bench(args: list[str]) -> None:
 
 
 def _compile(args: list[str]) -> None:
-    # Before jax is imported: there is no TPU to look for, and arrays of this process live on the CPU.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: what is compiled for is not here
     recipe, _, options = _parse_recipe("compile", args, _Compile)
     from genjax.ahead import compile_for, lowered_for_cuda
     from genjax.sharding import describe, parse_mesh
@@ -349,7 +347,7 @@ def _keep_compiled_programs() -> None:
 
     In $JAX_COMPILATION_CACHE_DIR, or genjax/xla in the user's cache folder, in a folder for each kind of processor: a home
     folder may be shared by several, and a program compiled for one need not run on another. JAX_ENABLE_COMPILATION_CACHE=0
-    turns it off. A damaged entry is compiled again.
+    turns it off. A damaged entry is compiled again, with a warning; where nothing can be written, nothing is kept.
     """
     if "jax" in sys.modules:  # which has read its settings
         return
@@ -358,8 +356,13 @@ def _keep_compiled_programs() -> None:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor += "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genjax" / "xla"
-    kind = hashlib.sha256(processor.encode()).hexdigest()[:12]
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / kind))
+    cache /= hashlib.sha256(processor.encode()).hexdigest()[:12]
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError:  # of which jax would warn at every program
+            return
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")  # jax's own second skips most steps of a CPU
 
 

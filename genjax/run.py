@@ -37,7 +37,7 @@ from genjax.log import Log, logging_in
 from genjax.loop import Hook, Progress, choose_feed, fit
 from genjax.metrics import Estimate, bits_per_dim, estimate, per_step, score_examples, scorer
 from genjax.protocol import Batch, DataSpec, Key, Model, Params, ScoreFn, State, TrainState, check_cond, step_mask
-from genjax.sharding import TENSOR_RULES, make_mesh, shard
+from genjax.sharding import make_mesh, shard
 from genjax.train import eval_params
 from genjax.zoo import ZOO
 
@@ -189,7 +189,7 @@ def train(
         progress: what is told after each dispatch.
         say: what is told of going on.
         mesh: the axes of a mesh to train on, see `sharding`. It is no part of the settings: values are those of one device
-            to rounding, and a run may go on with another mesh. Where it has `tensor`, `TENSOR_RULES` are its rules.
+            to rounding, and a run may go on with another mesh.
 
     Raises:
         GenjaxError: see the modules that this one calls; whatever was saved before stays.
@@ -200,7 +200,7 @@ def train(
     t, everywhere = recipe.training(source.spec), None
     if mesh:
         devices = make_mesh(mesh)
-        t = shard(t, devices, TENSOR_RULES if mesh.get("tensor", 1) > 1 else ())
+        t = shard(t, devices)
         everywhere = NamedSharding(devices, PartitionSpec())
         # Refuse one that does not fit now, before a run folder is made.
         fake = functools.partial(example_batch, source.spec, n=schedule.batch_size)

@@ -2,7 +2,7 @@
 
     mesh = make_mesh({"data": 2, "fsdp": 4})
     sharded = shard(training(model, tx), mesh)                    # the same step on 8 devices
-    split = shard(training(model, tx), make_mesh({"data": 4, "tensor": 2}), TENSOR_RULES)
+    split = shard(training(model, tx), make_mesh({"data": 4, "tensor": 2}))  # of a Transformer or a DiT
 
 A mesh has some of four axes. `data` splits the batch and keeps the state whole on every device; `fsdp` splits the batch too,
 and with it every array of the state (parameters, moments, averages); `tensor` splits what the rules say, so that one example's
@@ -82,7 +82,7 @@ def describe(axes: Mapping[str, int]) -> str:
     return ",".join(f"{name}={size}" for name, size in axes.items())
 
 
-def layout(state: PyTree, mesh: Mesh, rules: Rules = ()) -> PyTree:
+def layout(state: PyTree, mesh: Mesh, rules: Rules | None = None) -> PyTree:
     """Where each array of a TrainState lies: a NamedSharding for every leaf.
 
     The first rule whose pattern is found in the leaf's path ("params/transformer/blocks/0/attention/qkv/kernel") gives the
@@ -92,13 +92,16 @@ def layout(state: PyTree, mesh: Mesh, rules: Rules = ()) -> PyTree:
     Args:
         state: arrays, or their shapes from `jax.eval_shape`; with `member`, that of an ensemble.
         mesh: see `make_mesh`.
-        rules: (regular expression, PartitionSpec), the first that matches counts.
+        rules: (regular expression, PartitionSpec), the first that matches counts; `TENSOR_RULES` unless given, where the mesh
+            has `tensor`.
 
     Raises:
         ConfigError: for a mesh of other axes, a rule that matches no parameter, names an axis that the mesh lacks, or splits a
             dimension that its axis does not divide.
     """
     _check_mesh(mesh)
+    if rules is None:
+        rules = TENSOR_RULES if "tensor" in mesh.shape else ()
     for pattern, spec in rules:
         for axis in (name for entry in spec if entry for name in _names(entry)):
             if axis not in mesh.shape:
@@ -128,7 +131,7 @@ def layout(state: PyTree, mesh: Mesh, rules: Rules = ()) -> PyTree:
                     )
             if fits:  # an optimiser may keep something of another shape for a parameter
                 entries[start:] = spec
-        if "fsdp" in mesh.shape:
+        if "fsdp" in mesh.shape and not any("fsdp" in _names(entry) for entry in entries):
             size = mesh.shape["fsdp"]
             free = [i for i in range(begin, leaf.ndim) if entries[i] is None and leaf.shape[i] and leaf.shape[i] % size == 0]
             if free:
@@ -142,7 +145,7 @@ def layout(state: PyTree, mesh: Mesh, rules: Rules = ()) -> PyTree:
     return found
 
 
-def shard(t: Training, mesh: Mesh, rules: Rules = (), batch_spec: PartitionSpec | None = None) -> Training:
+def shard(t: Training, mesh: Mesh, rules: Rules | None = None, batch_spec: PartitionSpec | None = None) -> Training:
     """The same step on many devices: the state lies as `layout` says, and a batch is split over `data` and `fsdp`.
 
     The result equals that of one device to rounding.
@@ -150,7 +153,7 @@ def shard(t: Training, mesh: Mesh, rules: Rules = (), batch_spec: PartitionSpec 
     Args:
         t: what to run; with a `member` axis, an ensemble.
         mesh: see `make_mesh`.
-        rules: what `tensor` splits; see `layout` and `TENSOR_RULES`.
+        rules: what `tensor` splits; see `layout`.
         batch_spec: of a batch's first dimensions, where they are others: PartitionSpec("member", "data") for an ensemble
             whose members have batches of their own.
 

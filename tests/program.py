@@ -1,6 +1,5 @@
 """The program as the suites run it: for real, in a process of its own, or in this one to hear its complaint."""
 
-import importlib.metadata
 import os
 import subprocess
 import sys
@@ -10,16 +9,13 @@ import pytest
 
 import genjax.cli
 
-# As in conftest.py; without it every program of the suite would compile for several seconds.
-_OLD = importlib.metadata.version("jax").startswith("0.10.")
-_FAST = {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"} if _OLD else {}
 BIN = Path(sys.executable).parent
 
 
 def environment() -> dict[str, str]:
     """One device and no data, as most users have it. (conftest.py names a cache of compiled programs for them to share.)"""
     kept = {name: value for name, value in os.environ.items() if name not in ("GENJAX_DATA", "XLA_FLAGS")}
-    return {**kept, "JAX_PLATFORMS": "cpu", **_FAST}
+    return {**kept, "JAX_PLATFORMS": "cpu"}
 
 
 def start(args: list[str], cwd: Path) -> subprocess.Popen[str]:

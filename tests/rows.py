@@ -32,7 +32,7 @@ _slow = [
 ]
 _one = [name if name == "vae" else one for name, one in zip(ZOO, _slow, strict=True)]
 _own = [name if name in first_of_family else one for name, one in zip(ZOO, _others, strict=True)]
-# For what has little to do with the row: ways of running a step that are already known to be right.
+# For what a gate of every row has seen in another form.
 first_rows = pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) for n in first_of_family], scope="module")
 slow_rows = pytest.mark.parametrize("name", _slow, scope="module")
 # For gates that compile programs of their own: one row is enough for a quick look, and CI runs every row.

@@ -330,6 +330,34 @@ def test_a_sweep_is_one_program_with_a_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_compiled_programs_are_kept_and_no_damage_to_them_or_want_of_room_matters(tmp_path: Path) -> None:
+    args = shlex.split(
+        "train vae --hidden 8 --latent-dim 2 --batch-size 32 --steps 20 --sample-every 0 --evaluate-every 0 --out"
+    )
+    env = {name: value for name, value in environment().items() if name != "JAX_COMPILATION_CACHE_DIR"}
+
+    def train(out: str, cache: Path, **more: str) -> str:
+        command = [sys.executable, "-m", "genjax", *args, out]
+        given = {**env, "XDG_CACHE_HOME": str(cache), **more}
+        done = subprocess.run(command, cwd=tmp_path, env=given, capture_output=True, text=True, check=True)
+        return done.stderr
+
+    off = train("off", tmp_path / "none", JAX_ENABLE_COMPILATION_CACHE="0")
+    assert "Warning" not in off
+    assert not list((tmp_path / "none").rglob("*-cache"))
+    train("first", tmp_path / "cache")
+    kept = list((tmp_path / "cache" / "genjax" / "xla").rglob("*-cache"))
+    assert any("step" in path.name for path in kept)
+    for path in kept:  # as a process that was killed while it wrote would leave it
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert "Error reading persistent compilation cache entry" in train("second", tmp_path / "cache")
+    (tmp_path / "file").write_text("")
+    assert "Warning" not in train("third", tmp_path / "file")
+    for other in ("first", "second", "third"):
+        assert metrics(tmp_path / other) == metrics(tmp_path / "off")
+
+
+@pytest.mark.slow
 def test_a_terminal_gets_a_bar_with_rate_and_time_left(tmp_path: Path) -> None:
     leader, follower = pty.openpty()
     args = shlex.split("train vae --hidden 8 --steps 300 --sample-every 0 --out run")

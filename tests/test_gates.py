@@ -2,8 +2,8 @@
 
 A new *family* adds one entry to `known_losses.ANALYTIC`, and to the tables below where they apply. Models are `Recipe.tiny`
 ones, on short sequences. Programs are compiled once per row and shared between gates. Those whose speed and last bit say
-nothing are compiled without optimisation (`quick`), which halves the time; where the bits of two programs are compared, those
-of the first row of each family are compiled as users do.
+nothing are compiled without optimisation (`quick`), which halves the time; where the bits of two programs are compared, they
+are compiled as users do.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import rows
 from gates import assert_close, assert_same, differ, member, named, optimised, quick, stack, structure
 from jax.sharding import Mesh
 from known_losses import ANALYTIC
-from rows import RATE, B, batch, every_row, first_rows, one_row_quick, optimizer, plain, real, run, setup, slow_rows, widen
+from rows import RATE, B, batch, every_row, one_row_quick, optimizer, plain, real, run, setup, slow_rows, widen
 
 from genjax.checkpoint import Checkpoints
 from genjax.data import example_batch
@@ -36,7 +36,7 @@ from genjax.sharding import shard
 from genjax.train import ensemble, microbatch, scan_steps, sweep, training
 from genjax.zoo import ZOO
 
-PARTS = 2
+PARTS = 4
 RATES = np.asarray([1e-3, 3e-4, 1e-4], np.float32)
 WEIGHT = np.asarray([1, 0, 2, 0.5, 0, 1, 3, 1], np.float32)
 # Rows whose losses depend on the rest of the batch by design (batch statistics), which G6 then wants to see.
@@ -106,11 +106,10 @@ def test_g2_resume_is_bitwise(name, tmp_path):
 def test_g3_scanned_steps_are_the_same_steps(name):
     batches = [batch(name, seed) for seed in range(3)]
     t = real(name)
-    compile_as = optimised if name in rows.first_of_family else quick
-    step, scan = (compile_as(one.step, donate_argnums=0) for one in (t.t, scan_steps(t.t)))
+    step, scan = (optimised(one.step, donate_argnums=0) for one in (t.t, scan_steps(t.t)))
     wanted, metrics = run(step, t.init(jax.random.key(0)), batches)
     got, scanned = scan(t.init(jax.random.key(0)), stack(batches))
-    rounding = SCANNED_TO_ROUNDING.get(name, 0 if compile_as is optimised else 2e-5)
+    rounding = SCANNED_TO_ROUNDING.get(name)
     compare = functools.partial(assert_close, rtol=rounding) if rounding else assert_same
     compare(got, wanted)
     compare(scanned, stack(metrics))
@@ -182,12 +181,12 @@ def test_g4_an_ensemble_equals_solo_runs(name):
     assert_members(name, ensemble(plain(name).t), [RATE] * 3, check_init=True)
 
 
-@first_rows
+@slow_rows
 def test_g4_an_ensemble_one_by_one_equals_solo_runs(name):
     assert_members(name, ensemble(plain(name).t, "map"), [RATE] * 3)
 
 
-@first_rows
+@slow_rows
 @pytest.mark.parametrize("mode", ["vmap", "map"])
 def test_g4_a_sweep_over_the_learning_rate_equals_solo_runs(name, mode):
     model = setup(name).model

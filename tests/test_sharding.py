@@ -80,7 +80,7 @@ def test_a_step_with_a_split_state_equals_one_device(name):
 def test_tensor_parallel_steps_equal_one_device_and_split_the_arithmetic(name, axes):
     model, spec = SPLIT[name]
     t = training(model, optimizer())
-    sharded = shard(t, make_mesh(axes), TENSOR_RULES)
+    sharded = shard(t, make_mesh(axes))
     start = quick(t.init)(KEY)
     with jax.enable_x64(True):
         data = [widen(one) for one in batches(spec)]
@@ -105,6 +105,26 @@ def test_members_over_devices_equal_members_on_one_and_never_speak():
     step = jax.jit(sharded.step).lower(jax.jit(sharded.init)(keys), batches()[0]).compile()
     text = step.as_text()
     assert collectives(step) <= {"all-gather"}, text  # of the metrics, at the end
+
+
+@pytest.mark.slow
+def test_members_with_batches_of_their_own_and_weights():
+    t = ensemble(VAE, batch_axis=0)
+    sharded = shard(t, make_mesh({"member": 2, "data": 4}), batch_spec=PartitionSpec("member", "data"))
+    keys, weight = jax.random.split(KEY, 4), jnp.asarray(np.random.default_rng(0).integers(0, 3, (4, 16)), jnp.float32)
+    data = [example_batch(PLANE, jax.random.key(seed), 64) for seed in (1, 2)]
+    data = [Batch(one.x.reshape(4, 16, 2), weight=weight) for one in data]
+    got = run(jax.jit(sharded.step), jax.jit(sharded.init)(keys), data)
+    assert_close(got, run(jax.jit(t.step), jax.jit(t.init)(keys), data), rtol=1e-4)
+    assert share(got[0].params) == 1 / 2
+
+
+@pytest.mark.slow
+def test_a_weighted_batch_is_averaged_over_all_devices():
+    weight = jnp.asarray([1, 0, 2, 0.5, 0, 1, 3, 1] * 2, jnp.float32)  # not the same sum on every device
+    data = [batch._replace(weight=weight) for batch in batches()]
+    got = run(jax.jit(shard(VAE, make_mesh({"data": 8})).step), jax.jit(VAE.init)(KEY), data)
+    assert_close(got, run(jax.jit(VAE.step), jax.jit(VAE.init)(KEY), data), rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -279,12 +279,12 @@ def test_optimal_pairs_of_a_batch_are_nearly_those_of_the_whole_distribution(x64
     """On a line, optimal transport from N(0, 1) to N(m, s²) is m + s ε, whose straight flow then costs next to nothing."""
     spec, s = DataSpec((1,), "continuous"), 0.5
     net = closed_form("conditional_ot", lambda p, path, x, t: (1 - s) / ((1 - t) * s + t) * (x - (1 - t)) - 1)
-    batch = Batch(jnp.asarray(1 + s * np.random.default_rng(7).normal(size=(150, 1))))
+    batch = Batch(jnp.asarray(1 + s * np.random.default_rng(7).normal(size=(200, 1))))
     values = {}
     for coupling in ("independent", "entropic", "optimal"):
         model = flow_matching(spec, net=net, coupling=coupling)
         values[coupling] = float(jax.jit(model.losses["flow"])({"flow": {}}, {}, batch, jax.random.key(8))[0].mean())
-    assert values["optimal"] < 8 / len(batch.x) * values["independent"]  # two samples' quantiles differ by the order of 1/n
+    assert values["optimal"] < 0.06 * values["independent"]  # two samples of 200: W2² of one to N(0, 1) is about 0.02
     assert values["optimal"] < values["entropic"] < 0.3 * values["independent"]
 
 
