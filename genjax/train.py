@@ -218,7 +218,10 @@ def skip_nonfinite(t: Training) -> Training:
     def step(ts: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         new, metrics = t.step(ts, batch)
         kept = (new.params, new.state, new.opt)
-        ok = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((kept, metrics)) if _is_float(leaf)]).all()
+        finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((kept, metrics)) if _is_float(leaf)]
+        # The barrier keeps them one vector. Without, XLA puts all of its terms into the choice of every leaf: a program of
+        # leaves² operations, which takes several times as long to compile.
+        ok = jax.lax.optimization_barrier(jnp.stack(finite)).all()
         choose = lambda a, b: jax.tree.map(lambda x, y: jnp.where(ok, x, y), a, b)  # noqa: E731
         params, state, opt = choose(kept, (ts.params, ts.state, ts.opt))
         # A skipped step's NaN metrics would spoil the mean of the whole window.

@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom, with small settings in place of those in its cell tagged `parameters`."""
 
+import os
 from pathlib import Path
 
 import nbformat
@@ -23,7 +24,8 @@ def test_every_notebook_has_small_settings() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XLA_FLAGS", "")  # one device, and pictures in the notebook, as a reader has it
+    # One device, and pictures in the notebook, as a reader has it; but compiled as fast as the other tests.
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", ""))
     monkeypatch.delenv("MPLBACKEND")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     notebook = nbformat.read(FOLDER / name, as_version=4)

@@ -9,6 +9,7 @@ The price is memory traffic: outside of a loop, a step of a net of 3x3 convoluti
 than with native ones and twice the temporary memory. Inside a loop, the native ones take several times as long.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +24,8 @@ _NHWC = ("NHWC", "HWIO", "NHWC")
 _LECUN = nnx.initializers.lecun_normal()
 
 
+# Traced and differentiated once for each shape: two ways of computing, and the derivatives of both, are slow to trace.
+@functools.partial(jax.jit, static_argnames="stride")
 def convolve(x: Array, kernel: Array, stride: int = 1) -> Array:
     """y[n, p, q] = Σ_ij x[n, stride p + i - before, stride q + j - before] K[i, j], where x is 0 outside of the image.
 
@@ -39,6 +42,7 @@ def convolve(x: Array, kernel: Array, stride: int = 1) -> Array:
     return jax.lax.platform_dependent(x, kernel, cpu=products, default=native)
 
 
+@functools.partial(jax.jit, static_argnames="stride")
 def convolve_transpose(x: Array, kernel: Array, stride: int = 1) -> Array:
     """A convolution of x with stride - 1 zeros between its pixels: `jax.lax.conv_transpose` to rounding.
 

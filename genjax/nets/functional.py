@@ -1,6 +1,7 @@
 """The only place that splits and merges NNX modules: a module's builder in, two pure functions over plain dicts out."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -72,7 +73,11 @@ def functional(build: Callable[..., nnx.Module], dtype: str | None = None) -> Ne
         _, params, state = nnx.split(build(rngs=nnx.Rngs(key)), nnx.Param, ...)
         return nnx.to_pure_dict(params), nnx.to_pure_dict(state)
 
-    def apply(params: Params, state: State, *args: Any, method: str = "__call__", **kwargs: Any) -> tuple[Any, State]:
+    # Traced once for each shape, however many losses, penalties, turns and transforms call it: the trace, and its derivatives,
+    # are what a step spends most of its time on before it is compiled. A Python value is as fixed as the method.
+    @functools.partial(jax.jit, static_argnames=("method", "fixed", "tree"))
+    def traced(params: Params, state: State, arrays: list[Any], method: str, fixed: tuple[Any, ...], tree: Any) -> Any:
+        args, kwargs = jax.tree.unflatten(tree, [leaf if one is None else one for one, leaf in zip(arrays, fixed, strict=True)])
         given = params
         if dtype is not None and dtype != "float32":
             given, args, kwargs = _cast((params, args, kwargs), dtype)
@@ -89,5 +94,11 @@ def functional(build: Callable[..., nnx.Module], dtype: str | None = None) -> Ne
             output = _cast(output, jnp.float32)
             after = jax.tree.map(lambda new, old: new.astype(old.dtype), after, state)
         return output, after
+
+    def apply(params: Params, state: State, *args: Any, method: str = "__call__", **kwargs: Any) -> tuple[Any, State]:
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        arrays = [leaf if hasattr(leaf, "dtype") else None for leaf in leaves]
+        fixed = tuple(None if hasattr(leaf, "dtype") else leaf for leaf in leaves)
+        return traced(params, state, arrays, method=method, fixed=fixed, tree=tree)
 
     return Net(init, apply)
