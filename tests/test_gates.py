@@ -58,15 +58,21 @@ PLAIN_GRADIENT = {
 # Families whose steps are vectors of independent values, given the past: the first step has no past to be told apart by.
 INDEPENDENT = {rnn, transformer}
 # Builder arguments that make a family's score tight enough for G7, and that spare it time or noise there.
-TIGHT = {vae: {"n_bound_samples": 32}, diffusion: {"n_bound_samples": 32, "n_likelihood_steps": 20}}
+TIGHT = {
+    vae: {"n_bound_samples": 32},
+    diffusion: {"n_bound_samples": 32, "n_likelihood_steps": 20},
+    flow_matching: {"n_likelihood_steps": 20},
+}
 # Losses that look at one noise level an example and step see each of the eight at as many as this.
 COPIES = {diffusion: 8, flow_matching: 8}
 ROOMY = {
+    vae: {"hidden": (128, 128)},
     rnn: {"lanes": 0, "dropout": 0.0, "d_hidden": 128},
     transformer: {"dropout": 0.0, "cond_dropout": 0.0, "d_model": 64, "n_layers": 2},
     vrnn: {"dropout": 0.0},
-    diffusion: {"cond_dropout": 0.0, "guidance": None, "net": "mlp"},  # noise has nothing for a convolution to use
-    flow_matching: {"cond_dropout": 0.0, "guidance": None, "net": "mlp"},
+    # Noise has nothing for a convolution to use.
+    diffusion: {"cond_dropout": 0.0, "guidance": None, "net": "mlp", "hidden": (128, 128)},
+    flow_matching: {"cond_dropout": 0.0, "guidance": None, "net": "mlp", "hidden": (128, 128)},
 }
 
 
