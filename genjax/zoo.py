@@ -320,9 +320,9 @@ _ROWS = (
         family=transformer,
         data="names",
         summary="Transformer of first names",
-        model={"d_model": 64, "n_layers": 3, "n_heads": 4, "dropout": 0.1},
+        model={"d_model": 64, "n_layers": 4, "n_heads": 4, "d_hidden": 240, "dropout": 0.1},
         optimizer=dataclasses.replace(_ATTENTION_OPTIMIZER, learning_rate=3e-3),
-        schedule=dataclasses.replace(_SEQUENCE_SCHEDULE, steps=4_000, batch_size=128),
+        schedule=dataclasses.replace(_SEQUENCE_SCHEDULE, steps=10_000, batch_size=128),
         tiny=_TINY_TRANSFORMER,
     ),
     Recipe(
