@@ -5,6 +5,7 @@ to the last whole checkpoint, a readable difference when the tree is not the one
 still there.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from genjax.distributed import several, told
 from genjax.errors import CheckpointError, writing
 from genjax.protocol import PyTree, TrainState
 
@@ -52,8 +54,8 @@ def _is_key(leaf: Any) -> bool:
 def _unpack(packed: PyTree, like: PyTree) -> PyTree:
     """The arrays as they were saved, on the devices that `like` says."""
 
-    def one(leaf: np.ndarray, wanted: Any) -> Any:
-        array = jnp.array(leaf)
+    def one(leaf: Any, wanted: Any) -> Any:
+        array = leaf if _elsewhere(wanted) else jnp.array(leaf)
         if _is_key(wanted):
             found: list[Any] = []  # key_impl takes arrays and tracers but not shapes, so ask it inside a trace
             shape = jax.ShapeDtypeStruct(wanted.shape, wanted.dtype)
@@ -61,14 +63,29 @@ def _unpack(packed: PyTree, like: PyTree) -> PyTree:
             array = jax.random.wrap_key_data(array, impl=found[0])
         # Where nothing is said an array stays uncommitted, and so can enter a program over one device or over many.
         sharding = getattr(wanted, "sharding", None) if getattr(wanted, "committed", True) else None
-        return array if sharding is None else jax.device_put(array, sharding)
+        return array if sharding is None or _elsewhere(wanted) else jax.device_put(array, sharding)
 
     return jax.tree.map(one, packed, like)
 
 
+def _elsewhere(wanted: Any) -> bool:
+    """Whether a part of an array is to lie on devices of other processes."""
+    sharding = getattr(wanted, "sharding", None)
+    return sharding is not None and not sharding.is_fully_addressable
+
+
 def _abstract(like: PyTree) -> PyTree:
-    """What Orbax needs to know to read the packed state into host memory: arrays of its shapes and dtypes."""
-    return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), jax.eval_shape(_pack, like))
+    """What Orbax needs to know to read the packed state: arrays of its shapes and dtypes, in host memory.
+
+    Of an array that lies on several processes each reads only the parts that its own devices hold.
+    """
+
+    def one(leaf: Any, wanted: Any) -> Any:
+        if _elsewhere(wanted):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=wanted.sharding)
+        return np.empty(leaf.shape, leaf.dtype)
+
+    return jax.tree.map(one, jax.eval_shape(_pack, like), like)
 
 
 def _leaves(tree: PyTree) -> dict[str, Any]:
@@ -117,7 +134,8 @@ class Checkpoints:
     """The checkpoints of one run: a folder with a sub-folder per step, of which the newest few are kept.
 
     A save is atomic: it writes a folder of another name and renames it, so a run that is killed in the middle of one leaves
-    the checkpoints before it whole.
+    the checkpoints before it whole. Several processes save and restore together, in one folder that all of them see: each
+    writes its part of the arrays, and process 0 does the rest.
     """
 
     def __init__(self, folder: Path | str, keep: int = 3) -> None:
@@ -141,17 +159,24 @@ class Checkpoints:
         """
         step = int(state.step)
         path, part = self.folder / str(step), self.folder / f"{step}.part"
-        if path.is_dir():
+        if told(path.is_dir):
             return path
-        try:
+
+        def begin() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._sweep()
-            ocp.save(str(part), _pack(state), custom_metadata={"note": note or {}})
+
+        def finish() -> None:
             (part / CHECKSUMS).write_text(json.dumps(_checksums(part), indent=1))
             part.rename(path)
             for old in self.steps()[: -self.keep]:
                 (self.folder / str(old)).rename(self.folder / f"{old}.part")
             self._sweep()
+
+        try:
+            told(begin)
+            ocp.save(str(part), _pack(state), custom_metadata={"note": note or {}})
+            told(finish)
         except Exception as error:  # Orbax and TensorStore raise many types for a disk that does not take more
             for _ in range(10):  # writes that were already under way may still put files back
                 self._sweep()
@@ -185,13 +210,13 @@ class Checkpoints:
             CheckpointError: if every checkpoint is damaged, the asked one does not exist or is damaged, or the saved tree
                 is not that of `like`; the message lists the leaves that differ.
         """
-        have = self.steps()
+        have = told(self.steps)
         if step is not None and step not in have:
             raise CheckpointError(f"There is no checkpoint of step {step} in {self.folder}; there are: {have or 'none'}.")
         passed: dict[Path, str] = {}
         for candidate in reversed(have if step is None else [step]):
             path = self.folder / str(candidate)
-            damage = _damage(path)
+            damage = told(functools.partial(_damage, path))
             if damage is None:
                 try:
                     metadata = ocp.metadata(str(path))
@@ -199,6 +224,11 @@ class Checkpoints:
                     packed = None if lines else ocp.load(str(path), _abstract(like))
                 except Exception as error:  # such as a format that this version of Orbax does not know
                     damage = (str(error) or type(error).__name__).splitlines()[0][:600]
+                    if several():  # the others may have read it, and would go on without this one
+                        raise CheckpointError(
+                            f"Process {jax.process_index()} could not read the checkpoint {path}, whose files are whole: "
+                            f"{damage}. All processes need one folder that each of them sees; give it with --out."
+                        ) from error
                 else:
                     if lines:
                         raise CheckpointError(f"The checkpoint {path} is not of this model:\n  " + "\n  ".join(lines))
@@ -212,9 +242,13 @@ class Checkpoints:
 
     def set_aside_damaged(self, restored: Restored) -> None:
         """Rename the checkpoints that a restore passed over, so that training can save their steps again, and say so."""
-        for path, reason in restored.passed_over.items():
+
+        def rename(path: Path, reason: str) -> None:
             names = itertools.chain([f"{path.name}.damaged"], (f"{path.name}.damaged{n}" for n in itertools.count(2)))
             aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
             with writing(aside):
                 path.rename(aside)
             logger.warning("A damaged checkpoint was passed over and is now called %s: %s", aside, reason)
+
+        for path, reason in restored.passed_over.items():
+            told(functools.partial(rename, path, reason))

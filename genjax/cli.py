@@ -59,9 +59,19 @@ class _Train(_Out):
     Attributes:
         mesh: devices to train on, such as data=8, or data=2,fsdp=4 to split the state as well, or tensor=2 for a Transformer;
             one device unless given. A run may go on with another mesh.
+        distributed: train over several processes, each of which runs this command with the same settings. On Slurm, Open MPI,
+            Cloud TPU and Kubernetes that is all; elsewhere the three below, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+            JAX_PROCESS_ID in the environment, are needed too.
+        coordinator: host:port of process 0, for --distributed.
+        processes: how many processes there are, for --distributed.
+        process: which of them this is, from 0, for --distributed.
     """
 
     mesh: str | None = None
+    distributed: bool = False
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,13 +189,20 @@ def _value_of(flag: str, args: Sequence[str]) -> str | None:
 
 def _train(args: list[str]) -> None:
     recipe, row, options = _parse_recipe("train", args, _Train)
-    from genjax import run
+    from genjax import distributed, run
     from genjax.progress import console
     from genjax.sharding import parse_mesh
 
     mesh = parse_mesh(options.mesh) if options.mesh is not None else None
-
+    joined = (options.coordinator, options.processes, options.process)
+    if options.distributed:
+        distributed.start(*joined)
+    elif joined != (None, None, None):
+        raise ConfigError("--coordinator, --processes and --process are for several processes: give --distributed as well.")
     folder = options.out or run.default_folder(recipe, row)
+    if options.distributed and not distributed.first():  # process 0 speaks for all
+        run.train(recipe, folder, mesh=mesh)
+        return
     print(
         f"genjax train {recipe.name}: {row.summary}, on {recipe.data}, for {recipe.schedule.steps} steps, in {folder}",
         flush=True,

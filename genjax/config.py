@@ -41,7 +41,7 @@ class Schedule:
         checkpoint_every: save a checkpoint; the end of the run is always saved.
         keep_checkpoints: how many of the newest checkpoints to keep.
         place: where the training data live: on the "device", on the "host" (sent batch by batch), or "auto": the device up
-            to 2 GiB.
+            to 2 GiB, and the host where several processes train.
     """
 
     steps: int = 2000

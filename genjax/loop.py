@@ -6,6 +6,7 @@ of its interval, so what a run computes is a function of its settings alone, sto
 """
 
 import concurrent.futures
+import functools
 import signal
 import threading
 import time
@@ -16,12 +17,14 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
+from genjax import distributed
 from genjax.checkpoint import Checkpoints
 from genjax.data import Source, batch_at, host_batch, prepare_at
 from genjax.errors import Interrupted, NonFiniteError
-from genjax.protocol import Batch, Key, Training, TrainState
+from genjax.protocol import Batch, Key, PyTree, Training, TrainState
+from genjax.sharding import batch_spec_of
 from genjax.train import compiled, feed, scan_steps
 
 DEVICE_LIMIT = 2 * 2**30  # bytes of training data that place="auto" still puts on the device
@@ -45,15 +48,21 @@ def device_feed(
     t: Training, source: Source, arrays: Batch, batch_size: int, seed: int, sharding: Sharding | None = None
 ) -> Feed:
     """The whole split lives on the device (or as `sharding` says), and each step gathers its own batch from it."""
-    resident = jax.device_put(arrays, sharding)
+    resident = jax.tree.map(lambda leaf: _put(leaf, sharding), arrays)
     fed = feed(t, batch_at(source, batch_size, seed))
     return Feed(lambda k: scan_steps(fed, k), lambda step, k: resident, prefetch=False)
 
 
-def host_feed(t: Training, source: Source, arrays: Batch, batch_size: int, seed: int) -> Feed:
-    """The split stays on the host, and batches are gathered there and sent: the same as `device_feed`'s, bit for bit."""
+def host_feed(t: Training, source: Source, arrays: Batch, batch_size: int, seed: int, sharding: Sharding | None = None) -> Feed:
+    """The split stays on the host, and batches are gathered there and sent: the same as `device_feed`'s, bit for bit.
+
+    With a sharding of [steps, batch_size], each process gathers and sends only the rows that its own devices hold.
+    """
 
     def payload(step: int, k: int) -> Any:
+        if sharding is not None:
+            order = np.stack([np.asarray(source.order(len(arrays.x), batch_size, seed, s)) for s in range(step, step + k)])
+            return jax.tree.map(functools.partial(_put_rows, order=order, sharding=sharding), arrays)
         batches = [host_batch(source, arrays, batch_size, seed, s) for s in range(step, step + k)]
         return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
 
@@ -68,19 +77,40 @@ def choose_feed(
     batch_size: int,
     seed: int,
     place: str = "auto",
-    sharding: Sharding | None = None,
+    mesh: Mesh | None = None,
 ) -> Feed:
-    """`device_feed` for data up to 2 GiB, `host_feed` beyond, or what `place` says.
+    """`device_feed` for data up to 2 GiB, `host_feed` beyond and for several processes, or what `place` says.
+
+    On a mesh, `device_feed` has the data on every device, and `host_feed` sends each device its rows.
 
     Raises:
         DataError, ConfigError: for a batch size that the data do not allow; see `batch_indices`.
     """
     source.order(len(arrays.x), batch_size, seed, 0)  # refuse it now, before a run folder is made
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
-    on_device = place == "device" or (place == "auto" and size <= DEVICE_LIMIT)
+    on_device = place == "device" or (place == "auto" and size <= DEVICE_LIMIT and not distributed.several())
     if on_device:
-        return device_feed(t, source, arrays, batch_size, seed, sharding)
-    return host_feed(t, source, arrays, batch_size, seed)
+        everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        return device_feed(t, source, arrays, batch_size, seed, everywhere)
+    rows = None if mesh is None else NamedSharding(mesh, PartitionSpec(None, *batch_spec_of(mesh)))
+    return host_feed(t, source, arrays, batch_size, seed, rows)
+
+
+def _put(leaf: np.ndarray, sharding: Sharding | None) -> jax.Array:
+    """An array of the host on its devices; of several processes' devices, on this one's own."""
+    if sharding is None:
+        return jax.device_put(leaf)
+    # device_put would have the processes compare what they have, all of it.
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+
+def _put_rows(leaf: np.ndarray, order: np.ndarray, sharding: Sharding) -> jax.Array:
+    """leaf[order] on devices, order being [steps, batch_size]; only the rows of this process' own devices are read."""
+
+    def gather(index: Any) -> np.ndarray:
+        return leaf[order[index[:2]]]
+
+    return jax.make_array_from_callback((*order.shape, *leaf.shape[1:]), sharding, gather)
 
 
 class Hook(NamedTuple):
@@ -110,6 +140,7 @@ def fit(
     checkpoint_every: int = 500,
     stop_on_nonfinite: bool = True,
     progress: Progress | None = None,
+    layout: Callable[[PyTree], PyTree] | None = None,
 ) -> TrainState:
     """Train to `steps` optimiser steps, going on from the newest checkpoint if there is one, and return the last state.
 
@@ -121,6 +152,7 @@ def fit(
         hooks: see `Hook`.
         checkpoints: where to save; None saves nothing.
         stop_on_nonfinite: stop at the first loss that is not finite; a sweep goes on, since its other members are well.
+        layout: (the state's shapes) -> where each of its arrays is to be put that is restored; see `sharding.layout`.
 
     Raises:
         NonFiniteError: naming the step and the player; checkpoints from before it are kept.
@@ -129,7 +161,10 @@ def fit(
     """
     init = compiled(feed.training(1)).init
     window: dict[str, list[Any]] = {}
-    restored = None if checkpoints is None else checkpoints.restore(jax.eval_shape(init, key))
+    like = jax.eval_shape(init, key)
+    if layout is not None:
+        like = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), like, layout(like))
+    restored = None if checkpoints is None else checkpoints.restore(like)
     if checkpoints is not None and restored is not None:
         checkpoints.set_aside_damaged(restored)
         window |= {name: list(values) for name, values in restored.note.get("window", {}).items()}
@@ -164,9 +199,10 @@ def fit(
         ahead: concurrent.futures.Future[Any] | None = None
         while step < steps:
             k = min(steps_per_call, steps - step)
+            payload = ahead.result() if ahead is not None else feed.payload(step, k)
             if k not in programs:
                 programs[k] = compiled(feed.training(k)).step
-            payload = ahead.result() if ahead is not None else feed.payload(step, k)
+                distributed.compile_together(programs[k], state, payload)
             after = min(steps_per_call, steps - step - k)
             ahead = pool.submit(feed.payload, step + k, after) if feed.prefetch and after > 0 else None
             state, metrics = programs[k](state, payload)
@@ -243,6 +279,10 @@ def _signals() -> Iterator[Callable[[], int]]:
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0
+        return
+    if distributed.several():
+        with distributed.stopping() as caught:
+            yield caught
         return
 
     def handler(number: int, frame: Any) -> None:

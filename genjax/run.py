@@ -19,6 +19,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,18 +27,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from genjax import figures, quality, samples
 from genjax.checkpoint import Checkpoints
 from genjax.config import Recipe, config_hash, flatten, from_dict, to_dict
 from genjax.data import Source, Splits, example_batch
+from genjax.distributed import check_shared, first, several, told, whole
 from genjax.errors import CheckpointError, ConfigError, GenjaxError, replacing
 from genjax.log import Log, logging_in
 from genjax.loop import Hook, Progress, choose_feed, fit
 from genjax.metrics import Estimate, bits_per_dim, estimate, per_step, score_examples, scorer
 from genjax.protocol import Batch, DataSpec, Key, Model, Params, ScoreFn, State, TrainState, check_cond, step_mask
-from genjax.sharding import make_mesh, shard
+from genjax.sharding import layout, make_mesh, shard
 from genjax.train import eval_params
 from genjax.zoo import ZOO
 
@@ -189,7 +190,8 @@ def train(
         progress: what is told after each dispatch.
         say: what is told of going on.
         mesh: the axes of a mesh to train on, see `sharding`. It is no part of the settings: values are those of one device
-            to rounding, and a run may go on with another mesh.
+            to rounding, and a run may go on with another mesh. Several processes (see `distributed`) each call this, and
+            share the batch among all their devices unless it is given.
 
     Raises:
         GenjaxError: see the modules that this one calls; whatever was saved before stays.
@@ -197,38 +199,43 @@ def train(
     source, schedule = recipe.source(), recipe.schedule
     model = recipe.build(source.spec)
     splits = source.load()
-    t, everywhere = recipe.training(source.spec), None
+    t, devices = recipe.training(source.spec), None
+    if several():
+        mesh = mesh or {"data": jax.device_count()}
     if mesh:
         devices = make_mesh(mesh)
         t = shard(t, devices)
-        everywhere = NamedSharding(devices, PartitionSpec())
         # Refuse one that does not fit now, before a run folder is made.
         fake = functools.partial(example_batch, source.spec, n=schedule.batch_size)
         jax.eval_shape(lambda key: t.step(t.init(key), fake(key)), jax.random.key(0))
-    feed = choose_feed(t, source, splits.train, schedule.batch_size, schedule.seed, schedule.place, everywhere)
-    open_folder(folder, to_dict(recipe))  # not before everything else fits: a folder keeps its settings for good
-    keep_spec(folder, source.spec)
+    feed = choose_feed(t, source, splits.train, schedule.batch_size, schedule.seed, schedule.place, devices)
+    # Not before everything else fits: a folder keeps its settings for good.
+    told(lambda: (open_folder(folder, to_dict(recipe)), keep_spec(folder, source.spec)))
+    check_shared(folder / "config.json")
     checkpoints = Checkpoints(folder / "checkpoints", schedule.keep_checkpoints)
     hooks = [
         _valid_hook(model, source, splits, schedule.evaluate_every),
         _picture_hook(model, source, splits, folder, schedule.sample_every),
     ]
 
-    with logging_in(folder, f"{recipe.name} on {source.spec.name}") as log:
-        return fit(
+    with logging_in(folder, f"{recipe.name} on {source.spec.name}") if first() else nullcontext() as log:
+        state = fit(
             feed,
             key=jax.random.key(schedule.seed),
             steps=schedule.steps,
             steps_per_call=schedule.steps_per_call,
             log_every=schedule.log_every,
-            log=log,
-            on_restore=lambda step: go_on(log, step, schedule.steps, say),
+            log=log or (lambda line: None),
+            on_restore=lambda step: go_on(log, step, schedule.steps, say) if log else None,
             hooks=[hook for hook in hooks if hook is not None],
             checkpoints=checkpoints,
             checkpoint_every=schedule.checkpoint_every,
             stop_on_nonfinite=not schedule.skip_nonfinite,
-            progress=progress,
+            progress=progress if log else None,
+            layout=None if devices is None else functools.partial(layout, mesh=devices),
         )
+    told(lambda: None)  # until process 0 has drawn its curves: at the end jax does not wait long for the others
+    return state
 
 
 def go_on(log: Log, step: int, steps: int, say: Callable[[str], None]) -> None:
@@ -248,8 +255,11 @@ def _valid_hook(model: Model, source: Source, splits: Splits, every: int) -> Hoo
     run = scorer(score, source.prepare)
 
     def call(step: int, state: TrainState) -> dict[str, Any]:
-        key = jax.random.key(VALID_SEED)
-        return {f"valid/{name}": estimate(score_examples(run, eval_params(state), state.state, splits.valid, key)).mean}
+        params, extra = whole((eval_params(state), state.state))
+        if not first():
+            return {}
+        values = score_examples(run, params, extra, splits.valid, jax.random.key(VALID_SEED))
+        return {f"valid/{name}": estimate(values).mean}
 
     return Hook(every, call)
 
@@ -262,7 +272,10 @@ def _picture_hook(model: Model, source: Source, splits: Splits, folder: Path, ev
     draw = jax.jit(picture_sampler(model), static_argnums=3)
 
     def call(step: int, state: TrainState) -> None:
-        x = np.asarray(draw(eval_params(state), state.state, jax.random.key(PICTURE_SEED), n, cond))
+        params, extra = whole((eval_params(state), state.state))
+        if not first():
+            return
+        x = np.asarray(draw(params, extra, jax.random.key(PICTURE_SEED), n, cond))
         stem, title = folder / "samples" / f"step_{step:08d}", f"{picture_title(model)} at step {step}"
         samples.show(x, spec, stem, title, samples.true_log_prob(source), cond)
 

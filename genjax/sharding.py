@@ -43,7 +43,8 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
     """A mesh of the first devices: {"data": 2, "fsdp": 4} takes eight.
 
     Raises:
-        ConfigError: for an axis that does not exist, a size below 1, or more devices than there are.
+        ConfigError: for an axis that does not exist, a size below 1, more devices than there are, or, where there are several
+            processes, fewer.
     """
     for name, size in axes.items():
         if name not in AXES:
@@ -57,6 +58,11 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
         raise ConfigError(
             f"The mesh {describe(axes)} takes {need} devices; there are {len(found)}. "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={need} makes a CPU look like {need} of them, to try it."
+        )
+    if devices is None and need < len(found) and jax.process_count() > 1:
+        raise ConfigError(
+            f"The mesh {describe(axes)} takes {need} devices; the {jax.process_count()} processes have {len(found)} between "
+            f"them, and each must take part with all of its own. Give a mesh of {len(found)}, such as data={len(found)}."
         )
     ordered = {name: axes[name] for name in AXES if name in axes}
     return Mesh(np.asarray(found[:need]).reshape(tuple(ordered.values())), tuple(ordered))

@@ -63,7 +63,8 @@ def test_training_knows_of_no_family_and_no_data():
     within("coupling", "protocol")
     within("bounds", "protocol", "errors", "distributions", "paths")
     within("solvers", "protocol", "errors", "distributions", "paths")
-    within("checkpoint", "protocol", "errors")
+    within("distributed", "errors")
+    within("checkpoint", "protocol", "errors", "distributed")
     assert not {"families", "zoo"} & {module.split(".")[0] for module in own("loop")}
 
 
