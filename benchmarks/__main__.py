@@ -1,6 +1,7 @@
 """`python -m benchmarks`: measure everything and write the report. `python -m benchmarks --help` lists the parts."""
 
 import dataclasses
+import importlib
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,9 +20,15 @@ class Args:
             "adversarial",
             "dcgan",
             "nanogpt",
+            "peers",
             "published",
             "generation",
             "denoising",
+            "programs",
+            "memory",
+            "sampling",
+            "startup",
+            "ensemble",
             "results",
             "gallery",
             "report",
@@ -30,11 +37,14 @@ class Args:
     ] = "all"
     """What to measure. `results` trains every recipe, `adversarial` many GANs, `dcgan` one and its PyTorch twin,
     `nanogpt` a Transformer's step and its twin (GENJAX_TORCH_PYTHON names their interpreter),
+    `peers` a step of every family at two sizes, and their twins,
     `published` rows as the source of their reference counts, from runs in `keep`, `generation` cached sampling,
-    `denoising` what diffusion and flow matching reach.
+    `denoising` what diffusion and flow matching reach,
+    `programs` the size of compiled steps (the baseline of tests/test_programs.py, for this version of jax), `memory` what they
+    need, `sampling` samplers by batch, `startup` from the command to the first step, `ensemble` many small models at once.
     `all` leaves these out."""
     names: tuple[str, ...] = ()
-    """For `results`: only these recipes; all unless given."""
+    """For `results` and `peers`: only these recipes; all unless given."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """For `results`: training seeds."""
     seconds: float | None = None
@@ -66,6 +76,10 @@ def main() -> None:
         from benchmarks import nanogpt
 
         nanogpt.main(args.seconds or 30.0)
+    if args.part == "peers":
+        from benchmarks import peers
+
+        peers.main(*([args.seconds] if args.seconds else []), names=args.names)
     if args.part == "published":
         from benchmarks import published
 
@@ -78,6 +92,10 @@ def main() -> None:
         from benchmarks import denoising
 
         denoising.main(args.keep)
+    if args.part in ("programs", "memory", "startup"):
+        importlib.import_module(f"benchmarks.{args.part}").main()
+    if args.part in ("sampling", "ensemble"):
+        importlib.import_module(f"benchmarks.{args.part}").main(*([args.seconds] if args.seconds else []))
     if args.part == "results":
         from benchmarks import results_of_zoo
 

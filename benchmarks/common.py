@@ -11,8 +11,15 @@ from typing import Any
 import jax
 
 from genjax.run import environment, write_json
+from genjax.zoo import ZOO
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def first_rows() -> tuple[str, ...]:
+    """The first row of each family, in the order of the zoo."""
+    names = {row.family: row.name for row in reversed(ZOO.values())}
+    return tuple(name for name in ZOO if name in names.values())
 
 
 def alternate(calls: dict[str, Callable[[], Any]], seconds: float = 10.0, block: float = 0.05) -> dict[str, list[float]]:

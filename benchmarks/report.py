@@ -170,6 +170,62 @@ def nanogpt_parts(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def peers_parts(found: dict[str, Any]) -> list[str]:
+    """The part about every family beside a PyTorch twin."""
+    rows, skipped, versions = [], set(), set()
+    for row in found["rows"]:
+        torch, ms = row["torch"], row["ms"]
+        skipped |= {torch["skipped"]} if "skipped" in torch else set()
+        versions |= {f"torch {torch['version']}, {torch['threads']} threads"} if "version" in torch else set()
+        beside = "skipped" not in torch
+        rows.append(
+            [
+                f"`{row['recipe']}`",
+                row["size"],
+                f"{row['parameters']:,}",
+                f"{ms[row['best']]['median']:.2f} ({row['best'].partition(' ')[0]})",
+                f"{row['steps_per_second']:,.1f}",
+                f"{row['units_per_second']:,.0f} {row['unit']}",
+                f"{row['flops'] / 1e9:.2f}",
+                f"{100 * row['share_of_peak']:.0f} %",
+                f"{row['temporary_bytes'] / 2**20:.0f}",
+                f"{row['compile_seconds']:.1f}",
+                f"{ms[torch['best']]['median']:.2f} ({torch['best'].rpartition(' ')[2]})" if beside else "skipped",
+                quartiles(row["ratio"], ".2f") if beside else "-",
+                f"{row['ratio_one_step']['median']:.2f}" if beside else "-",
+            ]
+        )
+    means = found["geometric_means"]
+    parts = [
+        "## Every family beside a PyTorch twin",
+        "",
+        "A training step of a row's own procedure (optimiser, clipping, moving average), at the row's size and a few times "
+        f"wider, float32, on one resident batch ({machine(found)}). Milliseconds are medians, of one or of ten steps a "
+        "dispatch, whichever is faster (in brackets). FLOPs (of matrix products in loops for each trip, else as the compiler "
+        "counts them) and temporary memory are of the compiled program of one step; the peak is that of a large matrix "
+        f"product, {found['peak_gflops']:.0f} GFLOP/s; compilation includes tracing.",
+        "",
+    ]
+    if versions:
+        worst = max(max(row["torch"]["difference"].values()) for row in found["rows"] if "difference" in row["torch"])
+        parts += [
+            f"The twins ({'; '.join(sorted(versions))}) are the same architectures in PyTorch with as many parameters and "
+            "fused Adam, eager or by torch.compile, whichever is faster (in brackets), timed in turns with genjax. Before "
+            "that, each had genjax's loss and norm of the gradient for the same parameters, data and noise, to a relative "
+            f"difference of {worst:.0e} at most. The ratio is genjax's time over PyTorch's, with quartiles over turns; below 1 "
+            "genjax is faster.",
+            "",
+        ]
+    parts += [f"The PyTorch twins were skipped: {reason}." for reason in sorted(skipped)] + [""] * bool(skipped)
+    header = ["recipe", "size", "parameters", "genjax, ms (steps a dispatch)", "steps/s", "per second", "GFLOP", "of the peak"]
+    header += ["temporary MiB", "compilation, s", "PyTorch, ms", "ratio (quartiles)", "ratio, one step a dispatch"]
+    parts += [markdown(header, rows), ""]
+    if means:
+        words = ", ".join(f"{name} {value:.2f}" for name, value in means.items())
+        parts += [f"Geometric means of the ratios: {words}.", ""]
+    return parts
+
+
 def published_parts(found: dict[str, Any]) -> list[str]:
     """The part about rows with a published reference."""
     return [
@@ -348,6 +404,9 @@ def main() -> None:
     nanogpt, generation = read("nanogpt"), read("generation")
     if nanogpt:
         parts += nanogpt_parts(nanogpt)
+    peers = read("peers")
+    if peers:
+        parts += peers_parts(peers)
     published = read("published")
     if published:
         parts += published_parts(published)
@@ -356,6 +415,9 @@ def main() -> None:
     denoising = read("denoising")
     if denoising:
         parts += denoising_parts(denoising)
+    from benchmarks import report_costs  # which imports from here
+
+    parts += report_costs.parts()
     parts += ["## Results of the zoo", "", results_table(), ""]
     (HERE / "REPORT.md").write_text("\n".join(parts))
     print(f"written: {HERE / 'REPORT.md'}")

@@ -4,7 +4,6 @@ libtpu (the extra `tpu`) compiles for a topology by name on a machine without a 
 a step is lowered to StableHLO, which shows that every operation in it exists there.
 """
 
-import functools
 import importlib.util
 import os
 import time
@@ -15,8 +14,8 @@ import jax
 from jax.sharding import NamedSharding
 
 from genjax.config import Recipe
-from genjax.data import example_batch
 from genjax.errors import ConfigError
+from genjax.measure import step_shapes
 from genjax.sharding import batch_spec_of, layout, make_mesh, shard
 
 # What one device, as jax counts them, does and holds: bfloat16 FLOP/s and bytes of memory. From Google's pages on the
@@ -90,7 +89,7 @@ def compile_for(recipe: Recipe, topology: str, mesh: Mapping[str, int] | None = 
     where = make_mesh(axes, devices)
     spec = recipe.source().spec
     t = shard(recipe.training(spec), where)
-    state, batch = _shapes(t, spec, recipe.schedule.batch_size)
+    state, batch = step_shapes(t, spec, recipe.schedule.batch_size)
     split = NamedSharding(where, batch_spec_of(where))
     state = jax.tree.map(_placed, state, layout(state, where))
     batch = jax.tree.map(lambda leaf: _placed(leaf, split), batch)
@@ -122,14 +121,8 @@ def lowered_for_cuda(recipe: Recipe) -> int:
     """Lower one optimiser step of a recipe for CUDA; the bytes of its StableHLO."""
     spec = recipe.source().spec
     t = recipe.training(spec)
-    exported = jax.export.export(jax.jit(t.step), platforms=["cuda"])(*_shapes(t, spec, recipe.schedule.batch_size))
+    exported = jax.export.export(jax.jit(t.step), platforms=["cuda"])(*step_shapes(t, spec, recipe.schedule.batch_size))
     return len(exported.mlir_module_serialized)
-
-
-def _shapes(t: Any, spec: Any, batch_size: int) -> tuple[Any, Any]:
-    """The shapes of a state and of a batch."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.eval_shape(t.init, key), jax.eval_shape(functools.partial(example_batch, spec, n=batch_size), key)
 
 
 def _placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from genjax.config import Recipe
 from genjax.data import example_batch
-from genjax.protocol import Batch, TrainState
+from genjax.protocol import Batch, DataSpec, Training, TrainState
 from genjax.train import compiled
 
 
@@ -27,6 +27,27 @@ class StepCost(NamedTuple):
     temporary_bytes: int
     share_of_peak: float
     peak_gflops: float
+
+
+def step_shapes(t: Training, spec: DataSpec, batch_size: int) -> tuple[Any, Any]:
+    """The shapes of a state and of a batch: all that compiling a step takes."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(t.init, key), jax.eval_shape(partial(example_batch, spec, n=batch_size), key)
+
+
+def step_program(t: Training, spec: DataSpec, batch_size: int, options: dict[str, Any] | None = None) -> Any:
+    """One optimiser step, its state donated, as a compiled program; nothing is run. `options` are the compiler's."""
+    return jax.jit(t.step, donate_argnums=0).lower(*step_shapes(t, spec, batch_size)).compile(options)
+
+
+def state_bytes(state: Any) -> int:
+    """The bytes of a training state, or of its shapes: what a step that donates it has to reuse."""
+
+    def data(leaf: Any) -> Any:
+        return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+    leaves = jax.tree.leaves(jax.eval_shape(lambda state: jax.tree.map(data, state), state))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def cost_of(program: Any) -> tuple[float, int]:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -149,3 +150,42 @@ def test_the_command_writes_tables_and_json(tmp_path: Path, monkeypatch: pytest.
     assert "tokens/s" in text
     assert "old" not in readme.read_text()
     assert readme.read_text().startswith("before\n<!-- results -->\n| recipe")
+
+
+@pytest.mark.slow
+def test_the_costs_of_programs_are_measured_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import ensemble, memory, programs, report_costs, sampling, startup
+
+    tiny: dict[str, Any] = {"hidden": (WIDTH,), "latent_dim": LATENT}
+    for module in (programs, memory, ensemble):
+        monkeypatch.setattr(module, "ROWS", ("vae-ring",))
+    monkeypatch.setattr(memory, "CHANGES", {"vae-ring": {**tiny, "batch_size": 8}})
+    monkeypatch.setattr(programs, "ROWS", ("vae",))
+    monkeypatch.setattr(sampling, "ROWS", ("vae-ring", "gru-markov", "diffusion-2d"))
+    small = {"gru-markov": {"d_hidden": 4, "d_embed": 3}, "diffusion-2d": {"hidden": (4,), "n_steps": 3}}
+    monkeypatch.setattr(sampling, "SETTINGS", {"vae-ring": tiny, **small})
+    for module, few in ((sampling, {"BATCHES": (1, 3)}), (ensemble, {"BATCHES": (4,), "MEMBERS": (1, 2), "STEPS": 2})):
+        for name, values in few.items():
+            monkeypatch.setattr(module, name, values)
+    monkeypatch.setattr(ensemble, "compared", partial(ensemble.compared, **tiny))
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    sampling.main(0.02)
+    ensemble.main(0.02)
+    memory.main()
+    programs.main()
+    monkeypatch.setattr(startup, "ROWS", ("vae",))
+    started = startup.measure(1, "--hidden", "4", "--latent-dim", "2", "--batch-size", "8")
+    assert 0 < started[0]["warm"][0] < 120
+    common.write("startup", {"runs": 1, "rows": started, "help": [startup.seconds_of_help()]})
+
+    drawn = common.read("sampling")["rows"]
+    assert [(row["batch"], row["solver_steps"]) for row in drawn] == [(1, None), (3, None)] * 2 + [(1, 3), (3, 3)]
+    assert all(row["samples_per_second"] > 0 and row["compile_seconds"] > 0 for row in drawn)
+    assert drawn[2]["steps_per_second"] > drawn[2]["samples_per_second"]
+    assert [row["members"] for row in common.read("ensemble")["rows"]] == [1, 2]
+    (kept,) = common.read("memory")["rows"]
+    assert set(kept["ways"]) == {"float32", "bfloat16", "accumulated", "whole loss again"}  # a VAE has no loops
+    assert all(way["reused_bytes"] == way["state_bytes"] for way in kept["ways"].values())
+    text = "\n".join(report_costs.parts())
+    for words in ("Size of a compiled step", "Memory of a step", "Samplers", "From the command", "Many small models"):
+        assert f"## {words}" in text

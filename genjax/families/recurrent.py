@@ -30,6 +30,7 @@ def rnn(
     n_components: int = 1,
     lanes: int = 0,
     restart: float = 0.0,
+    remat: bool = False,
     cond_dropout: float = 0.0,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> Model:
@@ -63,6 +64,8 @@ def rnn(
         n_components: Gaussians in the mixture that continuous events have.
         lanes: L; 0 means that every example begins with h_0 = 0.
         restart: for lanes: how likely a stream begins a window as if it were its first, so that beginnings are learned too.
+        remat: keep only the carry of each step and compute its gates again on the way back, for less memory where sequences
+            are long; it saves most for cells with many gates.
         cond_dropout: how often training leaves out the condition, which guidance needs (Ho & Salimans 2022).
         dtype: of the network's arithmetic; parameters and losses stay float32.
 
@@ -85,7 +88,8 @@ def rnn(
         raise ConfigError(f"lanes is how many endless streams there are, or 0 for sequences of their own; got {found}.")
     emit = emission(spec, n_components)
     guided = isinstance(cond_dropout, Tracer) or cond_dropout > 0
-    net = functional(partial(RecurrentNet, spec, cell_of(cell), d_embed, d_hidden, n_layers, emit.n_outputs, guided), dtype)
+    sizes_of = (d_embed, d_hidden, n_layers, emit.n_outputs)
+    net = functional(partial(RecurrentNet, spec, cell_of(cell), *sizes_of, guided, remat), dtype)
 
     def fresh(p: Any, n: int, dtype: Any = spec.dtype) -> State:
         """What goes from window to window, before the first: the layers' carry, the last event, and whether there is one."""

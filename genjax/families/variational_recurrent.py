@@ -68,7 +68,12 @@ def _step_keys(key: Key, n_steps: int) -> Key:
     return jax.vmap(lambda t: jax.random.fold_in(key, t))(jnp.arange(n_steps))
 
 
-def elbo_steps(model: Sequential, x: Array, observed: Any, carry: Any, key: Key) -> tuple[Array, Array]:
+def _again(step: Callable[..., Any], remat: bool) -> Callable[..., Any]:
+    """The step of a loop; with `remat`, one that keeps its carry only and is computed again on the way back."""
+    return jax.checkpoint(step, prevent_cse=False) if remat else step
+
+
+def elbo_steps(model: Sequential, x: Array, observed: Any, carry: Any, key: Key, remat: bool = False) -> tuple[Array, Array]:
     """ln p(x_t | z_t, h_{t-1}) and KL(q(z_t | x_t, h_{t-1}) || p(z_t | h_{t-1})) in nats, each [T, N], for one path z ~ q.
 
     Their difference, summed over time, is the ELBO of Chung 2015, equation 11. x and `observed` are [T, N, ...].
@@ -80,7 +85,7 @@ def elbo_steps(model: Sequential, x: Array, observed: Any, carry: Any, key: Key)
         z = normal_sample(key, mean, log_scale)
         return model.recur(observed, z, carry), (carry[0], z, mean, log_scale)
 
-    path = jax.lax.scan(step, carry, (observed, _step_keys(key, len(x))))[1]
+    path = jax.lax.scan(_again(step, remat), carry, (observed, _step_keys(key, len(x))))[1]
     # Decoder and prior are not part of the recurrence: all steps at once.
     flat, h, z, mean, log_scale = jax.tree.map(
         lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), (x, *path)
@@ -119,6 +124,7 @@ def particle_bound(
     key: Key,
     k: int,
     resampling: Resampling | None = None,
+    remat: bool = False,
 ) -> Array:
     """ln p̂(x) in nats [B] from K particles z_{1..T} ~ q with E p̂(x) = p(x), so that E ln p̂(x) <= ln p(x).
 
@@ -156,7 +162,7 @@ def particle_bound(
     more = jnp.concatenate([mask[1:], jnp.zeros((1, b), bool)])
     dtype = carry[0].dtype
     start = (jax.tree.map(tile, carry), jnp.zeros((k, b), dtype), jnp.zeros(b, dtype))
-    _, log_weight, total = jax.lax.scan(step, start, (x, observed, mask, more, _step_keys(key, n_steps)))[0]
+    _, log_weight, total = jax.lax.scan(_again(step, remat), start, (x, observed, mask, more, _step_keys(key, n_steps)))[0]
     return total + log_mean_exp(log_weight)
 
 
@@ -176,6 +182,7 @@ def vrnn(
     bound_estimator: Literal["elbo", "iwae", "fivo"] = "elbo",
     n_bound_samples: int = 1,
     resampling: Literal["systematic", "multinomial"] = "systematic",
+    remat: bool = False,
     cond_dropout: float = 0.0,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> Model:
@@ -209,6 +216,8 @@ def vrnn(
         bound_estimator: what `bound` computes.
         n_bound_samples: K of `bound`.
         resampling: of "fivo".
+        remat: keep only the carry of each step and compute the rest of it again on the way back, for less memory where
+            sequences are long or particles many.
         cond_dropout: how often training leaves out the condition.
         dtype: of the networks' arithmetic; parameters and losses stay float32.
 
@@ -279,7 +288,7 @@ def vrnn(
         mask = step_mask(spec, batch)
 
         def one(key: Key) -> tuple[Array, Array]:
-            return jax.tree.map(lambda v: jnp.where(mask, v.T, 0), elbo_steps(model_of(p), *sequence, key))
+            return jax.tree.map(lambda v: jnp.where(mask, v.T, 0), elbo_steps(model_of(p), *sequence, key, remat))
 
         if k == 1:
             return one(key)
@@ -288,7 +297,7 @@ def vrnn(
     def particles(p: Any, batch: Batch, key: Key, k: int, how: str, *training: Any) -> Array:
         x, observed, carry = observe(p, batch.x, condition(batch.cond), *training)
         choose = RESAMPLING[resampling] if how == "fivo" else None
-        return particle_bound(model_of(p), x, observed, step_mask(spec, batch).T, carry, key, k, choose)
+        return particle_bound(model_of(p), x, observed, step_mask(spec, batch).T, carry, key, k, choose, remat)
 
     def loss(params: Params, state: State, batch: Batch, key: Key) -> tuple[Array, Aux]:
         p, n = params["vrnn"], batch.x.shape[0]

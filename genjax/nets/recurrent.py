@@ -84,10 +84,13 @@ def cell_of(cell: str | Cell) -> Cell:
 
 
 class RecurrentLayer(nnx.Module):
-    """One layer; in its loop over time there is only h U. W is [d_in, n_gates d]; U is [d, n_gates d], orthogonal by gates."""
+    """One layer; in its loop over time there is only h U. W is [d_in, n_gates d]; U is [d, n_gates d], orthogonal by gates.
 
-    def __init__(self, cell: Cell, d_in: int, d: int, *, rngs: nnx.Rngs) -> None:
-        self.cell = cell
+    With `remat` a step keeps its carry only, and its gates are computed again on the way back.
+    """
+
+    def __init__(self, cell: Cell, d_in: int, d: int, remat: bool = False, *, rngs: nnx.Rngs) -> None:
+        self.cell, self.remat = cell, remat
         self.inputs = nnx.Linear(d_in, cell.n_gates * d, rngs=rngs)
         bias = jnp.concatenate([jnp.full(d, value, jnp.float32) for value in cell.bias])
         self.inputs.bias = nnx.Param(bias)
@@ -113,7 +116,7 @@ class RecurrentLayer(nnx.Module):
             return after, after[0]
 
         a = self.inputs(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:2], -1)
-        last, y = jax.lax.scan(step, carry, a)
+        last, y = jax.lax.scan(jax.checkpoint(step, prevent_cse=False) if self.remat else step, carry, a)
         return y, last
 
     def step(self, a: Array, carry: Carry) -> Carry:
@@ -127,10 +130,10 @@ class Recurrent(nnx.Module):
     The carry is a tuple with one entry for each layer.
     """
 
-    def __init__(self, cell: str | Cell, d_in: int, d: int, n_layers: int = 1, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, cell: str | Cell, d_in: int, d: int, n_layers: int = 1, remat: bool = False, *, rngs: nnx.Rngs) -> None:
         self.d = d
         sizes = [d_in] + [d] * (n_layers - 1)
-        self.layers = nnx.List([RecurrentLayer(cell_of(cell), size, d, rngs=rngs) for size in sizes])
+        self.layers = nnx.List([RecurrentLayer(cell_of(cell), size, d, remat, rngs=rngs) for size in sizes])
 
     def start(self, n: int) -> tuple[Carry, ...]:
         """The carry before the first step: zeros."""
@@ -173,11 +176,12 @@ class RecurrentNet(nnx.Module):
         n_layers: int,
         n_outputs: int,
         droppable: bool = False,
+        remat: bool = False,
         *,
         rngs: nnx.Rngs,
     ) -> None:
         self.embed = EventEmbed(spec, d_embed, droppable, rngs=rngs)
-        self.layers = Recurrent(cell, d_embed, d_hidden, n_layers, rngs=rngs)
+        self.layers = Recurrent(cell, d_embed, d_hidden, n_layers, remat, rngs=rngs)
         self.readout = nnx.Linear(d_hidden, n_outputs, rngs=rngs)
 
     def start(self, n: int) -> tuple[Carry, ...]:

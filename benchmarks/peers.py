@@ -1,0 +1,351 @@
+"""Every family's training step beside a PyTorch twin of the same architecture, at the size of its row in the zoo and wider.
+
+genjax runs as users run it: the row's own training procedure, compiled, one step a dispatch and several. The twins run in an
+interpreter that $GENJAX_TORCH_PYTHON names (`torch_twins.py`); before anything is timed, a twin has to give the loss and the
+norm of the gradient that genjax gives for the same parameters, data and noise.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.common import ratio, summary, write
+from benchmarks.program_cost import Cost, cost
+from genjax import config
+from genjax.config import Recipe
+from genjax.data import example_batch
+from genjax.measure import matmul_peak, stepper
+from genjax.metrics import count
+from genjax.protocol import Batch, Model, Training
+from genjax.train import compiled, scan_steps
+from genjax.zoo import ZOO
+
+SIZES = ("small", "medium")
+VARIANTS = ("eager", "compiled")
+TOLERANCE = 1e-3  # of a loss and of the norm of its gradient, relative, in float32
+NO_TORCH = "GENJAX_TORCH_PYTHON is not set: it names an interpreter that has torch and numpy"
+# Rows of the zoo, and what is wider in their medium size; the small size is the row itself.
+CASES: dict[str, dict[str, Any]] = {
+    "vae": {"hidden": (1024, 1024), "latent_dim": 32},
+    "vae-conv": {"channels": (64, 128)},
+    "gan": {"hidden": (1024, 1024)},
+    "gan-ring": {"hidden": (512, 512)},
+    "dcgan-mnist": {"channels": (64, 128)},
+    "rnn": {"d_hidden": 512, "d_embed": 128},
+    "lstm": {"d_hidden": 512, "d_embed": 128},
+    "gru": {"d_hidden": 512, "d_embed": 128},
+    "transformer": {"d_model": 256, "n_heads": 8},
+    "vrnn": {"d_hidden": 512, "hidden": (512,), "latent_dim": 32},
+    "diffusion": {"hidden": (1024, 1024, 1024)},
+    "edm-mnist": {"channels": (48, 96)},
+    "flow-matching": {"hidden": (1024, 1024, 1024)},
+    "flow-matching-mnist": {"channels": (48, 96)},
+}
+
+
+def recipe_of(name: str, size: str) -> Recipe:
+    """A row at a size."""
+    return config.replace(ZOO[name], **(CASES[name] if size == "medium" else {}))
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """All of the builder's settings."""
+    return {name: value for name, (_, value, _) in config.sections_of(recipe)["model"].items()}
+
+
+def case_of(recipe: Recipe) -> dict[str, Any]:
+    """What a twin has to know of a row, as JSON-ready data."""
+    spec = recipe.source().spec
+    model = recipe.build(spec)
+    given = recipe.optimizer
+    by_player = given if isinstance(given, Mapping) else dict.fromkeys(model.losses, given)
+    case = {
+        "family": recipe.family.__name__,
+        "model": settings_of(recipe),
+        "spec": {name: getattr(spec, name) for name in ("shape", "kind", "levels", "n_classes")},
+        "batch_size": recipe.schedule.batch_size,
+        "steps": recipe.schedule.steps,
+        "optimizer": {player: dataclasses.asdict(settings) for player, settings in by_player.items()},
+        "parameters": count(jax.eval_shape(model.init, jax.random.key(0))[0]),
+    }
+    if "path" in model.extras:
+        path: Any = model.extras["path"]
+        case["times"] = [float(path.end), float(path.start)]
+    return case
+
+
+class Twin:
+    """A PyTorch twin as a process that answers one line with another; `about` is what it says of itself."""
+
+    def __init__(self, python: str, case: dict[str, Any]) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        path = Path(self.folder.name) / "case.json"
+        path.write_text(json.dumps(case))
+        script = Path(__file__).with_name("torch_twins.py")
+        # What torch.compile kept from an earlier run would make its seconds of compilation too few.
+        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(Path(self.folder.name) / "compiled")}
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen([python, str(script), str(path)], env=env, **pipes)
+        self.about = self._answer()
+
+    def _answer(self) -> Any:
+        line = self.process.stdout.readline().strip() if self.process.stdout else ""
+        if not line:
+            raise RuntimeError("The PyTorch twin ended without an answer; its message is above.")
+        return json.loads(line)
+
+    def ask(self, **question: Any) -> Any:
+        """The answer to a question; see `torch_twins.py`."""
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        answer = self._answer()
+        if isinstance(answer, dict) and "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer
+
+    def check(self, arrays: dict[str, np.ndarray]) -> dict[str, list[float]]:
+        """Loss and gradient norm of each player for given parameters, data and noise."""
+        path = Path(self.folder.name) / "check.npz"
+        np.savez(path, **arrays)  # type: ignore[arg-type]
+        return self.ask(check=str(path))
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.communicate(timeout=60)
+        self.folder.cleanup()
+
+
+# --- the same function --------------------------------------------------------------------------------------------------
+
+
+def noise_of(recipe: Recipe, model: Model, player: str, key: Any, batch: Batch) -> dict[str, Any]:
+    """What a loss draws with its key, by the name that the twin has for it."""
+    normal, uniform, n = jax.random.normal, jax.random.uniform, batch.x.shape[0]
+    settings = settings_of(recipe)
+    family, latent = recipe.family.__name__, settings.get("latent_dim", 0)
+    if family == "vae":
+        return {"z": normal(key, (n, latent))}
+    if family == "gan":
+        return {"z": normal(jax.random.split(key)[0] if player == "discriminator" else key, (n, latent))}
+    if family == "vrnn":
+        steps = jax.vmap(lambda t: jax.random.fold_in(jax.random.split(key, 3)[0], t))(jnp.arange(batch.x.shape[1]))
+        return {"z": jax.vmap(lambda key: normal(key, (n, latent)))(steps)}
+    if family in ("diffusion", "flow_matching"):
+        path: Any = model.extras["path"]
+        if family == "diffusion":
+            key_time, key_noise, key_cond, _ = jax.random.split(key, 4)
+            t = path.end + (path.start - path.end) * uniform(key_time, (n,))
+            if settings["noise_schedule"] == "edm":
+                t = jnp.clip(jnp.exp(settings["p_mean"] + settings["p_std"] * normal(key_time, (n,))), path.end, path.start)
+            found = {"t": t}
+        else:
+            key_noise, _, key_data, key_cond, key_time = jax.random.split(key, 5)
+            found = {"t": uniform(key_time, (n,)), "u": uniform(key_data, batch.x.shape, jnp.float32, -0.5, 0.5)}
+        dropped = jax.random.bernoulli(key_cond, settings["cond_dropout"], (n,))
+        return found | {"epsilon": normal(key_noise, batch.x.shape), "dropped": dropped}
+    return {}
+
+
+def agreement(recipe: Recipe, twin: Twin) -> dict[str, float]:
+    """`differences`, held to what rounding explains.
+
+    Raises:
+        RuntimeError: if the twin computes another function, since its time would then mean nothing.
+    """
+    found = differences(recipe, twin)
+    if max(found.values()) > TOLERANCE:
+        raise RuntimeError(f"The PyTorch twin of {recipe.name} is another function: relative differences {found}.")
+    return found
+
+
+def differences(recipe: Recipe, twin: Twin) -> dict[str, float]:
+    """How far the twin's loss and gradient norm are from genjax's, relative, the largest over the players.
+
+    Parameters are the initial ones and noise, because layers that begin at 0 would hide what comes before them.
+    """
+    spec = recipe.source().spec
+    model = recipe.build(spec)
+    batch = example_batch(spec, jax.random.key(1), recipe.schedule.batch_size)
+    params, state = jax.jit(model.init)(jax.random.key(2))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(3), len(leaves))
+    noisy = [leaf + 0.03 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    params = jax.tree.unflatten(tree, noisy)
+    arrays = {"data|x": batch.x} | ({"data|cond": batch.cond} if batch.cond is not None else {})
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        arrays["params|" + (name if len(params) > 1 else name.partition("/")[2])] = leaf
+    mine: dict[str, list[float]] = {}
+    for index, player in enumerate(model.losses):
+        key = jax.random.key(4 + index)
+        arrays |= {f"{player}|{name}": value for name, value in noise_of(recipe, model, player, key, batch).items()}
+
+        def loss(own: Any, player: str = player, key: Any = key) -> jax.Array:
+            return model.losses[player]({**params, player: own}, state, batch, key)[0].mean()
+
+        value, grads = jax.jit(jax.value_and_grad(loss))(params[player])
+        mine[player] = [float(value), math.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)))]
+    theirs = twin.check({name: np.asarray(value) for name, value in arrays.items()})
+    names = ("loss", "gradient_norm")
+    return {
+        name: max(abs(theirs[p][i] - mine[p][i]) / max(abs(mine[p][i]), 1e-12) for p in mine) for i, name in enumerate(names)
+    }
+
+
+# --- time ---------------------------------------------------------------------------------------------------------------
+
+
+class Ours(NamedTuple):
+    """genjax's step: seconds per step of so many, compile seconds, and the cost of the program of one step."""
+
+    calls: dict[str, Callable[[int], float]]
+    per_call: dict[str, int]
+    compile_seconds: float
+    cost: Cost
+
+
+def ours(recipe: Recipe, k: int = 10) -> Ours:
+    """The row's training procedure on one resident batch, one step a dispatch and k."""
+    spec = recipe.source().spec
+    one = recipe.training(spec)
+    batch = example_batch(spec, jax.random.key(1), recipe.schedule.batch_size)
+
+    def compile_one(t: Training, batch: Any) -> tuple[Any, float]:
+        state = jax.eval_shape(t.init, jax.random.key(0))
+        start = time.perf_counter()
+        program = jax.jit(t.step, donate_argnums=0).lower(state, batch).compile()
+        return program, time.perf_counter() - start
+
+    def timed(t: Training, program: Any, batch: Any, per_call: int) -> Callable[[int], float]:
+        call = stepper(program, compiled(t).init(jax.random.key(0)), batch)
+
+        def seconds(steps: int) -> float:
+            calls = -(-steps // per_call)
+            start = time.perf_counter()
+            for _ in range(calls):
+                jax.block_until_ready(call())
+            return (time.perf_counter() - start) / (calls * per_call)
+
+        return seconds
+
+    program, compile_seconds = compile_one(one, batch)
+    names = ("one step a dispatch", f"{k} steps a dispatch")
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * k), batch)
+    calls = {
+        names[0]: timed(one, program, batch, 1),
+        names[1]: timed(scan_steps(one), compile_one(scan_steps(one), stacked)[0], stacked, k),
+    }
+    return Ours(calls, dict(zip(names, (1, k), strict=True)), compile_seconds, cost(program))
+
+
+def alternate(
+    calls: dict[str, Callable[[int], float]], per_call: dict[str, int], seconds: float, block: float
+) -> dict[str, list[float]]:
+    """Seconds per step of several programs in turns of about `block` seconds, five rounds at least.
+
+    Each call runs a number of steps and gives its seconds per step.
+    """
+    steps = {}
+    for name, call in calls.items():
+        least = per_call.get(name, 1)
+        call(least)  # compile and warm up
+        steps[name] = max(least, round(block / call(least)))
+    rounds: dict[str, list[float]] = {name: [] for name in calls}
+    started = time.perf_counter()
+    while time.perf_counter() - started < seconds or len(next(iter(rounds.values()))) < 5:
+        for name in calls if len(next(iter(rounds.values()))) % 2 == 0 else reversed(calls):
+            rounds[name].append(calls[name](steps[name]))
+    return rounds
+
+
+def measure(name: str, size: str, seconds: float, peak: float, python: str | None, block: float = 0.3) -> dict[str, Any]:
+    """All figures of one row at one size; without an interpreter for PyTorch, genjax's alone, and a word of it."""
+    recipe = recipe_of(name, size)
+    spec, case = recipe.source().spec, case_of(recipe)
+    mine = ours(recipe)
+    calls, about = dict(mine.calls), {}
+    twin = Twin(python, case) if python else None
+    if twin:
+        about = {**twin.about, "difference": agreement(recipe, twin), "failed": {}, "first_step_seconds": {}}
+        for variant in VARIANTS:
+            own = lambda steps, variant=variant: twin.ask(variant=variant, steps=steps)  # noqa: E731
+            try:
+                about["first_step_seconds"][variant] = own(1)
+                calls[f"PyTorch, {variant}"] = own
+            except RuntimeError as error:
+                about["failed"][variant] = str(error)
+    rounds = alternate(calls, mine.per_call, seconds, block)
+    if twin:
+        twin.close()
+    best = lambda names: min(names, key=lambda one: statistics.median(rounds[one]))  # noqa: E731
+    fastest = best(mine.calls)
+    step = statistics.median(rounds[fastest])
+    per_example = spec.shape[0] if spec.step else 1
+    row = {
+        "recipe": name,
+        "family": case["family"],
+        "size": size,
+        "wider": CASES[name] if size == "medium" else {},
+        "parameters": case["parameters"],
+        "batch_size": case["batch_size"],
+        "best": fastest,
+        "steps_per_second": 1 / step,
+        "unit": f"{spec.step}s" if spec.step else "examples",
+        "units_per_second": case["batch_size"] * per_example / step,
+        "compile_seconds": mine.compile_seconds,
+        **mine.cost._asdict(),
+        "share_of_peak": mine.cost.flops / step / peak,
+        "ms": {one: {key: 1000 * v if key != "rounds" else v for key, v in summary(t).items()} for one, t in rounds.items()},
+    }
+    if not twin:
+        return row | {"torch": {"skipped": NO_TORCH}}
+    theirs = best([one for one in calls if one not in mine.calls])
+    return row | {
+        "torch": about | {"best": theirs},
+        "ratio": ratio(rounds[fastest], rounds[theirs]),
+        "ratio_one_step": ratio(rounds[next(iter(mine.calls))], rounds[theirs]),
+    }
+
+
+def geometric_means(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Of the median ratios, genjax's time over PyTorch's, by size and over all; empty where PyTorch was not measured."""
+    kept = [row for row in rows if "ratio" in row]
+    groups = {size: [row for row in kept if row["size"] == size] for size in SIZES} | {"all": kept}
+    return {
+        name: math.exp(statistics.mean(math.log(row["ratio"]["median"]) for row in group))
+        for name, group in groups.items()
+        if group
+    }
+
+
+def main(seconds: float = 8.0, names: tuple[str, ...] = (), sizes: tuple[str, ...] = SIZES) -> None:
+    """Measure and write results/peers.json."""
+    python = os.environ.get("GENJAX_TORCH_PYTHON") or None
+    if python is None:
+        print(f"PyTorch is skipped: {NO_TORCH}.")
+    peak = matmul_peak()
+    rows = []
+    for name in names or CASES:
+        for size in sizes:
+            rows.append(measure(name, size, seconds, peak, python))
+            row = rows[-1]
+            beside = f", {row['ratio']['median']:.2f} of the time of {row['torch']['best']}" if "ratio" in row else ""
+            print(f"{name}, {size}: {row['ms'][row['best']]['median']:.2f} ms with {row['best']}{beside}", flush=True)
+    write("peers", {"peak_gflops": peak / 1e9, "rows": rows, "geometric_means": geometric_means(rows)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The report's sections about what programs cost: their size, their memory, sampling, starting, and many models at once."""
+
+import statistics
+from typing import Any
+
+from benchmarks.common import markdown, read
+from benchmarks.programs import ALLOWED
+from benchmarks.report import machine, percent, quartiles
+
+
+def program_parts(found: dict[str, Any]) -> list[str]:
+    """The part about the size of compiled steps."""
+    rows = []
+    for name in dict.fromkeys(row["recipe"] for of in found["versions"].values() for row in of["rows"]):
+        for version, of in found["versions"].items():
+            for row in (row for row in of["rows"] if row["recipe"] == name):
+                code = "-" if row["code_bytes"] is None else f"{row['code_bytes'] / 2**10:,.0f}"
+                counts = [f"{row['flops'] / 1e6:,.1f}", f"{row['bytes_accessed'] / 2**20:,.1f}", f"{row['instructions']:,}"]
+                rows.append([f"`{name}`", str(row["batch_size"]), version, *counts, code])
+    where = "; ".join(machine(of) for of in found["versions"].values())
+    return [
+        "## Size of a compiled step",
+        "",
+        f"A training step at its row's real size, by the compiler's own counts, in which the body of a loop counts once "
+        f"({where}). `tests/test_programs.py` fails when FLOPs, bytes or instructions grow by more than {100 * ALLOWED:.0f} %.",
+        "",
+        markdown(["recipe", "batch", "jax", "MFLOP", "MiB accessed", "instructions", "executable, KiB"], rows),
+        "",
+    ]
+
+
+def memory_parts(found: dict[str, Any]) -> list[str]:
+    """The part about memory."""
+    rows = []
+    for row in found["rows"]:
+        ways, plain = row["ways"], row["ways"]["float32"]
+
+        def cell(way: str, ways: Any = ways, plain: Any = plain) -> str:
+            if way not in ways:
+                return "-"
+            own = ways[way]["temporary_bytes"]
+            return f"{own / 2**20:.2f} ({percent(own / plain['temporary_bytes'])})"
+
+        changed = "".join(f", {name} {value}" for name, value in row["changes"].items())
+        whole = all(one["reused_bytes"] == one["state_bytes"] for one in ways.values())
+        rows.append(
+            [
+                f"`{row['recipe']}`{changed}",
+                str(row["batch_size"]),
+                f"{plain['state_bytes'] / 2**20:.2f}",
+                "whole" if whole else "in part",
+                f"{plain['temporary_bytes'] / 2**20:.2f}",
+                *map(cell, ("bfloat16", "accumulated", "whole loss again", "remat")),
+            ]
+        )
+    return [
+        "## Memory of a step",
+        "",
+        f"MiB of temporary memory at the peak of the compiled step, beside the state and the batch ({machine(found)}), and the "
+        "difference to float32. bfloat16 is of the networks' arithmetic; parameters, their gradients and losses stay float32, "
+        f"and casts of the parameters come on top. Accumulated: the gradient over {found['parts']} parts of the batch. "
+        "`jax.checkpoint` around a whole loss brings back at once all that it did not keep. `remat` is the setting of the "
+        "families with loops or blocks to compute again (for the Transformer with `scan_layers`). Reused: whether the new "
+        "state is written over the donated one, byte for byte.",
+        "",
+        markdown(
+            [
+                "recipe",
+                "batch",
+                "state",
+                "reused",
+                "float32",
+                "bfloat16",
+                "accumulated",
+                "`jax.checkpoint` around the loss",
+                "`remat`",
+            ],
+            rows,
+        ),
+        "",
+    ]
+
+
+def sampling_parts(found: dict[str, Any]) -> list[str]:
+    """The part about samplers."""
+    rows = []
+    for row in found["rows"]:
+        steps = "-" if row["steps_per_second"] is None else f"{row['steps_per_second']:,.0f} {row['step']}s"
+        rows.append(
+            [
+                f"`{row['recipe']}`",
+                "-" if row["solver_steps"] is None else str(row["solver_steps"]),
+                str(row["batch"]),
+                quartiles({name: 1000 * value for name, value in row["seconds"].items()}, ",.2f"),
+                f"{row['samples_per_second']:,.0f}",
+                steps,
+                f"{row['compile_seconds']:.1f}",
+            ]
+        )
+    header = ["recipe", "solver steps", "batch", "ms a call (quartiles)", "samples/s", "steps/s", "compilation, s"]
+    return [
+        "## Samplers",
+        "",
+        f"Whole samples with random weights, at the row's settings ({machine(found)}); compilation includes tracing.",
+        "",
+        markdown(header, rows),
+        "",
+    ]
+
+
+def startup_parts(found: dict[str, Any]) -> list[str]:
+    """The part about starting."""
+    each = lambda times: f"{statistics.median(times):.2f} ({', '.join(f'{t:.2f}' for t in times)})"  # noqa: E731
+    rows = [[f"`{row['command']}`", each(row["cold"]), each(row["warm"])] for row in found["rows"]]
+    return [
+        "## From the command to the first step",
+        "",
+        "Seconds from starting the process until the first optimiser step is done and logged, with an empty cache of compiled "
+        f"programs and with the one that it left: median and all of {found['runs']} runs ({machine(found)}).",
+        "",
+        markdown(["command", "cold", "warm"], [*rows, ["`genjax --help` (to its end)", each(found["help"]), "-"]]),
+        "",
+    ]
+
+
+def ensemble_parts(found: dict[str, Any]) -> list[str]:
+    """The part about many small models as one program."""
+    parts = [
+        "## Many small models as one program",
+        "",
+        f"A step of all members in units of a step of one member alone, {found['steps_per_dispatch']} steps a dispatch, in "
+        f"turns ({machine(found)}); the last column is the time of `auto` over that of one program after the other.",
+        "",
+    ]
+    rows = []
+    for row in found["rows"]:
+        modes = row["modes"]
+        shown = [f"{modes[mode]['to_one_member']['median']:.2f}" for mode in ("one by one", "map", "vmap", "auto")]
+        alone = f"{modes['one']['ms']:.2f}"
+        last = quartiles(modes["auto"]["to_one_by_one"], ".2f")
+        rows.append([f"`{row['recipe']}`", str(row["batch_size"]), str(row["members"]), alone, *shown, last])
+    header = ["recipe", "batch", "members", "one member, ms", "one by one", "map", "vmap", "auto", "auto / one by one"]
+    parts += [markdown(header, rows), ""]
+    autos = [row["modes"]["auto"]["to_one_by_one"]["median"] for row in found["rows"]]
+    return [*parts, f"`auto` against one by one, at worst: {percent(max(autos))}.", ""]
+
+
+def parts() -> list[str]:
+    """All of these sections that have been measured."""
+    sections = {
+        "programs": program_parts,
+        "memory": memory_parts,
+        "sampling": sampling_parts,
+        "startup": startup_parts,
+        "ensemble": ensemble_parts,
+    }
+    measured = {name: read(name) for name in sections}
+    return [line for name, found in measured.items() if found for line in sections[name](found)]

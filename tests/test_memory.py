@@ -1,0 +1,67 @@
+"""What a train step keeps: the state is updated in place, and what is computed again gives the same with less memory."""
+
+import functools
+
+import jax
+import optax
+import pytest
+from gates import assert_close
+from rows import B, first_rows, setup
+
+from genjax.data import example_batch
+from genjax.families.attention import transformer
+from genjax.families.recurrent import rnn
+from genjax.families.variational_recurrent import vrnn
+from genjax.measure import state_bytes, step_program, step_shapes
+from genjax.protocol import DataSpec
+from genjax.train import scan_steps, training
+
+QUICK = {"xla_backend_optimization_level": 0}  # which changes no figure of memory
+
+
+@first_rows
+def test_the_new_state_is_written_over_the_donated_one(name):
+    """The compiled program reuses every byte of the state, in one step and in a loop of steps: nothing of it is there twice."""
+    spec = setup(name).spec
+    t = setup(name).recipe.training(spec)
+    state, batch = step_shapes(t, spec, B)
+    looped = jax.jit(scan_steps(t, 3).step, donate_argnums=0).lower(state, batch).compile(QUICK)
+    for program in (step_program(t, spec, B, QUICK), looped):
+        assert program.memory_analysis().alias_size_in_bytes == state_bytes(state) > 0
+
+
+T, N = 32, 16
+AGAIN = {
+    "vanilla": (functools.partial(rnn, cell="vanilla", d_embed=4, d_hidden=16, n_layers=2), {}),
+    "lstm": (functools.partial(rnn, cell="lstm", d_embed=4, d_hidden=16), {}),
+    "vrnn": (functools.partial(vrnn, latent_dim=2, d_hidden=16, hidden=(16,)), {}),
+    "fivo": (functools.partial(vrnn, latent_dim=2, d_hidden=16, hidden=(16,), objective="fivo", n_samples=4), {}),
+    "transformer": (functools.partial(transformer, d_model=16, n_layers=4, n_heads=4), {"scan_layers": True}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", AGAIN)
+def test_computing_again_gives_the_same_in_less_memory(name):
+    build, options = AGAIN[name]
+    spec = DataSpec((T,), "tokens", levels=5, step="token")
+    plain, again = build(spec, **options), build(spec, **options, remat=True)
+    params, state = jax.jit(plain.init)(jax.random.key(0))
+    batch = example_batch(spec, jax.random.key(1), N)
+    assert_close(jax.jit(again.init)(jax.random.key(0)), (params, state), 0)
+
+    def losses(model):
+        (player,) = model.losses
+
+        def total(params):
+            value = model.losses[player](params, state, batch, jax.random.key(2))[0]
+            return value.mean(), value
+
+        return jax.jit(jax.value_and_grad(total, has_aux=True))
+
+    assert_close(losses(again)(params), losses(plain)(params), 1e-5)
+    needed = [
+        step_program(training(model, optax.sgd(0.1)), spec, N, QUICK).memory_analysis().temp_size_in_bytes
+        for model in (plain, again)
+    ]
+    assert needed[1] < 0.9 * needed[0]

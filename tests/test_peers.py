@@ -1,0 +1,72 @@
+"""The PyTorch twins of the benchmarks are the same models, and where there is no PyTorch the report says so."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import common, peers, program_cost, report
+
+TORCH = os.environ.get("GENJAX_TORCH_PYTHON", "")
+
+
+@pytest.fixture(autouse=True)
+def _as_benchmarks_run() -> Iterator[None]:
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.parametrize("name", peers.CASES)
+def test_a_case_is_plain_data_and_its_medium_size_is_wider(name: str) -> None:
+    small, medium = (peers.case_of(peers.recipe_of(name, size)) for size in peers.SIZES)
+    assert json.loads(json.dumps(small))["batch_size"] == medium["batch_size"]
+    assert 2 * small["parameters"] < medium["parameters"]
+
+
+def test_every_family_has_a_case() -> None:
+    assert {peers.recipe_of(name, "small").family for name in peers.CASES} == {row.family for row in peers.ZOO.values()}
+
+
+def test_products_in_a_loop_count_for_every_trip() -> None:
+    """Three products a trip: one forward, two backward."""
+    n, d, trips = 8, 16, 5
+
+    def loss(w: jax.Array, x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, length=trips)[0].sum()
+
+    program = jax.jit(jax.grad(loss)).lower(jnp.ones((d, d)), jnp.ones((n, d))).compile()
+    products = 2 * n * d * d
+    assert program_cost.loop_flops(program.as_text()) == 3 * (trips - 1) * products
+    assert program_cost.cost(program).flops >= 3 * trips * products
+
+
+@pytest.mark.slow
+def test_without_pytorch_the_report_says_what_was_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GENJAX_TORCH_PYTHON", raising=False)
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(peers, "CASES", {"vae": {"hidden": (8,), "latent_dim": 2, "batch_size": 4}})
+    peers.main(0.05, sizes=("medium",))
+    found = json.loads((tmp_path / "peers.json").read_text())
+    (row,) = found["rows"]
+    assert row["torch"] == {"skipped": peers.NO_TORCH}
+    assert row["steps_per_second"] > 0
+    assert row["flops"] > 0
+    assert found["geometric_means"] == {}
+    assert f"skipped: {peers.NO_TORCH}" in "\n".join(report.peers_parts(found))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TORCH, reason=peers.NO_TORCH)
+@pytest.mark.parametrize("name", peers.CASES)
+def test_a_twin_has_the_same_parameters_loss_and_gradient(name: str) -> None:
+    """A twin counts its parameters when it starts; the rest is at equal parameters, data and noise."""
+    recipe = peers.recipe_of(name, "small")
+    case = peers.case_of(recipe)
+    twin = peers.Twin(TORCH, case)
+    assert twin.about["parameters"] == case["parameters"]
+    assert max(peers.differences(recipe, twin).values()) < 1e-5
+    twin.close()
