@@ -13,8 +13,15 @@ SMALL = {
     "02_adversarial.ipynb": "STEPS = 40\nSEEDS = 2",
     "03_sequences.ipynb": "STEPS = 20\nPATH_STEPS = 20\nWIDTH = 16",
     "04_guidance.ipynb": "STEPS = 200\nEARLY = 100\nWIDTH = 16\nN = 30",
+    "05_scale.ipynb": "SECONDS = 0.02\nHIDDEN = 64\nMEMBERS = (1, 2)\nSTEPS = (1, 2)\nRECIPES = ()",
 }
-SHOWS = {"01_composition.ipynb": 4, "02_adversarial.ipynb": 2, "03_sequences.ipynb": 2, "04_guidance.ipynb": 2}  # pictures
+SHOWS = {  # pictures
+    "01_composition.ipynb": 4,
+    "02_adversarial.ipynb": 2,
+    "03_sequences.ipynb": 2,
+    "04_guidance.ipynb": 2,
+    "05_scale.ipynb": 1,
+}
 
 
 def test_every_notebook_has_small_settings() -> None:

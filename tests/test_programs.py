@@ -40,6 +40,7 @@ def test_a_baseline_keeps_those_of_other_versions(tmp_path, monkeypatch) -> None
     assert list(programs.common.read("programs")["versions"]) == ["0.9", "0.10", "0.12"]
 
 
+@pytest.mark.slow
 def test_the_size_does_not_depend_on_the_flags_of_the_suite() -> None:
     """The suite has eight devices and switches parts of the compiler off; the options undo that, but for `quick`."""
     assert len(jax.devices()) == 8
