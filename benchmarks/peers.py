@@ -344,7 +344,8 @@ def main(seconds: float = 8.0, names: tuple[str, ...] = (), sizes: tuple[str, ..
             row = rows[-1]
             beside = f", {row['ratio']['median']:.2f} of the time of {row['torch']['best']}" if "ratio" in row else ""
             print(f"{name}, {size}: {row['ms'][row['best']]['median']:.2f} ms with {row['best']}{beside}", flush=True)
-    write("peers", {"peak_gflops": peak / 1e9, "rows": rows, "geometric_means": geometric_means(rows)})
+            # After each, so that what was measured is there when a long run is stopped.
+            write("peers", {"peak_gflops": peak / 1e9, "rows": rows, "geometric_means": geometric_means(rows)})
 
 
 if __name__ == "__main__":
