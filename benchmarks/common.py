@@ -28,23 +28,33 @@ def alternate(calls: dict[str, Callable[[], Any]], seconds: float = 10.0, block:
     Returns one value per round and program: the mean over that round's calls. Round i of one program is next to round i
     of the others in time, so ratios should be taken round by round.
     """
-    counts = {}
-    for name, call in calls.items():
-        jax.block_until_ready(call())
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        counts[name] = max(1, round(block / max(time.perf_counter() - start, 1e-9)))
+
+    def timed(call: Callable[[], Any]) -> Callable[[int], float]:
+        def mean(n: int) -> float:
+            start = time.perf_counter()
+            for _ in range(n):
+                out = call()
+            jax.block_until_ready(out)
+            return (time.perf_counter() - start) / n
+
+        return mean
+
+    means, counts = {name: timed(call) for name, call in calls.items()}, {}
+    for name, mean in means.items():
+        mean(1)  # compiles
+        counts[name] = max(1, round(block / max(mean(1), 1e-9)))
+    return in_turns(means, counts, seconds)
+
+
+def in_turns(calls: dict[str, Callable[[int], float]], counts: dict[str, int], seconds: float) -> dict[str, list[float]]:
+    """One value per round and program: what each gives for its count, a mean over so many. Five rounds at least."""
     rounds: dict[str, list[float]] = {name: [] for name in calls}
     started = time.perf_counter()
     while time.perf_counter() - started < seconds or len(next(iter(rounds.values()))) < 5:
         # The order turns around in every second round, so that none always runs in the wake of the same other.
         order = list(calls) if len(rounds[next(iter(calls))]) % 2 == 0 else list(reversed(calls))
         for name in order:
-            start = time.perf_counter()
-            for _ in range(counts[name]):
-                out = calls[name]()
-            jax.block_until_ready(out)
-            rounds[name].append((time.perf_counter() - start) / counts[name])
+            rounds[name].append(calls[name](counts[name]))
     return rounds
 
 
@@ -75,3 +85,20 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def quartiles(r: dict[str, float], form: str) -> str:
+    """A `common.summary` in words: the median and, in brackets, the quartiles."""
+    return f"{r['median']:{form}} [{r['q1']:{form}}, {r['q3']:{form}}]"
+
+
+def machine(results: dict[str, Any]) -> str:
+    """Where and when something was measured, in words."""
+    h, v = results["hardware"], results["versions"]
+    versions = ", ".join(f"{name} {v[name]}" for name in ("python", "jax", "flax", "optax"))
+    return f"{results['date']}, {h['cores']} cores, {h['backend']}, {versions}"
+
+
+def percent(ratio: float) -> str:
+    """A ratio as a signed difference from 1 in per cent."""
+    return f"{100 * (ratio - 1):+.1f} %"

@@ -11,16 +11,15 @@ at once. That makes 11,000 page faults, a quarter of the time of a step.
 
 import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks.common import ratio, summary, write
+from benchmarks.common import in_turns, ratio, summary, write
+from benchmarks.torch_process import TorchProcess
 from genjax.data import example_batch
 from genjax.errors import ConfigError
 from genjax.families.attention import transformer
@@ -33,32 +32,6 @@ SPEC = DataSpec((64,), "tokens", levels=65, step="character", name="random chara
 MODEL: dict[str, Any] = {"d_model": 128, "n_layers": 4, "n_heads": 4, "position": "learned", "tie_weights": True}
 OPTIMIZER = Optimizer("adamw", 1e-3, b2=0.99, weight_decay=0.1, clip_norm=1.0)
 VARIANTS = ("eager", "fused", "compiled")
-
-
-class Twin:
-    """The PyTorch twin as a process that answers with seconds per step."""
-
-    def __init__(self, python: str) -> None:
-        script = Path(__file__).with_name("torch_nanogpt.py")
-        self.process = subprocess.Popen([python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.version = self._answer()
-
-    def _answer(self) -> str:
-        line = self.process.stdout.readline().strip() if self.process.stdout else ""
-        if not line:
-            raise RuntimeError("The PyTorch twin ended without an answer; its message is above.")
-        return line
-
-    def seconds(self, variant: str, steps: int) -> float:
-        """Seconds per step, the mean over `steps`."""
-        assert self.process.stdin
-        self.process.stdin.write(f"{variant} {steps}\n")
-        self.process.stdin.flush()
-        return float(self._answer())
-
-    def close(self) -> None:
-        """End the process."""
-        self.process.communicate(timeout=60)
 
 
 def ours(per_dispatch: int, batch_size: int = 12) -> Callable[[int], float]:
@@ -81,20 +54,16 @@ def ours(per_dispatch: int, batch_size: int = 12) -> Callable[[int], float]:
 
 def compare(python: str, seconds: float = 30.0, block: int = 20) -> dict[str, Any]:
     """Milliseconds per step of all programs in turns of `block` steps, and genjax's ratio to each variant of the twin."""
-    twin = Twin(python)
+    twin = TorchProcess(python, "torch_nanogpt.py")
     calls: dict[str, Callable[[int], float]] = {"genjax": ours(block), "genjax, one step a dispatch": ours(1)}
-    calls |= {variant: lambda steps, variant=variant: twin.seconds(variant, steps) for variant in VARIANTS}
-    rounds: dict[str, list[float]] = {name: [] for name in calls}
+    calls |= {variant: lambda steps, variant=variant: float(twin.ask(f"{variant} {steps}")) for variant in VARIANTS}
     for call in calls.values():  # compile and warm up
         call(block)
-    started = time.perf_counter()
-    while time.perf_counter() - started < seconds or len(rounds["genjax"]) < 5:
-        for name in calls if len(rounds["genjax"]) % 2 == 0 else reversed(calls):
-            rounds[name].append(calls[name](block))
+    rounds = in_turns(calls, dict.fromkeys(calls, block), seconds)
     twin.close()
     best = min(VARIANTS, key=lambda name: statistics.median(rounds[name]))
     return {
-        "torch": twin.version,
+        "torch": twin.greeting,
         "best_variant": best,
         "ms": {name: {key: 1000 * v if key != "rounds" else v for key, v in summary(t).items()} for name, t in rounds.items()},
         "ratio_to": {name: ratio(rounds["genjax"], rounds[name]) for name in VARIANTS},

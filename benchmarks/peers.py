@@ -10,7 +10,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -21,12 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.common import ratio, summary, write
-from benchmarks.program_cost import Cost, cost
+from benchmarks.common import in_turns, ratio, summary, write
+from benchmarks.torch_process import TorchProcess
 from genjax import config
 from genjax.config import Recipe
 from genjax.data import example_batch
-from genjax.measure import matmul_peak, stepper
+from genjax.measure import cost_of, matmul_peak, stepper
 from genjax.metrics import count
 from genjax.protocol import Batch, Model, Training
 from genjax.train import compiled, scan_steps
@@ -93,25 +92,14 @@ class Twin:
         self.folder = tempfile.TemporaryDirectory()
         path = Path(self.folder.name) / "case.json"
         path.write_text(json.dumps(case))
-        script = Path(__file__).with_name("torch_twins.py")
         # What torch.compile kept from an earlier run would make its seconds of compilation too few.
         env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(Path(self.folder.name) / "compiled")}
-        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen([python, str(script), str(path)], env=env, **pipes)
-        self.about = self._answer()
-
-    def _answer(self) -> Any:
-        line = self.process.stdout.readline().strip() if self.process.stdout else ""
-        if not line:
-            raise RuntimeError("The PyTorch twin ended without an answer; its message is above.")
-        return json.loads(line)
+        self.process = TorchProcess(python, "torch_twins.py", str(path), env=env)
+        self.about = json.loads(self.process.greeting)
 
     def ask(self, **question: Any) -> Any:
         """The answer to a question; see `torch_twins.py`."""
-        assert self.process.stdin
-        self.process.stdin.write(json.dumps(question) + "\n")
-        self.process.stdin.flush()
-        answer = self._answer()
+        answer = json.loads(self.process.ask(json.dumps(question)))
         if isinstance(answer, dict) and "error" in answer:
             raise RuntimeError(answer["error"])
         return answer
@@ -124,7 +112,7 @@ class Twin:
 
     def close(self) -> None:
         """End the process."""
-        self.process.communicate(timeout=60)
+        self.process.close()
         self.folder.cleanup()
 
 
@@ -209,12 +197,12 @@ def differences(recipe: Recipe, twin: Twin) -> dict[str, float]:
 
 
 class Ours(NamedTuple):
-    """genjax's step: seconds per step of so many, compile seconds, and the cost of the program of one step."""
+    """genjax's step: seconds per step of so many, compile seconds, and what the program of one step takes."""
 
     calls: dict[str, Callable[[int], float]]
     per_call: dict[str, int]
     compile_seconds: float
-    cost: Cost
+    cost: dict[str, float]
 
 
 def ours(recipe: Recipe, k: int = 10) -> Ours:
@@ -248,7 +236,14 @@ def ours(recipe: Recipe, k: int = 10) -> Ours:
         names[0]: timed(one, program, batch, 1),
         names[1]: timed(scan_steps(one), compile_one(scan_steps(one), stacked)[0], stacked, k),
     }
-    return Ours(calls, dict(zip(names, (1, k), strict=True)), compile_seconds, cost(program))
+    flops, temporary = cost_of(program)
+    cost = {
+        "flops": flops,
+        "bytes_accessed": float((program.cost_analysis() or {}).get("bytes accessed", math.nan)),  # loops once
+        "temporary_bytes": temporary,
+        "argument_bytes": program.memory_analysis().argument_size_in_bytes,
+    }
+    return Ours(calls, dict(zip(names, (1, k), strict=True)), compile_seconds, cost)
 
 
 def alternate(
@@ -263,12 +258,7 @@ def alternate(
         least = per_call.get(name, 1)
         call(least)  # compile and warm up
         steps[name] = max(least, round(block / call(least)))
-    rounds: dict[str, list[float]] = {name: [] for name in calls}
-    started = time.perf_counter()
-    while time.perf_counter() - started < seconds or len(next(iter(rounds.values()))) < 5:
-        for name in calls if len(next(iter(rounds.values()))) % 2 == 0 else reversed(calls):
-            rounds[name].append(calls[name](steps[name]))
-    return rounds
+    return in_turns(calls, steps, seconds)
 
 
 def measure(name: str, size: str, seconds: float, peak: float, python: str | None, block: float = 0.3) -> dict[str, Any]:
@@ -306,8 +296,8 @@ def measure(name: str, size: str, seconds: float, peak: float, python: str | Non
         "unit": f"{spec.step}s" if spec.step else "examples",
         "units_per_second": case["batch_size"] * per_example / step,
         "compile_seconds": mine.compile_seconds,
-        **mine.cost._asdict(),
-        "share_of_peak": mine.cost.flops / step / peak,
+        **mine.cost,
+        "share_of_peak": mine.cost["flops"] / step / peak,
         "ms": {one: {key: 1000 * v if key != "rounds" else v for key, v in summary(t).items()} for one, t in rounds.items()},
     }
     if not twin:

@@ -5,7 +5,6 @@ own defaults, given for each program, so that XLA_FLAGS such as those of the tes
 optimises (`quick`) changes none of the counts either, only the size of the machine code.
 """
 
-import contextlib
 import datetime
 import json
 import re
@@ -41,16 +40,13 @@ def measured(name: str, quick: bool = False) -> dict[str, Any]:
     """What the compiled step of a recipe at its real size does and is; a loop's body counts once, however often it runs.
 
     `flops` and `bytes_accessed` by the compiler's analysis; `instructions` of its final text (HLO);
-    `code_bytes` of the executable, None where the back end does not give it, and with `quick`.
+    `code_bytes` of the executable, None with `quick`.
     """
     recipe = ZOO[name]
     spec = recipe.source().spec
     program = step_program(recipe.training(spec), spec, recipe.schedule.batch_size, options(quick))
     found, text = program.cost_analysis(), program.as_text()
-    code = None
-    if not quick:
-        with contextlib.suppress(jax.errors.JaxRuntimeError, NotImplementedError):
-            code = len(program.runtime_executable().serialize())
+    code = None if quick else len(program.runtime_executable().serialize())
     return {
         "recipe": name,
         "batch_size": recipe.schedule.batch_size,

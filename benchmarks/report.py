@@ -6,7 +6,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import markdown, read
+from benchmarks import report_costs
+from benchmarks.common import machine, markdown, percent, quartiles, read
 from genjax.catalogue import measured
 from genjax.zoo import ZOO
 
@@ -68,27 +69,10 @@ def mean_and_sd(r: dict[str, Any], form: str) -> str:
     return f"{r['mean']:{form}}" + (f" ± {r['sd']:{form}}" if r["sd"] is not None else "")
 
 
-def quartiles(r: dict[str, float], form: str) -> str:
-    """A `common.summary` in words: the median and, in brackets, the quartiles."""
-    return f"{r['median']:{form}} [{r['q1']:{form}}, {r['q3']:{form}}]"
-
-
 def figure_text(figure: dict[str, Any]) -> str:
     """A figure about samples over seeds, and the same figure of real data."""
     real = "" if figure["real"] is None else f" (real data {figure['real']:.3g})"
     return f"{figure['name']} {mean_and_sd(figure, '.3g')}{real}"
-
-
-def machine(results: dict[str, Any]) -> str:
-    """Where and when something was measured, in words."""
-    h, v = results["hardware"], results["versions"]
-    versions = ", ".join(f"{name} {v[name]}" for name in ("python", "jax", "flax", "optax"))
-    return f"{results['date']}, {h['cores']} cores, {h['backend']}, {versions}"
-
-
-def percent(ratio: float) -> str:
-    """A ratio as a signed difference from 1 in per cent."""
-    return f"{100 * (ratio - 1):+.1f} %"
 
 
 def adversarial_parts(found: dict[str, Any]) -> list[str]:
@@ -415,8 +399,6 @@ def main() -> None:
     denoising = read("denoising")
     if denoising:
         parts += denoising_parts(denoising)
-    from benchmarks import report_costs  # which imports from here
-
     parts += report_costs.parts()
     parts += ["## Results of the zoo", "", results_table(), ""]
     (HERE / "REPORT.md").write_text("\n".join(parts))

@@ -3,9 +3,8 @@
 import statistics
 from typing import Any
 
-from benchmarks.common import markdown, read
+from benchmarks.common import machine, markdown, percent, quartiles, read
 from benchmarks.programs import ALLOWED
-from benchmarks.report import machine, percent, quartiles
 
 
 def program_parts(found: dict[str, Any]) -> list[str]:
@@ -14,9 +13,8 @@ def program_parts(found: dict[str, Any]) -> list[str]:
     for name in dict.fromkeys(row["recipe"] for of in found["versions"].values() for row in of["rows"]):
         for version, of in found["versions"].items():
             for row in (row for row in of["rows"] if row["recipe"] == name):
-                code = "-" if row["code_bytes"] is None else f"{row['code_bytes'] / 2**10:,.0f}"
                 counts = [f"{row['flops'] / 1e6:,.1f}", f"{row['bytes_accessed'] / 2**20:,.1f}", f"{row['instructions']:,}"]
-                rows.append([f"`{name}`", str(row["batch_size"]), version, *counts, code])
+                rows.append([f"`{name}`", str(row["batch_size"]), version, *counts, f"{row['code_bytes'] / 2**10:,.0f}"])
     where = "; ".join(machine(of) for of in found["versions"].values())
     return [
         "## Size of a compiled step",

@@ -1,5 +1,6 @@
 """The families of genjax as PyTorch modules, for `torch_twins.py`: what is random in a step, and the loss of each player."""
 
+import abc
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ Noise = dict[str, torch.Tensor]
 softplus = functional.softplus
 
 
-class Twin(nn.Module):
+class Twin(nn.Module, abc.ABC):
     """One family: networks, what is random in a step, and the mean loss of each player.
 
     `images` names the layers between an image and a vector, which order it differently (NHWC there, NCHW here), and
@@ -38,8 +39,9 @@ class Twin(nn.Module):
     def draw(self, player: str) -> Noise:
         return {}
 
+    @abc.abstractmethod
     def loss(self, player: str, x: torch.Tensor, cond: torch.Tensor | None, noise: Noise) -> torch.Tensor:
-        raise NotImplementedError
+        """The mean over the batch, as genjax's loss of that player."""
 
     def settle(self) -> None:
         """After the gradient: keep what the next step begins with."""

@@ -170,12 +170,11 @@ def check(case: dict[str, Any], path: str) -> dict[str, list[float]]:
     load(twin, parts["params"])
     data = {name: torch.from_numpy(value) for name, value in parts["data"].items()}
     x = arranged(data["x"] if data["x"].is_floating_point() else data["x"].long())
+    x = x.flip(2, 3) if twin.mirrored else x
     results = {}
     for player in twin.players:
         noise = {name: arranged(torch.from_numpy(value)) for name, value in parts.get(player, {}).items()}
         noise = {**twin.draw(player), **noise}
-        if twin.mirrored:
-            x = x.flip(2, 3)
         value = twin.loss(player, x, data["cond"].long() if "cond" in data else None, noise)
         own = [p for p in twin.own(player).parameters() if p.requires_grad]
         twin.zero_grad()

@@ -33,6 +33,7 @@ from genjax.errors import ConfigError, GenjaxError
 TIMEOUT = 300  # seconds that jax waits for all processes to start, and then ends those that did
 SHUTDOWN = 30  # seconds that a process which ends waits for the others to end too, before jax ends them
 MEETING = 3600  # seconds that processes wait for one that compiles, draws or reads; jax notices before then if it has died
+_meetings = itertools.count()  # each has a name of its own, the same on all processes
 
 
 def start(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
@@ -129,14 +130,14 @@ def told(find: Callable[[], Any]) -> Any:
     return answer["value"]
 
 
-def meet(count: Iterator[int] = itertools.count()) -> None:  # noqa: B008  # one count of all meetings
+def meet() -> None:
     """Wait until every process is here, without the devices.
 
     At the first sum of a program over the processes of a CPU gloo waits 30 s for them and then fails: for one that compiles, or
     reads a file, that is little. Those that have met once may keep each other waiting.
     """
     if several():
-        multihost.get_barrier_sync_fn()(key=f"genjax{next(count)}", timeout_ms=MEETING * 1000)
+        multihost.get_barrier_sync_fn()(key=f"genjax{next(_meetings)}", timeout_ms=MEETING * 1000)
 
 
 def compile_together(program: Any, *args: Any) -> None:

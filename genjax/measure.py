@@ -1,7 +1,10 @@
 """What a step costs: seconds, compile seconds, FLOPs and memory of the compiled program, and the machine's peak."""
 
+import math
+import re
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,6 +16,15 @@ from genjax.config import Recipe
 from genjax.data import example_batch
 from genjax.protocol import Batch, DataSpec, Training, TrainState
 from genjax.train import compiled
+
+# What is read of a compiled program's text.
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*)$")
+_SHAPE = re.compile(r"^\w+\[([\d,]*)\]")
+_DOT = re.compile(r"\bdot\([^%]*%([\w.\-]+),.*lhs_contracting_dims=\{([\d,]*)\}")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 class StepCost(NamedTuple):
@@ -51,10 +63,60 @@ def state_bytes(state: Any) -> int:
 
 
 def cost_of(program: Any) -> tuple[float, int]:
-    """(FLOPs, bytes of temporary memory) of a compiled program; nan and 0 where the backend does not tell."""
+    """(FLOPs, bytes of temporary memory) of a compiled program; nan and 0 where the backend does not tell.
+
+    The compiler's own count takes the body of a loop once; the matrix products of its other trips are added.
+    """
     analysis = program.cost_analysis() or {}
     memory = program.memory_analysis()
-    return float(analysis.get("flops", float("nan"))), int(getattr(memory, "temp_size_in_bytes", 0) or 0)
+    flops = float(analysis.get("flops", float("nan"))) + loop_flops(program.as_text())
+    return flops, int(getattr(memory, "temp_size_in_bytes", 0) or 0)
+
+
+def loop_flops(text: str) -> float:
+    """FLOPs of matrix products in loops beyond their first trip, from a program's text, which the compiler leaves out."""
+    products, calls, entry = _read(text)
+    with_trips, once = _times(calls, entry, True), _times(calls, entry, False)
+    return sum(flops * (with_trips[name] - once[name]) for name, flops in products.items())
+
+
+def _read(text: str) -> tuple[dict[str, float], dict[str, list[tuple[str, int]]], str]:
+    """By computation: FLOPs of its own matrix products, and (computation, trips) of what it calls; and the entry's name."""
+    products: dict[str, float] = defaultdict(float)
+    calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    shapes: dict[str, list[int]] = {}
+    name = entry = ""
+    for line in text.splitlines():
+        if head := _COMPUTATION.match(line):
+            name, shapes = head[2], {}
+            entry = name if head[1] else entry
+            continue
+        if not (found := _INSTRUCTION.match(line)):
+            continue
+        shape = _SHAPE.match(found[2])
+        shapes[found[1]] = [int(size) for size in shape[1].split(",") if size] if shape else []
+        if dot := _DOT.search(found[2]):
+            contracted = [shapes[dot[1]][int(axis)] for axis in dot[2].split(",") if axis]
+            products[name] += 2 * math.prod(shapes[found[1]]) * math.prod(contracted)
+        trips = _TRIPS.search(found[2])
+        called = _CALLED.findall(found[2])
+        if branches := _BRANCHES.search(found[2]):
+            called += [branch.strip().lstrip("%") for branch in branches[1].split(",")]
+        calls[name] += [(one, int(trips[1]) if trips else 1) for one in called]
+    return products, calls, entry
+
+
+def _times(calls: dict[str, list[tuple[str, int]]], entry: str, trips: bool) -> dict[str, float]:
+    """How often each computation runs for one run of the entry, loops for all their trips or once."""
+    times: dict[str, float] = defaultdict(float)
+
+    def visit(name: str, count: float) -> None:
+        times[name] += count
+        for called, n in calls.get(name, ()):
+            visit(called, count * (n if trips else 1))
+
+    visit(entry, 1.0)
+    return times
 
 
 def seconds_per_call(call: Callable[[], Any], budget: float = 2.0, at_least: int = 5) -> list[float]:

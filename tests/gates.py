@@ -11,9 +11,8 @@ def quick(fun, **options):
 
 
 # Undoes what conftest.py switches off to compile faster.
-_AS_USERS: dict[str, bool | int] = {"xla_backend_optimization_level": 3}
-if jax.__version__.startswith("0.10."):
-    _AS_USERS["xla_cpu_use_fusion_emitters"] = True
+_OLD = jax.__version__.startswith("0.10.")
+_AS_USERS = {"xla_cpu_use_fusion_emitters": True, "xla_backend_optimization_level": 3} if _OLD else {}
 
 
 def optimised(fun, **options):

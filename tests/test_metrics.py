@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genjax.measure import cost_of, matmul_peak, seconds_per_call, stepper
+from genjax.measure import cost_of, loop_flops, matmul_peak, seconds_per_call, stepper
 from genjax.metrics import Estimate, bits_per_dim, count, estimate, padded, score_examples, scorer
 from genjax.protocol import Batch, DataSpec
 
@@ -123,6 +123,19 @@ def test_cost_of_counts_a_matrix_product() -> None:
     flops, temporary = cost_of(jax.jit(lambda a: a @ a.T).lower(a).compile())
     assert flops == pytest.approx(2 * 32 * 32 * 16, rel=0.1)
     assert temporary >= 0
+
+
+def test_products_in_a_loop_count_for_every_trip() -> None:
+    """Three products a trip: one forward, two backward."""
+    n, d, trips = 8, 16, 5
+
+    def loss(w: jax.Array, x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, length=trips)[0].sum()
+
+    program = jax.jit(jax.grad(loss)).lower(jnp.ones((d, d)), jnp.ones((n, d))).compile()
+    products = 2 * n * d * d
+    assert loop_flops(program.as_text()) == 3 * (trips - 1) * products
+    assert cost_of(program)[0] >= 3 * trips * products
 
 
 def test_stepper_advances_the_state_and_times_are_as_many_as_asked() -> None:

@@ -23,7 +23,7 @@ from genjax.distributions import (
 from genjax.errors import ConfigError, unknown_name
 from genjax.nets.functional import functional
 from genjax.nets.mlp import ACTIVATIONS
-from genjax.nets.recurrent import Cell, cell_of
+from genjax.nets.recurrent import Cell, cell_of, rematerialised
 from genjax.nets.variational_recurrent import VariationalRecurrentNet
 from genjax.protocol import (
     Array,
@@ -68,11 +68,6 @@ def _step_keys(key: Key, n_steps: int) -> Key:
     return jax.vmap(lambda t: jax.random.fold_in(key, t))(jnp.arange(n_steps))
 
 
-def _again(step: Callable[..., Any], remat: bool) -> Callable[..., Any]:
-    """The step of a loop; with `remat`, one that keeps its carry only and is computed again on the way back."""
-    return jax.checkpoint(step, prevent_cse=False) if remat else step
-
-
 def elbo_steps(model: Sequential, x: Array, observed: Any, carry: Any, key: Key, remat: bool = False) -> tuple[Array, Array]:
     """ln p(x_t | z_t, h_{t-1}) and KL(q(z_t | x_t, h_{t-1}) || p(z_t | h_{t-1})) in nats, each [T, N], for one path z ~ q.
 
@@ -85,7 +80,7 @@ def elbo_steps(model: Sequential, x: Array, observed: Any, carry: Any, key: Key,
         z = normal_sample(key, mean, log_scale)
         return model.recur(observed, z, carry), (carry[0], z, mean, log_scale)
 
-    path = jax.lax.scan(_again(step, remat), carry, (observed, _step_keys(key, len(x))))[1]
+    path = jax.lax.scan(rematerialised(step, remat), carry, (observed, _step_keys(key, len(x))))[1]
     # Decoder and prior are not part of the recurrence: all steps at once.
     flat, h, z, mean, log_scale = jax.tree.map(
         lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), (x, *path)
@@ -162,7 +157,9 @@ def particle_bound(
     more = jnp.concatenate([mask[1:], jnp.zeros((1, b), bool)])
     dtype = carry[0].dtype
     start = (jax.tree.map(tile, carry), jnp.zeros((k, b), dtype), jnp.zeros(b, dtype))
-    _, log_weight, total = jax.lax.scan(_again(step, remat), start, (x, observed, mask, more, _step_keys(key, n_steps)))[0]
+    _, log_weight, total = jax.lax.scan(
+        rematerialised(step, remat), start, (x, observed, mask, more, _step_keys(key, n_steps))
+    )[0]
     return total + log_mean_exp(log_weight)
 
 

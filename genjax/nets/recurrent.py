@@ -83,6 +83,11 @@ def cell_of(cell: str | Cell) -> Cell:
     return CELLS[cell]
 
 
+def rematerialised(step: Callable[..., Any], remat: bool = True) -> Callable[..., Any]:
+    """The step of a loop; with `remat`, one that keeps its carry only and is computed again on the way back."""
+    return jax.checkpoint(step, prevent_cse=False) if remat else step
+
+
 class RecurrentLayer(nnx.Module):
     """One layer; in its loop over time there is only h U. W is [d_in, n_gates d]; U is [d, n_gates d], orthogonal by gates.
 
@@ -116,7 +121,7 @@ class RecurrentLayer(nnx.Module):
             return after, after[0]
 
         a = self.inputs(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:2], -1)
-        last, y = jax.lax.scan(jax.checkpoint(step, prevent_cse=False) if self.remat else step, carry, a)
+        last, y = jax.lax.scan(rematerialised(step, self.remat), carry, a)
         return y, last
 
     def step(self, a: Array, carry: Carry) -> Carry:
