@@ -157,17 +157,17 @@ def _compare(model: Model, hand: HandWritten, batch_size: int, seconds: float) -
     }
 
 
-def loop_overhead(rounds: int = 5, steps: int = 4000) -> dict[str, Any]:
+def loop_overhead(rounds: int = 5, steps: int = 4000, warm: int = 500) -> dict[str, Any]:
     """What `fit` adds per step to the same dispatches without it, at a step of about a millisecond.
 
     Both run the same compiled program of 50 steps a dispatch; `fit` also reads the metrics, averages them, writes
-    metrics.jsonl and TensorBoard every 100 steps, and calls a progress function. The first 500 steps are left out.
+    metrics.jsonl and TensorBoard every 100 steps, and calls a progress function. The first `warm` steps are left out.
     """
     recipe = config.replace(ZOO["vae"], batch_size=128, hidden=(256, 256))
     source = recipe.source()
     arrays = source.load().train
     feed = loop.device_feed(recipe.training(source.spec), source, arrays, recipe.schedule.batch_size, 0)
-    k, warm = recipe.schedule.steps_per_call, 500
+    k = recipe.schedule.steps_per_call
     bare_program = compiled(feed.training(k))
 
     def bare() -> float:

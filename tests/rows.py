@@ -115,12 +115,13 @@ def in_chunks(model, n):
 
     def loss_of(loss):
         def whole(params, state, batch, key):
+            def part(state, at):
+                value, (state, metrics) = loss(params, state, *at)
+                return state, (value, metrics)
+
             parts = jax.tree.map(lambda leaf: leaf.reshape(n, -1, *leaf.shape[1:]), batch)
-            values = []
-            for index, part_key in enumerate(jax.random.split(key, n)):
-                value, (state, metrics) = loss(params, state, jax.tree.map(lambda leaf: leaf[index], parts), part_key)
-                values.append((value, metrics))
-            value, metrics = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *values)
+            state, found = jax.lax.scan(part, state, (parts, jax.random.split(key, n)))
+            value, metrics = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), found)
             return value, Aux(state, metrics)
 
         return whole

@@ -135,7 +135,7 @@ def test_the_command_writes_tables_and_json(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(report, "README", readme)
     rows = overhead.step_overhead(0.2)
     assert [row["compiled_programs"] for row in rows] == [1, 1]
-    common.write("overhead", {"step": rows, "loop": overhead.loop_overhead(rounds=2, steps=600)})
+    common.write("overhead", {"step": rows, "loop": overhead.loop_overhead(rounds=2, steps=200, warm=100)})
     throughput.main(0.02)
     generation.main(0.02)
     report.main()

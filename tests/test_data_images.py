@@ -79,7 +79,7 @@ def test_idx_refuses_paths_and_dtypes(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- images
 
 
-def test_digits_are_split_by_class_and_all_there():
+def test_digits_are_split_by_class_and_all_there(monkeypatch):
     from sklearn.datasets import load_digits
 
     splits = data.digits(conditional=True).load()
@@ -93,6 +93,9 @@ def test_digits_are_split_by_class_and_all_there():
     np.testing.assert_array_equal(rows[np.lexsort(rows.T)], pixels[np.lexsort(pixels.T)])
     assert_same(splits, data.digits(conditional=True).load())
     assert data.digits().load().train.cond is None
+    with monkeypatch.context() as patched:  # wherever scikit-learn keeps them
+        patched.setattr("importlib.util.find_spec", lambda name: None)
+        assert_same(splits, data.digits(conditional=True).load())
 
 
 def test_digits_prepared():
