@@ -307,7 +307,7 @@ def test_g7_eight_examples_are_memorised_down_to_the_floor(name):
 
     # Fitting 8 examples is a stiff problem: without the clipping, single gradients throw weights far off.
     t = training(model, optax.chain(optax.adaptive_grad_clip(0.05), optax.adam(optax.cosine_decay_schedule(5e-3, 2000))))
-    fast = jax.jit(scan_steps(t, 200).step, donate_argnums=0)
+    fast = (jax.jit if score else optimised)(scan_steps(t, 200).step, donate_argnums=0)
     many = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * COPIES.get(row.family, 1)), eight)
     ts = quick(t.init)(jax.random.key(0))
     before = after = None if score is None else np.asarray(nats(ts.params, ts.state)).mean()
