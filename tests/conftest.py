@@ -1,6 +1,5 @@
 """The strictest setting for every test: no silent broadcasting, no silent casts, warnings are errors, 8 fake CPU devices."""
 
-import gc
 import importlib.metadata
 import itertools
 import os
@@ -22,9 +21,6 @@ os.environ["MPLBACKEND"] = "agg"
 import jax
 import pytest
 
-# Traces and programs are kept, millions of objects: looking through them again and again took a twentieth of the suite's time.
-gc.freeze()
-gc.set_threshold(50_000, 50, 50)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import genjax.cli
@@ -30,6 +31,12 @@ def program(args: list[str], cwd: Path, code: int = 0) -> tuple[str, str]:
     assert process.returncode == code, err
     assert "Traceback" not in err
     return out, err
+
+
+def arrays_in(path: str | Path) -> dict[str, np.ndarray]:
+    """What an .npz file holds; the file is closed again."""
+    with np.load(path) as file:
+        return dict(file)
 
 
 def refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:

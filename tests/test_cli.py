@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from program import BIN, environment, program, refused, start
+from program import BIN, arrays_in, environment, program, refused, start
 
 import genjax.cli
 from genjax import figures
@@ -123,10 +123,10 @@ def test_sampling(trained: tuple[Path, str, str], tmp_path: Path, capsys: pytest
     genjax.cli.main(["sample", str(folder), "--n", "9", "--seed", "2"])
     out = folder / "samples" / "sample_n9_seed2"
     assert capsys.readouterr().out == f"9 samples [9, 8, 8, 1] in {out}.npz and {out}.png\n"
-    x = np.load(f"{out}.npz")["x"]
+    x = arrays_in(f"{out}.npz")["x"]
     assert x.shape == (9, 8, 8, 1)
     genjax.cli.main(["sample", str(folder), "--n", "9", "--seed", "2", "--out", str(tmp_path / "again")])
-    np.testing.assert_array_equal(np.load(tmp_path / "again.npz")["x"], x)
+    np.testing.assert_array_equal(arrays_in(tmp_path / "again.npz")["x"], x)
     capsys.readouterr()
     assert "unconditional: leave `cond` out" in refused(["sample", str(folder), "--cond", "3"], capsys)
     (tmp_path / "file").write_text("")

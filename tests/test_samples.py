@@ -8,7 +8,7 @@ import jax
 import mido
 import numpy as np
 import pytest
-from program import refused
+from program import arrays_in, refused
 
 import genjax.cli
 from genjax import figures, run, samples
@@ -178,7 +178,7 @@ def test_a_run_is_sampled_by_the_solver_asked_for_and_filmed(flow: Path, capsys:
     genjax.cli.main(["sample", str(flow), *flags])
     genjax.cli.main(["sample", str(flow), *flags, "--film"])
     stem = "sample_n5_seed0_cond3{}_guidance2.0_solverheun_n_steps4_gridkarras"
-    plain, film = (np.load(flow / "samples" / f"{stem.format(part)}.npz") for part in ("", "_film"))
+    plain, film = (arrays_in(flow / "samples" / f"{stem.format(part)}.npz") for part in ("", "_film"))
     assert film["film"].shape == (5, 5, 8, 8, 1)
     np.testing.assert_array_equal(film["x"], plain["x"])
     np.testing.assert_array_equal(film["film"][-1], plain["x"])
@@ -276,7 +276,7 @@ def test_a_run_of_text_shows_text_and_needs_no_data_to_sample(folder: Path, caps
     texts = [text for text in out.split("-" * 40 + "\n") if text][:2]
     assert len(texts) == 2
     assert all(text.startswith("the") for text in texts)
-    x = np.load(folder / "samples" / "sample_n2_seed0_prompt_temperature0.5_length40.npz")["x"]
+    x = arrays_in(folder / "samples" / "sample_n2_seed0_prompt_temperature0.5_length40.npz")["x"]
     assert x.shape == (2, 40)
 
 
