@@ -11,8 +11,9 @@ def quick(fun, **options):
 
 
 # Undoes what conftest.py switches off to compile faster.
-_OLD = jax.__version__.startswith("0.10.")
-_AS_USERS = {"xla_cpu_use_fusion_emitters": True, "xla_backend_optimization_level": 3} if _OLD else {}
+_AS_USERS: dict[str, bool | int] = {"xla_cpu_parallel_codegen_split_count": 32, "xla_backend_optimization_level": 3}
+if jax.__version__.startswith("0.10."):
+    _AS_USERS["xla_cpu_use_fusion_emitters"] = True
 
 
 def optimised(fun, **options):

@@ -64,5 +64,4 @@ def test_computing_again_gives_the_same_in_less_memory(name):
         step_program(training(model, optax.sgd(0.1)), spec, N, QUICK).memory_analysis().temp_size_in_bytes
         for model in (plain, again)
     ]
-    # The way back through a tanh needs its value alone; a vanilla cell's is the carry, which both keep: little is left to save.
-    assert needed[1] < (0.95 if name == "vanilla" else 0.9) * needed[0]
+    assert needed[1] < 0.9 * needed[0]

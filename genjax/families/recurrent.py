@@ -64,8 +64,8 @@ def rnn(
         n_components: Gaussians in the mixture that continuous events have.
         lanes: L; 0 means that every example begins with h_0 = 0.
         restart: for lanes: how likely a stream begins a window as if it were its first, so that beginnings are learned too.
-        remat: keep only the carry of each step and compute its gates again on the way back, for less memory where sequences
-            are long; it saves most for cells with many gates.
+        remat: keep only the input and the carry of each step and compute its products and gates again on the way back, for less
+            memory where sequences are long; the inputs' product is then one of each step, which takes longer.
         cond_dropout: how often training leaves out the condition, which guidance needs (Ho & Salimans 2022).
         dtype: of the network's arithmetic; parameters and losses stay float32.
 

@@ -83,7 +83,7 @@ def cell_of(cell: str | Cell) -> Cell:
     return CELLS[cell]
 
 
-def rematerialised(step: Callable[..., Any], remat: bool = True) -> Callable[..., Any]:
+def rematerialised(step: Callable[..., Any], remat: bool) -> Callable[..., Any]:
     """The step of a loop; with `remat`, one that keeps its carry only and is computed again on the way back."""
     return jax.checkpoint(step, prevent_cse=False) if remat else step
 
@@ -91,7 +91,8 @@ def rematerialised(step: Callable[..., Any], remat: bool = True) -> Callable[...
 class RecurrentLayer(nnx.Module):
     """One layer; in its loop over time there is only h U. W is [d_in, n_gates d]; U is [d, n_gates d], orthogonal by gates.
 
-    With `remat` a step keeps its carry only, and its gates are computed again on the way back.
+    With `remat` a step keeps its input and its carry only; x W, then a product of each step, and its gates are computed again on
+    the way back.
     """
 
     def __init__(self, cell: Cell, d_in: int, d: int, remat: bool = False, *, rngs: nnx.Rngs) -> None:
@@ -116,12 +117,12 @@ class RecurrentLayer(nnx.Module):
         """x [T, B, d_in] -> h [T, B, d]: time comes first, as the loop wants it."""
 
         # On a CPU neither unrolling nor a derivative that sums the gradient of U in one product at the end is faster.
-        def step(carry: Carry, a: Array) -> tuple[Carry, Array]:
-            after = self.step(a, carry)
+        def step(carry: Carry, given: Array) -> tuple[Carry, Array]:
+            after = self.step(self.inputs(given) if self.remat else given, carry)
             return after, after[0]
 
-        a = self.inputs(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:2], -1)
-        last, y = jax.lax.scan(rematerialised(step, self.remat), carry, a)
+        given = x if self.remat else self.inputs(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:2], -1)
+        last, y = jax.lax.scan(rematerialised(step, self.remat), carry, given)
         return y, last
 
     def step(self, a: Array, carry: Carry) -> Carry:
