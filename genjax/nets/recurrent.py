@@ -91,8 +91,8 @@ def rematerialised(step: Callable[..., Any], remat: bool) -> Callable[..., Any]:
 class RecurrentLayer(nnx.Module):
     """One layer; in its loop over time there is only h U. W is [d_in, n_gates d]; U is [d, n_gates d], orthogonal by gates.
 
-    With `remat` a step keeps its input and its carry only; x W, then a product of each step, and its gates are computed again on
-    the way back.
+    With `remat` a step keeps its input and its carry only; x W, then a product of each step, and its gates are computed again
+    on the way back.
     """
 
     def __init__(self, cell: Cell, d_in: int, d: int, remat: bool = False, *, rngs: nnx.Rngs) -> None:
