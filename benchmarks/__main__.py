@@ -29,6 +29,8 @@ class Args:
             "sampling",
             "startup",
             "ensemble",
+            "convolution",
+            "widths",
             "results",
             "gallery",
             "report",
@@ -41,7 +43,8 @@ class Args:
     `published` rows as the source of their reference counts, from runs in `keep`, `generation` cached sampling,
     `denoising` what diffusion and flow matching reach,
     `programs` the size of compiled steps (the baseline of tests/test_programs.py, for this version of jax), `memory` what they
-    need, `sampling` samplers by batch, `startup` from the command to the first step, `ensemble` many small models at once.
+    need, `sampling` samplers by batch, `startup` from the command to the first step, `ensemble` many small models at once,
+    `convolution` gradients beside flax's convolutions, `widths` a Transformer's share of the peak.
     `all` leaves these out."""
     names: tuple[str, ...] = ()
     """For `results` and `peers`: only these recipes; all unless given."""
@@ -94,7 +97,7 @@ def main() -> None:
         denoising.main(args.keep)
     if args.part in ("programs", "memory", "startup"):
         importlib.import_module(f"benchmarks.{args.part}").main()
-    if args.part in ("sampling", "ensemble"):
+    if args.part in ("sampling", "ensemble", "convolution", "widths"):
         importlib.import_module(f"benchmarks.{args.part}").main(*([args.seconds] if args.seconds else []))
     if args.part == "results":
         from benchmarks import results_of_zoo

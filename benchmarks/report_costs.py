@@ -143,6 +143,47 @@ def ensemble_parts(found: dict[str, Any]) -> list[str]:
     return [*parts, f"`auto` against one by one, at worst: {percent(max(autos))}.", ""]
 
 
+def convolution_parts(found: dict[str, Any]) -> list[str]:
+    """The part about convolutions."""
+    rows = []
+    for row in found["rows"]:
+        cells = []
+        for form in ("alone", "loop"):
+            ms = row[form]["ms"]
+            cells += [f"{ms['genjax']:.1f}", f"{ms['flax']:.1f}", quartiles(row[form]["times_as_long"], ".2f")]
+        rows.append([f"`{row['recipe']}`", str(row["batch_size"]), *cells, f"{row['difference']:.0e}"])
+    header = ["recipe", "batch", "genjax, ms", "flax, ms", "flax / genjax"]
+    return [
+        "## Convolutions",
+        "",
+        "The whole gradient of a row's losses with genjax's convolutions and with plain `flax.nnx` ones, in turns "
+        f"({machine(found)}): by itself, then in a loop of {found['trips']}, which is where training steps are (milliseconds "
+        "of one gradient). The last column is the largest difference between both gradients, over the largest entry.",
+        "",
+        markdown([*header, *(f"{name}, in a loop" for name in header[2:]), "difference"], rows),
+        "",
+    ]
+
+
+def width_parts(found: dict[str, Any]) -> list[str]:
+    """The part about a Transformer's width."""
+    rows, first = [], found["rows"][0]
+    for row in found["rows"]:
+        share = {key: 100 * value for key, value in row["share_of_peak"].items()}
+        counts = [f"{row['parameters']:,}", f"{row['ms']:.1f}", f"{row['flops'] / 1e9:.1f}", f"{row['peak_gflops']:.0f}"]
+        rows.append([str(row["width"]), *counts, f"{quartiles(share, '.0f')} %"])
+    return [
+        "## A Transformer by its width",
+        "",
+        f"A training step of `{found['recipe']}` (batches of {first['batch_size']} sequences of {first['steps']} steps, "
+        f"float32, {found['steps_per_dispatch']} steps a dispatch; {machine(found)}), as a share of the rate of a large matrix "
+        "product, in turns with it.",
+        "",
+        markdown(["width", "parameters", "ms a step", "GFLOP", "peak, GFLOP/s", "of the peak (quartiles)"], rows),
+        "",
+    ]
+
+
 def parts() -> list[str]:
     """All of these sections that have been measured."""
     sections = {
@@ -151,6 +192,8 @@ def parts() -> list[str]:
         "sampling": sampling_parts,
         "startup": startup_parts,
         "ensemble": ensemble_parts,
+        "convolution": convolution_parts,
+        "widths": width_parts,
     }
     measured = {name: read(name) for name in sections}
     return [line for name, found in measured.items() if found for line in sections[name](found)]

@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from benchmarks import common, overhead, report
+from genjax.config import replace
 from genjax.data import example_batch
 from genjax.families.denoising import diffusion
 from genjax.families.variational import vae
@@ -150,6 +151,30 @@ def test_the_command_writes_tables_and_json(tmp_path: Path, monkeypatch: pytest.
     assert "tokens/s" in text
     assert "old" not in readme.read_text()
     assert readme.read_text().startswith("before\n<!-- results -->\n| recipe")
+
+
+@pytest.mark.slow
+def test_convolutions_and_widths_are_measured_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import convolution, report_costs, widths
+
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(convolution, "ROWS", ("vae-conv",))
+    monkeypatch.setattr(convolution, "TRIPS", 2)
+    monkeypatch.setattr(convolution, "compared", partial(convolution.compared, channels=(2, 2), latent_dim=2, batch_size=4))
+    monkeypatch.setattr(widths, "WIDTHS", (8, 16))
+    monkeypatch.setattr(widths, "PRODUCT", 64)
+    monkeypatch.setattr(widths, "replace", partial(replace, n_layers=1, batch_size=2))
+    convolution.main(0.02)
+    widths.main(0.02)
+    (row,) = common.read("convolution")["rows"]
+    assert 0 < row["difference"] < 1e-5  # other programs, the same values to rounding
+    assert all(row[form]["ms"][who] > 0 for form in ("alone", "loop") for who in ("genjax", "flax"))
+    one, other = common.read("widths")["rows"]
+    assert (one["width"], other["width"]) == (8, 16)
+    assert 1 < other["flops"] / one["flops"] < 4.5  # between linear and quadratic in the width
+    text = "\n".join(report_costs.parts())
+    assert "## Convolutions" in text
+    assert "## A Transformer by its width" in text
 
 
 @pytest.mark.slow

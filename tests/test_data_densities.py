@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from data_checks import assert_same, assert_uniform
+from gates import optimised
 
 from genjax import data
 from genjax.errors import ConfigError
@@ -69,7 +70,7 @@ def test_density_sources(name):
 @pytest.mark.parametrize("name", ["ring", "pinwheel", "checkerboard"])
 def test_score_is_finite(name):
     source = data.open_source(name)
-    score = jax.jit(jax.grad(lambda x: source.log_prob(x).sum()))(jnp.asarray(source.load().valid.x))
+    score = optimised(jax.grad(lambda x: source.log_prob(x).sum()))(jnp.asarray(source.load().valid.x))
     assert np.isfinite(np.asarray(score)).all()
 
 

@@ -12,7 +12,7 @@ from rows import grown, widen
 
 from genjax.errors import ConfigError
 from genjax.nets.functional import functional
-from genjax.nets.recurrent import CELLS, Recurrent
+from genjax.nets.recurrent import CELLS, Recurrent, cell_of
 
 B, T, D_IN, D = 3, 5, 4, 6
 every_cell = pytest.mark.parametrize("cell", CELLS)
@@ -152,6 +152,20 @@ def test_the_first_weights_and_the_first_carry(cell):
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(start))
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_forget_bias_is_how_much_of_the_past_a_new_cell_keeps(cell, x64):
+    """Without anything to see, and with U = 0, the last entry of the carry is multiplied by σ(bias) at every step."""
+    biased = functional(functools.partial(Recurrent, cell_of(cell, 2.0), D_IN, D))
+    params = widen(biased.init(jax.random.key(0))[0])
+    layer = params["layers"][0]
+    layer["kernel"] = jnp.zeros_like(layer["kernel"])
+    memory = CELLS[cell].n_carry - 1
+    start = (tuple(jnp.full((B, D), 0.5 if k == memory else 0.0) for k in range(memory + 1)),)
+    _, (last,) = biased.apply(params, {}, jnp.zeros((B, T, D_IN)), start)[0]
+    np.testing.assert_allclose(last[memory], 0.5 * sigmoid(2.0) ** T, rtol=1e-12)
+    assert cell_of(cell) is CELLS[cell]
+
+
 @pytest.mark.slow
 def test_dropout_is_between_layers_only_and_unbiased():
     key = jax.random.key(3)
@@ -173,3 +187,5 @@ def test_dropout_is_between_layers_only_and_unbiased():
 def test_a_cell_that_does_not_exist():
     with pytest.raises(ConfigError, match=r"no cell called 'lsmt'\. Did you mean lstm"):
         functional(functools.partial(Recurrent, "lsmt", D_IN, D))
+    with pytest.raises(ConfigError, match="a gate that keeps the past, as lstm and gru have; got 1"):
+        cell_of("vanilla", 1.0)

@@ -27,6 +27,7 @@ def rnn(
     d_hidden: int = 128,
     n_layers: int = 1,
     dropout: float = 0.0,
+    forget_bias: float | None = None,
     n_components: int = 1,
     lanes: int = 0,
     restart: float = 0.0,
@@ -61,6 +62,8 @@ def rnn(
         d_hidden: the size d of h.
         n_layers: how many layers, one on top of the other.
         dropout: rate, applied to the embedded events, between the layers and before the readout (Zaremba 2014).
+        forget_bias: the initial bias of the gate that keeps the past, for memories that are long from the start: the LSTM's
+            forget gate (1 unless given, Jozefowicz 2015) or the GRU's update gate (0 unless given).
         n_components: Gaussians in the mixture that continuous events have.
         lanes: L; 0 means that every example begins with h_0 = 0.
         restart: for lanes: how likely a stream begins a window as if it were its first, so that beginnings are learned too.
@@ -89,7 +92,7 @@ def rnn(
     emit = emission(spec, n_components)
     guided = isinstance(cond_dropout, Tracer) or cond_dropout > 0
     sizes_of = (d_embed, d_hidden, n_layers, emit.n_outputs)
-    net = functional(partial(RecurrentNet, spec, cell_of(cell), *sizes_of, guided, remat), dtype)
+    net = functional(partial(RecurrentNet, spec, cell_of(cell, forget_bias), *sizes_of, guided, remat), dtype)
 
     def fresh(p: Any, n: int, dtype: Any = spec.dtype) -> State:
         """What goes from window to window, before the first: the layers' carry, the last event, and whether there is one."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from genjax.errors import unknown_name
+from genjax.errors import ConfigError, unknown_name
 from genjax.nets.sequence import EventEmbed, dropout
 from genjax.protocol import Array, DataSpec, Key
 
@@ -26,6 +26,7 @@ class Cell:
         n_carry: how many vectors of d are carried; the first is h.
         n_biased: how many of the last gates have a bias of their own in u.
         bias: the initial b of each gate.
+        keeper: which gate keeps the past when it is open, of those that `bias` lists; None where there is none.
     """
 
     step: Callable[[Array, Array, Carry], Carry]
@@ -33,6 +34,7 @@ class Cell:
     n_carry: int = 1
     n_biased: int = 0
     bias: tuple[float, ...] = (0.0,)
+    keeper: int | None = None
 
 
 def vanilla_step(a: Array, u: Array, carry: Carry) -> Carry:
@@ -65,22 +67,28 @@ def gru_step(a: Array, u: Array, carry: Carry) -> Carry:
 
 CELLS = {
     "vanilla": Cell(vanilla_step, 1),
-    "lstm": Cell(lstm_step, 4, n_carry=2, bias=(0.0, 1.0, 0.0, 0.0)),
-    "gru": Cell(gru_step, 3, n_biased=1, bias=(0.0, 0.0, 0.0)),
+    "lstm": Cell(lstm_step, 4, n_carry=2, bias=(0.0, 1.0, 0.0, 0.0), keeper=1),
+    "gru": Cell(gru_step, 3, n_biased=1, bias=(0.0, 0.0, 0.0), keeper=1),
 }
 
 
-def cell_of(cell: str | Cell) -> Cell:
-    """A cell by name, or the one that is given.
+def cell_of(cell: str | Cell, forget_bias: float | None = None) -> Cell:
+    """A cell by name, or the one that is given; with `forget_bias` as the initial bias of the gate that keeps the past.
 
     Raises:
-        ConfigError: for an unknown name.
+        ConfigError: for an unknown name, and for a bias of a gate that the cell does not have.
     """
-    if isinstance(cell, Cell):
+    if not isinstance(cell, Cell):
+        if cell not in CELLS:
+            raise unknown_name("cell", cell, CELLS)
+        cell = CELLS[cell]
+    if forget_bias is None:
         return cell
-    if cell not in CELLS:
-        raise unknown_name("cell", cell, CELLS)
-    return CELLS[cell]
+    if cell.keeper is None:
+        raise ConfigError(
+            f"forget_bias is for a cell with a gate that keeps the past, as lstm and gru have; got {forget_bias}."
+        )
+    return dataclasses.replace(cell, bias=tuple(forget_bias if i == cell.keeper else b for i, b in enumerate(cell.bias)))
 
 
 def rematerialised(step: Callable[..., Any], remat: bool) -> Callable[..., Any]:

@@ -1,0 +1,56 @@
+"""A Transformer's training step by its width, as a share of the machine's matrix-product peak, measured in turns with it."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.common import alternate, summary, write
+from genjax.config import replace
+from genjax.data import example_batch
+from genjax.measure import cost_of, stepper
+from genjax.train import compiled, scan_steps
+from genjax.zoo import ZOO
+
+NAME = "transformer"
+WIDTHS = (128, 256, 512)
+STEPS = 4  # a dispatch
+PRODUCT = 2048  # the side of the square matrices whose product is the peak
+
+
+def measure(width: int, seconds: float) -> dict[str, Any]:
+    """Milliseconds and FLOPs of a step at one width, and the peak in its rounds, in FLOP/s."""
+    recipe = replace(ZOO[NAME], d_model=width)
+    spec, batch_size = recipe.source().spec, recipe.schedule.batch_size
+    t = recipe.training(spec)
+    one = jax.jit(partial(example_batch, spec), static_argnums=1)(jax.random.key(1), batch_size)
+    state = jax.jit(t.init)(jax.random.key(0))
+    flops, _ = cost_of(jax.jit(t.step).lower(state, one).compile())
+    many = jax.tree.map(lambda leaf: jnp.stack([leaf] * STEPS), one)
+    a = jnp.ones((PRODUCT, PRODUCT))
+    product = jax.jit(jnp.matmul)
+    calls = {"step": stepper(compiled(scan_steps(t)).step, state, many), "product": lambda: product(a, a)}
+    rounds = alternate(calls, seconds, block=0.3)
+    peak = 2 * PRODUCT**3 / min(rounds["product"])
+    rates = [STEPS * flops / second for second in rounds["step"]]
+    return {
+        "width": width,
+        "batch_size": batch_size,
+        "steps": spec.shape[0],
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "ms": 1000 * summary(rounds["step"])["median"] / STEPS,
+        "flops": flops,
+        "peak_gflops": peak / 1e9,
+        "share_of_peak": summary([rate / peak for rate in rates]),
+    }
+
+
+def main(seconds: float = 20.0) -> None:
+    """Measure and write results/widths.json; `seconds` for each width."""
+    rows = []
+    for width in WIDTHS:
+        rows.append(measure(width, seconds))
+        share, ms = rows[-1]["share_of_peak"]["median"], rows[-1]["ms"]
+        print(f"{NAME}, width {width}: {ms:.1f} ms a step, {100 * share:.0f} % of the peak", flush=True)
+    write("widths", {"recipe": NAME, "steps_per_dispatch": STEPS, "rows": rows})
