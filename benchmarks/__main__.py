@@ -22,6 +22,7 @@ class Args:
             "nanogpt",
             "peers",
             "published",
+            "makemore",
             "generation",
             "denoising",
             "programs",
@@ -40,7 +41,8 @@ class Args:
     """What to measure. `results` trains every recipe, `adversarial` many GANs, `dcgan` one and its PyTorch twin,
     `nanogpt` a Transformer's step and its twin (GENJAX_TORCH_PYTHON names their interpreter),
     `peers` a step of every family at two sizes, and their twins,
-    `published` rows as the source of their reference counts, from runs in `keep`, `generation` cached sampling,
+    `published` rows as the source of their reference counts, from runs in `keep`,
+    `makemore` first names beside makemore's Transformer in PyTorch, `generation` cached sampling,
     `denoising` what diffusion and flow matching reach,
     `programs` the size of compiled steps (the baseline of tests/test_programs.py, for this version of jax), `memory` what they
     need, `sampling` samplers by batch, `startup` from the command to the first step, `ensemble` many small models at once,
@@ -49,11 +51,12 @@ class Args:
     names: tuple[str, ...] = ()
     """For `results` and `peers`: only these recipes; all unless given."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """For `results`: training seeds."""
+    """For `results` and `makemore`: training seeds."""
     seconds: float | None = None
     """Seconds for each comparison; each part's own default unless given."""
     keep: Path | None = None
-    """For `results`, `dcgan`, `published`, `denoising`: keep run folders here, and do not train again what is here already."""
+    """For `results`, `dcgan`, `published`, `makemore`, `denoising`: keep run folders here, and do not train again what is
+    here already."""
 
 
 def main() -> None:
@@ -87,6 +90,10 @@ def main() -> None:
         from benchmarks import published
 
         published.main(args.keep)
+    if args.part == "makemore":
+        from benchmarks import makemore
+
+        makemore.main(list(args.seeds), args.keep)
     if args.part == "generation":
         from benchmarks import generation
 

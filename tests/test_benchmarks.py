@@ -1,6 +1,7 @@
 """The benchmarks compare like with like, and every part of them runs."""
 
 import json
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -11,15 +12,16 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import common, overhead, report
+from benchmarks import common, overhead, peers, report
 from genjax.config import replace
-from genjax.data import example_batch
+from genjax.data import example_batch, open_source
 from genjax.families.denoising import diffusion
 from genjax.families.variational import vae
 from genjax.protocol import Batch, DataSpec
 from genjax.train import compiled, training
 
 SIDE, WIDTH, LATENT = 4, 6, 2
+TORCH = os.environ.get("GENJAX_TORCH_PYTHON", "")
 
 
 @pytest.fixture(autouse=True)
@@ -214,3 +216,35 @@ def test_the_costs_of_programs_are_measured_and_reported(tmp_path: Path, monkeyp
     text = "\n".join(report_costs.parts())
     for words in ("Size of a compiled step", "Memory of a step", "Samplers", "From the command", "Many small models"):
         assert f"## {words}" in text
+
+
+def test_makemores_transformer_reads_the_names_that_ours_reads(tmp_path: Path) -> None:
+    from benchmarks import makemore
+
+    (tmp_path / "names.txt").write_text("ab\nabc\nc\n" * 40)
+    source = open_source(str(tmp_path / "names.txt"), layout="lines")
+    found = makemore.lines(source)
+    splits = source.load()
+    for name, batch in splits._asdict().items():
+        for line, x in zip(found[name], np.asarray(batch.x), strict=True):
+            length = list(x).index(source.spec.end) + 1
+            np.testing.assert_array_equal(line[:length], x[:length])
+            assert (line[length:] == -1).all()
+
+
+@pytest.mark.skipif(not TORCH, reason=peers.NO_TORCH)
+@pytest.mark.slow
+def test_makemores_transformer_is_trained_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import makemore
+
+    rng = np.random.default_rng(0)
+    some = {name: np.pad(rng.integers(1, 3, (40, 3)), ((0, 0), (0, 1))) for name in ("train", "valid", "test")}
+    monkeypatch.setattr(makemore, "lines", lambda source: some)
+    (run,) = makemore.twin(TORCH, None, [0], 500)
+    assert run["best_step"] == 500
+    # Three coins and a sure end: 3 ln 2 / 4 nats per token at least, but for what the training lines tell of the test lines.
+    assert 0.4 < run["test"] < 0.8
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    rows = [{"recipe": "gru-names", "standard_error": 0.1, **makemore.spread([run["test"]])}]
+    common.write("makemore", {"rows": rows, "twin": {"steps": 500, "runs": [run], **makemore.spread([run["test"]])}})
+    assert f"| makemore's Transformer | {run['test']:.3f} |" in "\n".join(report.makemore_parts(common.read("makemore")))
