@@ -330,7 +330,7 @@ _ROWS = (
         family=rnn,
         data="names",
         summary="GRU of first names",
-        model={"cell": "gru", "d_embed": 64, "d_hidden": 220, "dropout": 0.3, "forget_bias": 1.0},
+        model={"cell": "gru", "d_embed": 64, "d_hidden": 220, "dropout": 0.35, "forget_bias": 1.0},
         optimizer=dataclasses.replace(_ATTENTION_OPTIMIZER, learning_rate=4e-3, ema_decay=0.999),
         schedule=dataclasses.replace(_SEQUENCE_SCHEDULE, steps=20_000, batch_size=128, evaluate_every=1000),
         tiny=_TINY_RNN,
