@@ -10,10 +10,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 # Both cores compile as it is: one program need not be split among threads.
 os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
-# Compiling is most of the suite's time; this halves it. (`gates.optimised` undoes it where bits are compared.) In jax 0.12 only
-# the gates do without optimisation: there the score of a density of many terms comes out as NaN without.
+# Compiling is most of the suite's time; this halves it. (`gates.optimised` undoes it where bits are compared.)
+os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 if importlib.metadata.version("jax").startswith("0.10."):
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ.pop("GENJAX_DATA", None)  # tests make what they read
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every program that a test starts would compile 2,000 modules, for 6 s
 os.environ["MPLBACKEND"] = "agg"
