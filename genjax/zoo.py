@@ -372,8 +372,8 @@ _ROWS = (
         family=rnn,
         data="jsb",
         summary="GRU of Bach's chorales",
-        model={"cell": "gru", "d_embed": 64, "d_hidden": 200, "dropout": 0.3, "forget_bias": 2.0},
-        **_chorales(1e-2),
+        model={"cell": "gru", "d_embed": 64, "d_hidden": 256, "dropout": 0.4, "forget_bias": 2.0},
+        **_chorales(1e-2, steps=2_400),
         tiny=_TINY_RNN,
     ),
     Recipe(
