@@ -373,7 +373,7 @@ _ROWS = (
         data="jsb",
         summary="GRU of Bach's chorales",
         model={"cell": "gru", "d_embed": 64, "d_hidden": 256, "dropout": 0.4, "forget_bias": 2.0},
-        **_chorales(1e-2, steps=2_400),
+        **_chorales(1e-2),
         tiny=_TINY_RNN,
     ),
     Recipe(
