@@ -42,7 +42,7 @@ class Args:
     `nanogpt` a Transformer's step and its twin (GENJAX_TORCH_PYTHON names their interpreter),
     `peers` a step of every family at two sizes, and their twins,
     `published` rows as the source of their reference counts, from runs in `keep`,
-    `makemore` first names beside makemore's Transformer in PyTorch, `generation` cached sampling,
+    `makemore` what makemore's Transformer in PyTorch reaches on our first names, `generation` cached sampling,
     `denoising` what diffusion and flow matching reach,
     `programs` the size of compiled steps (the baseline of tests/test_programs.py, for this version of jax), `memory` what they
     need, `sampling` samplers by batch, `startup` from the command to the first step, `ensemble` many small models at once,
@@ -55,8 +55,7 @@ class Args:
     seconds: float | None = None
     """Seconds for each comparison; each part's own default unless given."""
     keep: Path | None = None
-    """For `results`, `dcgan`, `published`, `makemore`, `denoising`: keep run folders here, and do not train again what is
-    here already."""
+    """For `results`, `dcgan`, `published`, `denoising`: keep run folders here, and do not train again what is here already."""
 
 
 def main() -> None:
@@ -93,7 +92,7 @@ def main() -> None:
     if args.part == "makemore":
         from benchmarks import makemore
 
-        makemore.main(list(args.seeds), args.keep)
+        makemore.main(list(args.seeds))
     if args.part == "generation":
         from benchmarks import generation
 

@@ -64,6 +64,11 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"median": middle, "q1": low, "q3": high, "rounds": len(values)}
 
 
+def over_seeds(values: list[float]) -> dict[str, Any]:
+    """A figure by seed, its mean, and its standard deviation where there are several."""
+    return {"by_seed": values, "mean": statistics.mean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
+
+
 def ratio(a: list[float], b: list[float]) -> dict[str, float]:
     """Median and quartiles of a / b, round by round."""
     return summary([x / y for x, y in zip(a, b, strict=True)])

@@ -1,7 +1,7 @@
 """The gradient of every convolutional family with genjax's convolutions beside the same networks with plain `flax.nnx` ones.
 
-The whole gradient of a row's losses, each with respect to all parameters, at the row's real size, on a resident batch: alone,
-and inside a loop of several, which is where training steps are. The networks, parameters and values are the same.
+The whole gradient of a row's losses, their sum with respect to all parameters, at the row's real size, on a resident batch:
+alone, and inside a loop of several, which is where training steps are. The networks, parameters and values are the same.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ def gradients(recipe: Recipe) -> dict[str, Any]:
     batch = example_batch(spec, jax.random.key(1), recipe.schedule.batch_size)
 
     def total(params: Any, state: Any, batch: Any, key: Any) -> Any:
-        return jnp.stack([loss(params, state, batch, key)[0].mean() for loss in model.losses.values()]).sum()
+        return sum(loss(params, state, batch, key)[0].mean() for loss in model.losses.values())
 
     def loop(params: Any, state: Any, batch: Any, key: Any) -> Any:
         def trip(params: Any, key: Any) -> tuple[Any, None]:
@@ -39,8 +39,10 @@ def gradients(recipe: Recipe) -> dict[str, Any]:
         return jax.lax.scan(trip, params, jax.random.split(key, TRIPS))[0]
 
     args = (params, state, batch, jax.random.key(2))
-    return {name: jax.jit(fun).lower(*args).compile() for name, fun in (("alone", jax.grad(total)), ("loop", loop))} | {
-        "args": args
+    return {
+        "args": args,
+        "alone": jax.jit(jax.grad(total)).lower(*args).compile(),
+        "loop": jax.jit(loop).lower(*args).compile(),
     }
 
 
@@ -89,4 +91,4 @@ def main(seconds: float = 20.0) -> None:
         rows.append(compared(name, seconds))
         shown = {form: f"{rows[-1][form]['times_as_long']['median']:.2f}" for form in ("alone", "loop")}
         print(f"{name}: flax's convolutions take {shown} times as long; {rows[-1]['difference']:.0e} apart", flush=True)
-    write("convolution", {"trips": TRIPS, "rows": rows})
+        write("convolution", {"trips": TRIPS, "rows": rows})

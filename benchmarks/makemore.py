@@ -1,4 +1,4 @@
-"""Rows of first names beside makemore's Transformer, trained on the same 30,033 names by its own settings in PyTorch.
+"""makemore's Transformer, trained in PyTorch by its own settings on the 30,033 names that our rows have.
 
 makemore (Karpathy 2022) publishes 1.92 nats per character for 1,000 test names of a split of its own, at the best step on those
 very names. Two sets of 1,000 names differ by 0.02 nats, so what its model reaches on the split of `genjax.data.names` is
@@ -7,7 +7,6 @@ measured here: the best step is chosen on the validation names, as a fair peer w
 
 import json
 import os
-import statistics
 import subprocess
 import tempfile
 from pathlib import Path
@@ -15,15 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import write
-from benchmarks.results_of_zoo import evaluate, train
+from benchmarks.common import over_seeds, write
 from genjax.data import Source, open_source
 from genjax.errors import ConfigError
 from genjax.protocol import step_mask
-from genjax.zoo import ZOO
 
-ROWS = ("gru-names", "transformer-names")
-STEPS = 30_000  # of the twin, which is best on validation long before
+STEPS = 30_000
 
 
 def lines(source: Source) -> dict[str, np.ndarray]:
@@ -52,29 +48,14 @@ def twin(python: str, source: Source, seeds: list[int], steps: int) -> list[dict
     return found
 
 
-def spread(values: list[float]) -> dict[str, Any]:
-    """Mean and standard deviation over seeds."""
-    return {"by_seed": values, "mean": statistics.mean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
-
-
-def main(seeds: list[int], keep: Path | None, steps: int = STEPS) -> None:
-    """Measure the twin and our rows, whose run folders are in `keep` or are put there, and write results/makemore.json.
+def main(seeds: list[int]) -> None:
+    """Measure the twin, and write results/makemore.json; the report puts it beside our rows' results.
 
     Raises:
-        ConfigError: without an interpreter that has PyTorch, or a folder for the runs.
+        ConfigError: without an interpreter that has PyTorch.
     """
     python = os.environ.get("GENJAX_TORCH_PYTHON", "")
-    if not python or keep is None:
-        raise ConfigError("Set GENJAX_TORCH_PYTHON to an interpreter with torch==2.13.0, and give --keep FOLDER for our runs.")
-    rows = []
-    for name in ROWS:
-        reports = []
-        for seed in seeds:
-            folder = keep / f"{name}_seed{seed}"
-            train(name, seed, folder)
-            reports.append(evaluate(folder, ZOO[name].schedule.steps)["per_step"])
-        error = max(report["standard_error"] for report in reports)
-        rows.append({"recipe": name, "standard_error": error, **spread([report["nats"] for report in reports])})
-        print(f"{name}: {rows[-1]}", flush=True)
-    runs = twin(python, open_source("names"), seeds, steps)
-    write("makemore", {"rows": rows, "twin": {"steps": steps, "runs": runs, **spread([run["test"] for run in runs])}})
+    if not python:
+        raise ConfigError("Set GENJAX_TORCH_PYTHON to an interpreter with torch==2.13.0.")
+    runs = twin(python, open_source("names"), seeds, STEPS)
+    write("makemore", {"steps": STEPS, "runs": runs, **over_seeds([run["test"] for run in runs])})

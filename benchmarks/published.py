@@ -5,14 +5,13 @@ first of a sequence, of which nothing is known, counts for neither. Our rows pre
 it; here it is left out. Nats are summed over all steps of the test split and divided by their number.
 """
 
-import statistics
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks.common import write
+from benchmarks.common import over_seeds, write
 from genjax import run
 from genjax.errors import ConfigError
 from genjax.metrics import padded, per_step
@@ -57,9 +56,7 @@ def values(name: str, keep: Path) -> dict[str, Any] | None:
     reference, source = REFERENCES[name]
     return {
         "recipe": name,
-        "by_seed": nats,
-        "mean": statistics.mean(nats),
-        "sd": statistics.stdev(nats) if len(nats) > 1 else None,
+        **over_seeds(nats),
         "standard_error": max(one["standard_error"] for one in found),
         "steps": found[0]["steps"],
         "reference": reference,

@@ -19,7 +19,8 @@ EXACT = "exact log-probability"  # what `genjax evaluate` calls it
 # What others published for the same quantity; the source is named because the figure is not ours.
 REFERENCES = {
     "transformer-shakespeare": "1.88 nats per character (nanoGPT's README, which leaves out the first of a window)",
-    "transformer-names": "1.92 nats per character (makemore's README)",
+    "transformer-names": "1.92 nats per character (makemore's README, other test names)",
+    "gru-names": "1.92 nats per character (the same)",
     "rnn-jsb": "8.91 nats per frame (Bai 2018, table 1, without the first frame)",
     "gru-jsb": "8.43 nats per frame (the same)",
     "lstm-jsb": "8.45 nats per frame (the same)",
@@ -238,20 +239,23 @@ def published_parts(found: dict[str, Any]) -> list[str]:
 
 def makemore_parts(found: dict[str, Any]) -> list[str]:
     """The part about first names beside makemore's Transformer."""
-    twin, runs = found["twin"], found["twin"]["runs"]
-    each = lambda of: ", ".join(f"{value:.3f}" for value in of["by_seed"])  # noqa: E731
-    rows = [[f"`{row['recipe']}`", mean_and_sd(row, ".3f"), each(row), f"{row['standard_error']:.3f}"] for row in found["rows"]]
-    rows.append(["makemore's Transformer", mean_and_sd(twin, ".3f"), each(twin), "-"])
+    results, runs = measured(), found["runs"]
+    ours = {name: results[name]["per_step"] for name, row in ZOO.items() if row.data == "names" and name in results}
+    rows = [
+        [f"`{name}`", mean_and_sd({"mean": per["nats"], "sd": per["sd"]}, ".3f"), str(len(per["by_seed"]))]
+        for name, per in ours.items()
+    ]
+    rows.append(["makemore's Transformer", mean_and_sd(found, ".3f"), str(len(runs))])
     steps = ", ".join(f"{run['best_step']:,}" for run in runs)
     return [
         "## First names beside makemore's Transformer",
         "",
         f"Nats per character of the same 1,000 test names; mean and sd over training seeds ({machine(found)}). makemore's "
         f"model ({runs[0]['parameters']:,} parameters) was trained on the same names by its own settings in PyTorch "
-        f"{runs[0]['torch']}, {twin['steps']:,} steps, and is taken at its best step on the validation names ({steps}). Its "
+        f"{runs[0]['torch']}, {found['steps']:,} steps, and is taken at its best step on the validation names ({steps}). Its "
         "README gives 1.92 for another 1,000 names, on which the best step was chosen as well.",
         "",
-        markdown(["model", "nats per character", "by seed", "s.e. over names"], rows),
+        markdown(["model", "nats per character", "seeds"], rows),
         "",
     ]
 

@@ -245,6 +245,7 @@ def test_makemores_transformer_is_trained_and_reported(tmp_path: Path, monkeypat
     # Three coins and a sure end: 3 ln 2 / 4 nats per token at least, but for what the training lines tell of the test lines.
     assert 0.4 < run["test"] < 0.8
     monkeypatch.setattr(common, "RESULTS", tmp_path)
-    rows = [{"recipe": "gru-names", "standard_error": 0.1, **makemore.spread([run["test"]])}]
-    common.write("makemore", {"rows": rows, "twin": {"steps": 500, "runs": [run], **makemore.spread([run["test"]])}})
-    assert f"| makemore's Transformer | {run['test']:.3f} |" in "\n".join(report.makemore_parts(common.read("makemore")))
+    common.write("makemore", {"steps": 500, "runs": [run], **common.over_seeds([run["test"]])})
+    text = "\n".join(report.makemore_parts(common.read("makemore")))
+    assert f"| makemore's Transformer | {run['test']:.3f} |" in text
+    assert "| `gru-names` | 1." in text
