@@ -70,8 +70,19 @@ def differ(one, other):
 
 def member(tree, index):
     """One member of what an ensemble returned."""
-    return jax.tree.map(lambda leaf: leaf[index], tree)
+    return by_hand(lambda leaf: leaf[index], tree)
 
 
 def stack(trees):
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    return by_hand(lambda *leaves: np.stack(leaves), *trees)
+
+
+def by_hand(fun, *trees):
+    """`fun` of every leaf as a numpy array, of keys their data: jax would compile a program for each shape."""
+
+    def one(*leaves):
+        if jnp.issubdtype(leaves[0].dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(fun(*map(np.asarray, map(jax.random.key_data, leaves))))
+        return fun(*map(np.asarray, leaves))
+
+    return jax.tree.map(one, *trees)

@@ -13,10 +13,12 @@ import genjax.cli
 BIN = Path(sys.executable).parent
 
 
-def environment() -> dict[str, str]:
-    """One device and no data, as most users have it. (conftest.py names a cache of compiled programs for them to share.)"""
-    kept = {name: value for name, value in os.environ.items() if name not in ("GENJAX_DATA", "XLA_FLAGS")}
-    return {**kept, "JAX_PLATFORMS": "cpu"}
+def environment(devices: int = 1) -> dict[str, str]:
+    """One device and no data, as most users have it, but compiled as fast as the other tests. (conftest.py names a cache of
+    compiled programs for them to share.)"""
+    kept = {name: value for name, value in os.environ.items() if name != "GENJAX_DATA"}
+    flags = kept["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+    return {**kept, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
 def start(args: list[str], cwd: Path) -> subprocess.Popen[str]:

@@ -5,11 +5,10 @@ import functools
 from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from gates import quick
+from gates import by_hand, optimised, quick
 
 from genjax.data import example_batch
 from genjax.optim import track_ema
@@ -19,7 +18,7 @@ from genjax.zoo import ZOO
 
 B = 8  # examples in every batch: one for each fake device, and divisible by the parts of a microbatch
 STEPS = 5  # at most so many steps in a sequence
-RATE = 1e-3
+RATE = 2.0**-10  # the same number in every precision
 
 first_of_family = {row.family: row.name for row in reversed(ZOO.values())}.values()
 # One row of each family is always run. The others are slow, and variants: CI runs them on one end of the supported versions.
@@ -82,16 +81,26 @@ def plain(name):
     """The solo run that ensembles, sweeps and shards are held against; its learning rate is an argument."""
     model = setup(name).model
     step = quick(lambda rate, ts, batch: training(model, optimizer(rate)).step(ts, batch))
-    return SimpleNamespace(t=setup(name).t, init=setup(name).init, step=step)
+    return SimpleNamespace(
+        t=setup(name).t, init=setup(name).init, step=lambda ts, batch, rate=RATE: step(np.float32(rate), ts, batch)
+    )
+
+
+@functools.cache
+def one_device(name):
+    """A start and, in float64, the state and metrics after three steps of the solo run, each of its own batch."""
+    start = plain(name).init(jax.random.key(0))
+    with jax.enable_x64(True):
+        return start, *run(plain(name).step, widen(start), [widen(batch(name, seed)) for seed in range(3)])
 
 
 @functools.cache
 def real(name):
-    """The procedure that the row itself describes, with skipping of steps that are not finite."""
+    """The procedure that the row itself describes, with skipping of steps that are not finite; a step as users have it."""
     recipe = setup(name).recipe
     schedule = dataclasses.replace(recipe.schedule, skip_nonfinite=True)
     t = dataclasses.replace(recipe, schedule=schedule).training(setup(name).spec)
-    return SimpleNamespace(t=t, init=quick(t.init), step=quick(t.step, donate_argnums=0))
+    return SimpleNamespace(t=t, init=quick(t.init), step=optimised(t.step, donate_argnums=0))
 
 
 def run(step, ts, batches):
@@ -104,10 +113,8 @@ def run(step, ts, batches):
 
 def grown(params):
     """Parameters away from their init, where biases and the like are 0."""
-    leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(0)
-    noise = [0.1 * rng.normal(size=leaf.shape).astype(leaf.dtype) for leaf in leaves]
-    return jax.tree.unflatten(tree, [leaf + n for leaf, n in zip(leaves, noise, strict=True)])
+    return by_hand(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(leaf.dtype), params)
 
 
 def in_chunks(model, n):
@@ -130,4 +137,5 @@ def in_chunks(model, n):
 
 
 def widen(tree):
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
+    """In float64, where `jax.enable_x64` holds."""
+    return by_hand(lambda leaf: leaf.astype(np.float64) if np.issubdtype(leaf.dtype, np.floating) else leaf, tree)

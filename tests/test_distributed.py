@@ -50,8 +50,7 @@ def cluster(args: Sequence[str], cwd: Path, devices: int = 2, n: int = 2) -> Ite
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = environment() | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    common = environment(devices) | {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": str(n),
     }

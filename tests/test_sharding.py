@@ -10,7 +10,7 @@ import optax
 import pytest
 from gates import assert_close, quick
 from jax.sharding import Mesh, PartitionSpec
-from rows import RATE, batch, first_rows, optimizer, plain, run, widen
+from rows import batch, first_rows, one_device, optimizer, plain, run, widen
 
 from genjax.checkpoint import Checkpoints
 from genjax.config import replace
@@ -66,31 +66,38 @@ def share(tree):
 
 @first_rows
 def test_a_step_with_a_split_state_equals_one_device(name):
-    axes = {"data": 2, "fsdp": 4}
-    start = plain(name).init(KEY)
+    mesh = make_mesh({"data": 2, "fsdp": 4})
+    start, *wanted = one_device(name)
     with jax.enable_x64(True):
         data = [widen(batch(name, seed)) for seed in range(3)]
-        got = run(quick(shard(plain(name).t, make_mesh(axes)).step), widen(start), data)
-        assert_close(got, run(functools.partial(plain(name).step, RATE), widen(start), data), rtol=1e-9)
+        first = jax.device_put(widen(start), layout(start, mesh))
+        assert_close(run(quick(shard(plain(name).t, mesh).step), first, data), tuple(wanted), rtol=1e-9)
+
+
+@functools.cache
+def whole(name):
+    """A start, the compiled step of one device in float64, two batches, and the state and metrics after them."""
+    model, spec = SPLIT[name]
+    t = training(model, optimizer())
+    start = quick(t.init)(KEY)
+    with jax.enable_x64(True):
+        data = [widen(one) for one in batches(spec)]
+        step = quick(t.step).lower(widen(start), data[0]).compile()
+        return start, step, data, run(step, widen(start), data)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SPLIT)
 @pytest.mark.parametrize("axes", [{"tensor": 4}, {"data": 2, "tensor": 2, "fsdp": 2}], ids=describe)
 def test_tensor_parallel_steps_equal_one_device_and_split_the_arithmetic(name, axes):
-    model, spec = SPLIT[name]
-    t = training(model, optimizer())
-    sharded = shard(t, make_mesh(axes))
-    start = quick(t.init)(KEY)
+    start, alone, data, wanted = whole(name)
+    mesh = make_mesh(axes)
     with jax.enable_x64(True):
-        data = [widen(one) for one in batches(spec)]
-        step = quick(sharded.step)
-        got = run(step, widen(start), data)
-        assert_close(got, run(quick(t.step), widen(start), data), rtol=1e-9)
-    lowered = jax.jit(sharded.step).lower(jax.jit(sharded.init)(KEY), batches(spec)[0]).compile()
-    assert "all-reduce" in collectives(lowered)
-    whole = jax.jit(t.step).lower(start, batches(spec)[0]).compile()
-    assert lowered.cost_analysis()["flops"] < 0.7 * whole.cost_analysis()["flops"]
+        first = jax.device_put(widen(start), layout(start, mesh))
+        step = quick(shard(training(SPLIT[name][0], optimizer()), mesh).step).lower(first, data[0]).compile()
+        assert_close(run(step, first, data), wanted, rtol=1e-9)
+    assert "all-reduce" in collectives(step)
+    assert step.cost_analysis()["flops"] < 0.7 * alone.cost_analysis()["flops"]
 
 
 @pytest.mark.slow
