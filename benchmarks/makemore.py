@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +32,22 @@ def lines(source: Source) -> dict[str, np.ndarray]:
     }
 
 
-def twin(python: str, source: Source, seeds: list[int], steps: int) -> list[dict[str, Any]]:
-    """What makemore's Transformer reaches with each seed."""
-    script, found = str(Path(__file__).with_name("torch_makemore.py")), []
+def twin(python: str, source: Source, seeds: list[int], steps: int) -> Iterator[dict[str, Any]]:
+    """What makemore's Transformer reaches, one seed after the other."""
+    script = str(Path(__file__).with_name("torch_makemore.py"))
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "names.npz"
         np.savez(data, **lines(source))  # type: ignore[arg-type]
         for seed in seeds:
             command = [python, script, str(data), str(steps), str(seed)]
             answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            found.append({"seed": seed, **json.loads(answer.splitlines()[-1])})
-            print(
-                f"makemore's Transformer, seed {seed}: test {found[-1]['test']:.4f}, best step {found[-1]['best_step']}",
-                flush=True,
-            )
-    return found
+            run = {"seed": seed, **json.loads(answer.splitlines()[-1])}
+            print(f"makemore's Transformer, seed {seed}: test {run['test']:.4f}, best step {run['best_step']}", flush=True)
+            yield run
 
 
 def main(seeds: list[int]) -> None:
-    """Measure the twin, and write results/makemore.json; the report puts it beside our rows' results.
+    """Measure the twin, and write results/makemore.json after each seed; the report puts it beside our rows' results.
 
     Raises:
         ConfigError: without an interpreter that has PyTorch.
@@ -57,5 +55,7 @@ def main(seeds: list[int]) -> None:
     python = os.environ.get("GENJAX_TORCH_PYTHON", "")
     if not python:
         raise ConfigError("Set GENJAX_TORCH_PYTHON to an interpreter with torch==2.13.0.")
-    runs = twin(python, open_source("names"), seeds, STEPS)
-    write("makemore", {"steps": STEPS, "runs": runs, **over_seeds([run["test"] for run in runs])})
+    runs: list[dict[str, Any]] = []
+    for run in twin(python, open_source("names"), seeds, STEPS):
+        runs.append(run)
+        write("makemore", {"steps": STEPS, "runs": runs, **over_seeds([run["test"] for run in runs])})
