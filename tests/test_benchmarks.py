@@ -120,6 +120,7 @@ def test_a_value_without_first_steps_is_the_mean_over_all_others(tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.variant  # figures are measured on the oldest end
 def test_the_command_writes_tables_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import generation, throughput
 
@@ -156,6 +157,7 @@ def test_the_command_writes_tables_and_json(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.slow
+@pytest.mark.variant  # figures are measured on the oldest end
 def test_convolutions_and_widths_are_measured_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import convolution, report_costs, widths
 
@@ -180,6 +182,7 @@ def test_convolutions_and_widths_are_measured_and_reported(tmp_path: Path, monke
 
 
 @pytest.mark.slow
+@pytest.mark.variant  # figures are measured on the oldest end
 def test_the_costs_of_programs_are_measured_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import ensemble, memory, programs, report_costs, sampling, startup
 
