@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.common import RESULTS
 from genjax import figures, run, samples
+from genjax.errors import ConfigError
 from genjax.zoo import ZOO
 
 COLUMNS = 4
@@ -16,9 +17,15 @@ TEXTS, LINES, WIDTH = 26, 26, 38  # in a panel of text: samples, lines and chara
 
 
 def main(keep: Path) -> None:
-    """Draw results/gallery.png: a panel for each recipe that has a run of seed 0 in `keep`."""
+    """Draw results/gallery.png: a panel for each recipe that has a run of seed 0 in `keep`.
+
+    Raises:
+        ConfigError: if none has.
+    """
     folders = {name: keep / f"{name}_seed0" for name in ZOO}
     have = {name: folder for name, folder in folders.items() if (folder / "config.json").exists()}
+    if not have:
+        raise ConfigError(f"No recipe has a run in {keep}, such as {folders['vae']}; the picture was left as it is.")
     rows = -(-len(have) // COLUMNS)
     figure = Figure(figsize=(3.0 * COLUMNS, 3.3 * rows), layout="constrained")
     for index, (name, folder) in enumerate(have.items()):
