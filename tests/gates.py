@@ -21,13 +21,14 @@ def optimised(fun, **options):
     return jax.jit(fun, compiler_options=_AS_USERS, **options)
 
 
+def array(leaf):
+    """A leaf as a numpy array; PRNG keys as their data."""
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+
+
 def named(tree):
-    """Path -> numpy array, for every leaf of a tree; PRNG keys as their data."""
-
-    def array(leaf):
-        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
-
+    """Path -> numpy array, for every leaf of a tree."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): array(leaf) for path, leaf in leaves}
 
@@ -78,11 +79,10 @@ def stack(trees):
 
 
 def by_hand(fun, *trees):
-    """`fun` of every leaf as a numpy array, of keys their data: jax would compile a program for each shape."""
+    """`fun` of every leaf as a numpy array: jax would compile a program for each shape. Keys come back as keys."""
 
     def one(*leaves):
-        if jnp.issubdtype(leaves[0].dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(fun(*map(np.asarray, map(jax.random.key_data, leaves))))
-        return fun(*map(np.asarray, leaves))
+        found = fun(*map(array, leaves))
+        return jax.random.wrap_key_data(found) if jnp.issubdtype(leaves[0].dtype, jax.dtypes.prng_key) else found
 
     return jax.tree.map(one, *trees)

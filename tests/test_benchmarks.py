@@ -15,6 +15,7 @@ import pytest
 from benchmarks import common, overhead, peers, report
 from genjax.config import replace
 from genjax.data import example_batch, open_source
+from genjax.errors import ConfigError
 from genjax.families.denoising import diffusion
 from genjax.families.variational import vae
 from genjax.protocol import Batch, DataSpec
@@ -120,7 +121,6 @@ def test_a_value_without_first_steps_is_the_mean_over_all_others(tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.variant  # figures are measured on the oldest end
 def test_the_command_writes_tables_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import generation, throughput
 
@@ -157,7 +157,6 @@ def test_the_command_writes_tables_and_json(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.slow
-@pytest.mark.variant  # figures are measured on the oldest end
 def test_convolutions_and_widths_are_measured_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import convolution, report_costs, widths
 
@@ -182,7 +181,6 @@ def test_convolutions_and_widths_are_measured_and_reported(tmp_path: Path, monke
 
 
 @pytest.mark.slow
-@pytest.mark.variant  # figures are measured on the oldest end
 def test_the_costs_of_programs_are_measured_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import ensemble, memory, programs, report_costs, sampling, startup
 
@@ -194,7 +192,7 @@ def test_the_costs_of_programs_are_measured_and_reported(tmp_path: Path, monkeyp
     monkeypatch.setattr(sampling, "ROWS", ("vae-ring", "gru-markov", "diffusion-2d"))
     small = {"gru-markov": {"d_hidden": 4, "d_embed": 3}, "diffusion-2d": {"hidden": (4,), "n_steps": 3}}
     monkeypatch.setattr(sampling, "SETTINGS", {"vae-ring": tiny, **small})
-    for module, few in ((sampling, {"BATCHES": (1, 3)}), (ensemble, {"BATCHES": (4,), "MEMBERS": (2,), "STEPS": 2})):
+    for module, few in ((sampling, {"BATCHES": (1, 3)}), (ensemble, {"BATCHES": (4,), "MEMBERS": (1, 2), "STEPS": 2})):
         for name, values in few.items():
             monkeypatch.setattr(module, name, values)
     monkeypatch.setattr(ensemble, "compared", partial(ensemble.compared, **tiny))
@@ -212,13 +210,23 @@ def test_the_costs_of_programs_are_measured_and_reported(tmp_path: Path, monkeyp
     assert [(row["batch"], row["solver_steps"]) for row in drawn] == [(1, None), (3, None)] * 2 + [(1, 3), (3, 3)]
     assert all(row["samples_per_second"] > 0 and row["compile_seconds"] > 0 for row in drawn)
     assert drawn[2]["steps_per_second"] > drawn[2]["samples_per_second"]
-    assert [row["members"] for row in common.read("ensemble")["rows"]] == [2]
+    assert [row["members"] for row in common.read("ensemble")["rows"]] == [1, 2]
     (kept,) = common.read("memory")["rows"]
     assert set(kept["ways"]) == {"float32", "bfloat16", "accumulated", "whole loss again"}  # a VAE has no loops
     assert all(way["reused_bytes"] == way["state_bytes"] for way in kept["ways"].values())
     text = "\n".join(report_costs.parts())
     for words in ("Size of a compiled step", "Memory of a step", "Samplers", "From the command", "Many small models"):
         assert f"## {words}" in text
+
+
+def test_a_picture_of_nothing_is_not_drawn_over_one_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import gallery
+
+    monkeypatch.setattr(gallery, "RESULTS", tmp_path)
+    (tmp_path / "gallery.png").write_bytes(b"as it was")
+    with pytest.raises(ConfigError, match="No recipe has a run in"):
+        gallery.main(tmp_path)
+    assert (tmp_path / "gallery.png").read_bytes() == b"as it was"
 
 
 def test_makemores_transformer_reads_the_names_that_ours_reads(tmp_path: Path) -> None:

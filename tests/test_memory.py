@@ -48,8 +48,7 @@ def test_computing_again_gives_the_same_in_less_memory(name):
     plain, again = build(spec, **options), build(spec, **options, remat=True)
     params, state = jax.jit(plain.init)(jax.random.key(0))
     batch = example_batch(spec, jax.random.key(1), N)
-    one, other = (str(jax.make_jaxpr(model.init)(jax.random.key(0))) for model in (again, plain))
-    assert one == other  # the same program, so the same parameters
+    assert_close(jax.jit(again.init)(jax.random.key(0)), (params, state), 0)
 
     def losses(model):
         (player,) = model.losses

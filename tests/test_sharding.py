@@ -91,10 +91,12 @@ def whole(name):
 @pytest.mark.parametrize("axes", [{"tensor": 4}, {"data": 2, "tensor": 2, "fsdp": 2}], ids=describe)
 def test_tensor_parallel_steps_equal_one_device_and_split_the_arithmetic(name, axes):
     start, alone, data, wanted = whole(name)
-    mesh = make_mesh(axes)
+    sharded = shard(training(SPLIT[name][0], optimizer()), make_mesh(axes))
+    begun = quick(sharded.init)(KEY)
+    assert_close(begun, start)
     with jax.enable_x64(True):
-        first = jax.device_put(widen(start), layout(start, mesh))
-        step = quick(shard(training(SPLIT[name][0], optimizer()), mesh).step).lower(first, data[0]).compile()
+        first = jax.device_put(widen(start), jax.tree.map(lambda leaf: leaf.sharding, begun))
+        step = quick(sharded.step).lower(first, data[0]).compile()
         assert_close(run(step, first, data), wanted, rtol=1e-9)
     assert "all-reduce" in collectives(step)
     assert step.cost_analysis()["flops"] < 0.7 * alone.cost_analysis()["flops"]
