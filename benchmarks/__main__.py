@@ -32,6 +32,7 @@ class Args:
             "ensemble",
             "convolution",
             "widths",
+            "pages",
             "results",
             "gallery",
             "report",
@@ -46,7 +47,8 @@ class Args:
     `denoising` what diffusion and flow matching reach,
     `programs` the size of compiled steps (the baseline of tests/test_programs.py, for this version of jax), `memory` what they
     need, `sampling` samplers by batch, `startup` from the command to the first step, `ensemble` many small models at once,
-    `convolution` gradients beside flax's convolutions, `widths` a Transformer's share of the peak.
+    `convolution` gradients beside flax's convolutions, `widths` a Transformer's share of the peak, `pages` a step with huge
+    pages of memory.
     `all` leaves these out."""
     names: tuple[str, ...] = ()
     """For `results` and `peers`: only these recipes; all unless given."""
@@ -103,7 +105,7 @@ def main() -> None:
         denoising.main(args.keep)
     if args.part in ("programs", "memory", "startup"):
         importlib.import_module(f"benchmarks.{args.part}").main()
-    if args.part in ("sampling", "ensemble", "convolution", "widths"):
+    if args.part in ("sampling", "ensemble", "convolution", "widths", "pages"):
         importlib.import_module(f"benchmarks.{args.part}").main(*([args.seconds] if args.seconds else []))
     if args.part == "results":
         from benchmarks import results_of_zoo

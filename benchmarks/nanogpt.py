@@ -13,13 +13,14 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks.common import in_turns, ratio, summary, write
-from benchmarks.torch_process import TorchProcess
+from benchmarks.processes import AskedProcess
 from genjax.data import example_batch
 from genjax.errors import ConfigError
 from genjax.families.attention import transformer
@@ -54,7 +55,7 @@ def ours(per_dispatch: int, batch_size: int = 12) -> Callable[[int], float]:
 
 def compare(python: str, seconds: float = 30.0, block: int = 20) -> dict[str, Any]:
     """Milliseconds per step of all programs in turns of `block` steps, and genjax's ratio to each variant of the twin."""
-    twin = TorchProcess(python, "torch_nanogpt.py")
+    twin = AskedProcess([python, str(Path(__file__).with_name("torch_nanogpt.py"))])
     calls: dict[str, Callable[[int], float]] = {"genjax": ours(block), "genjax, one step a dispatch": ours(1)}
     calls |= {variant: lambda steps, variant=variant: float(twin.ask(f"{variant} {steps}")) for variant in VARIANTS}
     for call in calls.values():  # compile and warm up

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common import in_turns, ratio, summary, write
-from benchmarks.torch_process import TorchProcess
+from benchmarks.processes import AskedProcess
 from genjax import config
 from genjax.config import Recipe
 from genjax.data import example_batch
@@ -94,7 +94,7 @@ class Twin:
         path.write_text(json.dumps(case))
         # What torch.compile kept from an earlier run would make its seconds of compilation too few.
         env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(Path(self.folder.name) / "compiled")}
-        self.process = TorchProcess(python, "torch_twins.py", str(path), env=env)
+        self.process = AskedProcess([python, str(Path(__file__).with_name("torch_twins.py")), str(path)], env)
         self.about = json.loads(self.process.greeting)
 
     def ask(self, **question: Any) -> Any:

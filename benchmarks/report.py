@@ -382,8 +382,9 @@ def main() -> None:
             "## Cost of the loop",
             "",
             "`fit` with metrics, log files and progress against bare dispatches of the same program: "
-            f"{loop['fit_ms']:.3f} ms against {loop['bare_ms']:.3f} ms a step. The difference is work of the host, which at "
-            f"a step of 1 ms would be {loop['overhead_at_1ms_percent']:+.1f} %.",
+            f"{loop['fit_ms']:.3f} ms against {loop['bare_ms']:.3f} ms a step, in turns ({quartiles(loop['ratio'], '.2f')}). "
+            "The processor time of the loop's own thread, over that of bare dispatches, would be "
+            f"{quartiles(loop['overhead_at_1ms_percent'], '.1f')} % of a step of 1 ms.",
             "",
         ]
     if throughput:

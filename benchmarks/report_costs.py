@@ -184,6 +184,28 @@ def width_parts(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def page_parts(found: dict[str, Any]) -> list[str]:
+    """The part about pages of memory."""
+    rows = []
+    for row in found["rows"]:
+        for form, of in row["forms"].items():
+            counts = [f"{of[what][pages]:,.{digits}f}" for what, digits in (("ms", 1), ("faults", 0)) for pages in of[what]]
+            ratios = quartiles(of["huge_to_plain"], ".2f")
+            rows.append([f"`{row['recipe']}`", form, f"{row['temporary_bytes'] / 2**20:.0f}", *counts, ratios])
+    header = ["recipe", "dispatch", "temporary MiB", "ms", "ms, huge", "page faults a step", "page faults, huge"]
+    return [
+        "## Pages of memory",
+        "",
+        "XLA asks for temporary memory anew at every dispatch. Where that is tens of MiB, glibc takes it from the kernel each "
+        "time, which clears every page at its first touch. A step in a process as it comes and in one with huge pages "
+        f"(`GLIBC_TUNABLES={found['tunables']}`), in turns ({machine(found)}; Linux with huge pages for those that ask, "
+        f"`{found['kernel']}`); medians, and the ratio of times with its quartiles.",
+        "",
+        markdown([*header, "huge / as it is"], rows),
+        "",
+    ]
+
+
 def parts() -> list[str]:
     """All of these sections that have been measured."""
     sections = {
@@ -194,6 +216,7 @@ def parts() -> list[str]:
         "ensemble": ensemble_parts,
         "convolution": convolution_parts,
         "widths": width_parts,
+        "pages": page_parts,
     }
     measured = {name: read(name) for name in sections}
     return [line for name, found in measured.items() if found for line in sections[name](found)]

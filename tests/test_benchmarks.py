@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -217,6 +218,31 @@ def test_the_costs_of_programs_are_measured_and_reported(tmp_path: Path, monkeyp
     text = "\n".join(report_costs.parts())
     for words in ("Size of a compiled step", "Memory of a step", "Samplers", "From the command", "Many small models"):
         assert f"## {words}" in text
+
+
+@pytest.mark.slow
+def test_pages_are_measured_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import pages, report_costs
+
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    kernel = tmp_path / "enabled"
+    monkeypatch.setattr(pages, "KERNEL", kernel)
+    for text in ("always madvise [never]", "[always] madvise never"):
+        kernel.write_text(text)
+        with pytest.raises(ConfigError, match=re.escape(text)):
+            pages.main(0.02)
+    kernel.write_text("always [madvise] never")
+    monkeypatch.setattr(pages, "ROWS", ("vae",))
+    monkeypatch.setattr(pages, "measure", partial(pages.measure, block=0.01, hidden=(4,), latent_dim=2, batch_size=8))
+    pages.main(0.02)
+    (row,) = common.read("pages")["rows"]
+    assert list(row["forms"]) == ["one step a dispatch", "10 steps a dispatch"]
+    for form in row["forms"].values():
+        assert all(form["ms"][pages] > 0 and form["faults"][pages] >= 0 for pages in ("as it is", "huge"))
+        assert form["huge_to_plain"]["median"] > 0
+    text = "\n".join(report_costs.parts())
+    assert "## Pages of memory" in text
+    assert text.count("| `vae` |") == 2
 
 
 def test_a_picture_of_nothing_is_not_drawn_over_one_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

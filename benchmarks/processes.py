@@ -1,15 +1,14 @@
-"""A program in an interpreter that has PyTorch: it says one line when it is ready, and answers every line with one."""
+"""Programs that are timed in processes of their own: they say one line when they are ready, and answer every line with one."""
 
 import subprocess
-from pathlib import Path
 from typing import Any
 
 
-class TorchProcess:
+class AskedProcess:
     """The program as a process; `greeting` is its first line."""
 
-    def __init__(self, python: str, script: str, *args: str, env: dict[str, str] | None = None) -> None:
-        command = [python, str(Path(__file__).with_name(script)), *args]
+    def __init__(self, command: list[str], env: dict[str, str] | None = None) -> None:
+        self.command = command
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(command, env=env, **pipes)
         self.greeting = self._answer()
@@ -17,7 +16,7 @@ class TorchProcess:
     def _answer(self) -> str:
         line = self.process.stdout.readline().strip() if self.process.stdout else ""
         if not line:
-            raise RuntimeError("The PyTorch twin ended without an answer; its message is above.")
+            raise RuntimeError(f"`{' '.join(self.command)}` ended without an answer; its message is above.")
         return line
 
     def ask(self, line: str) -> str:
