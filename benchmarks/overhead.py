@@ -159,11 +159,11 @@ def _compare(model: Model, hand: HandWritten, batch_size: int, seconds: float) -
 
 
 def loop_overhead(rounds: int = 6, steps: int = 5000, warm: int = 1000) -> dict[str, Any]:
-    """What `fit` adds per step to the same dispatches without it, at a step of about a millisecond.
+    """What `fit` adds per step to the same dispatches without it, at a step of about two milliseconds.
 
     Both run the same compiled program of 50 steps a dispatch; `fit` also reads the metrics, averages them, writes
-    metrics.jsonl and TensorBoard every 100 steps, and calls a progress function. The first `warm` steps are left out. Beside
-    the time on the clock, which other work on the machine disturbs, it is the processor time of the thread that does all this.
+    metrics.jsonl and TensorBoard every 100 steps, and calls a progress function. The first `warm` steps are left out.
+    What it adds is taken from the processor time of the thread that does all this; other work disturbs the clock.
     """
     recipe = config.replace(ZOO["vae"], batch_size=128, hidden=(256, 256))
     source = recipe.source()
@@ -172,7 +172,7 @@ def loop_overhead(rounds: int = 6, steps: int = 5000, warm: int = 1000) -> dict[
     k = recipe.schedule.steps_per_call
     bare_program = compiled(feed.training(k))
 
-    def now() -> np.ndarray:
+    def now() -> np.ndarray:  # seconds on the clock and of this thread's processor time
         return np.asarray([time.perf_counter(), time.thread_time()])
 
     def bare() -> np.ndarray:

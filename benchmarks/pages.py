@@ -27,8 +27,8 @@ KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 ROOT = Path(__file__).parents[1]
 
 
-def kernel_setting() -> str:
-    """Which processes have huge pages: `madvise` means those that ask for them.
+def check_kernel() -> None:
+    """Processes have huge pages if they ask for them, which is what the kernel calls `madvise`.
 
     Raises:
         ConfigError: where asking makes no difference.
@@ -39,7 +39,6 @@ def kernel_setting() -> str:
             f"pages compares processes that ask for huge pages with others, so it needs Linux with `[madvise]` in {KERNEL}; "
             f"found: {text.strip()}. Choose another part, or set it as root: echo madvise > {KERNEL}."
         )
-    return "madvise"
 
 
 def answer(name: str, changes: dict[str, Any]) -> None:
@@ -56,7 +55,8 @@ def answer(name: str, changes: dict[str, Any]) -> None:
 
 
 def measure(name: str, seconds: float, block: float = 0.3, **changes: Any) -> dict[str, Any]:
-    """Milliseconds and page faults of a step, one and several a dispatch, with both kinds of pages."""
+    """Milliseconds (medians) and page faults (in the last round) of a step, one and several a dispatch, with both kinds of
+    pages."""
     command = [sys.executable, "-m", "benchmarks.pages", name, json.dumps(changes)]
     inherited = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"} | {"PYTHONPATH": str(ROOT)}
     processes = {"as it is": AskedProcess(command, inherited)}
@@ -90,12 +90,13 @@ def measure(name: str, seconds: float, block: float = 0.3, **changes: Any) -> di
 
 def main(seconds: float = 20.0) -> None:
     """Measure and write results/pages.json; `seconds` for each row."""
-    kernel, rows = kernel_setting(), []
+    check_kernel()
+    rows = []
     for name in ROWS:
         rows.append(measure(name, seconds))
         found = {form: {pages: round(ms, 1) for pages, ms in of["ms"].items()} for form, of in rows[-1]["forms"].items()}
         print(f"{name}: {found} ms a step", flush=True)
-    write("pages", {"tunables": HUGE, "kernel": kernel, "rows": rows})
+    write("pages", {"tunables": HUGE, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -198,8 +198,8 @@ def page_parts(found: dict[str, Any]) -> list[str]:
         "",
         "XLA asks for temporary memory anew at every dispatch. Where that is tens of MiB, glibc takes it from the kernel each "
         "time, which clears every page at its first touch. A step in a process as it comes and in one with huge pages "
-        f"(`GLIBC_TUNABLES={found['tunables']}`), in turns ({machine(found)}; Linux with huge pages for those that ask, "
-        f"`{found['kernel']}`); medians, and the ratio of times with its quartiles.",
+        f"(`GLIBC_TUNABLES={found['tunables']}`), in turns ({machine(found)}; Linux that gives huge pages to those "
+        "that ask, `madvise`): medians of the times, the ratio with its quartiles, and the faults of the last round.",
         "",
         markdown([*header, "huge / as it is"], rows),
         "",

@@ -238,7 +238,7 @@ def test_pages_are_measured_and_reported(tmp_path: Path, monkeypatch: pytest.Mon
     (row,) = common.read("pages")["rows"]
     assert list(row["forms"]) == ["one step a dispatch", "10 steps a dispatch"]
     for form in row["forms"].values():
-        assert all(form["ms"][pages] > 0 and form["faults"][pages] >= 0 for pages in ("as it is", "huge"))
+        assert all(form["ms"][kind] > 0 and form["faults"][kind] >= 0 for kind in ("as it is", "huge"))
         assert form["huge_to_plain"]["median"] > 0
     text = "\n".join(report_costs.parts())
     assert "## Pages of memory" in text
