@@ -27,8 +27,11 @@ def save(figure: Figure, path: Path | str, dpi: int = 150) -> Path:
         CheckpointError: if the disk does not take it; what was there before stays.
     """
     path = Path(path)
+    # A layout engine has fitted everything in already; to look for the edges again would draw it all twice.
+    fitted = figure.get_layout_engine() is not None
+    box = None if fitted else "tight"
     with replacing(path) as temporary:
-        FigureCanvasAgg(figure).print_figure(temporary, dpi=dpi, format="png", bbox_inches="tight", facecolor="white")
+        FigureCanvasAgg(figure).print_figure(temporary, dpi=dpi, format="png", bbox_inches=box, facecolor="white")
     return path
 
 

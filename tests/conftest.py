@@ -26,6 +26,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Further cases of a slow test are variants of the first, unless their test says `every_case`."""
+    seen = set()
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        if test in seen and item.get_closest_marker("slow") and not item.get_closest_marker("every_case"):
+            item.add_marker("variant")
+        seen.add(test)
+
+
 @pytest.fixture
 def x64():
     with jax.enable_x64(True):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.stats
+from gates import by_hand
 from rows import B
 
 from genjax.config import sections_of
@@ -23,7 +24,7 @@ UNIT = -7 + math.log1p(math.exp(7))  # bounded_log_scale(0)
 
 
 def zero(tree):
-    return jax.tree.map(jnp.zeros_like, tree)
+    return by_hand(np.zeros_like, tree)
 
 
 def vae_known(row):
@@ -48,7 +49,7 @@ def vae_known(row):
 
 def gan_known(row):
     """A discriminator of zeros tells nothing apart, its gradient is 0, and it guesses every class alike."""
-    params = {**row.params, "discriminator": jax.tree.map(jnp.zeros_like, row.params["discriminator"])}
+    params = {**row.params, "discriminator": zero(row.params["discriminator"])}
     settings = {name: value for name, (_, value, _) in sections_of(row.recipe)["model"].items()}
     ln2 = math.log(2)
     discriminator, generator = {

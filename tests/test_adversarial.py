@@ -436,7 +436,7 @@ BATCH = Batch(np.random.default_rng(12).normal(size=(8, 2)).astype(np.float32))
 @pytest.mark.parametrize("player", ["discriminator", "generator"])
 def test_a_turn_changes_its_own_player_only(player):
     t = training(alone(stateful(), player), optax.adam(0.01))
-    start = quick(t.init)(KEY)
+    start = t.init(KEY)
     after, _ = quick(t.step)(start, BATCH)
     for new, old in ((after.params, start.params), (after.state, start.state)):
         assert {path.split("/")[0] for path in differ(new, old)} == {player}
@@ -449,7 +449,7 @@ def test_turns_are_counted_and_optimisers_and_averages_are_each_players_own():
     average = optax.chain(optax.adam(0.02), track_ema(0.9))
     model = stateful(discriminator_steps=3, r1=1.0)
     t = training(model, {"discriminator": optax.adam(0.0), "generator": average})
-    start, step = quick(t.init)(KEY), quick(t.step)
+    start, step = t.init(KEY), quick(t.step)
     first, metrics = step(start, BATCH)
     second, _ = step(first, BATCH)
     assert (int(second.opt["discriminator"][0].count), int(second.opt["generator"][0][0].count)) == (6, 2)

@@ -48,10 +48,10 @@ def test_attention_is_the_formula(x64, window, g, r):
     allowed = np.asarray([[j <= i and (window is None or i - j < window) for j in range(5)] for i in range(5)])
     np.testing.assert_array_equal(causal(5, window), allowed)
     wanted = by_hand(q, k, v, allowed)
-    np.testing.assert_allclose(dense_attention(q, k, v, window), wanted, atol=1e-14)
+    np.testing.assert_allclose(quick(dense_attention, static_argnums=3)(q, k, v, window), wanted, atol=1e-14)
     narrow = (x.astype(jnp.float32) for x in (q, k, v))  # that of jax computes its softmax in float32
-    np.testing.assert_allclose(fused_attention(*narrow, window), wanted, atol=1e-5)
-    one = attend(q[..., 3:4, :], k, v, jnp.asarray(allowed[3:4]))
+    np.testing.assert_allclose(quick(fused_attention, static_argnums=3)(*narrow, window), wanted, atol=1e-5)
+    one = quick(attend)(q[..., 3:4, :], k, v, jnp.asarray(allowed[3:4]))
     np.testing.assert_allclose(one, wanted[..., 3:4, :], atol=1e-14)
 
 

@@ -80,7 +80,7 @@ def test_a_new_network_returns_zero_in_the_shape_of_the_event(name, shape):
     y = jax.eval_shape(lambda p, *args: net.apply(p, {}, *args)[0], params, *args)
     assert (y.shape, y.dtype) == ((2, *shape), jnp.float32)
     if shape == SHAPES[0]:
-        params, state = quick(net.init)(KEY)
+        params, state = net.init(KEY)
         assert state == {}
         np.testing.assert_array_equal(quick(net.apply)(params, {}, *args)[0], np.zeros((2, *shape)))
 
@@ -151,7 +151,7 @@ def test_gradients_reach_every_parameter_and_the_input_once_it_has_moved(name):
         assert np.abs(leaf).max() > 1e-6, path
     assert (np.asarray(grads[1]) != 0).all()  # every pixel counts
     assert not np.asarray(grads[3])[np.asarray(drop)].any()
-    new = quick(jax.grad(loss))(quick(net.init)(KEY)[0], x, c, cond)
+    new = quick(jax.grad(loss))(net.init(KEY)[0], x, c, cond)
     assert any(np.abs(leaf).max() > 1e-6 for leaf in jax.tree.leaves(new["last"]))  # and training can begin
 
 

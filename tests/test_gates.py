@@ -2,8 +2,8 @@
 
 A new *family* adds one entry to `known_losses.ANALYTIC`, and to the tables below where they apply. Models are `Recipe.tiny`
 ones, on short sequences. Programs are compiled once per row and shared between gates. Those whose speed and last bit say
-nothing are compiled without optimisation (`quick`), which halves the time; where the bits of two programs are compared, they
-are compiled as users do.
+nothing are compiled without optimisation (`quick`), which halves the time; where the bits of two programs are compared, those
+of one row of each family are compiled as users do.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import rows
 from gates import assert_close, assert_same, by_hand, differ, member, named, optimised, quick, stack, structure
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from known_losses import ANALYTIC
-from rows import RATE, B, batch, every_row, one_device, one_row_quick, optimizer, plain, real, run, setup, slow_rows, widen
+from rows import RATE, B, batch, every_row, one_device, one_row_quick, optimizer, plain, real, run, setup, widen
 
 from genjax.checkpoint import Checkpoints
 from genjax.data import example_batch
@@ -36,6 +36,7 @@ from genjax.sharding import shard
 from genjax.train import ensemble, microbatch, scan_steps, sweep, training
 from genjax.zoo import ZOO
 
+pytestmark = pytest.mark.every_case
 PARTS = 4
 RATES = np.asarray([RATE, RATE / 4, RATE / 8], np.float32)
 WEIGHT = np.asarray([1, 0, 2, 0.5, 0, 1, 3, 1], np.float32)
@@ -43,10 +44,6 @@ WEIGHT = np.asarray([1, 0, 2, 0.5, 0, 1, 3, 1], np.float32)
 BATCH_COUPLED = {"dcgan-mnist"}
 # Losses that need not look at an example, only at its condition: a generator may be judged by the discriminator alone.
 DATA_FREE = {gan: {"generator"}}
-# Rows whose scanned steps equal single ones to rounding only, and to how much of it: in a loop, XLA sums the gradient of a
-# convolution, or of a table of tokens, in another order. Two players that Adam moves by nearly the sign of a gradient pass
-# more of it on (2e-6 to 5e-6).
-SCANNED_TO_ROUNDING = {"vae-conv": 1e-6, "dcgan-mnist": 2e-5, "r3gan-mnist": 2e-5, "gru-markov": 1e-5}
 # Families whose gradient is, by design, not the derivative of the loss for fixed noise: builder arguments that make it so.
 # (The estimators themselves are tested with the family.) Gradient penalties jump where a leaky ReLU has its kink, so they
 # have no difference quotient there.
@@ -113,8 +110,9 @@ def test_g3_scanned_steps_are_the_same_steps(name):
     batches = [batch(name, seed) for seed in range(3)]
     t = real(name)
     wanted, metrics = run(t.step, t.init(jax.random.key(0)), batches)
-    got, scanned = optimised(scan_steps(t.t).step, donate_argnums=0)(t.init(jax.random.key(0)), stack(batches))
-    compare = functools.partial(assert_close, rtol=SCANNED_TO_ROUNDING[name]) if name in SCANNED_TO_ROUNDING else assert_same
+    got, scanned = t.compile(scan_steps(t.t).step, donate_argnums=0)(t.init(jax.random.key(0)), stack(batches))
+    rounding = rows.SCANNED_TO_ROUNDING.get(name)
+    compare = functools.partial(assert_close, rtol=rounding) if rounding else assert_same
     compare(got, wanted)
     compare(scanned, stack(metrics))
 
@@ -155,19 +153,8 @@ def test_a_step_that_is_not_finite_is_skipped(name):
 # --- G4, G5: transforms against solo runs -----------------------------------------------------------------------------
 
 
-@functools.cache
-def solo_runs(name, rates):
-    """For each key and rate the first state, and, in float64 as rounding grows, the state and metrics after 4 steps."""
-    t = plain(name)
-    firsts = [t.init(key) for key in jax.random.split(jax.random.key(7), len(rates))]
-    with jax.enable_x64(True):
-        batches = [widen(batch(name, seed)) for seed in range(4)]
-        starts = zip(rates, map(widen, firsts), strict=True)
-        return firsts, [run(functools.partial(t.step, rate=rate), first, batches) for rate, first in starts]
-
-
-def assert_members(name, t, rates, check_init=False):
-    firsts, solos = solo_runs(name, tuple(rates))
+def assert_members(name, t, rates, check_init):
+    firsts, solos = rows.solo_runs(name, tuple(rates))
     first = stack(firsts)._replace(step=firsts[0].step)
     if check_init:
         assert_close(quick(t.init)(jax.random.split(jax.random.key(7), len(rates))), first)
@@ -180,21 +167,22 @@ def assert_members(name, t, rates, check_init=False):
     assert differ(member(many.params, 0), member(many.params, 1))
 
 
+both_modes = pytest.mark.parametrize("mode", ["vmap", "map"])
+
+
 @one_row_quick
-def test_g4_an_ensemble_equals_solo_runs(name):
-    assert_members(name, ensemble(plain(name).t), [RATE] * 3, check_init=True)
-
-
-@slow_rows
-def test_g4_an_ensemble_one_by_one_equals_solo_runs(name):
-    assert_members(name, ensemble(plain(name).t, "map"), [RATE] * 3)
-
-
-@slow_rows
-@pytest.mark.parametrize("mode", ["vmap", "map"])
-def test_g4_a_sweep_over_the_learning_rate_equals_solo_runs(name, mode):
+@both_modes
+def test_g4_members_with_keys_and_rates_of_their_own_equal_solo_runs(name, mode):
     model = setup(name).model
-    assert_members(name, sweep(lambda rate: training(model, optimizer(rate)), mode=mode, rate=RATES), list(RATES))
+    t = sweep(lambda rate: training(model, optimizer(rate)), mode=mode, rate=RATES)
+    assert_members(name, t, list(RATES), check_init=mode == "vmap")
+
+
+@rows.first_rows
+@both_modes
+def test_g4_an_ensemble_equals_solo_runs(name, mode):
+    """Members with the same rate: the sweep's program without its rates, so one row of each family is enough."""
+    assert_members(name, ensemble(plain(name).t, mode), [RATE] * 3, check_init=mode == "vmap")
 
 
 @functools.cache
@@ -276,7 +264,7 @@ def independent_entropy(x):
     return float(sum(-(p * np.log(p)).sum() for p in shares))
 
 
-@slow_rows
+@rows.slow_rows
 def test_g7_eight_examples_are_memorised_down_to_the_floor(name):
     """No model codes 8 distinct examples in fewer than ln 8 nats on average, ln (how many share what is given, a condition or a
     length) otherwise: Σ p <= 1. A bound that gets below is broken; a model that stays far above cannot learn. Densities have
@@ -309,7 +297,7 @@ def test_g7_eight_examples_are_memorised_down_to_the_floor(name):
     t = training(model, optax.chain(optax.adaptive_grad_clip(0.05), optax.adam(optax.cosine_decay_schedule(5e-3, 2000))))
     fast = (jax.jit if score else optimised)(scan_steps(t, 200).step, donate_argnums=0)
     many = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * COPIES.get(row.family, 1)), eight)
-    ts = quick(t.init)(jax.random.key(0))
+    ts = t.init(jax.random.key(0))
     before = after = None if score is None else np.asarray(nats(ts.params, ts.state)).mean()
     for _ in range(10):
         ts, metrics = fast(ts, many)
@@ -383,7 +371,7 @@ def test_g10_a_turn_changes_its_own_players_parameters_only(name):
     for player in row.losses:
         alone = row.model._replace(losses={player: row.model.losses[player]}, turns=())
         t = training(alone, optimizer())
-        start = quick(t.init)(jax.random.key(0))
+        start = t.init(jax.random.key(0))
         after, _ = quick(t.step)(start, batch(name))
         assert {path.split("/")[0] for path in differ(after.params, start.params)} == {player}
 

@@ -29,6 +29,7 @@ def test_every_notebook_has_small_settings() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.every_case
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # One device, and pictures in the notebook, as a reader has it; but compiled as fast as the other tests.

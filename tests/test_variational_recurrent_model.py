@@ -54,14 +54,16 @@ def test_padding_changes_neither_values_nor_gradients(how, x64):
     def value_of(model):
         return quick(jax.value_and_grad(lambda p, batch: model.losses["vrnn"](p, state, batch, KEY)[0].sum()))
 
-    wanted = value_of(model)(params, batch)
-    assert_same(value_of(model)(params, other), wanted)
+    value = value_of(model)
+    wanted = value(params, batch)
+    assert_same(value(params, other), wanted)
     longer, _, _ = setup(LONGER_ROLLS, **OBJECTIVES[how])
     padded = batch._replace(x=jnp.pad(batch.x, [(0, 0), (0, 3), (0, 0)], constant_values=7.0))
     assert_close(value_of(longer)(params, padded), wanted, rtol=1e-12)
     bound = quick(model.bound)
     assert_same(bound(params, state, other, KEY), bound(params, state, batch, KEY))
-    assert (model.extras["step_bound"](params, state, other, KEY) == 0).sum() == 15 - 8
+    terms = quick(model.extras["step_bound"])(params, state, other, KEY)
+    assert np.sum(np.asarray(terms) == 0) == 15 - 8
 
 
 @pytest.mark.slow
@@ -124,7 +126,8 @@ def test_free_runs_use_the_prior_and_given_data_the_posterior(x64):
     x = jnp.asarray(state_space.draw(3))[None]
     sample = optimised(model.sample, static_argnums=3)
     assert_same(sample(moved, state, KEY, 50), sample(params, state, KEY, 50))
-    before, after = (model.bound(p, state, Batch(x), KEY) for p in (params, moved))
+    bound = quick(model.bound)
+    before, after = (bound(p, state, Batch(x), KEY) for p in (params, moved))
     assert after[0] < before[0] - 1000
     generate = optimised(model.extras["generate"], static_argnums=3)
     prompt = jnp.tile(x, (50, 1, 1))
