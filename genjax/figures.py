@@ -5,14 +5,15 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from genjax.errors import replacing
 from genjax.protocol import DataSpec
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # One colour-blind-safe order (Okabe & Ito 2008) for every line in every picture.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -20,12 +21,21 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 LOG_PROBABILITIES = ("elbo", "iwae", "bound", "log_prob")
 
 
-def save(figure: Figure, path: Path | str, dpi: int = 150) -> Path:
+def empty(width: float, height: float, layout: str | None = None) -> "Figure":
+    """A figure of so many inches. matplotlib is imported with the first: training begins half a second sooner without it."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout=layout)  # type: ignore[arg-type]
+
+
+def save(figure: "Figure", path: Path | str, dpi: int = 150) -> Path:
     """Write a figure as PNG, whole or not at all.
 
     Raises:
         CheckpointError: if the disk does not take it; what was there before stays.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     path = Path(path)
     # A layout engine has fitted everything in already; to look for the edges again would draw it all twice.
     fitted = figure.get_layout_engine() is not None
@@ -62,7 +72,7 @@ def tile(x: np.ndarray, spec: DataSpec, columns: int) -> np.ndarray:
 
 def image_grid(
     x: np.ndarray, spec: DataSpec, title: str = "", columns: int | None = None, labels: Sequence[str] = ()
-) -> Figure:
+) -> "Figure":
     """Images [n, height, width, channels], in the units of the data, row by row with a gap of one pixel.
 
     Args:
@@ -80,10 +90,10 @@ def image_grid(
     return figure
 
 
-def _picture(canvas: np.ndarray, width: int, height: int, columns: int, rows: int) -> tuple[Figure, Any]:
+def _picture(canvas: np.ndarray, width: int, height: int, columns: int, rows: int) -> "tuple[Figure, Any]":
     """A figure that shows tiles of so many pixels, and its axes, which have no frame and no ticks' lines."""
     inches = 0.55 if width > 16 else 0.42
-    figure = Figure(figsize=(inches * columns + 0.3, inches * rows * height / width + 0.3))
+    figure = empty(inches * columns + 0.3, inches * rows * height / width + 0.3)
     axes = figure.add_subplot()
     axes.imshow(canvas.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.tick_params(length=0, labelsize=8)
@@ -92,9 +102,9 @@ def _picture(canvas: np.ndarray, width: int, height: int, columns: int, rows: in
     return figure, axes
 
 
-def scatter(points: np.ndarray, log_prob: Callable[[np.ndarray], Any] | None = None, title: str = "") -> Figure:
+def scatter(points: np.ndarray, log_prob: Callable[[np.ndarray], Any] | None = None, title: str = "") -> "Figure":
     """Points [n, 2], over the true density where it is known (`log_prob` in nats)."""
-    figure = Figure(figsize=(4.2, 4.2))
+    figure = empty(4.2, 4.2)
     axes = figure.add_subplot()
     if log_prob is not None:
         _density(axes, log_prob, 1.15 * max(float(np.quantile(np.abs(points), 0.995)), 1e-3))
@@ -120,7 +130,7 @@ def samples(
     title: str = "",
     log_prob: Callable[[np.ndarray], Any] | None = None,
     labels: np.ndarray | None = None,
-) -> Figure | None:
+) -> "Figure | None":
     """The picture that fits the data: an image grid (a row for each class given `labels`), a scatter, sequences, or None.
 
     The rows of an image, one after the other, are shown as that image.
@@ -141,13 +151,13 @@ def samples(
     return None
 
 
-def sequences(x: np.ndarray, spec: DataSpec, title: str = "", at_most: int = 8) -> Figure:
+def sequences(x: np.ndarray, spec: DataSpec, title: str = "", at_most: int = 8) -> "Figure":
     """Sequences [n, T, *event] against the step: real vectors as lines, others as a raster of their values.
 
     Tokens are one raster with a row for each sequence; vectors get a panel for each of the first `at_most` sequences.
     """
     if spec.kind == "tokens":
-        figure = Figure(figsize=(7.0, 0.5 + 0.12 * min(len(x), 64)), layout="constrained")
+        figure = empty(7.0, 0.5 + 0.12 * min(len(x), 64), layout="constrained")
         axes = figure.add_subplot()
         shown = axes.imshow(x[:64], aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=(spec.levels or 2) - 1)
         figure.colorbar(shown, label="token")
@@ -155,7 +165,7 @@ def sequences(x: np.ndarray, spec: DataSpec, title: str = "", at_most: int = 8) 
         panels = [axes]
     else:
         flat = x[:at_most].reshape(min(len(x), at_most), x.shape[1], -1)
-        figure = Figure(figsize=(7.0, 0.6 + 1.3 * len(flat)), layout="constrained")
+        figure = empty(7.0, 0.6 + 1.3 * len(flat), layout="constrained")
         panels = list(np.ravel(figure.subplots(len(flat), 1, sharex=True)))
         for axes, one in zip(panels, flat, strict=True):
             if spec.kind == "continuous":
@@ -179,7 +189,7 @@ def film(
     log_prob: Callable[[np.ndarray], Any] | None = None,
     labels: Sequence[str] = (),
     at_most: int = 11,
-) -> Figure | None:
+) -> "Figure | None":
     """A film strip of paths from noise to data, x [steps + 1, n, *shape]: columns are times, named by the step.
 
     Images have a row for each sample, and each column its own grey scale only if the data are continuous: values outside their
@@ -207,7 +217,7 @@ def film(
         return figure
     if spec.shape != (2,):
         return None
-    figure = Figure(figsize=(1.6 * len(shown) + 0.2, 2.2), layout="constrained")
+    figure = empty(1.6 * len(shown) + 0.2, 2.2, layout="constrained")
     half = 1.15 * max(float(np.quantile(np.abs(x[shown]), 0.995)), 1e-3)
     for axes, index, name in zip(np.ravel(figure.subplots(1, len(shown))), shown, names, strict=True):
         if log_prob is not None:
@@ -221,7 +231,7 @@ def film(
     return figure
 
 
-def curves(lines: Sequence[dict[str, Any]], title: str = "") -> Figure:
+def curves(lines: Sequence[dict[str, Any]], title: str = "") -> "Figure":
     """Learning curves from the lines of metrics.jsonl: a panel for each metric, against the optimiser step.
 
     Metrics with the same last name, "gen/loss" and "disc/loss", share a panel, and so do all that estimate or bound the
@@ -234,7 +244,7 @@ def curves(lines: Sequence[dict[str, Any]], title: str = "") -> Figure:
         panels.setdefault("log-probability (nats)" if last in LOG_PROBABILITIES else last, []).append(name)
     columns = min(3, max(1, len(panels)))
     rows = max(1, math.ceil(len(panels) / columns))
-    figure = Figure(figsize=(4.2 * columns, 2.9 * rows), layout="constrained")
+    figure = empty(4.2 * columns, 2.9 * rows, layout="constrained")
     for index, (panel, members) in enumerate(sorted(panels.items())):
         axes = figure.add_subplot(rows, columns, index + 1)
         for color, name in zip(COLORS * 9, members, strict=False):

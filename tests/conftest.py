@@ -28,13 +28,10 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Further cases of a slow test are variants of the first, unless their test says `every_case`."""
-    seen = set()
+    """Slow tests are for the oldest supported versions, but for those of modules that say `both_ends`."""
     for item in items:
-        test = item.nodeid.partition("[")[0]
-        if test in seen and item.get_closest_marker("slow") and not item.get_closest_marker("every_case"):
-            item.add_marker("variant")
-        seen.add(test)
+        if item.get_closest_marker("slow") and not item.get_closest_marker("both_ends"):
+            item.add_marker("oldest")
 
 
 @pytest.fixture

@@ -25,10 +25,10 @@ RATE = 2.0**-10  # the same number in every precision
 SCANNED_TO_ROUNDING = {"vae-conv": 1e-6, "dcgan-mnist": 2e-5, "r3gan-mnist": 2e-5, "gru-markov": 1e-5}
 
 first_of_family = {row.family: row.name for row in reversed(ZOO.values())}.values()
-# One row of each family is always run. The others are slow, and variants: CI runs them on one end of the supported versions.
+# One row of each family is always run. The others are slow, and CI runs them on the oldest supported versions only.
 # Within a module all gates of a row come one after the other, and so in one worker, which compiles what they share once (that
 # is what the scope is for).
-_others = [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.variant]) for name in ZOO]
+_others = [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.oldest]) for name in ZOO]
 _slow = [
     pytest.param(name, marks=pytest.mark.slow) if name in first_of_family else one
     for name, one in zip(ZOO, _others, strict=True)

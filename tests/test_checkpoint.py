@@ -18,6 +18,8 @@ from genjax.errors import CheckpointError
 from genjax.optim import track_ema
 from genjax.protocol import TrainState
 
+pytestmark = pytest.mark.both_ends
+
 NOTE = {"window": {"net/loss": [0.1, 1 / 3, float("inf")], "net/members": [[1.5, float("nan")]]}}
 
 

@@ -25,6 +25,8 @@ from genjax.config import from_dict
 from genjax.run import read_config
 from genjax.zoo import ZOO
 
+pytestmark = pytest.mark.both_ends
+
 # Small, and with so many checkpoints that a signal is likely to hit a save.
 TRAIN = shlex.split(
     "train vae --hidden 8 --latent-dim 2 --batch-size 32 --steps 300 --steps-per-call 10 --log-every 20 --evaluate-every 100 "

@@ -34,6 +34,8 @@ from genjax.sharding import make_mesh
 from genjax.train import eval_params
 from genjax.zoo import ZOO
 
+pytestmark = pytest.mark.both_ends
+
 LIMIT = 600  # seconds; on a machine with nothing else to do everything here takes a few
 TRAIN = shlex.split(
     "train vae --hidden 8 --latent-dim 2 --batch-size 16 --steps 100 --steps-per-call 5 --log-every 10 --evaluate-every 50 "

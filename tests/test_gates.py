@@ -36,7 +36,7 @@ from genjax.sharding import shard
 from genjax.train import ensemble, microbatch, scan_steps, sweep, training
 from genjax.zoo import ZOO
 
-pytestmark = pytest.mark.every_case
+pytestmark = pytest.mark.both_ends
 PARTS = 4
 RATES = np.asarray([RATE, RATE / 4, RATE / 8], np.float32)
 WEIGHT = np.asarray([1, 0, 2, 0.5, 0, 1, 3, 1], np.float32)
@@ -153,7 +153,7 @@ def test_a_step_that_is_not_finite_is_skipped(name):
 # --- G4, G5: transforms against solo runs -----------------------------------------------------------------------------
 
 
-def assert_members(name, t, rates, check_init):
+def assert_members(name, t, rates, check_init=False):
     firsts, solos = rows.solo_runs(name, tuple(rates))
     first = stack(firsts)._replace(step=firsts[0].step)
     if check_init:
@@ -167,21 +167,26 @@ def assert_members(name, t, rates, check_init):
     assert differ(member(many.params, 0), member(many.params, 1))
 
 
-both_modes = pytest.mark.parametrize("mode", ["vmap", "map"])
+def swept(name, mode):
+    model = setup(name).model
+    return sweep(lambda rate: training(model, optimizer(rate)), mode=mode, rate=RATES)
 
 
 @one_row_quick
-@both_modes
-def test_g4_members_with_keys_and_rates_of_their_own_equal_solo_runs(name, mode):
-    model = setup(name).model
-    t = sweep(lambda rate: training(model, optimizer(rate)), mode=mode, rate=RATES)
-    assert_members(name, t, list(RATES), check_init=mode == "vmap")
+def test_g4_members_with_keys_and_rates_of_their_own_equal_solo_runs(name):
+    assert_members(name, swept(name, "vmap"), list(RATES))
 
 
 @rows.first_rows
-@both_modes
+def test_g4_members_one_by_one_equal_solo_runs(name):
+    """A loop over members is the loop over steps of G3 with another index, so one row of each family is enough."""
+    assert_members(name, swept(name, "map"), list(RATES))
+
+
+@rows.first_rows
+@pytest.mark.parametrize("mode", ["vmap", "map"])
 def test_g4_an_ensemble_equals_solo_runs(name, mode):
-    """Members with the same rate: the sweep's program without its rates, so one row of each family is enough."""
+    """Members with the same rate: the sweep's program without its rates."""
     assert_members(name, ensemble(plain(name).t, mode), [RATE] * 3, check_init=mode == "vmap")
 
 

@@ -22,6 +22,8 @@ from genjax.optim import track_ema
 from genjax.protocol import Aux, Batch, DataSpec, Model, Training, TrainState, checked
 from genjax.train import ensemble, skip_nonfinite, training
 
+pytestmark = pytest.mark.both_ends
+
 SPEC = DataSpec((2,), "continuous", name="toy")
 N, BATCH, SEED = 40, 8, 3
 FLAG = 1000.0  # a first coordinate above this makes a gradient NaN though the loss is finite

@@ -7,6 +7,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+pytestmark = pytest.mark.both_ends
+
 FOLDER = Path(__file__).parent.parent / "notebooks"
 SMALL = {
     "01_composition.ipynb": "STEPS = 40\nSWEEP_STEPS = 20\nSEEDS = 2",
@@ -29,7 +31,6 @@ def test_every_notebook_has_small_settings() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.every_case
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # One device, and pictures in the notebook, as a reader has it; but compiled as fast as the other tests.

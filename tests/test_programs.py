@@ -5,8 +5,9 @@ import pytest
 
 from benchmarks import programs
 
+pytestmark = pytest.mark.both_ends
 
-@pytest.mark.every_case
+
 @pytest.mark.parametrize("name", [n if n == "vae" else pytest.param(n, marks=pytest.mark.slow) for n in programs.ROWS])
 def test_the_compiled_step_has_not_grown(name: str) -> None:
     was = programs.baseline()

@@ -22,6 +22,8 @@ from genjax.metrics import estimate, score_examples, scorer
 from genjax.sweeps import check_axes, run_sweep
 from genjax.zoo import ZOO
 
+pytestmark = pytest.mark.both_ends
+
 SHORT = {"steps": 40, "steps_per_call": 10, "log_every": 20, "evaluate_every": 30, "sample_every": 20, "checkpoint_every": 20}
 
 

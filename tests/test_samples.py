@@ -22,6 +22,8 @@ from genjax.protocol import DataSpec
 from genjax.samples import Decoding
 from genjax.zoo import ZOO
 
+pytestmark = pytest.mark.both_ends
+
 STREAM = DataSpec((6,), "tokens", levels=3, vocabulary=("a", "b", "\n"), step="character", name="letters")
 LINES = DataSpec((6,), "tokens", levels=3, vocabulary=("\n", "a", "b"), step="character", end=0, n_classes=2, name="lines")
 ROLLS = DataSpec((9, 88), "binary", step="frame", lengths=True, name="rolls")

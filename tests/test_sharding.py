@@ -26,6 +26,8 @@ from genjax.sharding import TENSOR_RULES, describe, layout, make_mesh, parse_mes
 from genjax.train import ensemble, microbatch, scan_steps, training
 from genjax.zoo import ZOO
 
+pytestmark = pytest.mark.both_ends
+
 KEY = jax.random.key(0)
 TX = optax.chain(optax.adam(1e-2), track_ema(0.9))
 PLANE = DataSpec((2,), "continuous")

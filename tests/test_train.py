@@ -33,6 +33,8 @@ from genjax.train import (
     training,
 )
 
+pytestmark = pytest.mark.both_ends
+
 # --- One step ---------------------------------------------------------------------------------------------------------
 
 
