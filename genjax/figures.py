@@ -22,7 +22,7 @@ LOG_PROBABILITIES = ("elbo", "iwae", "bound", "log_prob")
 
 
 def empty(width: float, height: float, layout: str | None = None) -> "Figure":
-    """A figure of so many inches. matplotlib is imported with the first: training begins half a second sooner without it."""
+    """A figure of so many inches. matplotlib is imported with the first, so that training need not wait for it."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout=layout)  # type: ignore[arg-type]
@@ -38,8 +38,7 @@ def save(figure: "Figure", path: Path | str, dpi: int = 150) -> Path:
 
     path = Path(path)
     # A layout engine has fitted everything in already; to look for the edges again would draw it all twice.
-    fitted = figure.get_layout_engine() is not None
-    box = None if fitted else "tight"
+    box = None if figure.get_layout_engine() else "tight"
     with replacing(path) as temporary:
         FigureCanvasAgg(figure).print_figure(temporary, dpi=dpi, format="png", bbox_inches=box, facecolor="white")
     return path

@@ -26,14 +26,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Slow tests are for the oldest supported versions, but for those of modules that say `both_ends`."""
-    for item in items:
-        if item.get_closest_marker("slow") and not item.get_closest_marker("both_ends"):
-            item.add_marker("oldest")
-
-
 @pytest.fixture
 def x64():
     with jax.enable_x64(True):

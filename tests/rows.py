@@ -19,16 +19,12 @@ from genjax.zoo import ZOO
 B = 8  # examples in every batch: one for each fake device, and divisible by the parts of a microbatch
 STEPS = 5  # at most so many steps in a sequence
 RATE = 2.0**-10  # the same number in every precision
-# Rows whose scanned steps equal single ones to rounding only, and to how much of it: in a loop, XLA sums the gradient of a
-# convolution, or of a table of tokens, in another order. Two players that Adam moves by nearly the sign of a gradient pass
-# more of it on (2e-6 to 5e-6).
-SCANNED_TO_ROUNDING = {"vae-conv": 1e-6, "dcgan-mnist": 2e-5, "r3gan-mnist": 2e-5, "gru-markov": 1e-5}
 
 first_of_family = {row.family: row.name for row in reversed(ZOO.values())}.values()
-# One row of each family is always run. The others are slow, and CI runs them on the oldest supported versions only.
+# One row of each family is always run. The others are slow, and variants: CI runs them on one end of the supported versions.
 # Within a module all gates of a row come one after the other, and so in one worker, which compiles what they share once (that
 # is what the scope is for).
-_others = [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.oldest]) for name in ZOO]
+_others = [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.variant]) for name in ZOO]
 _slow = [
     pytest.param(name, marks=pytest.mark.slow) if name in first_of_family else one
     for name, one in zip(ZOO, _others, strict=True)
@@ -111,13 +107,11 @@ def solo_runs(name, rates):
 
 @functools.cache
 def real(name):
-    """The procedure that the row itself describes, with skipping of steps that are not finite. The bits of one row of each
-    family, and of rows that are known to round otherwise in a loop, are those of a step as users have it."""
+    """The procedure that the row itself describes, with skipping of steps that are not finite; a step as users have it."""
     recipe = setup(name).recipe
     schedule = dataclasses.replace(recipe.schedule, skip_nonfinite=True)
     t = dataclasses.replace(recipe, schedule=schedule).training(setup(name).spec)
-    compile = optimised if name in first_of_family or name in SCANNED_TO_ROUNDING else quick
-    return SimpleNamespace(t=t, init=t.init, compile=compile, step=compile(t.step, donate_argnums=0))
+    return SimpleNamespace(t=t, init=t.init, step=optimised(t.step, donate_argnums=0))
 
 
 def run(step, ts, batches):

@@ -2,8 +2,8 @@
 
 A new *family* adds one entry to `known_losses.ANALYTIC`, and to the tables below where they apply. Models are `Recipe.tiny`
 ones, on short sequences. Programs are compiled once per row and shared between gates. Those whose speed and last bit say
-nothing are compiled without optimisation (`quick`), which halves the time; where the bits of two programs are compared, those
-of one row of each family are compiled as users do.
+nothing are compiled without optimisation (`quick`), which halves the time; where the bits of two programs are compared, they
+are compiled as users do.
 """
 
 import dataclasses
@@ -44,6 +44,10 @@ WEIGHT = np.asarray([1, 0, 2, 0.5, 0, 1, 3, 1], np.float32)
 BATCH_COUPLED = {"dcgan-mnist"}
 # Losses that need not look at an example, only at its condition: a generator may be judged by the discriminator alone.
 DATA_FREE = {gan: {"generator"}}
+# Rows whose scanned steps equal single ones to rounding only, and to how much of it: in a loop, XLA sums the gradient of a
+# convolution, or of a table of tokens, in another order. Two players that Adam moves by nearly the sign of a gradient pass
+# more of it on (2e-6 to 5e-6).
+SCANNED_TO_ROUNDING = {"vae-conv": 1e-6, "dcgan-mnist": 2e-5, "r3gan-mnist": 2e-5, "gru-markov": 1e-5}
 # Families whose gradient is, by design, not the derivative of the loss for fixed noise: builder arguments that make it so.
 # (The estimators themselves are tested with the family.) Gradient penalties jump where a leaky ReLU has its kink, so they
 # have no difference quotient there.
@@ -110,8 +114,8 @@ def test_g3_scanned_steps_are_the_same_steps(name):
     batches = [batch(name, seed) for seed in range(3)]
     t = real(name)
     wanted, metrics = run(t.step, t.init(jax.random.key(0)), batches)
-    got, scanned = t.compile(scan_steps(t.t).step, donate_argnums=0)(t.init(jax.random.key(0)), stack(batches))
-    rounding = rows.SCANNED_TO_ROUNDING.get(name)
+    got, scanned = optimised(scan_steps(t.t).step, donate_argnums=0)(t.init(jax.random.key(0)), stack(batches))
+    rounding = SCANNED_TO_ROUNDING.get(name)
     compare = functools.partial(assert_close, rtol=rounding) if rounding else assert_same
     compare(got, wanted)
     compare(scanned, stack(metrics))
@@ -153,7 +157,7 @@ def test_a_step_that_is_not_finite_is_skipped(name):
 # --- G4, G5: transforms against solo runs -----------------------------------------------------------------------------
 
 
-def assert_members(name, t, rates, check_init=False):
+def assert_members(name, t, rates, check_init):
     firsts, solos = rows.solo_runs(name, tuple(rates))
     first = stack(firsts)._replace(step=firsts[0].step)
     if check_init:
@@ -167,26 +171,21 @@ def assert_members(name, t, rates, check_init=False):
     assert differ(member(many.params, 0), member(many.params, 1))
 
 
-def swept(name, mode):
-    model = setup(name).model
-    return sweep(lambda rate: training(model, optimizer(rate)), mode=mode, rate=RATES)
+both_modes = pytest.mark.parametrize("mode", ["vmap", "map"])
 
 
 @one_row_quick
-def test_g4_members_with_keys_and_rates_of_their_own_equal_solo_runs(name):
-    assert_members(name, swept(name, "vmap"), list(RATES))
+@both_modes
+def test_g4_members_with_keys_and_rates_of_their_own_equal_solo_runs(name, mode):
+    model = setup(name).model
+    t = sweep(lambda rate: training(model, optimizer(rate)), mode=mode, rate=RATES)
+    assert_members(name, t, list(RATES), check_init=mode == "vmap")
 
 
 @rows.first_rows
-def test_g4_members_one_by_one_equal_solo_runs(name):
-    """A loop over members is the loop over steps of G3 with another index, so one row of each family is enough."""
-    assert_members(name, swept(name, "map"), list(RATES))
-
-
-@rows.first_rows
-@pytest.mark.parametrize("mode", ["vmap", "map"])
+@both_modes
 def test_g4_an_ensemble_equals_solo_runs(name, mode):
-    """Members with the same rate: the sweep's program without its rates."""
+    """A sweep without its rates, by the same function, so one row of each family is enough."""
     assert_members(name, ensemble(plain(name).t, mode), [RATE] * 3, check_init=mode == "vmap")
 
 
