@@ -1,8 +1,8 @@
 """Every family's training step beside a PyTorch twin of the same architecture, at the size of its row in the zoo and wider.
 
-genjax runs as users run it: the row's own training procedure, compiled, one step a dispatch and several. The twins run in an
-interpreter that $GENJAX_TORCH_PYTHON names (`torch_twins.py`); before anything is timed, a twin has to give the loss and the
-norm of the gradient that genjax gives for the same parameters, data and noise.
+genjax runs as users run it: the row's own training procedure, compiled, one step a dispatch and as many as its schedule says.
+The twins run in an interpreter that $GENJAX_TORCH_PYTHON names (`torch_twins.py`); before anything is timed, a twin has to give
+the loss and the norm of the gradient that genjax gives for the same parameters, data and noise.
 """
 
 import dataclasses
@@ -205,8 +205,9 @@ class Ours(NamedTuple):
     cost: dict[str, float]
 
 
-def ours(recipe: Recipe, k: int = 10) -> Ours:
-    """The row's training procedure on one resident batch, one step a dispatch and k."""
+def ours(recipe: Recipe, k: int | None = None) -> Ours:
+    """The row's training procedure on one resident batch, one step a dispatch and k; those of its own schedule if None."""
+    k = k or recipe.schedule.steps_per_call
     spec = recipe.source().spec
     one = recipe.training(spec)
     batch = example_batch(spec, jax.random.key(1), recipe.schedule.batch_size)

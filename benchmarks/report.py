@@ -185,10 +185,10 @@ def peers_parts(found: dict[str, Any]) -> list[str]:
         "## Every family beside a PyTorch twin",
         "",
         "A training step of a row's own procedure (optimiser, clipping, moving average), at the row's size and a few times "
-        f"wider, float32, on one resident batch ({machine(found)}). Milliseconds are medians, of one or of ten steps a "
-        "dispatch, whichever is faster (in brackets). FLOPs (of matrix products in loops for each trip, else as the compiler "
-        "counts them) and temporary memory are of the compiled program of one step; the peak is that of a large matrix "
-        f"product, {found['peak_gflops']:.0f} GFLOP/s; compilation includes tracing.",
+        f"wider, float32, on one resident batch ({machine(found)}). Milliseconds are medians, of one step a dispatch or as "
+        "many as the row says, whichever is faster (in brackets). FLOPs (of matrix products in loops for each trip, else as "
+        "the compiler counts them) and temporary memory are of the compiled program of one step; the peak is that of a large "
+        f"matrix product, {found['peak_gflops']:.0f} GFLOP/s; compilation includes tracing.",
         "",
     ]
     if versions:

@@ -125,8 +125,11 @@ def _windows(x: Array, kernel: Array, stride: int) -> Array:
     sides = [x[:, i : i + end : stride, j : j + last : stride] for i, j in _offsets(kernel, early)]
     left = jnp.concatenate(sides, axis=-1).reshape(n * tall * wide, -1)
     right = kernel.transpose(*early, 2, *late, 3).reshape(left.shape[1], -1)
-    product = (left @ right).reshape(n, tall, wide, -1, d_out)
-    terms = [product[:, i : i + down, j : j + across, at] for at, (i, j) in enumerate(_offsets(kernel, late))]
+    product = (left @ right).reshape(n, tall, wide, -1)
+    # The derivative of a split is one concatenation; that of slices is a sum of as many arrays as there are slices.
+    offsets = list(_offsets(kernel, late))
+    parts = jnp.split(product, len(offsets), axis=-1)
+    terms = [part[:, i : i + down, j : j + across] for part, (i, j) in zip(parts, offsets, strict=True)]
     return sum(terms[1:], start=terms[0])
 
 

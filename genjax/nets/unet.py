@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from genjax.errors import ConfigError
@@ -23,14 +24,15 @@ def group_norm(x: Array, groups: int, scale: Array, shift: Array) -> Array:
     """scale (x - mean) / sqrt(var + ε) + shift for x [n, H, W, C] and scale, shift [n, C]; mean and var are over the pixels and
     channels of each of `groups` runs of channels, for each example by itself. Wu & He 2018.
 
-    Sums over pixels come first, and those over the channels of a group after: 4 times as fast on a CPU as over both at once.
+    Sums over pixels come first, and those over the channels of a group after, as a product with a small matrix. On a CPU a
+    loop over pixels that reads one number for several channels is not vectorised, with all that XLA fuses into it.
     """
     n, height, width, d = x.shape
     y = x.astype(wide(x.dtype)).reshape(n, height * width, d)
+    same = np.kron(np.eye(groups), np.full((d // groups, d // groups), groups / d)).astype(y.dtype)
 
     def average(y: Array) -> Array:
-        over = jnp.mean(jnp.mean(y, axis=1).reshape(n, groups, -1), axis=-1, keepdims=True)
-        return jnp.broadcast_to(over, (n, groups, d // groups)).reshape(n, 1, d)
+        return jnp.matmul(jnp.mean(y, axis=1), same, precision="highest")[:, None]
 
     y = y - average(y)
     factor = jax.lax.rsqrt(average(jnp.square(y)) + EPSILON) * scale[:, None].astype(y.dtype)
