@@ -12,7 +12,7 @@ from rows import grown, widen
 
 from genjax.errors import ConfigError
 from genjax.nets.functional import functional
-from genjax.nets.recurrent import CELLS, Recurrent, cell_of
+from genjax.nets.recurrent import CELLS, Cell, Recurrent, RecurrentLayer, cell_of
 
 B, T, D_IN, D = 3, 5, 4, 6
 every_cell = pytest.mark.parametrize("cell", CELLS)
@@ -124,6 +124,51 @@ def test_whole_sequences_equal_a_python_loop_of_single_steps_with_their_gradient
         return quick(jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True))
 
     assert_close(with_gradients(whole)(params, x, carry), with_gradients(loop)(params, x, carry), rtol=1e-12)
+
+
+# It multiplies a and u, so that du is not da.
+PRODUCT = Cell(lambda a, u, carry: (jnp.tanh(a * u + a),), 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", [CELLS["vanilla"], CELLS["lstm"], PRODUCT], ids=["vanilla", "lstm", "product"])
+def test_the_way_back_with_one_product_for_all_steps_has_every_derivative(cell, x64):
+    layer = functional(functools.partial(RecurrentLayer, cell, D_IN, D))
+    params, rng = widen(grown(layer.init(jax.random.key(0))[0])), np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(T, B, D_IN)))
+    carry = tuple(jnp.asarray(0.5 * rng.normal(size=(B, D))) for _ in range(cell.n_carry))
+    along = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), params)
+
+    def whole(params):
+        return sum((leaf**3).sum() for leaf in jax.tree.leaves(layer.apply(params, {}, x, carry)[0]))
+
+    def loop(params):
+        after, ys = carry, []
+        for t in range(T):
+            a = x[t] @ params["inputs"]["kernel"] + params["inputs"]["bias"][None]
+            after = cell.step(a, after[0] @ params["kernel"], after)
+            ys.append(after[0])
+        return sum((leaf**3).sum() for leaf in (*ys, *after))
+
+    def derivatives(loss):
+        def first(params):
+            return jax.jvp(loss, (params,), (along,))[1]
+
+        forward_over_reverse = lambda params: jax.jvp(jax.grad(loss), (params,), (along,))[1]  # noqa: E731
+        return quick(lambda params: (first(params), jax.grad(first)(params), forward_over_reverse(params)))(params)
+
+    assert_close(derivatives(whole), derivatives(loop), rtol=1e-11)
+
+
+def test_only_cells_whose_gates_add_their_products_say_so():
+    """d step / da = d step / du for those; a cell that says so and is not would have a wrong gradient of U."""
+    for name, cell in {**CELLS, "product": PRODUCT}.items():
+        rng = np.random.default_rng(0)
+        a, u = (jnp.asarray(rng.normal(size=(1, cell.n_gates * D)), jnp.float32) for _ in range(2))
+        carry = tuple(jnp.ones((1, D)) for _ in range(cell.n_carry))
+        of_a, of_u = (jax.jacobian(cell.step, argnums)(a, u, carry) for argnums in (0, 1))
+        same = all(np.allclose(p, q, atol=1e-6) for p, q in zip(of_a, of_u, strict=True))
+        assert same == cell.summed, name
 
 
 @pytest.mark.slow

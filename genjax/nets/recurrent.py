@@ -1,6 +1,7 @@
 """Recurrent networks: the vanilla cell, the LSTM and the GRU, in layers, over whole sequences or one step at a time."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ class Cell:
         n_gates: how many vectors of d the products give.
         n_carry: how many vectors of d are carried; the first is h.
         n_biased: how many of the last gates have a bias of their own in u.
+        summed: whether `step` sees a and u as their sum a + u only, which has a faster way back (see `over_time`).
         bias: the initial b of each gate.
         keeper: which gate keeps the past when it is open, of those that `bias` lists; None where there is none.
     """
@@ -33,6 +35,7 @@ class Cell:
     n_gates: int
     n_carry: int = 1
     n_biased: int = 0
+    summed: bool = False
     bias: tuple[float, ...] = (0.0,)
     keeper: int | None = None
 
@@ -66,8 +69,8 @@ def gru_step(a: Array, u: Array, carry: Carry) -> Carry:
 
 
 CELLS = {
-    "vanilla": Cell(vanilla_step, 1),
-    "lstm": Cell(lstm_step, 4, n_carry=2, bias=(0.0, 1.0, 0.0, 0.0), keeper=1),
+    "vanilla": Cell(vanilla_step, 1, summed=True),
+    "lstm": Cell(lstm_step, 4, n_carry=2, summed=True, bias=(0.0, 1.0, 0.0, 0.0), keeper=1),
     "gru": Cell(gru_step, 3, n_biased=1, bias=(0.0, 0.0, 0.0), keeper=1),
 }
 
@@ -94,6 +97,44 @@ def cell_of(cell: str | Cell, forget_bias: float | None = None) -> Cell:
 def rematerialised(step: Callable[..., Any], remat: bool) -> Callable[..., Any]:
     """The step of a loop; with `remat`, one that keeps its carry only and is computed again on the way back."""
     return jax.checkpoint(step, prevent_cse=False) if remat else step
+
+
+def _loop(step: Callable[[Array, Carry], Carry], given: Array, carry: Carry) -> tuple[Array, Carry]:
+    """Steps (given_t, carry) -> carry over given [T, B, n] -> (h [T, B, d], the carry after the last)."""
+
+    def one(carry: Carry, given: Array) -> tuple[Carry, Array]:
+        after = step(given, carry)
+        return after, after[0]
+
+    last, y = jax.lax.scan(one, carry, given)
+    return y, last
+
+
+def _with(cell: Cell, kernel: Array) -> Callable[[Array, Carry], Carry]:
+    """The cell's step with u = h U."""
+    return lambda a, carry: cell.step(a, carry[0] @ kernel, carry)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def over_time(cell: Cell, a: Array, carry: Carry, kernel: Array) -> tuple[Array, Carry]:
+    """The loop of a `summed` cell over a [T, B, n_gates d], u_t = h_{t-1} U -> (h [T, B, d], the carry after the last).
+
+    du_t = dh_{t-1} U + h_{t-1} dU. As the cell sees a + u only, the second term can join da before the loop, where it is one
+    product for all steps. So is then its transpose, the gradient of U, Σ_t h_{t-1}ᵀ du_t; the way back of a plain loop has a
+    product and a sum of U's size at each step. (The GRU would have to keep du beside da: on a CPU that took 115 ms for 104 with
+    256 units and 347 for 360 with 512.)
+    """
+    return _loop(_with(cell, kernel), a, carry)
+
+
+@over_time.defjvp
+def _over_time_jvp(cell: Cell, primals: Any, tangents: Any) -> Any:
+    a, carry, kernel = primals
+    a_dot, carry_dot, kernel_dot = tangents
+    (y, last), push = jax.linearize(functools.partial(_loop, _with(cell, kernel)), a, carry)
+    before = jnp.concatenate([carry[0][None], y[:-1]])
+    u_dot = (before.reshape(-1, before.shape[-1]) @ kernel_dot).reshape(a.shape)
+    return (y, last), push(a_dot + u_dot, carry_dot)
 
 
 class RecurrentLayer(nnx.Module):
@@ -123,15 +164,10 @@ class RecurrentLayer(nnx.Module):
 
     def __call__(self, x: Array, carry: Carry) -> tuple[Array, Carry]:
         """x [T, B, d_in] -> h [T, B, d]: time comes first, as the loop wants it."""
-
-        # On a CPU neither unrolling nor a derivative that sums the gradient of U in one product at the end is faster.
-        def step(carry: Carry, given: Array) -> tuple[Carry, Array]:
-            after = self.step(self.inputs(given) if self.remat else given, carry)
-            return after, after[0]
-
-        given = x if self.remat else self.inputs(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:2], -1)
-        last, y = jax.lax.scan(rematerialised(step, self.remat), carry, given)
-        return y, last
+        if self.remat:
+            return _loop(rematerialised(lambda x, carry: self.step(self.inputs(x), carry), True), x, carry)
+        a = self.inputs(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:2], -1)
+        return over_time(self.cell, a, carry, self.kernel[...]) if self.cell.summed else _loop(self.step, a, carry)
 
     def step(self, a: Array, carry: Carry) -> Carry:
         """The next carry for projected inputs a = x W + b [B, n_gates d]."""
