@@ -249,7 +249,11 @@ def _over_members(one: Callable[..., Any], mode: Mode, hyper: Any, ts: TrainStat
         return one(hyper, TrainState(ts.step, *rest), batch if batch_axis is None else own_batch)
 
     own = None if batch_axis is None else jax.tree.map(lambda leaf: jnp.moveaxis(leaf, batch_axis, 0), batch)
-    new, metrics = jax.lax.map(member, (hyper, tuple(ts)[1:], own))
+    args = (hyper, tuple(ts)[1:], own)
+    if len(jax.tree.leaves(args)[0]) == 1:  # no loop whose state is copied in and out
+        new, metrics = jax.tree.map(lambda leaf: leaf[None], member(jax.tree.map(lambda leaf: leaf[0], args)))
+    else:
+        new, metrics = jax.lax.map(member, args)
     return new._replace(step=new.step[0]), metrics
 
 
@@ -259,11 +263,12 @@ _MEASURED: dict[Any, Mode] = {}
 def fastest_mode(
     one: Callable[..., Any], hyper: Any, ts: TrainState, batch: Any, batch_axis: int | None = None, repeats: int = 5
 ) -> Mode:
-    """Time one step of all members as "vmap" and as "map" on this machine, and say which is faster.
+    """Time steps of all members as "vmap" and as "map" on this machine, and say which is faster.
 
     A vmapped convolution becomes a grouped one, which can be slower than one member after the other. Only shapes are
     needed, so this also works while a step is being traced; it compiles both forms and runs each `repeats` times on ones.
-    Results are kept for the life of the process.
+    Short steps are timed in loops of up to 50: their difference is less than what a dispatch costs and varies. Results
+    are kept for the life of the process.
     """
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), (hyper, ts, batch))
     signature = (one, batch_axis, jax.default_backend(), str(shapes))
@@ -280,16 +285,24 @@ def fastest_mode(
         arguments = jax.tree.map(concrete, shapes)
 
     def program(mode: Mode) -> Any:
-        run = lambda hyper, ts, batch: _over_members(one, mode, hyper, ts, batch, batch_axis)  # noqa: E731
-        return jax.jit(run).lower(*shapes).compile()
+        def run(n: Array, hyper: Any, ts: TrainState, batch: Any) -> TrainState:
+            body = lambda _, ts: _over_members(one, mode, hyper, ts, batch, batch_axis)[0]  # noqa: E731
+            return jax.lax.fori_loop(0, n, body, ts)
+
+        return jax.jit(run).lower(jax.ShapeDtypeStruct((), np.int32), *shapes).compile()
 
     programs: dict[Mode, Any] = {"vmap": program("vmap"), "map": program("map")}
+
+    def timed(mode: Mode, n: int) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(programs[mode](np.int32(n), *arguments))
+        return time.perf_counter() - start
+
+    n = int(np.clip(0.05 / max(timed(mode, 1) for mode in programs), 1, 50))
     seconds = dict.fromkeys(programs, np.inf)
     for _ in range(repeats):  # in alternation, so that a busy machine hurts both
-        for mode, compiled_program in programs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(compiled_program(*arguments))
-            seconds[mode] = min(seconds[mode], time.perf_counter() - start)
+        for mode in programs:
+            seconds[mode] = min(seconds[mode], timed(mode, n))
     _MEASURED[signature] = min(seconds, key=lambda mode: seconds[mode])
     return _MEASURED[signature]
 
