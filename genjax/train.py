@@ -249,11 +249,7 @@ def _over_members(one: Callable[..., Any], mode: Mode, hyper: Any, ts: TrainStat
         return one(hyper, TrainState(ts.step, *rest), batch if batch_axis is None else own_batch)
 
     own = None if batch_axis is None else jax.tree.map(lambda leaf: jnp.moveaxis(leaf, batch_axis, 0), batch)
-    args = (hyper, tuple(ts)[1:], own)
-    if len(jax.tree.leaves(args)[0]) == 1:  # no loop whose state is copied in and out
-        new, metrics = jax.tree.map(lambda leaf: leaf[None], member(jax.tree.map(lambda leaf: leaf[0], args)))
-    else:
-        new, metrics = jax.lax.map(member, args)
+    new, metrics = jax.lax.map(member, (hyper, tuple(ts)[1:], own))
     return new._replace(step=new.step[0]), metrics
 
 

@@ -401,18 +401,6 @@ def test_auto_is_the_mode_that_was_found_faster(monkeypatch, chosen):
     assert_same(got, run(ensemble(TRAIN, chosen), jitted(t.init)(keys()), batches()))
 
 
-def test_one_mapped_member_has_no_loop_and_is_its_solo_run():
-    t = ensemble(TRAIN, "map")
-    first = jitted(t.init)(keys()[:1])
-    assert "scan" not in str(jax.make_jaxpr(t.step)(first, batches()[0]))
-    assert "scan" in str(jax.make_jaxpr(t.step)(jitted(t.init)(keys()), batches()[0]))
-    got, metrics = run(t, first, batches())
-    alone, wanted = run(TRAIN, jitted(TRAIN.init)(keys()[0]), batches())
-    assert got.step.shape == ()
-    assert_close((member(got.params, 0), member(got.opt, 0)), (alone.params, alone.opt), TIGHT)
-    assert_close(member(swap(stack(metrics)), 0), stack(wanted), TIGHT)
-
-
 @pytest.mark.slow
 def test_auto_trains_without_being_told_how(monkeypatch):
     monkeypatch.setattr(train, "_MEASURED", {})
