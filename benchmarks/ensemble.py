@@ -34,7 +34,7 @@ def compared(name: str, members: int, batch_size: int, seconds: float, **setting
     each = [stepper(alone.step, alone.init(key), arrays) for key in keys]
     calls = {"one": stepper(alone.step, alone.init(keys[0]), arrays), APART: lambda: [call() for call in each]}
     for mode in MODES:
-        # The members are inside of the scan, where "auto" chooses with one step of all of them.
+        # The members are inside of the scan, where "auto" chooses with steps of all of them.
         c = compiled(scan_steps(ensemble(t, mode), STEPS))  # type: ignore[arg-type]
         calls[mode] = stepper(c.step, c.init(keys), arrays)
     rounds = alternate(calls, seconds)

@@ -229,6 +229,11 @@ def test_dropout_is_between_layers_only_and_unbiased():
     assert np.abs(error).max() < 4
 
 
+def test_a_cell_cannot_be_summed_and_biased_twice():
+    with pytest.raises(ConfigError, match="n_biased must be 0; got 1"):
+        Cell(lambda a, u, carry: (a + u,), 1, n_biased=1, summed=True)
+
+
 def test_a_cell_that_does_not_exist():
     with pytest.raises(ConfigError, match=r"no cell called 'lsmt'\. Did you mean lstm"):
         functional(functools.partial(Recurrent, "lsmt", D_IN, D))

@@ -29,6 +29,9 @@ class Cell:
         summed: whether `step` sees a and u as their sum a + u only, which has a faster way back (see `over_time`).
         bias: the initial b of each gate.
         keeper: which gate keeps the past when it is open, of those that `bias` lists; None where there is none.
+
+    Raises:
+        ConfigError: for a `summed` cell with gates that have a bias of their own in u.
     """
 
     step: Callable[[Array, Array, Carry], Carry]
@@ -38,6 +41,10 @@ class Cell:
     summed: bool = False
     bias: tuple[float, ...] = (0.0,)
     keeper: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.summed and self.n_biased:
+            raise ConfigError(f"a cell that sees a + u has one bias: with summed, n_biased must be 0; got {self.n_biased}.")
 
 
 def vanilla_step(a: Array, u: Array, carry: Carry) -> Carry:
