@@ -148,7 +148,7 @@ def _parse_recipe(command: str, args: list[str], options: type) -> "tuple[Recipe
     row = ZOO[name]
     data = _value_of("--data", rest) or row.data
     # Another data set has other settings, so it is looked for before the flags are made.
-    recipe = row if data == row.data else dataclasses.replace(row, data=data, data_options={})
+    recipe = row.on(data)
     shown = sections_of(recipe)
     without_prefix = tyro.conf.arg(name="")
     fields: list[Any] = [

@@ -107,6 +107,13 @@ class Recipe:
         """The data set; opening it reads no file of the zoo's own data sets, `source().load()` does."""
         return open_source(self.data, **self.data_options)
 
+    def on(self, data: str) -> "Recipe":
+        """The recipe on another data set, with that loader's own settings; a conditional one stays so if the loader can be."""
+        if data == self.data:
+            return self
+        conditional = self.data_options.get("conditional") and "conditional" in inspect.signature(loader(data)).parameters
+        return dataclasses.replace(self, data=data, data_options={"conditional": True} if conditional else {})
+
     def build(self, spec: DataSpec, **changes: Any) -> Model:
         """The model, with some builder arguments changed."""
         return self.family(spec, **{**self.model, **changes})

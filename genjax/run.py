@@ -478,10 +478,8 @@ def default_folder(recipe: Recipe, row: Recipe, prefix: str = "", **more: Any) -
     Args:
         **more: what else tells this command from others, such as the axes of a sweep.
     """
-    if recipe.data != row.data:  # another data set has options of its own, of which only the changed ones need naming
-        theirs = flatten(to_dict(dataclasses.replace(row, data=recipe.data, data_options={}))) | {"data": row.data}
-    else:
-        theirs = flatten(to_dict(row))
+    # Another data set has options of its own, of which only the changed ones need naming.
+    theirs = flatten(to_dict(row.on(recipe.data))) | {"data": row.data}
     mine = flatten(to_dict(recipe))
     changed = {name.split(".", 1)[-1]: value for name, value in mine.items() if theirs[name] != value}
     parts = [f"{name.replace('_', '-')}={_short(value)}" for name, value in [*sorted(changed.items()), *more.items()]]

@@ -92,6 +92,17 @@ def test_bad_data_are_refused_in_one_message_that_names_the_file(
     assert not Path("runs").exists()
 
 
+def test_a_conditional_recipe_asks_for_the_labels_of_ones_own_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez("mine.npz", x=DIGITS, y=np.zeros(29, int))
+    assert "30 examples in x and 29 in y" in refused(shlex.split("train cvae --data mine.npz"), capsys)
+    np.savez("mine.npz", x=DIGITS)
+    assert "conditional needs labels" in refused(shlex.split("train cvae --data mine.npz"), capsys)
+    assert not Path("runs").exists()
+
+
 def test_a_truncated_file_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

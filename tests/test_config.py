@@ -81,6 +81,13 @@ def test_the_hash_does_not_depend_on_the_order_of_settings():
     assert config_hash(backwards) == config_hash(values)
 
 
+def test_a_conditional_recipe_stays_so_on_other_data():
+    assert ZOO["cvae"].on("mine.npz").data_options == {"conditional": True}
+    assert ZOO["cvae"].on("markov").data_options == {}  # it has no conditions
+    assert ZOO["vae"].on("mine.npz").data_options == ZOO["vae-mnist"].on("digits").data_options == {}
+    assert ZOO["vae-mnist"].on("mnist") is ZOO["vae-mnist"]
+
+
 def test_settings_are_replaced_wherever_they_belong():
     changed = replace(ZOO["cvae"], latent_dim=3, binarize="dynamic", learning_rate=0.5, steps=7)
     assert changed.model["latent_dim"] == 3

@@ -1,6 +1,5 @@
 """Run folders: what is in one, that it is never overwritten, and what sample, evaluate and sweeps make of it."""
 
-import dataclasses
 import json
 import math
 import struct
@@ -345,8 +344,9 @@ def test_each_command_has_a_folder_of_its_own(changes: dict[str, Any], name: str
 
 def test_folders_of_other_data_of_sweeps_and_of_many_settings() -> None:
     row = ZOO["cvae"]
-    ring = dataclasses.replace(row, data="ring", data_options={})
+    ring = row.on("ring")
     assert run.default_folder(ring, row) == Path("runs/cvae,data=ring")
+    assert run.default_folder(replace(ring, conditional=False), row) == Path("runs/cvae,conditional=False,data=ring")
     assert run.default_folder(row, row, "sweep-", learning_rate=[1e-3, 3e-4], seeds=2) == Path(
         "runs/sweep-cvae,learning-rate=0.001_0.0003,seeds=2"
     )

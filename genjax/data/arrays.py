@@ -101,7 +101,9 @@ def _select(keys: list[str], get, conditional: bool, path: str) -> dict[str, Bat
         label = next((key + suffix for key in _LABELS if key + suffix in keys), None)
         if conditional and label is None:
             wanted = ", ".join(key + suffix for key in _LABELS)
-            raise DataError(f"{path}: conditional needs labels: expected one of {wanted}; {found}. Or leave `conditional` out.")
+            raise DataError(
+                f"{path}: conditional needs labels: expected one of {wanted}; {found}. Or say conditional=False (--no-conditional)."
+            )
         x, cond = get(f"x{suffix}"), get(label) if conditional else None
         for key, array in ((f"x{suffix}", x), (label, cond)):
             if array is not None and (not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf"):
