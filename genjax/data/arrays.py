@@ -102,7 +102,7 @@ def _select(keys: list[str], get, conditional: bool, path: str) -> dict[str, Bat
         if conditional and label is None:
             wanted = ", ".join(key + suffix for key in _LABELS)
             raise DataError(
-                f"{path}: conditional needs labels: expected one of {wanted}; {found}. Or say conditional=False (--no-conditional)."
+                f"{path}: conditional needs labels: expected one of {wanted}; {found}. Or conditional=False (--no-conditional)."
             )
         x, cond = get(f"x{suffix}"), get(label) if conditional else None
         for key, array in ((f"x{suffix}", x), (label, cond)):
