@@ -253,11 +253,14 @@ class Training(NamedTuple):
         init: (key) -> TrainState.
         step: (TrainState, Batch) -> (TrainState, metrics), metrics being means over the batch, named "player/name".
         rewrap: (wrap: Gradient -> Gradient) -> Training: the same procedure with its gradient function wrapped.
+        within: (f: Training -> Training) -> Training: the same members, each with its own procedure transformed by f, whose
+            metrics have the members' axis first. None where there are no members or they do not share what a step is given.
     """
 
     init: Callable[[Key], TrainState]
     step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
     rewrap: Callable[[Callable[[Gradient], Gradient]], "Training"]
+    within: Callable[[Callable[["Training"], "Training"]], "Training"] | None = None
 
 
 def check_key(key: Key) -> None:

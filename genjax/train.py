@@ -188,8 +188,17 @@ def scan_steps(t: Training, k: int | None = None) -> Training:
     """A step that runs several optimiser steps in one dispatch; metrics get a leading axis of that length.
 
     With k None the second argument of the step is a tree of batches with a leading axis, one batch a step. With a number
-    it is given unchanged to each of k steps: the form to use after `feed`.
+    it is given unchanged to each of k steps: the form to use after `feed`. Members that share their batch take all k steps
+    by themselves: "map" then takes a member's state out of the others' and puts it back once, not at every step.
     """
+    if t.within is not None:
+        many = t.within(lambda one: scan_steps(one, k))
+
+        def members(ts: TrainState, batches: Any) -> tuple[TrainState, Metrics]:
+            ts, metrics = many.step(ts, batches)
+            return ts, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), metrics)
+
+        return Training(t.init, members, lambda wrap: scan_steps(t.rewrap(wrap), k))
 
     def step(ts: TrainState, batches: Any) -> tuple[TrainState, Metrics]:
         if k is None:
@@ -204,8 +213,12 @@ def feed(t: Training, batch_at: Callable[[Any, Array], Batch]) -> Training:
 
     With device-resident arrays a scanned step then never waits for the host.
     """
+    members = t.within
     return Training(
-        t.init, lambda ts, arrays: t.step(ts, batch_at(arrays, ts.step)), lambda wrap: feed(t.rewrap(wrap), batch_at)
+        t.init,
+        lambda ts, arrays: t.step(ts, batch_at(arrays, ts.step)),
+        lambda wrap: feed(t.rewrap(wrap), batch_at),
+        None if members is None else lambda f: members(lambda one: f(feed(one, batch_at))),
     )
 
 
@@ -262,9 +275,9 @@ def fastest_mode(
     """Time steps of all members as "vmap" and as "map" on this machine, and say which is faster.
 
     A vmapped convolution becomes a grouped one, which can be slower than one member after the other. Only shapes are
-    needed, so this also works while a step is being traced; it compiles both forms and runs each `repeats` times on ones.
-    Short steps are timed in loops of up to 50: their difference is less than what a dispatch costs and varies. Results
-    are kept for the life of the process.
+    needed, so this also works while a step is being traced; it compiles both forms and runs each `repeats` times on ones,
+    fewer if that takes seconds. Short steps are timed in loops of up to 50: their difference is less than what a dispatch
+    costs and varies. Results are kept for the life of the process.
     """
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), (hyper, ts, batch))
     signature = (one, batch_axis, jax.default_backend(), str(shapes))
@@ -294,9 +307,10 @@ def fastest_mode(
         jax.block_until_ready(programs[mode](np.int32(n), *arguments))
         return time.perf_counter() - start
 
-    n = int(np.clip(0.05 / max(timed(mode, 1) for mode in programs), 1, 50))
+    first = max(timed(mode, 1) for mode in programs)
+    n = int(np.clip(0.05 / first, 1, 50))
     seconds = dict.fromkeys(programs, np.inf)
-    for _ in range(repeats):  # in alternation, so that a busy machine hurts both
+    for _ in range(int(np.clip(1 / first, 1, repeats))):  # in alternation, so that a busy machine hurts both
         for mode in programs:
             seconds[mode] = min(seconds[mode], timed(mode, n))
     _MEASURED[signature] = min(seconds, key=lambda mode: seconds[mode])
@@ -324,7 +338,8 @@ def ensemble(t: Training, mode: Mode = "vmap", batch_axis: int | None = None) ->
     def step(ts: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         return _over_members(one, mode, {}, ts, batch, batch_axis)
 
-    return Training(init, step, lambda wrap: ensemble(t.rewrap(wrap), mode, batch_axis))
+    within = None if batch_axis is not None else lambda f: ensemble(f(t), mode)
+    return Training(init, step, lambda wrap: ensemble(t.rewrap(wrap), mode, batch_axis), within)
 
 
 def sweep(make: Callable[..., Training], *, mode: Mode = "vmap", **axes: Any) -> Training:
@@ -359,7 +374,10 @@ def sweep(make: Callable[..., Training], *, mode: Mode = "vmap", **axes: Any) ->
     def step(ts: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         return _over_members(one, mode, values, ts, batch, None)
 
-    return Training(init, step, lambda wrap: sweep(lambda **hyper: make(**hyper).rewrap(wrap), mode=mode, **axes))
+    def changed(f: Callable[[Training], Training]) -> Training:
+        return sweep(lambda **hyper: f(make(**hyper)), mode=mode, **axes)
+
+    return Training(init, step, lambda wrap: changed(lambda t: t.rewrap(wrap)), changed)
 
 
 def grid(**axes: Sequence[float]) -> dict[str, np.ndarray]:

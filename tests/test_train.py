@@ -7,6 +7,7 @@ import functools
 
 import chex
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -219,6 +220,8 @@ STEPWISE = {
 }
 SCANNED = {
     "scan_steps(ensemble)": (lambda t: scan_steps(ensemble(t)), 1, True),
+    "scan_steps(ensemble), map": (lambda t: scan_steps(ensemble(t, "map")), 1, True),
+    "scan_steps(skip_nonfinite(ensemble)), map": (lambda t: scan_steps(skip_nonfinite(ensemble(t, "map"))), 1, True),
     "ensemble(scan_steps)": (lambda t: ensemble(scan_steps(t)), 1, False),
     "ensemble(scan_steps), map": (lambda t: ensemble(scan_steps(t), "map"), 1, False),
     "microbatch(scan_steps(ensemble))": (lambda t: microbatch(scan_steps(ensemble(t)), 2), 2, True),
@@ -247,7 +250,30 @@ def test_scanned_members_equal_solo_runs(name):
     compose, parts, steps_first = SCANNED[name]
     t = compose(TRAIN)
     got, metrics = jitted(t.step)(jitted(t.init)(keys()), stack(batches()))
+    metrics = {name: value for name, value in metrics.items() if name != "skipped"}
     assert_close((got, swap(metrics) if steps_first else metrics), reference(parts), TIGHT)
+
+
+@pytest.mark.parametrize("fed", [False, True], ids=["", "fed"])
+@pytest.mark.parametrize(
+    "make", [lambda: ensemble(TRAIN, "map"), lambda: sweep(lambda s: TRAIN, mode="map", s=[1.0] * MEMBERS)]
+)
+def test_mapped_members_take_all_steps_of_a_dispatch_before_the_next_one(make, fed):
+    """One loop over members around one loop over steps: not a member's state out of the others' at every step."""
+    t, arrays = make(), stack(batches())
+    fed_by = lambda arrays, step: jax.tree.map(lambda leaf: leaf[step], arrays)  # noqa: E731
+    t = scan_steps(feed(t, fed_by), STEPS) if fed else scan_steps(t)
+    program = jax.make_jaxpr(t.step)(jitted(t.init)(keys()), arrays)
+    assert [(one, [inner for inner, _ in within]) for one, within in loops(program.jaxpr)] == [(MEMBERS, [STEPS])]
+
+
+def loops(jaxpr):
+    """The lengths of the loops of a program, each with those inside of it: [(length, [...])]."""
+    found = []
+    for equation in jaxpr.eqns:
+        inner = [loop for sub in jax.extend.core.jaxprs_in_params(equation.params) for loop in loops(sub)]
+        found += [(equation.params["length"], inner)] if equation.primitive.name == "scan" else inner
+    return found
 
 
 @pytest.mark.parametrize("mode", ["vmap", "map"])
@@ -292,6 +318,8 @@ def test_nested_members_equal_solo_runs(name):
     t = compose()
     keys = jax.random.split(jax.random.key(3), (2, 2))
     got, metrics = run(t, jitted(t.init)(keys), batches())
+    scanned, together = jitted(scan_steps(t).step)(jitted(t.init)(keys), stack(batches()))
+    assert_close((scanned, together), (got, stack(metrics)), TIGHT)
     for i in range(2):
         for j in range(2):
             wanted = run(game(float(scale(i, j)), 1), jitted(TRAIN.init)(keys[i, j]), batches())
@@ -301,7 +329,14 @@ def test_nested_members_equal_solo_runs(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["feed(ensemble)", "ensemble(feed)", "scan_steps(feed(ensemble), k)", "ensemble(scan_steps(feed, k))"]
+    "name",
+    [
+        "feed(ensemble)",
+        "ensemble(feed)",
+        "scan_steps(feed(ensemble), k)",
+        "scan_steps(feed(ensemble), k), map",
+        "ensemble(scan_steps(feed, k))",
+    ],
 )
 def test_fed_members_equal_solo_runs(name):
     arrays = stack(batches())
@@ -313,6 +348,7 @@ def test_fed_members_equal_solo_runs(name):
         "feed(ensemble)": lambda t: feed(ensemble(t), batch_at),
         "ensemble(feed)": lambda t: ensemble(feed(t, batch_at)),
         "scan_steps(feed(ensemble), k)": lambda t: scan_steps(feed(ensemble(t), batch_at), STEPS),
+        "scan_steps(feed(ensemble), k), map": lambda t: scan_steps(feed(ensemble(t, "map"), batch_at), STEPS),
         "ensemble(scan_steps(feed, k))": lambda t: ensemble(scan_steps(feed(t, batch_at), STEPS)),
     }[name]
     for parts in (1, 2):
