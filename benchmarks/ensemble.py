@@ -49,7 +49,7 @@ def compared(name: str, members: int, batch_size: int, seconds: float, **setting
     return {"recipe": name, "members": members, "batch_size": batch_size, "modes": found}
 
 
-def main(seconds: float = 6.0) -> None:
+def main(seconds: float = 40.0) -> None:
     """Measure and write results/ensemble.json; `seconds` for each recipe, batch size and number of members."""
     rows = []
     for name in ROWS:
