@@ -1,9 +1,9 @@
-"""What the abstractions cost: training steps of two families against hand-written ones, and the loop against a bare one."""
+"""What the abstractions cost: training steps of every family against hand-written ones, and the loop against a bare one."""
 
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks import by_hand
 from benchmarks.common import alternate, ratio, summary, write
 from genjax import config, loop
 from genjax.data import example_batch
+from genjax.families.adversarial import gan
+from genjax.families.attention import transformer
 from genjax.families.denoising import diffusion
+from genjax.families.recurrent import rnn
+from genjax.families.transport import flow_matching
 from genjax.families.variational import vae
+from genjax.families.variational_recurrent import vrnn
 from genjax.log import Log
 from genjax.measure import stepper
 from genjax.protocol import DataSpec, Model
@@ -28,126 +34,97 @@ SIZES: dict[str, dict[str, Any]] = {
     "small (8x8, 2x256, z 8, batch 128)": {"side": 8, "width": 256, "latent": 8, "batch": 128},
     "medium (28x28, 2x500, z 50, batch 128)": {"side": 28, "width": 500, "latent": 50, "batch": 128},
 }
-DIFFUSION_SIZES: dict[str, dict[str, Any]] = {
-    "small (64 values, 3x256, batch 128)": {"d": 64, "width": 256, "batch": 128},
-    "medium (784 values, 3x512, batch 128)": {"d": 784, "width": 512, "batch": 128},
+
+
+class Case(NamedTuple):
+    """A family at a size: its model, the same by hand, and how many examples a batch has."""
+
+    size: str
+    model: Model
+    by_hand: Mapping[str, by_hand.Loss]
+    batch: int
+
+
+def vae_case(size: str, side: int, width: int, latent: int, batch: int) -> Case:
+    """Binary images."""
+    model = vae(DataSpec((side, side, 1), "binary", name="random bits"), hidden=(width,) * 2, latent_dim=latent)
+    return Case(size, model, {"vae": by_hand.vae_loss}, batch)
+
+
+def gan_case(width: int, d: int = 64, latent: int = 32, batch: int = 128) -> Case:
+    """Vectors, with a gradient penalty."""
+    spec = DataSpec((d,), "continuous", name="random vectors")
+    size = f"{d} values, 2x{width}, z {latent}, R1, batch {batch}"
+    return Case(size, gan(spec, hidden=(width,) * 2, latent_dim=latent, r1=1.0), by_hand.gan_losses(latent, 1.0), batch)
+
+
+def recurrent_case(cell: Any, width: int, length: int = 64, levels: int = 39, batch: int = 64) -> Case:
+    """Tokens, each sequence by itself."""
+    spec = DataSpec((length,), "tokens", levels=levels, step="token", name="random tokens")
+    step, n_carry = {"vanilla": (by_hand.vanilla, 1), "lstm": (by_hand.lstm, 2), "gru": (by_hand.gru, 1)}[cell]
+    model = rnn(spec, cell=cell, d_hidden=width, d_embed=width // 4)
+    return Case(f"{length} tokens, {width}, batch {batch}", model, {"rnn": by_hand.recurrent_loss(step, n_carry)}, batch)
+
+
+def transformer_case(width: int, n_heads: int, length: int = 64, levels: int = 39, batch: int = 32) -> Case:
+    """Tokens, turned positions, no biases."""
+    spec = DataSpec((length,), "tokens", levels=levels, step="token", name="random tokens")
+    model = transformer(spec, d_model=width, n_heads=n_heads, n_layers=3, bias=False, position="rotary")
+    losses = {"transformer": by_hand.transformer_loss(n_heads)}
+    return Case(f"{length} tokens, 3x{width}, batch {batch}", model, losses, batch)
+
+
+def vrnn_case(width: int, latent: int, side: int = 8, levels: int = 17, batch: int = 64) -> Case:
+    """Rows of an image."""
+    spec = DataSpec((side, side), "discrete", levels=levels, step="row", name="random rows")
+    model = vrnn(spec, d_hidden=width, hidden=(width,), latent_dim=latent)
+    return Case(f"{side} rows of {side}, {width}, z {latent}, batch {batch}", model, {"vrnn": by_hand.vrnn_loss(levels)}, batch)
+
+
+def diffusion_case(width: int, d: int = 64, batch: int = 128) -> Case:
+    """Vectors."""
+    model = diffusion(DataSpec((d,), "continuous", name="random vectors"), hidden=(width,) * 3)
+    return Case(f"{d} values, 3x{width}, batch {batch}", model, {"diffusion": by_hand.diffusion_loss}, batch)
+
+
+def flow_case(width: int, d: int = 64, batch: int = 128) -> Case:
+    """Vectors."""
+    model = flow_matching(DataSpec((d,), "continuous", name="random vectors"), hidden=(width,) * 3)
+    return Case(f"{d} values, 3x{width}, batch {batch}", model, {"flow": by_hand.flow_matching_loss}, batch)
+
+
+# Every family at a small and a medium size.
+CASES: dict[str, Callable[[], list[Case]]] = {
+    "vae": lambda: [vae_case(name, **size) for name, size in SIZES.items()],
+    "gan": lambda: [gan_case(256), gan_case(1024)],
+    "rnn": lambda: [recurrent_case("vanilla", 256), recurrent_case("vanilla", 512)],
+    "lstm": lambda: [recurrent_case("lstm", 256), recurrent_case("lstm", 512)],
+    "gru": lambda: [recurrent_case("gru", 256), recurrent_case("gru", 512)],
+    "transformer": lambda: [transformer_case(128, 4), transformer_case(256, 8)],
+    "vrnn": lambda: [vrnn_case(128, 8), vrnn_case(512, 32)],
+    "diffusion": lambda: [diffusion_case(256), diffusion_case(512, d=784)],
+    "flow_matching": lambda: [flow_case(256), flow_case(512, d=784)],
 }
-T_END = 1e-3  # where the cosine schedule is cut off
-D_EMBED = 128
-Layers = dict[str, tuple[int, int]]
-
-
-class HandWritten(NamedTuple):
-    """A hand-written training: init(key) -> state, loss(params, x, key) and step(state, x) -> (state, loss)."""
-
-    init: Callable[..., Any]
-    loss: Callable[..., Any]
-    step: Callable[..., Any]
-
-
-def by_hand(sizes: Layers, loss: Callable[..., jax.Array]) -> HandWritten:
-    """Dense layers and Adam as anyone would write them in plain jax: nothing of genjax, flax or optax."""
-
-    def init(key: jax.Array) -> dict[str, Any]:
-        keys = jax.random.split(key, len(sizes))
-        shapes = list(sizes.items())
-        w = {n: jax.random.normal(k, s) / jnp.sqrt(float(s[0])) for k, (n, s) in zip(keys, shapes, strict=True)}
-        b = {n: jnp.zeros(s[1]) for n, s in shapes}
-        params = {"w": w, "b": b}
-        zeros = lambda: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
-        return {"params": params, "m": zeros(), "v": zeros(), "count": jnp.zeros((), jnp.int32), "key": key}
-
-    def step(ts: Any, x: jax.Array) -> Any:
-        value, grads = jax.value_and_grad(loss)(ts["params"], x, jax.random.fold_in(ts["key"], ts["count"]))
-        count = ts["count"] + 1
-        m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, ts["m"], grads)
-        v = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, ts["v"], grads)
-        c1, c2 = 1 - 0.9 ** count.astype(jnp.float32), 1 - 0.999 ** count.astype(jnp.float32)
-        params = jax.tree.map(lambda p, m, v: p - 1e-3 * (m / c1) / (jnp.sqrt(v / c2) + 1e-8), ts["params"], m, v)
-        return {"params": params, "m": m, "v": v, "count": count, "key": ts["key"]}, value
-
-    return HandWritten(jax.jit(init), loss, jax.jit(step, donate_argnums=0))
-
-
-def hand_written(side: int, width: int, latent: int) -> HandWritten:
-    """A Bernoulli VAE of binary images."""
-    d = side * side
-    sizes = {
-        "e0": (d, width),
-        "e1": (width, width),
-        "e2": (width, 2 * latent),
-        "d0": (latent, width),
-        "d1": (width, width),
-        "d2": (width, d),
-    }
-
-    def loss(params: Any, x: jax.Array, key: jax.Array) -> jax.Array:
-        w, b = params["w"], params["b"]
-        h = 2.0 * x.reshape(x.shape[0], d) - 1.0
-        h = jax.nn.gelu(h @ w["e0"] + b["e0"])
-        h = jax.nn.gelu(h @ w["e1"] + b["e1"])
-        h = h @ w["e2"] + b["e2"]
-        mean, log_scale = h[:, :latent], h[:, latent:]
-        z = mean + jnp.exp(log_scale) * jax.random.normal(key, mean.shape)
-        h = jax.nn.gelu(z @ w["d0"] + b["d0"])
-        h = jax.nn.gelu(h @ w["d1"] + b["d1"])
-        logits = h @ w["d2"] + b["d2"]
-        flat = x.reshape(x.shape[0], d)
-        log_likelihood = jnp.sum(flat * logits - jax.nn.softplus(logits), axis=1)
-        kl = jnp.sum(0.5 * (jnp.exp(2 * log_scale) + mean**2 - 1) - log_scale, axis=1)
-        return jnp.mean(kl - log_likelihood)
-
-    return by_hand(sizes, loss)
-
-
-def hand_written_diffusion(d: int, width: int) -> HandWritten:
-    """Diffusion of vectors with the cosine schedule and v-prediction; three hidden layers that know of the noise level."""
-    sizes = {"noise": (32, D_EMBED), "embed": (D_EMBED, D_EMBED), "h0": (d, width), "h1": (width, width), "h2": (width, width)}
-    sizes |= {f"m{i}": (D_EMBED, 2 * width) for i in range(3)} | {"out": (width, d)}
-
-    def loss(params: Any, x: jax.Array, key: jax.Array) -> jax.Array:
-        w, b = params["w"], params["b"]
-        key_time, key_noise, _, _ = jax.random.split(key, 4)
-        t = T_END + (1 - 2 * T_END) * jax.random.uniform(key_time, (x.shape[0],))
-        noise = jax.random.normal(key_noise, x.shape)
-        alpha, sigma = jnp.cos(jnp.pi / 2 * t)[:, None], jnp.sin(jnp.pi / 2 * t)[:, None]
-        x_t = alpha * x + sigma * noise
-        angles = (jnp.log(alpha) - jnp.log(sigma)) / 2 * jnp.geomspace(0.25, 8.0, 16)
-        e = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1)
-        e = jax.nn.silu(jax.nn.silu(e @ w["noise"] + b["noise"]) @ w["embed"] + b["embed"])
-        h = x_t
-        for i in range(3):
-            scale, shift = jnp.split(e @ w[f"m{i}"] + b[f"m{i}"], 2, axis=1)
-            y = jax.nn.silu((1 + scale) * (h @ w[f"h{i}"] + b[f"h{i}"]) + shift)
-            h = h + y if h.shape == y.shape else y
-        missed = h @ w["out"] + b["out"] - (alpha * noise - sigma * x)
-        return jnp.mean(jnp.sum(missed**2, axis=1))
-
-    return by_hand(sizes, loss)
 
 
 def step_overhead(seconds: float) -> list[dict[str, Any]]:
     """ms per step of genjax and by hand, in alternation in one process, and the ratio round by round."""
     rows = []
-    for name, size in SIZES.items():
-        spec = DataSpec((size["side"], size["side"], 1), "binary", name="random bits")
-        model = vae(spec, hidden=(size["width"],) * 2, latent_dim=size["latent"])
-        hand = hand_written(size["side"], size["width"], size["latent"])
-        rows.append({"family": "vae", "size": name, **_compare(model, hand, size["batch"], seconds)})
-    for name, size in DIFFUSION_SIZES.items():
-        model = diffusion(DataSpec((size["d"],), "continuous", name="random vectors"), hidden=(size["width"],) * 3)
-        hand = hand_written_diffusion(size["d"], size["width"])
-        rows.append({"family": "diffusion", "size": name, **_compare(model, hand, size["batch"], seconds)})
+    for family, cases in CASES.items():
+        for case in cases():
+            rows.append({"family": family, "size": case.size, **_compare(case, seconds)})
+            row = rows[-1]
+            ms = f"{row['genjax_ms']:.3f} ms, hand-written {row['hand_written_ms']:.3f} ms"
+            print(f"{family}, {case.size}: {ms}, ratio {row['ratio']}", flush=True)
     return rows
 
 
-def _compare(model: Model, hand: HandWritten, batch_size: int, seconds: float) -> dict[str, Any]:
-    batch = jax.jit(partial(example_batch, model.spec), static_argnums=1)(jax.random.key(1), batch_size)
-    t = compiled(training(model, optax.adam(1e-3)))
-    calls = {
-        "genjax": stepper(t.step, t.init(jax.random.key(0)), batch),
-        "hand-written": stepper(hand.step, hand.init(jax.random.key(0)), batch.x),
-    }
+def _compare(case: Case, seconds: float) -> dict[str, Any]:
+    batch = jax.jit(partial(example_batch, case.model.spec), static_argnums=1)(jax.random.key(1), case.batch)
+    t, hand = compiled(training(case.model, optax.adam(1e-3))), by_hand.adam(case.by_hand)
+    ts = t.init(jax.random.key(0))
+    mine = hand.init(jax.tree.map(jnp.copy, ts.params), jax.random.key(0))
+    calls = {"genjax": stepper(t.step, ts, batch), "hand-written": stepper(hand.step, mine, batch.x)}
     # Short turns, so that both programs of a round meet the machine in the same mood: a shared one changes within 0.1 s.
     rounds = alternate(calls, seconds, block=0.02)
     return {
@@ -222,9 +199,6 @@ def loop_overhead(rounds: int = 6, steps: int = 5000, warm: int = 1000) -> dict[
 def main(seconds: float = 20.0) -> None:
     """Measure and write results/overhead.json."""
     rows = step_overhead(seconds)
-    for row in rows:
-        ms = f"{row['genjax_ms']:.3f} ms, hand-written {row['hand_written_ms']:.3f} ms"
-        print(f"{row['family']}, {row['size']}: {ms}, ratio {row['ratio']}")
     cost = loop_overhead()
     print(f"loop: {cost}")
     write("overhead", {"step": rows, "loop": cost})
