@@ -28,7 +28,7 @@ AXES = {
     "fsdp": "the batch and the state",
     "tensor": "what the rules say",
 }
-Rules = Sequence[tuple[str, PartitionSpec]]
+Rules = Sequence[tuple[str, PartitionSpec]] | Mapping[str, PartitionSpec]
 
 # Of a block of attention and a perceptron, as the Transformer and the DiT have them: the heads and the hidden units are split,
 # so that each half of a block needs one sum over the devices (Shoeybi 2019, section 3). Kernels have their longer axis last.
@@ -98,8 +98,8 @@ def layout(state: PyTree, mesh: Mesh, rules: Rules | None = None) -> PyTree:
     Args:
         state: arrays, or their shapes from `jax.eval_shape`; with `member`, that of an ensemble.
         mesh: see `make_mesh`.
-        rules: (regular expression, PartitionSpec), the first that matches counts; `TENSOR_RULES` unless given, where the mesh
-            has `tensor`.
+        rules: (regular expression, PartitionSpec), pairs or a mapping, the first that matches counts; `TENSOR_RULES` unless
+            given, where the mesh has `tensor`.
 
     Raises:
         ConfigError: for a mesh of other axes, a rule that matches no parameter, names an axis that the mesh lacks, or splits a
@@ -108,6 +108,7 @@ def layout(state: PyTree, mesh: Mesh, rules: Rules | None = None) -> PyTree:
     _check_mesh(mesh)
     if rules is None:
         rules = TENSOR_RULES if "tensor" in mesh.shape else ()
+    rules = tuple(rules.items() if isinstance(rules, Mapping) else rules)
     for pattern, spec in rules:
         for axis in (name for entry in spec if entry for name in _names(entry)):
             if axis not in mesh.shape:

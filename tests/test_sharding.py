@@ -181,6 +181,7 @@ def test_rules_name_the_last_dimensions_and_optimisers_follow_their_parameters()
         jax.tree_util.keystr(path, simple=True, separator="/"): sharding.spec
         for path, sharding in jax.tree_util.tree_leaves_with_path(layout(ts, mesh, TENSOR_RULES))
     }
+    assert layout(ts, mesh, dict(TENSOR_RULES)) == layout(ts, mesh, TENSOR_RULES)
     block = "transformer/blocks/1/"
     assert found[f"params/{block}attention/qkv/kernel"] == PartitionSpec(None, "tensor")
     assert found[f"params/{block}attention/out/kernel"] == PartitionSpec("tensor", None)
@@ -266,6 +267,8 @@ def test_batches_members_and_rules_that_do_not_fit():
     mesh = make_mesh({"tensor": 8})
     with pytest.raises(ConfigError, match=r"'nothing' matches no parameter. There are, among others: params/vae/decoder"):
         layout(ts, mesh, [("nothing", PartitionSpec("tensor"))])
+    with pytest.raises(ConfigError, match=r"'nothing' matches no parameter"):
+        layout(ts, mesh, {"nothing": PartitionSpec("tensor")})
     with pytest.raises(ConfigError, match=r"splits over 'tensor'; the mesh is data=8"):
         layout(ts, make_mesh({"data": 8}), TENSOR_RULES)
     with pytest.raises(ConfigError, match=r"of shape \[2\], as \('tensor',\) over a mesh tensor=8, which does not divide it"):
