@@ -112,8 +112,8 @@ def step_overhead(seconds: float) -> list[dict[str, Any]]:
     rows = []
     for family, cases in CASES.items():
         for case in cases():
-            rows.append({"family": family, "size": case.size, **_compare(case, seconds)})
-            row = rows[-1]
+            row = {"family": family, "size": case.size, **_compare(case, seconds)}
+            rows.append(row)
             ms = f"{row['genjax_ms']:.3f} ms, hand-written {row['hand_written_ms']:.3f} ms"
             print(f"{family}, {case.size}: {ms}, ratio {row['ratio']}", flush=True)
     return rows
