@@ -135,14 +135,14 @@ def _compare(case: Case, seconds: float) -> dict[str, Any]:
     }
 
 
-def loop_overhead(rounds: int = 6, steps: int = 5000, warm: int = 1000) -> dict[str, Any]:
+def loop_overhead(rounds: int = 6, steps: int = 5000, warm: int = 1000, **settings: Any) -> dict[str, Any]:
     """What `fit` adds per step to the same dispatches without it, at a step of about two milliseconds.
 
     Both run the same compiled program of 50 steps a dispatch; `fit` also reads the metrics, averages them, writes
     metrics.jsonl and TensorBoard every 100 steps, and calls a progress function. The first `warm` steps are left out.
     What it adds is taken from the processor time of the thread that does all this; other work disturbs the clock.
     """
-    recipe = config.replace(ZOO["vae"], batch_size=128, hidden=(256, 256))
+    recipe = config.replace(ZOO["vae"], **{"batch_size": 128, "hidden": (256, 256), **settings})
     source = recipe.source()
     arrays = source.load().train
     feed = loop.device_feed(recipe.training(source.spec), source, arrays, recipe.schedule.batch_size, 0)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.stats
-from gates import assert_close, quick
+from gates import assert_close, optimised, quick
 from rows import widen
 
 from genjax.decoding import beam_search, generate, sampler, top_k
@@ -385,7 +385,7 @@ def test_a_markov_chain_is_learned_to_its_entropy_and_never_below():
 
     spec = DataSpec((length,), "tokens", levels=levels, step="symbol")
     t = training(transformer(spec, d_model=32, n_layers=1, n_heads=2), optax.adam(optax.cosine_decay_schedule(3e-3, 600)))
-    ts, step = jax.jit(t.init)(jax.random.key(0)), jax.jit(scan_steps(t).step, donate_argnums=0)
+    ts, step = jax.jit(t.init)(jax.random.key(0)), optimised(scan_steps(t).step, donate_argnums=0)
     for _ in range(12):
         ts, _ = step(ts, Batch(jnp.asarray(draw(50 * 64).reshape(50, 64, length))))
     model = transformer(spec, d_model=32, n_layers=1, n_heads=2)

@@ -13,6 +13,7 @@ import optax
 import pytest
 import scipy.stats
 from denoising_oracles import PATHS, PLANE, Normal, assert_mean, jit
+from gates import optimised
 
 from genjax.errors import ConfigError
 from genjax.families.denoising import (
@@ -300,7 +301,7 @@ def test_a_small_model_learns_normal_data_to_its_entropy():
     def step(ts, key):
         return t.step(ts, Batch(jax.random.normal(key, (256, 2)) @ factor.T))[0], None
 
-    fit = jax.jit(lambda key: jax.lax.scan(step, t.init(key), jax.random.split(key, 2000))[0])
+    fit = optimised(lambda key: jax.lax.scan(step, t.init(key), jax.random.split(key, 2000))[0])
     ts = fit(jax.random.key(0))
     x = np.random.default_rng(18).normal(size=(1000, 2)) @ factor.T
     truth = scipy.stats.multivariate_normal([0, 0], factor @ factor.T).logpdf(x)

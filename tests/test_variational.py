@@ -16,6 +16,7 @@ import pytest
 import scipy.linalg
 import scipy.special
 import scipy.stats
+from gates import optimised
 from vae_oracles import (
     RARE,
     SHIFT,
@@ -35,7 +36,7 @@ from vae_oracles import (
 from genjax.distributions import bounded_log_scale
 from genjax.families.variational import vae
 from genjax.protocol import Batch, DataSpec
-from genjax.train import compiled, scan_steps, training
+from genjax.train import scan_steps, training
 
 # --- at the exact posterior ---------------------------------------------------------------------------------------------
 
@@ -85,9 +86,9 @@ def test_the_loss_has_its_minimum_at_the_ppca_solution(x64):
 def test_a_trained_linear_vae_is_ppca(gradient):
     p, steps = ppca(), 10_000
     model = linear_vae(gradient=gradient, n_bound_samples=64)
-    fit = compiled(scan_steps(training(model, optax.adam(optax.cosine_decay_schedule(0.1, steps))), steps))
+    t = scan_steps(training(model, optax.adam(optax.cosine_decay_schedule(0.1, steps))), steps)
     batch = Batch(jnp.asarray(p.x, jnp.float32))
-    trained, _ = fit.step(fit.init(jax.random.key(3)), batch)
+    trained, _ = optimised(t.step)(jax.jit(t.init)(jax.random.key(3)), batch)
     own = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), trained.params["vae"])
     weights, offset = own["decoder"]["layers"][0]["kernel"].T, own["decoder"]["layers"][0]["bias"]
     noise = float(np.exp(2 * np.asarray(bounded_log_scale(trained.params["vae"]["log_scale"]))))
