@@ -136,6 +136,7 @@ def test_sampling(trained: tuple[Path, str, str], tmp_path: Path, capsys: pytest
     assert re.search(r"Could not write .*file/x\.npz: (Not a directory|File exists)", text)
 
 
+@pytest.mark.slow
 def test_the_list_has_a_row_for_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     genjax.cli.main(["list", "--json"])
     rows = json.loads(capsys.readouterr().out)
@@ -182,6 +183,7 @@ def test_help_of_a_command_names_the_recipes_and_of_a_recipe_its_settings(capsys
     assert "dimensions of z" in out
 
 
+@pytest.mark.slow
 def test_a_run_with_other_settings_is_refused_with_the_difference(
     trained: tuple[Path, str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:

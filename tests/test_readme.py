@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import jax
+import pytest
 
 from genjax.catalogue import measured
 from genjax.zoo import ZOO
@@ -11,6 +12,8 @@ from genjax.zoo import ZOO
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.both_ends
 def test_composition_example_runs(capsys) -> None:
     (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(block.strip().splitlines()) <= 26  # 20 lines and some blank ones
