@@ -39,11 +39,6 @@ one_row_quick = pytest.mark.parametrize("name", _one, scope="module")
 every_row = pytest.mark.parametrize("name", _own, scope="module")
 
 
-# Rows whose scanned steps equal single ones to rounding only, and to how much of it: in a loop, as users compile it, XLA sums
-# the gradient of a convolution, or of a table of tokens, in another order. (So it is with the convolutions of two players.)
-SCANNED_TO_ROUNDING = {"vae-conv": 1e-6, "gru-markov": 1e-5}
-
-
 @functools.cache
 def setup(name):
     """The row as a tiny model: recipe, spec, model, its parameters and state, and the functions on them, compiled."""
@@ -112,16 +107,11 @@ def solo_runs(name, rates):
 
 @functools.cache
 def real(name):
-    """The procedure that the row itself describes, with skipping of steps that are not finite.
-
-    The step of a family's first row is compiled as users have it, and so are two whose loops round in another way. That takes
-    four times as long, so not of every row.
-    """
+    """The procedure that the row itself describes, with skipping of steps that are not finite; a step as users have it."""
     recipe = setup(name).recipe
     schedule = dataclasses.replace(recipe.schedule, skip_nonfinite=True)
     t = dataclasses.replace(recipe, schedule=schedule).training(setup(name).spec)
-    jit = optimised if name in first_of_family or name in SCANNED_TO_ROUNDING else quick
-    return SimpleNamespace(t=t, init=t.init, jit=jit, step=jit(t.step, donate_argnums=0))
+    return SimpleNamespace(t=t, init=t.init, step=optimised(t.step, donate_argnums=0))
 
 
 def run(step, ts, batches):

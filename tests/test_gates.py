@@ -2,8 +2,8 @@
 
 A new *family* adds one entry to `known_losses.ANALYTIC`, and to the tables below where they apply. Models are `Recipe.tiny`
 ones, on short sequences. Programs are compiled once per row and shared between gates. Those whose speed and last bit say
-nothing are compiled without optimisation (`quick`), in a quarter of the time; where the bits of two programs are compared, that
-of a family's first row is compiled as users have it (`rows.real`).
+nothing are compiled without optimisation (`quick`), which halves the time; where the bits of two programs are compared, they
+are compiled as users do.
 """
 
 import dataclasses
@@ -44,6 +44,10 @@ WEIGHT = np.asarray([1, 0, 2, 0.5, 0, 1, 3, 1], np.float32)
 BATCH_COUPLED = {"dcgan-mnist"}
 # Losses that need not look at an example, only at its condition: a generator may be judged by the discriminator alone.
 DATA_FREE = {gan: {"generator"}}
+# Rows whose scanned steps equal single ones to rounding only, and to how much of it: in a loop, XLA sums the gradient of a
+# convolution, or of a table of tokens, in another order. Two players that Adam moves by nearly the sign of a gradient pass
+# more of it on (2e-6 to 5e-6).
+SCANNED_TO_ROUNDING = {"vae-conv": 1e-6, "dcgan-mnist": 2e-5, "r3gan-mnist": 2e-5, "gru-markov": 1e-5}
 # Families whose gradient is, by design, not the derivative of the loss for fixed noise: builder arguments that make it so.
 # (The estimators themselves are tested with the family.) Gradient penalties jump where a leaky ReLU has its kink, so they
 # have no difference quotient there.
@@ -110,8 +114,8 @@ def test_g3_scanned_steps_are_the_same_steps(name):
     batches = [batch(name, seed) for seed in range(3)]
     t = real(name)
     wanted, metrics = run(t.step, t.init(jax.random.key(0)), batches)
-    got, scanned = t.jit(scan_steps(t.t).step, donate_argnums=0)(t.init(jax.random.key(0)), stack(batches))
-    rounding = rows.SCANNED_TO_ROUNDING.get(name)
+    got, scanned = optimised(scan_steps(t.t).step, donate_argnums=0)(t.init(jax.random.key(0)), stack(batches))
+    rounding = SCANNED_TO_ROUNDING.get(name)
     compare = functools.partial(assert_close, rtol=rounding) if rounding else assert_same
     compare(got, wanted)
     compare(scanned, stack(metrics))
@@ -167,18 +171,21 @@ def assert_members(name, t, rates, check_init):
     assert differ(member(many.params, 0), member(many.params, 1))
 
 
+both_modes = pytest.mark.parametrize("mode", ["vmap", "map"])
+
+
 @one_row_quick
-def test_g4_members_with_keys_and_rates_of_their_own_equal_solo_runs(name):
+@both_modes
+def test_g4_members_with_keys_and_rates_of_their_own_equal_solo_runs(name, mode):
     model = setup(name).model
-    t = sweep(lambda rate: training(model, optimizer(rate)), rate=RATES)
-    assert_members(name, t, list(RATES), check_init=name in rows.first_of_family)
+    t = sweep(lambda rate: training(model, optimizer(rate)), mode=mode, rate=RATES)
+    assert_members(name, t, list(RATES), check_init=mode == "vmap")
 
 
 @rows.first_rows
-@pytest.mark.parametrize("mode", ["vmap", "map"])
+@both_modes
 def test_g4_an_ensemble_equals_solo_runs(name, mode):
-    """A sweep without its rates, by the same function, so one row of each family is enough; and one after the other, where the
-    step is not batched and so has nothing that a further row could get wrong."""
+    """A sweep without its rates, by the same function, so one row of each family is enough."""
     assert_members(name, ensemble(plain(name).t, mode), [RATE] * 3, check_init=mode == "vmap")
 
 
@@ -269,10 +276,7 @@ def test_g7_eight_examples_are_memorised_down_to_the_floor(name):
     row, spec, n = ZOO[name], setup(name).spec, 8
     if row.family in COPIES and spec.kind == "discrete":  # 784 bytes to the last bit would take many more steps
         spec = dataclasses.replace(spec, shape=(4, 4, 1), levels=17)
-    elif spec.size == 784 and setup(name).score:
-        spec = dataclasses.replace(spec, shape=(8, 8, 1))
-    # The tiny one has no room for eight examples; without a score it is only seen to stay finite.
-    model = row.build(spec, **ROOMY.get(row.family, {})) if setup(name).score else setup(name).model
+    model = row.build(spec, **ROOMY.get(row.family, {}))  # not the tiny one, which has no room
     eight = example_batch(spec, jax.random.key(5), n)
     counted = np.ones(eight.x.shape, bool)
     if spec.step:
@@ -295,7 +299,7 @@ def test_g7_eight_examples_are_memorised_down_to_the_floor(name):
 
     # Fitting 8 examples is a stiff problem: without the clipping, single gradients throw weights far off.
     t = training(model, optax.chain(optax.adaptive_grad_clip(0.05), optax.adam(optax.cosine_decay_schedule(5e-3, 2000))))
-    fast = (optimised if row.family in COPIES else jax.jit)(scan_steps(t, 200 if score else 50).step, donate_argnums=0)
+    fast = (optimised if score is None or row.family in COPIES else jax.jit)(scan_steps(t, 200).step, donate_argnums=0)
     many = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * COPIES.get(row.family, 1)), eight)
     ts = t.init(jax.random.key(0))
     before = after = None if score is None else np.asarray(nats(ts.params, ts.state)).mean()
@@ -382,25 +386,17 @@ def test_g10_a_turn_changes_its_own_players_parameters_only(name):
 @one_row_quick
 def test_g11_bfloat16_arithmetic_keeps_float32_parameters(name):
     row = setup(name)
-    narrow = row.recipe.build(row.spec, dtype="bfloat16")
-    t = training(narrow, optimizer())
-    start = plain(name).init(jax.random.key(0))
-    assert structure(jax.eval_shape(t.init, jax.random.key(0))) == structure(start)
-    assert structure(jax.eval_shape(t.step, start, batch(name))[0]) == structure(start)
-    for player, loss in narrow.losses.items():
-        lowered = quick(loss).lower(row.params, row.state, batch(name), jax.random.key(1))
-        assert "bf16" in lowered.as_text()
-        value, _ = lowered.compile()(row.params, row.state, batch(name), jax.random.key(1))
-        wanted, _ = row.losses[player](row.params, row.state, batch(name), jax.random.key(1))
-        np.testing.assert_allclose(value.mean(), wanted.mean(), rtol=0.05)
-
-
-@rows.first_rows
-def test_g11_bfloat16_steps_stay_finite(name):
-    row = setup(name)
     t = training(row.recipe.build(row.spec, dtype="bfloat16"), optimizer())
-    ts, metrics = run(quick(t.step), plain(name).init(jax.random.key(0)), [batch(name, seed) for seed in range(3)])
-    assert all(np.isfinite(leaf).all() for leaf in named((ts, metrics)).values())
+    start, batches = plain(name).init(jax.random.key(0)), [batch(name, seed) for seed in range(3)]
+    lowered = quick(t.step).lower(start, batches[0])
+    assert "bf16" in lowered.as_text()
+    ts, metrics = run(lowered.compile(), start, batches)
+    assert structure(ts) == structure(start)
+    assert structure(jax.eval_shape(t.init, jax.random.key(0))) == structure(start)
+    _, wanted = plain(name).step(start, batches[0])
+    for player in row.losses:
+        np.testing.assert_allclose(metrics[0][f"{player}/loss"], wanted[f"{player}/loss"], rtol=0.05)
+        assert all(np.isfinite(one[f"{player}/loss"]) for one in metrics)
 
 
 @one_row_quick
@@ -438,9 +434,8 @@ def test_g13_no_key_is_used_twice(name):
 
     with jax.debug_key_reuse(True):
         jax.eval_shape(everything, jax.random.key(0), example)
-        if name in rows.first_of_family:  # and one that is used twice would be found
-            with pytest.raises(jax.errors.KeyReuseError):
-                jax.eval_shape(lambda key: (everything(key, example), jax.random.split(key)), jax.random.key(0))
+        with pytest.raises(jax.errors.KeyReuseError):
+            jax.eval_shape(lambda key: (everything(key, example), jax.random.split(key)), jax.random.key(0))
 
 
 @every_row
