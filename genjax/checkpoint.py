@@ -165,6 +165,9 @@ class Checkpoints:
         def begin() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._sweep()
+            # Orbax's threads would wait five minutes, and hold up the exit, for a folder that cannot be made.
+            part.mkdir()
+            part.rmdir()
 
         def finish() -> None:
             (part / CHECKSUMS).write_text(json.dumps(_checksums(part), indent=1))

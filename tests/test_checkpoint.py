@@ -1,6 +1,7 @@
 """Checkpoints: what is read is what was written, bit for bit, or is refused; and a failed save loses nothing."""
 
 import errno
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -263,6 +264,21 @@ def test_whatever_the_disk_says_is_said_in_one_error(tmp_path: Path, monkeypatch
     restored = checkpoints.restore(shapes(new))
     assert restored is not None
     assert_same(restored.state, new)
+
+
+def test_a_read_only_disk_is_found_before_orbax_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its threads would wait for a folder that cannot be made, and keep the program from ending for five minutes."""
+    checkpoints, _, _ = two(tmp_path)
+
+    def fail(path: Path, *args, **kwargs) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(ocp, "save", lambda *args, **kwargs: pytest.fail("Orbax was asked to save"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", fail)  # `Path.mkdir(exist_ok=True)` of a folder that exists asks for it, too
+        with pytest.raises(CheckpointError, match=r"Could not save step 30 .*Read-only file system.* step 20 is still there"):
+            checkpoints.save(make(30))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "20"]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
