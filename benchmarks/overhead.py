@@ -196,7 +196,7 @@ def loop_overhead(rounds: int = 6, steps: int = 5000, warm: int = 1000, **settin
     }
 
 
-def main(seconds: float = 20.0) -> None:
+def main(seconds: float = 40.0) -> None:
     """Measure and write results/overhead.json."""
     rows = step_overhead(seconds)
     cost = loop_overhead()

@@ -424,6 +424,7 @@ def test_g13_no_key_is_used_twice(name):
     row, example = setup(name), batch(name)
     t = training(row.model, optimizer())
 
+    @jax.jit  # traced once, for both checks
     def everything(key, batch):
         keys = iter(jax.random.split(key, 8 + len(row.losses)))
         params, state = row.model.init(next(keys))
