@@ -13,10 +13,12 @@ import numpy as np
 
 from benchmarks import results_of_zoo
 from benchmarks.common import alternate, ratio, summary, write
-from genjax import loop, quality, run
 from genjax.data import batch_at
-from genjax.measure import stepper
-from genjax.train import compiled, ensemble, eval_params, feed, scan_steps
+from genjax.evaluation import quality
+from genjax.learning import loop
+from genjax.learning.step import compiled, ensemble, eval_params, feed, scan_steps
+from genjax.profiling.measure import stepper
+from genjax.runs import train as run
 from genjax.zoo import ZOO
 
 SEEDS = 8

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from genjax.run import environment, write_json
+from genjax.runs.train import environment, write_json
 from genjax.zoo import ZOO
 
 RESULTS = Path(__file__).parent / "results"

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from benchmarks.common import alternate, ratio, summary, write
-from genjax.config import Recipe, replace
 from genjax.data import example_batch
 from genjax.nets import fast_conv
 from genjax.zoo import ZOO
+from genjax.zoo.recipe import Recipe, replace
 
 ROWS = ("vae-conv", "dcgan-mnist", "r3gan-mnist", "edm-mnist", "flow-matching-mnist")
 TRIPS = 5  # gradients in the loop

@@ -13,7 +13,8 @@ import jax
 
 from benchmarks import results_of_zoo
 from benchmarks.common import write
-from genjax import metrics, quality, run
+from genjax.evaluation import estimates, quality
+from genjax.runs import train as run
 from genjax.zoo import ZOO
 
 PLANE = ("diffusion-2d", "flow-matching-2d")
@@ -55,7 +56,7 @@ def plane(name: str, density: str, keep: Path) -> dict[str, Any]:
         reference, other = (fresh(2 * index + which, POINTS).x for which in range(2))
         samples = draw(jax.random.key(index), None, POINTS)
         for who, points in {"samples": samples, "real": other}.items():
-            distances[who].append(metrics.sliced_wasserstein(reference, points, n_projections=200, seed=index))
+            distances[who].append(estimates.sliced_wasserstein(reference, points, n_projections=200, seed=index))
     mean = {who: statistics.mean(values) for who, values in distances.items()}
     sd = {who: statistics.stdev(values) for who, values in distances.items()}
     excess = (mean["samples"] - mean["real"]) / sd["real"]

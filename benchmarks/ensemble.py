@@ -11,8 +11,8 @@ import jax
 
 from benchmarks.common import alternate, ratio, summary, write
 from genjax.data import batch_at
-from genjax.measure import stepper
-from genjax.train import compiled, ensemble, feed, scan_steps
+from genjax.learning.step import compiled, ensemble, feed, scan_steps
+from genjax.profiling.measure import stepper
 from genjax.zoo import ZOO
 
 ROWS = ("gan-ring", "vae-ring")

@@ -8,8 +8,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.common import RESULTS
-from genjax import figures, run, samples
 from genjax.errors import ConfigError
+from genjax.runs import pictures, samples
+from genjax.runs import train as run
 from genjax.zoo import ZOO
 
 COLUMNS = 4
@@ -34,7 +35,7 @@ def main(keep: Path) -> None:
         axes.set_title(name, fontsize=9)
         axes.set_xticks([])
         axes.set_yticks([])
-    figures.save(figure, RESULTS / "gallery.png", dpi=110)
+    pictures.save(figure, RESULTS / "gallery.png", dpi=110)
     print(f"written: {RESULTS / 'gallery.png'}")
 
 
@@ -48,9 +49,9 @@ def _panel(axes: Any, loaded: run.Loaded) -> None:
         n = len(cond)
     draw = jax.jit(run.picture_sampler(loaded.model), static_argnums=3)
     x = np.asarray(draw(loaded.params, loaded.state, jax.random.key(0), n, cond))
-    x, spec = figures.rows_as_images(x, spec)
-    if figures.is_image(spec):
-        axes.imshow(figures.tile(x, spec, columns=10).squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    x, spec = pictures.rows_as_images(x, spec)
+    if pictures.is_image(spec):
+        axes.imshow(pictures.tile(x, spec, columns=10).squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     elif spec.text:
         lines = [line for text in samples.texts(x, spec) for line in text.splitlines() if line.strip()]
         shown = "\n".join(line if len(line) <= WIDTH else line[: WIDTH - 1] + "…" for line in lines[:LINES])
@@ -60,5 +61,5 @@ def _panel(axes: Any, loaded: run.Loaded) -> None:
             x[0].reshape(x.shape[1], -1).T, aspect="auto", origin="lower", interpolation="nearest", cmap="Blues", vmin=0
         )
     else:
-        axes.scatter(x[:, 0], x[:, 1], s=2, color=figures.COLORS[1], alpha=0.5, linewidths=0)
+        axes.scatter(x[:, 0], x[:, 1], s=2, color=pictures.COLORS[1], alpha=0.5, linewidths=0)
         axes.set_aspect("equal")

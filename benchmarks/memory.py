@@ -11,10 +11,10 @@ import jax
 
 from benchmarks.common import first_rows, write
 from benchmarks.programs import options
-from genjax.config import Recipe, replace
 from genjax.errors import ConfigError
-from genjax.measure import state_bytes, step_program, step_shapes
+from genjax.profiling.measure import state_bytes, step_program, step_shapes
 from genjax.zoo import ZOO
+from genjax.zoo.recipe import Recipe, replace
 
 # The first row of each family, the cell with the most gates, a recurrent VAE with particles, and a U-Net.
 ROWS = (*first_rows(), "lstm", "vrnn-jsb", "edm-mnist")

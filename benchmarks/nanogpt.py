@@ -23,11 +23,11 @@ from benchmarks.common import in_turns, ratio, summary, write
 from benchmarks.processes import AskedProcess
 from genjax.data import example_batch
 from genjax.errors import ConfigError
-from genjax.families.attention import transformer
-from genjax.measure import stepper
-from genjax.optim import Optimizer
+from genjax.families.transformer import transformer
+from genjax.learning.optim import Optimizer
+from genjax.learning.step import compiled, scan_steps, training
+from genjax.profiling.measure import stepper
 from genjax.protocol import DataSpec
-from genjax.train import compiled, scan_steps, training
 
 SPEC = DataSpec((64,), "tokens", levels=65, step="character", name="random characters")
 MODEL: dict[str, Any] = {"d_model": 128, "n_layers": 4, "n_heads": 4, "position": "learned", "tie_weights": True}

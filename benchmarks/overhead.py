@@ -15,20 +15,21 @@ import optax
 
 from benchmarks import by_hand
 from benchmarks.common import alternate, ratio, summary, write
-from genjax import config, loop
 from genjax.data import example_batch
-from genjax.families.adversarial import gan
-from genjax.families.attention import transformer
-from genjax.families.denoising import diffusion
-from genjax.families.recurrent import rnn
-from genjax.families.transport import flow_matching
-from genjax.families.variational import vae
-from genjax.families.variational_recurrent import vrnn
-from genjax.log import Log
-from genjax.measure import stepper
+from genjax.families.diffusion import diffusion
+from genjax.families.flow_matching import flow_matching
+from genjax.families.gan import gan
+from genjax.families.rnn import rnn
+from genjax.families.transformer import transformer
+from genjax.families.vae import vae
+from genjax.families.vrnn import vrnn
+from genjax.learning import loop
+from genjax.learning.step import compiled, training
+from genjax.profiling.measure import stepper
 from genjax.protocol import DataSpec, Model
-from genjax.train import compiled, training
+from genjax.runs.log import Log
 from genjax.zoo import ZOO
+from genjax.zoo import recipe as config
 
 SIZES: dict[str, dict[str, Any]] = {
     "small (8x8, 2x256, z 8, batch 128)": {"side": 8, "width": 256, "latent": 8, "batch": 128},

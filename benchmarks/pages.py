@@ -17,9 +17,9 @@ from typing import Any
 from benchmarks.common import ratio, summary, write
 from benchmarks.peers import alternate, ours
 from benchmarks.processes import AskedProcess
-from genjax.config import replace
 from genjax.errors import ConfigError
 from genjax.zoo import ZOO
+from genjax.zoo.recipe import replace
 
 ROWS = ("vae", "lstm", "transformer", "edm-mnist")
 STEPS = 10  # a dispatch, where it is not one

@@ -22,14 +22,14 @@ import numpy as np
 
 from benchmarks.common import in_turns, ratio, summary, write
 from benchmarks.processes import AskedProcess
-from genjax import config
-from genjax.config import Recipe
 from genjax.data import example_batch
-from genjax.measure import cost_of, matmul_peak, stepper
-from genjax.metrics import count
+from genjax.evaluation.estimates import count
+from genjax.learning.step import compiled, scan_steps
+from genjax.profiling.measure import cost_of, matmul_peak, stepper
 from genjax.protocol import Batch, Model, Training
-from genjax.train import compiled, scan_steps
 from genjax.zoo import ZOO
+from genjax.zoo import recipe as config
+from genjax.zoo.recipe import Recipe
 
 SIZES = ("small", "medium")
 VARIANTS = ("eager", "compiled")

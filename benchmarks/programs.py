@@ -13,8 +13,8 @@ from typing import Any
 import jax
 
 from benchmarks import common
-from genjax.measure import step_program
-from genjax.run import environment, write_json
+from genjax.profiling.measure import step_program
+from genjax.runs.train import environment, write_json
 from genjax.zoo import ZOO
 
 # The first row of each family, and two of images: a convolutional one and a U-Net.

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 from benchmarks.common import over_seeds, write
-from genjax import run
 from genjax.errors import ConfigError
-from genjax.metrics import padded, per_step
+from genjax.evaluation.estimates import padded, per_step
 from genjax.protocol import step_mask
+from genjax.runs import train as run
 
 # row -> (nats per step, where from)
 REFERENCES = {

@@ -8,8 +8,8 @@ from typing import Any
 
 from benchmarks import report_costs
 from benchmarks.common import machine, markdown, percent, quartiles, read
-from genjax.catalogue import measured
 from genjax.zoo import ZOO
+from genjax.zoo.catalogue import measured
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"

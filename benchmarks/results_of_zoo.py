@@ -1,4 +1,4 @@
-"""Train every row of the zoo with several seeds, evaluate on its test split, and write genjax/results.json.
+"""Train every row of the zoo with several seeds, evaluate on its test split, and write genjax/zoo/results.json.
 
 `genjax list` and the README's table read that file, so no figure in them is typed by hand. Rows whose data are not on this
 machine keep what was measured before. Runs are made by the real program, one after the other, on an otherwise idle machine.
@@ -15,13 +15,13 @@ from typing import Any
 
 import genjax
 from genjax.errors import GenjaxError
-from genjax.figures import read_metrics
-from genjax.run import environment, write_json
+from genjax.runs.pictures import read_metrics
+from genjax.runs.train import environment, write_json
 from genjax.zoo import ZOO
 
 # Only so many test examples, the first, of rows whose estimator takes a second or more for each.
 FIRST = {"flow-matching-mnist": 500}
-PATH = Path(genjax.__file__).parent / "results.json"
+PATH = Path(genjax.__file__).parent / "zoo" / "results.json"
 
 
 def train(name: str, seed: int, folder: Path, *flags: str) -> float:

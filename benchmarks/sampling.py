@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.common import alternate, first_rows, summary, write
-from genjax.config import Recipe, replace
 from genjax.zoo import ZOO
+from genjax.zoo.recipe import Recipe, replace
 
 ROWS = (*first_rows(), "edm-mnist")
 BATCHES = (1, 16, 256)

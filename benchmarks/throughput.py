@@ -10,10 +10,10 @@ import optax
 from benchmarks.common import alternate, summary, write
 from benchmarks.overhead import SIZES
 from genjax.data import example_batch
-from genjax.families.variational import vae
-from genjax.measure import cost_of, matmul_peak, stepper
+from genjax.families.vae import vae
+from genjax.learning.step import compiled, ensemble, scan_steps, training
+from genjax.profiling.measure import cost_of, matmul_peak, stepper
 from genjax.protocol import DataSpec, Training
-from genjax.train import compiled, ensemble, scan_steps, training
 
 DTYPES = ("float32", "bfloat16")
 SCANS = (1, 10, 100)

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.common import alternate, summary, write
-from genjax.config import replace
 from genjax.data import example_batch
-from genjax.measure import cost_of, stepper
-from genjax.train import compiled, scan_steps
+from genjax.learning.step import compiled, scan_steps
+from genjax.profiling.measure import cost_of, stepper
 from genjax.zoo import ZOO
+from genjax.zoo.recipe import replace
 
 NAME = "transformer"
 WIDTHS = (128, 256, 512)

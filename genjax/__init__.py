@@ -11,32 +11,32 @@ _HOME = {
     "Model": "protocol",
     "TrainState": "protocol",
     "Training": "protocol",
-    "compiled": "train",
-    "ensemble": "train",
-    "eval_params": "train",
-    "feed": "train",
-    "grid": "train",
-    "microbatch": "train",
-    "scan_steps": "train",
-    "TENSOR_RULES": "sharding",
-    "make_mesh": "sharding",
-    "shard": "sharding",
-    "skip_nonfinite": "train",
-    "sweep": "train",
-    "training": "train",
+    "compiled": "learning.step",
+    "ensemble": "learning.step",
+    "eval_params": "learning.step",
+    "feed": "learning.step",
+    "grid": "learning.step",
+    "microbatch": "learning.step",
+    "scan_steps": "learning.step",
+    "TENSOR_RULES": "learning.sharding",
+    "make_mesh": "learning.sharding",
+    "shard": "learning.sharding",
+    "skip_nonfinite": "learning.step",
+    "sweep": "learning.step",
+    "training": "learning.step",
     "batch_at": "data",
     "example_batch": "data",
     "open_source": "data",
-    "diffusion": "families.denoising",
-    "fit": "loop",
-    "flow_matching": "families.transport",
-    "gan": "families.adversarial",
-    "reflow": "families.transport",
-    "rnn": "families.recurrent",
-    "transformer": "families.attention",
-    "vrnn": "families.variational_recurrent",
-    "vae": "families.variational",
-    "Prior": "families.variational",
+    "diffusion": "families.diffusion",
+    "fit": "learning.loop",
+    "flow_matching": "families.flow_matching",
+    "gan": "families.gan",
+    "reflow": "families.flow_matching",
+    "rnn": "families.rnn",
+    "transformer": "families.transformer",
+    "vrnn": "families.vrnn",
+    "vae": "families.vae",
+    "Prior": "families.vae",
     "ZOO": "zoo",
 }
 
@@ -44,17 +44,16 @@ __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from genjax.data import batch_at, example_batch, open_source
-    from genjax.families.adversarial import gan
-    from genjax.families.attention import transformer
-    from genjax.families.denoising import diffusion
-    from genjax.families.recurrent import rnn
-    from genjax.families.transport import flow_matching, reflow
-    from genjax.families.variational import Prior, vae
-    from genjax.families.variational_recurrent import vrnn
-    from genjax.loop import fit
-    from genjax.protocol import Aux, Batch, DataSpec, Model, Training, TrainState
-    from genjax.sharding import TENSOR_RULES, make_mesh, shard
-    from genjax.train import (
+    from genjax.families.diffusion import diffusion
+    from genjax.families.flow_matching import flow_matching, reflow
+    from genjax.families.gan import gan
+    from genjax.families.rnn import rnn
+    from genjax.families.transformer import transformer
+    from genjax.families.vae import Prior, vae
+    from genjax.families.vrnn import vrnn
+    from genjax.learning.loop import fit
+    from genjax.learning.sharding import TENSOR_RULES, make_mesh, shard
+    from genjax.learning.step import (
         compiled,
         ensemble,
         eval_params,
@@ -66,6 +65,7 @@ if TYPE_CHECKING:
         sweep,
         training,
     )
+    from genjax.protocol import Aux, Batch, DataSpec, Model, Training, TrainState
     from genjax.zoo import ZOO
 
 

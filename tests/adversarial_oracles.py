@@ -7,7 +7,7 @@ import numpy as np
 import scipy.special
 import scipy.stats
 
-from genjax.families.adversarial import OBJECTIVES
+from genjax.families.gan import OBJECTIVES
 
 DATA, MODEL = scipy.stats.norm(0.5, 1.2), scipy.stats.norm(-0.7, 0.8)
 # The coefficients of 1, x, x² in ln p/q.

@@ -10,7 +10,7 @@ import numpy as np
 import scipy.stats
 
 from genjax.nets.functional import Net
-from genjax.paths import coefficients, cosine, edm, from_log_snr, linear
+from genjax.parts.paths import coefficients, cosine, edm, from_log_snr, linear
 from genjax.protocol import DataSpec
 
 # These programs are small and run once or a few times: most of the time is the compiler's.

@@ -12,15 +12,15 @@ import jax
 import numpy as np
 import optax
 
-from genjax import distributed
-from genjax.checkpoint import Checkpoints
 from genjax.data import Source, Splits, cast, example_batch
 from genjax.errors import DataError, GenjaxError
-from genjax.families.variational import vae
-from genjax.loop import choose_feed, fit
+from genjax.families.vae import vae
+from genjax.learning import distributed
+from genjax.learning.checkpoint import Checkpoints
+from genjax.learning.loop import choose_feed, fit
+from genjax.learning.sharding import layout, make_mesh, shard
+from genjax.learning.step import training
 from genjax.protocol import Batch, DataSpec
-from genjax.sharding import layout, make_mesh, shard
-from genjax.train import training
 
 SPEC = DataSpec((2,), "continuous")
 N, BATCH, SEED = 60, 16, 5

@@ -10,15 +10,15 @@ import scipy.stats
 from gates import by_hand
 from rows import B
 
-from genjax.config import sections_of
-from genjax.families.adversarial import gan
-from genjax.families.attention import transformer
-from genjax.families.denoising import diffusion, log_normal_times, uniform_times
-from genjax.families.recurrent import rnn
-from genjax.families.transport import flow_matching
-from genjax.families.variational import vae
-from genjax.families.variational_recurrent import vrnn
+from genjax.families.diffusion import diffusion, log_normal_times, uniform_times
+from genjax.families.flow_matching import flow_matching
+from genjax.families.gan import gan
+from genjax.families.rnn import rnn
+from genjax.families.transformer import transformer
+from genjax.families.vae import vae
+from genjax.families.vrnn import vrnn
 from genjax.protocol import step_mask
+from genjax.zoo.recipe import sections_of
 
 UNIT = -7 + math.log1p(math.exp(7))  # bounded_log_scale(0)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
-from genjax import paths
+from genjax.parts import paths
 
 # These programs are small and run once or a few times: most of the time is the compiler's.
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -11,9 +11,9 @@ import pytest
 from gates import by_hand, optimised, quick
 
 from genjax.data import example_batch
-from genjax.optim import track_ema
+from genjax.learning.optim import track_ema
+from genjax.learning.step import training
 from genjax.protocol import Aux
-from genjax.train import training
 from genjax.zoo import ZOO
 
 B = 8  # examples in every batch: one for each fake device, and divisible by the parts of a microbatch

@@ -11,7 +11,7 @@ import scipy.linalg
 import scipy.stats
 from gates import named
 
-from genjax.families.variational_recurrent import MIN_SCALE, vrnn
+from genjax.families.vrnn import MIN_SCALE, vrnn
 from genjax.nets.recurrent import Cell
 from genjax.protocol import DataSpec
 

@@ -19,10 +19,10 @@ import scipy.stats
 from adversarial_oracles import DATA, MODEL, RATIO, expected, optimum
 from gates import assert_close, assert_same, differ, quick
 
-from genjax.families.adversarial import OBJECTIVES, gan, input_gradient, one_centred_penalty, zero_centred_penalty
-from genjax.optim import track_ema
+from genjax.families.gan import OBJECTIVES, gan, input_gradient, one_centred_penalty, zero_centred_penalty
+from genjax.learning.optim import track_ema
+from genjax.learning.step import compiled, eval_params, feed, scan_steps, training
 from genjax.protocol import Batch, DataSpec, TrainState
-from genjax.train import compiled, eval_params, feed, scan_steps, training
 
 KEY = jax.random.key(0)
 POINT, PLANE = DataSpec((1,), "continuous", name="line"), DataSpec((2,), "continuous", name="plane")

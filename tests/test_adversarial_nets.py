@@ -15,12 +15,12 @@ from flax import nnx
 from gates import assert_same, quick
 
 from genjax.errors import ConfigError
-from genjax.families.adversarial import OBJECTIVES, gan
-from genjax.nets.adversarial import DCGANFeatures, DCGANGenerator, ResidualFeatures, ResidualGenerator
+from genjax.families.gan import OBJECTIVES, gan
+from genjax.learning.step import training
 from genjax.nets.functional import functional
+from genjax.nets.gan import DCGANFeatures, DCGANGenerator, ResidualFeatures, ResidualGenerator
 from genjax.nets.norm import BatchNorm, Plain, Spectral
 from genjax.protocol import Batch, DataSpec
-from genjax.train import training
 
 KEY = jax.random.key(0)
 PLANE = DataSpec((2,), "continuous", name="plane")

@@ -6,8 +6,8 @@ import importlib.util
 import pytest
 from program import refused
 
-from genjax import ahead
 from genjax.errors import ConfigError
+from genjax.profiling import ahead
 from genjax.zoo import ZOO
 
 libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (the extra tpu)")

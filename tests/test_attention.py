@@ -13,11 +13,11 @@ import scipy.stats
 from gates import assert_close, optimised, quick
 from rows import widen
 
-from genjax.decoding import beam_search, generate, sampler, top_k
 from genjax.errors import ConfigError
-from genjax.families.attention import transformer
+from genjax.families.transformer import transformer
+from genjax.learning.step import scan_steps, training
+from genjax.parts.decoding import beam_search, generate, sampler, top_k
 from genjax.protocol import Batch, DataSpec
-from genjax.train import scan_steps, training
 
 TOKENS = DataSpec((6,), "tokens", levels=3, step="symbol")
 CLASSES = DataSpec((6,), "tokens", levels=3, step="symbol", n_classes=2)

@@ -15,13 +15,13 @@ import optax
 import pytest
 
 from benchmarks import by_hand, common, overhead, peers, report
-from genjax.config import replace
 from genjax.data import example_batch, open_source
 from genjax.errors import ConfigError
-from genjax.families.variational import vae
+from genjax.families.vae import vae
+from genjax.learning.step import compiled, training
 from genjax.protocol import DataSpec
-from genjax.train import compiled, training
 from genjax.zoo import ZOO
+from genjax.zoo.recipe import replace
 
 SIDE, WIDTH, LATENT = 4, 6, 2
 TORCH = os.environ.get("GENJAX_TORCH_PYTHON", "")
@@ -82,7 +82,7 @@ def test_alternation_gives_one_value_a_round_and_program() -> None:
     spec = DataSpec((SIDE, SIDE, 1), "binary")
     batch = jax.jit(partial(example_batch, spec), static_argnums=1)(jax.random.key(1), 8)
     t = compiled(training(vae(spec, hidden=(WIDTH,), latent_dim=LATENT), optax.adam(1e-3)))
-    from genjax.measure import stepper
+    from genjax.profiling.measure import stepper
 
     calls = {name: stepper(t.step, t.init(jax.random.key(0)), batch) for name in ("a", "b")}
     rounds = common.alternate(calls, seconds=0.2, block=0.005)
@@ -94,8 +94,8 @@ def test_alternation_gives_one_value_a_round_and_program() -> None:
 @pytest.mark.slow
 def test_a_value_without_first_steps_is_the_mean_over_all_others(tmp_path: Path) -> None:
     from benchmarks import published
-    from genjax import run
-    from genjax.config import replace
+    from genjax.runs import train as run
+    from genjax.zoo.recipe import replace
 
     recipe = replace(ZOO["transformer"], d_model=8, n_layers=1, n_heads=2, context=8, batch_size=8, steps=2, warmup_steps=0)
     run.train(replace(recipe, sample_every=0, evaluate_every=0), tmp_path / "run")

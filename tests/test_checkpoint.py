@@ -14,9 +14,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from genjax.checkpoint import Checkpoints, difference
 from genjax.errors import CheckpointError
-from genjax.optim import track_ema
+from genjax.learning.checkpoint import Checkpoints, difference
+from genjax.learning.optim import track_ema
 from genjax.protocol import TrainState
 
 pytestmark = pytest.mark.both_ends

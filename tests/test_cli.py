@@ -19,11 +19,11 @@ import pytest
 from program import BIN, arrays_in, environment, program, refused, start
 
 import genjax.cli
-from genjax import figures
-from genjax.checkpoint import Checkpoints
-from genjax.config import from_dict
-from genjax.run import read_config
+from genjax.learning.checkpoint import Checkpoints
+from genjax.runs import pictures
+from genjax.runs.train import read_config
 from genjax.zoo import ZOO
+from genjax.zoo.recipe import from_dict
 
 pytestmark = pytest.mark.both_ends
 
@@ -54,7 +54,7 @@ def state_bits(folder: Path, step: int | None = None) -> list[tuple[str, bytes]]
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in figures.read_metrics(folder / "metrics.jsonl")]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in pictures.read_metrics(folder / "metrics.jsonl")]
 
 
 def assert_same_run(folder: Path, expected: Path) -> None:

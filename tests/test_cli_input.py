@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from program import refused
 
-import genjax.cli_runs
+import genjax.cli.of_runs
 from genjax.errors import ConfigError
 from genjax.protocol import DataSpec
 from genjax.zoo import ZOO
@@ -136,7 +136,7 @@ def test_files_that_are_not_there_are_named_with_what_to_do(
 )
 def test_conditions_as_text(text: str | None, n_classes: int | None, cond_dim: int | None, expected: Any) -> None:
     spec = DataSpec((2,), "continuous", n_classes=n_classes, cond_dim=cond_dim)
-    found = genjax.cli_runs.condition(spec, text, 5)
+    found = genjax.cli.of_runs.condition(spec, text, 5)
     if expected is None:
         assert found is None
         return
@@ -154,4 +154,4 @@ def test_conditions_as_text(text: str | None, n_classes: int | None, cond_dim: i
 def test_conditions_that_are_no_classes(text: str) -> None:
     spec = DataSpec((2,), "continuous", n_classes=3)
     with pytest.raises(ConfigError, match="--cond takes"):
-        genjax.cli_runs.condition(spec, text, 5)
+        genjax.cli.of_runs.condition(spec, text, 5)

@@ -5,12 +5,12 @@ import json
 
 import pytest
 
-from genjax import run
-from genjax.config import Schedule, config_hash, flatten, from_dict, parameters_of, replace, sections_of, to_dict
 from genjax.data import SOURCES
 from genjax.errors import ConfigError
-from genjax.optim import Optimizer
+from genjax.learning.optim import Optimizer
+from genjax.runs import train as run
 from genjax.zoo import ZOO
+from genjax.zoo.recipe import Schedule, config_hash, flatten, from_dict, parameters_of, replace, sections_of, to_dict
 
 every_row = pytest.mark.parametrize("name", ZOO)
 TWO = dataclasses.replace(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from genjax.coupling import COUPLINGS, assignment, sinkhorn, squared_distances
+from genjax.parts.pairing import COUPLINGS, assignment, sinkhorn, squared_distances
 
 RNG = np.random.default_rng(0)
 assign = jax.jit(assignment)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from gates import quick
 
-from genjax.decoding import (
+from genjax.errors import ConfigError
+from genjax.parts.decoding import (
     beam_search,
     compose,
     generate,
@@ -21,8 +22,7 @@ from genjax.decoding import (
     top_k,
     top_p,
 )
-from genjax.errors import ConfigError
-from genjax.guidance import classifier_free
+from genjax.parts.guidance import classifier_free
 from genjax.protocol import DataSpec
 
 V = 6

@@ -16,7 +16,7 @@ from denoising_oracles import PATHS, PLANE, Normal, assert_mean, jit
 from gates import optimised
 
 from genjax.errors import ConfigError
-from genjax.families.denoising import (
+from genjax.families.diffusion import (
     WEIGHTINGS,
     diffusion,
     discrete_times,
@@ -26,11 +26,11 @@ from genjax.families.denoising import (
     log_normal_times,
     uniform_times,
 )
-from genjax.guidance import guided
+from genjax.learning.step import eval_params, scan_steps, training
 from genjax.nets.functional import Net
-from genjax.paths import PREDICTIONS, coefficients, diffuse, log_snr
+from genjax.parts.guidance import guided
+from genjax.parts.paths import PREDICTIONS, coefficients, diffuse, log_snr
 from genjax.protocol import Batch, DataSpec
-from genjax.train import eval_params, scan_steps, training
 
 IMAGE = DataSpec((4, 4, 1), "discrete", levels=5, name="squares")
 LABELLED = DataSpec((2,), "continuous", n_classes=3, name="clusters")

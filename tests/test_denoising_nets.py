@@ -11,7 +11,7 @@ from gates import assert_close, member, quick, stack
 
 from genjax.errors import ConfigError
 from genjax.nets.attention import EPSILON
-from genjax.nets.denoising import FREQUENCIES, DenoiserMlp, Embedding, SelfAttention, from_patches, modulate, to_patches
+from genjax.nets.conditioned import FREQUENCIES, DenoiserMlp, Embedding, SelfAttention, from_patches, modulate, to_patches
 from genjax.nets.dit import Block, DiT, positions
 from genjax.nets.fast_conv import Conv
 from genjax.nets.functional import functional

@@ -1,6 +1,6 @@
 """Several real processes on this machine that train one model: the values of one process, what each holds, kills and restarts.
 
-What jax does with the others when a process dies is in `genjax/distributed.py`. No test waits for it: every process that a test
+What jax does with the others when a process dies is in `genjax/learning/distributed.py`. No test waits for it: every process that a test
 has started is killed when the test is done with it.
 """
 
@@ -24,15 +24,17 @@ import pytest
 from gates import assert_close
 from program import environment, program, refused
 
-from genjax import distributed, figures, run
-from genjax.checkpoint import Checkpoints
-from genjax.config import from_dict, to_dict
 from genjax.data import batch_indices
 from genjax.errors import ConfigError
-from genjax.loop import choose_feed
-from genjax.sharding import make_mesh
-from genjax.train import eval_params
+from genjax.learning import distributed
+from genjax.learning.checkpoint import Checkpoints
+from genjax.learning.loop import choose_feed
+from genjax.learning.sharding import make_mesh
+from genjax.learning.step import eval_params
+from genjax.runs import pictures
+from genjax.runs import train as run
 from genjax.zoo import ZOO
+from genjax.zoo.recipe import from_dict, to_dict
 
 pytestmark = pytest.mark.both_ends
 
@@ -102,7 +104,7 @@ def bits(folder: Path) -> list[tuple[str, bytes]]:
 
 
 def lines(folder: Path) -> list[dict[str, float]]:
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in figures.read_metrics(folder / "metrics.jsonl")]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in pictures.read_metrics(folder / "metrics.jsonl")]
 
 
 def assert_same_run(folder: Path, expected: Path) -> None:

@@ -11,7 +11,7 @@ import scipy.integrate
 import scipy.special
 import scipy.stats
 
-from genjax import distributions as ds
+from genjax.parts import distributions as ds
 from genjax.protocol import DataSpec
 
 STATIC = {"sum_event": ["event_ndim"], "log_mean_exp": ["axis"]}

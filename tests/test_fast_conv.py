@@ -11,10 +11,10 @@ from flax import nnx
 from gates import assert_same
 from vae_oracles import jit
 
-from genjax.nets.adversarial import DCGANFeatures, DCGANGenerator, ResidualFeatures, ResidualGenerator
 from genjax.nets.conv import ConvDecoder, ConvEncoder
 from genjax.nets.fast_conv import Conv, ConvTranspose, convolve, convolve_transpose, double
 from genjax.nets.functional import functional
+from genjax.nets.gan import DCGANFeatures, DCGANGenerator, ResidualFeatures, ResidualGenerator
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 # Few channels in, few out, and about as many: each is computed in another way where the stride allows it.

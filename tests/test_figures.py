@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from genjax import figures
 from genjax.errors import CheckpointError
 from genjax.protocol import DataSpec
+from genjax.runs import pictures
 
 GREY = DataSpec((2, 3, 1), "discrete", levels=17)
 
@@ -28,7 +28,7 @@ def numbered(n: int) -> np.ndarray:
 
 def test_every_image_lands_where_it_should() -> None:
     x = numbered(5)
-    found = canvas(figures.image_grid(x, GREY, "title", columns=2))
+    found = canvas(pictures.image_grid(x, GREY, "title", columns=2))
     assert found.shape == (3 * 3 + 1, 2 * 4 + 1)
     expected = np.ones((10, 9))
     for index, (top, left) in enumerate([(1, 1), (1, 5), (4, 1), (4, 5), (7, 1)]):
@@ -38,7 +38,7 @@ def test_every_image_lands_where_it_should() -> None:
 
 @pytest.mark.parametrize(("n", "shape"), [(1, (1, 1)), (4, (2, 2)), (5, (2, 3)), (64, (8, 8)), (7, (3, 3))])
 def test_a_grid_is_about_square(n: int, shape: tuple[int, int]) -> None:
-    assert canvas(figures.image_grid(numbered(n), GREY)).shape == (shape[0] * 3 + 1, shape[1] * 4 + 1)
+    assert canvas(pictures.image_grid(numbered(n), GREY)).shape == (shape[0] * 3 + 1, shape[1] * 4 + 1)
 
 
 @pytest.mark.parametrize(
@@ -52,24 +52,24 @@ def test_a_grid_is_about_square(n: int, shape: tuple[int, int]) -> None:
 )
 def test_black_is_the_lowest_value_and_white_the_highest(spec: DataSpec, low: float, high: float) -> None:
     x = np.linspace(low, high, 6).reshape(1, 2, 3, 1)
-    np.testing.assert_allclose(canvas(figures.image_grid(x, spec))[1:3, 1:4].ravel(), np.linspace(0, 1, 6), atol=1e-12)
+    np.testing.assert_allclose(canvas(pictures.image_grid(x, spec))[1:3, 1:4].ravel(), np.linspace(0, 1, 6), atol=1e-12)
 
 
 def test_values_outside_the_range_and_equal_values_are_drawn() -> None:
-    assert canvas(figures.image_grid(np.full((1, 2, 3, 1), 99.0), GREY))[1, 1] == 1
-    assert np.isfinite(canvas(figures.image_grid(np.full((1, 2, 3, 1), 5.0), DataSpec((2, 3, 1), "continuous")))).all()
+    assert canvas(pictures.image_grid(np.full((1, 2, 3, 1), 99.0), GREY))[1, 1] == 1
+    assert np.isfinite(canvas(pictures.image_grid(np.full((1, 2, 3, 1), 5.0), DataSpec((2, 3, 1), "continuous")))).all()
 
 
 def test_colour() -> None:
     spec = DataSpec((1, 1, 3), "discrete", levels=256)
-    found = canvas(figures.image_grid(np.asarray([255, 0, 51]).reshape(1, 1, 1, 3), spec))
+    found = canvas(pictures.image_grid(np.asarray([255, 0, 51]).reshape(1, 1, 1, 3), spec))
     np.testing.assert_allclose(found[1, 1], [1, 0, 0.2])
 
 
 def test_classes_get_a_row_each_in_order() -> None:
     labels = np.asarray([2, 0, 1, 2, 0, 1])
     x = np.broadcast_to((labels * 4.0)[:, None, None, None], (6, 2, 3, 1))
-    figure = figures.samples(x, GREY, "by class", labels=labels)
+    figure = pictures.samples(x, GREY, "by class", labels=labels)
     assert figure is not None
     found = canvas(figure)
     assert found.shape == (3 * 3 + 1, 2 * 4 + 1)
@@ -84,21 +84,21 @@ def test_classes_get_a_row_each_in_order() -> None:
 def test_uneven_classes_and_a_single_class_are_a_plain_grid() -> None:
     x = numbered(4)
     for labels in ([0, 0, 0, 1], [3, 3, 3, 3]):
-        figure = figures.samples(x, GREY, labels=np.asarray(labels))
+        figure = pictures.samples(x, GREY, labels=np.asarray(labels))
         assert figure is not None
         assert canvas(figure).shape == (7, 9)
         assert figure.axes[0].get_yticklabels() == []
 
 
 def test_what_cannot_be_drawn_is_not() -> None:
-    assert figures.samples(np.zeros((4, 5)), DataSpec((5,), "continuous")) is None
-    assert figures.samples(np.zeros((4, 2, 2, 2)), DataSpec((2, 2, 2), "continuous")) is None
+    assert pictures.samples(np.zeros((4, 5)), DataSpec((5,), "continuous")) is None
+    assert pictures.samples(np.zeros((4, 2, 2, 2)), DataSpec((2, 2, 2), "continuous")) is None
 
 
 def test_points_are_scattered_over_the_square_root_of_the_density() -> None:
     points = np.random.default_rng(0).normal(size=(500, 2))
     log_prob = lambda x: -0.5 * np.square(x - [1.0, 0.0]).sum(-1) - math.log(2 * math.pi)  # noqa: E731
-    figure = figures.samples(points, DataSpec((2,), "continuous"), "points", log_prob)
+    figure = pictures.samples(points, DataSpec((2,), "continuous"), "points", log_prob)
     assert figure is not None
     axes = figure.axes[0]
     np.testing.assert_array_equal(axes.collections[0].get_offsets(), points)
@@ -113,13 +113,13 @@ def test_points_are_scattered_over_the_square_root_of_the_density() -> None:
     assert abs(side[column] - 1) < 0.05  # x runs along the columns,
     assert abs(side[row]) < 0.05  # and y along the rows, upwards
     assert density.max() == pytest.approx(1 / (2 * math.pi), rel=1e-3)
-    plain = figures.scatter(points)
+    plain = pictures.scatter(points)
     assert len(plain.axes[0].images) == 0
 
 
 def test_a_film_has_a_row_for_each_sample_and_a_column_for_each_time() -> None:
     x = np.stack([numbered(3) + 4 * step for step in range(3)])  # [steps + 1, n, height, width, 1]
-    figure = figures.film(x, GREY, "film", labels=["a", "b", "c"])
+    figure = pictures.film(x, GREY, "film", labels=["a", "b", "c"])
     assert figure is not None
     found = canvas(figure)
     expected = np.ones((3 * 3 + 1, 3 * 4 + 1))
@@ -135,17 +135,17 @@ def test_a_film_has_a_row_for_each_sample_and_a_column_for_each_time() -> None:
 
 
 def test_a_long_film_shows_some_times_the_first_and_the_last_among_them() -> None:
-    figure = figures.film(np.zeros((51, 2, 2, 3, 1)), GREY, at_most=6)
+    figure = pictures.film(np.zeros((51, 2, 2, 3, 1)), GREY, at_most=6)
     assert figure is not None
     assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["0", "10", "20", "30", "40", "50"]
     points = np.random.default_rng(0).normal(size=(31, 40, 2))
-    figure = figures.film(points, DataSpec((2,), "continuous"), "points", lambda x: -np.square(x).sum(-1), at_most=4)
+    figure = pictures.film(points, DataSpec((2,), "continuous"), "points", lambda x: -np.square(x).sum(-1), at_most=4)
     assert figure is not None
     assert [axes.get_xlabel() for axes in figure.axes] == ["0", "10", "20", "30"]
     for axes, index in zip(figure.axes, (0, 10, 20, 30), strict=True):
         np.testing.assert_array_equal(axes.collections[0].get_offsets(), points[index])
         assert axes.get_xlim() == figure.axes[0].get_xlim()
-    assert figures.film(np.zeros((4, 2, 5)), DataSpec((5,), "continuous")) is None
+    assert pictures.film(np.zeros((4, 2, 5)), DataSpec((5,), "continuous")) is None
 
 
 def test_metrics_of_one_kind_share_a_panel() -> None:
@@ -154,7 +154,7 @@ def test_metrics_of_one_kind_share_a_panel() -> None:
         for s in (10, 20, 30)
     ]
     lines.append({"step": 40, "valid/bound": 99.0})
-    figure = figures.curves(lines, "all")
+    figure = pictures.curves(lines, "all")
     by_title = {axes.get_title(): axes for axes in figure.axes}
     assert set(by_title) == {"loss", "log-probability (nats)", "skipped"}
     drawn = {line.get_label(): line for line in by_title["loss"].get_lines() if not line.get_label().startswith("_")}
@@ -167,7 +167,7 @@ def test_metrics_of_one_kind_share_a_panel() -> None:
 
 def test_members_are_a_line_each_and_nan_is_a_gap() -> None:
     lines = [{"step": s, "a/loss": [s, 2 * s, float("nan") if s > 10 else 1.0]} for s in (10, 20, 30)]
-    axes = figures.curves(lines).axes[0]
+    axes = pictures.curves(lines).axes[0]
     drawn = [line for line in axes.get_lines() if len(line.get_xdata())]
     assert [line.get_ydata().tolist() for line in drawn[:2]] == [[10, 20, 30], [20, 40, 60]]
     assert np.isnan(drawn[2].get_ydata()[1:]).all()
@@ -184,19 +184,19 @@ def test_curves_that_are_never_finite_or_constant_or_missing_are_drawn(tmp_path:
         [{"step": 1, "seconds": 1.0}],
         [{"step": 1, "early/loss": 3.0}, *({"step": s, "a/kl": 1.0} for s in range(2, 60))],
     ):
-        assert figures.save(figures.curves(lines), tmp_path / "curves.png").stat().st_size > 1000
+        assert pictures.save(pictures.curves(lines), tmp_path / "curves.png").stat().st_size > 1000
 
 
 def test_a_far_off_beginning_does_not_flatten_the_rest() -> None:
     lines = [{"step": s, "a/loss": 1e6 if s == 0 else 1.0 + s / 100} for s in range(100)]
-    low, high = figures.curves(lines).axes[0].get_ylim()
+    low, high = pictures.curves(lines).axes[0].get_ylim()
     assert 0.9 < low < high < 2.2
 
 
 def test_a_saved_picture_shows_the_grid(tmp_path: Path) -> None:
     x = np.zeros((1, 2, 3, 1))
     x[0, 0, 0, 0] = 16
-    path = figures.save(figures.image_grid(x, GREY), tmp_path / "new" / "folder" / "grid.png")
+    path = pictures.save(pictures.image_grid(x, GREY), tmp_path / "new" / "folder" / "grid.png")
     pixels = matplotlib.image.imread(path)[..., :3]
     assert pixels.ndim == 3
     assert (pixels > 0.99).all(axis=-1).any()  # the frame and one pixel are white,
@@ -212,7 +212,7 @@ def test_a_saved_picture_shows_the_grid(tmp_path: Path) -> None:
 
 
 def test_a_picture_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = figures.save(figures.image_grid(numbered(1), GREY), tmp_path / "grid.png")
+    path = pictures.save(pictures.image_grid(numbered(1), GREY), tmp_path / "grid.png")
     before = path.read_bytes()
 
     def fail(self, file, **kwargs) -> None:
@@ -221,7 +221,7 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(FigureCanvasAgg, "print_figure", fail)
     with pytest.raises(CheckpointError, match=r"Could not write .*grid\.png: No space left on device\. Check the disk's space"):
-        figures.save(figures.image_grid(numbered(4), GREY), path)
+        pictures.save(pictures.image_grid(numbered(4), GREY), path)
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["grid.png"]
 
@@ -231,10 +231,10 @@ def test_reading_metrics_leaves_out_a_last_line_that_was_cut(tmp_path: Path) -> 
     text = "".join(json.dumps(line) + "\n" for line in lines)
     path = tmp_path / "metrics.jsonl"
     path.write_text(text)
-    assert repr(figures.read_metrics(path)) == repr(lines)
+    assert repr(pictures.read_metrics(path)) == repr(lines)
     start = len(text) - len(json.dumps(lines[-1])) - 1
     for end in range(start + 1, len(text) - 1):
         path.write_text(text[:end])
-        assert repr(figures.read_metrics(path)) == repr(lines[:2]), text[start:end]
+        assert repr(pictures.read_metrics(path)) == repr(lines[:2]), text[start:end]
     path.write_text("")
-    assert figures.read_metrics(path) == []
+    assert pictures.read_metrics(path) == []

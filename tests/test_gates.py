@@ -22,18 +22,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from known_losses import ANALYTIC
 from rows import RATE, B, batch, every_row, one_device, one_row_quick, optimizer, plain, real, run, setup, widen
 
-from genjax.checkpoint import Checkpoints
 from genjax.data import example_batch
-from genjax.families.adversarial import gan
-from genjax.families.attention import transformer
-from genjax.families.denoising import diffusion
-from genjax.families.recurrent import rnn
-from genjax.families.transport import flow_matching
-from genjax.families.variational import vae
-from genjax.families.variational_recurrent import vrnn
+from genjax.families.diffusion import diffusion
+from genjax.families.flow_matching import flow_matching
+from genjax.families.gan import gan
+from genjax.families.rnn import rnn
+from genjax.families.transformer import transformer
+from genjax.families.vae import vae
+from genjax.families.vrnn import vrnn
+from genjax.learning.checkpoint import Checkpoints
+from genjax.learning.sharding import shard
+from genjax.learning.step import ensemble, microbatch, scan_steps, sweep, training
 from genjax.protocol import Batch, InitFn, LossFn, SampleFn, ScoreFn, step_mask
-from genjax.sharding import shard
-from genjax.train import ensemble, microbatch, scan_steps, sweep, training
 from genjax.zoo import ZOO
 
 pytestmark = pytest.mark.both_ends

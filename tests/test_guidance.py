@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import scipy.integrate
 
-from genjax import paths, solvers
 from genjax.errors import ConfigError
-from genjax.guidance import autoguidance, classifier, guided, inpaint, interval, negative, product, rescale
+from genjax.parts import paths, solvers
+from genjax.parts.guidance import autoguidance, classifier, guided, inpaint, interval, negative, product, rescale
 
 PATHS = {"cosine": paths.cosine(), "conditional_ot": paths.conditional_ot(), "edm": paths.edm()}
 TIMES = {"cosine": (0.05, 0.5, 0.95), "conditional_ot": (0.05, 0.5, 0.95), "edm": (0.01, 1.0, 30.0)}

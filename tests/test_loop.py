@@ -14,13 +14,13 @@ import numpy as np
 import optax
 import pytest
 
-from genjax.checkpoint import Checkpoints
 from genjax.data import Source, Splits, batch_indices, cast
 from genjax.errors import DataError, Interrupted, NonFiniteError
-from genjax.loop import DEVICE_LIMIT, Feed, Hook, choose_feed, device_feed, fit, host_feed
-from genjax.optim import track_ema
+from genjax.learning.checkpoint import Checkpoints
+from genjax.learning.loop import DEVICE_LIMIT, Feed, Hook, choose_feed, device_feed, fit, host_feed
+from genjax.learning.optim import track_ema
+from genjax.learning.step import ensemble, skip_nonfinite, training
 from genjax.protocol import Aux, Batch, DataSpec, Model, Training, TrainState, checked
-from genjax.train import ensemble, skip_nonfinite, training
 
 pytestmark = pytest.mark.both_ends
 

@@ -9,12 +9,12 @@ from gates import assert_close
 from rows import B, first_rows, setup
 
 from genjax.data import example_batch
-from genjax.families.attention import transformer
-from genjax.families.recurrent import rnn
-from genjax.families.variational_recurrent import vrnn
-from genjax.measure import state_bytes, step_program, step_shapes
+from genjax.families.rnn import rnn
+from genjax.families.transformer import transformer
+from genjax.families.vrnn import vrnn
+from genjax.learning.step import scan_steps, training
+from genjax.profiling.measure import state_bytes, step_program, step_shapes
 from genjax.protocol import DataSpec
-from genjax.train import scan_steps, training
 
 QUICK = {"xla_backend_optimization_level": 0}  # which changes no figure of memory
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genjax.measure import cost_of, loop_flops, matmul_peak, seconds_per_call, stepper
-from genjax.metrics import Estimate, bits_per_dim, count, estimate, padded, score_examples, scorer
+from genjax.evaluation.estimates import Estimate, bits_per_dim, count, estimate, padded, score_examples, scorer
+from genjax.profiling.measure import cost_of, loop_flops, matmul_peak, seconds_per_call, stepper
 from genjax.protocol import Batch, DataSpec
 
 

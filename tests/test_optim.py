@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from genjax.errors import ConfigError
-from genjax.optim import ALGORITHMS, SCHEDULES, Optimizer, TrackEmaState, averaged, track_ema
+from genjax.learning.optim import ALGORITHMS, SCHEDULES, Optimizer, TrackEmaState, averaged, track_ema
 
 PARAMS = {"kernel": np.array([[1.0, -2.0], [0.5, 3.0]], np.float32), "bias": np.array([1.0, -1.0], np.float32)}
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from path_oracles import COVARIANCE, MEAN, denoise_of, jit, marginal
 
-from genjax import paths
 from genjax.errors import ConfigError
-from genjax.paths import PATHS, PREDICTIONS, from_log_snr
+from genjax.parts import paths
+from genjax.parts.paths import PATHS, PREDICTIONS, from_log_snr
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from genjax.data import cast, example_batch
-from genjax.distributions import emission
-from genjax.metrics import padded
+from genjax.evaluation.estimates import padded
 from genjax.nets.functional import functional
 from genjax.nets.sequence import EventEmbed, dropout
+from genjax.parts.distributions import emission
 from genjax.protocol import Batch, DataSpec, check_batch, step_mask
 
 NAMES = DataSpec((5,), "tokens", levels=3, vocabulary=("\n", "a", "b"), step="character", end=0)

@@ -9,11 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from genjax import judge, quality, run
-from genjax.config import replace
 from genjax.data import open_source
-from genjax.sweeps import run_sweep
+from genjax.evaluation import judge, quality
+from genjax.runs import train as run
+from genjax.runs.sweeps import run_sweep
 from genjax.zoo import ZOO
+from genjax.zoo.recipe import replace
 
 SHORT = {"steps": 40, "steps_per_call": 10, "log_every": 20, "sample_every": 40, "checkpoint_every": 20, "batch_size": 16}
 STEPS = 150  # of the judge: enough for a good one of digits, if not the best

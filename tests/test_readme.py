@@ -6,8 +6,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from genjax.catalogue import measured
 from genjax.zoo import ZOO
+from genjax.zoo.catalogue import measured
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 

@@ -13,9 +13,9 @@ from gates import assert_close, assert_same, quick
 from rows import grown, widen
 
 from genjax.data import example_batch
-from genjax.distributions import emission
 from genjax.errors import ConfigError
-from genjax.families.recurrent import rnn
+from genjax.families.rnn import rnn
+from genjax.parts.distributions import emission
 from genjax.protocol import Batch, DataSpec
 
 TINY = {"d_embed": 5, "d_hidden": 6}

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from genjax import figures, run
-from genjax.checkpoint import Checkpoints
-from genjax.config import Recipe, config_hash, from_dict, replace, to_dict
 from genjax.errors import CheckpointError, ConfigError, DataError
-from genjax.metrics import estimate, score_examples, scorer
-from genjax.sweeps import check_axes, run_sweep
+from genjax.evaluation.estimates import estimate, score_examples, scorer
+from genjax.learning.checkpoint import Checkpoints
+from genjax.runs import pictures
+from genjax.runs import train as run
+from genjax.runs.sweeps import check_axes, run_sweep
 from genjax.zoo import ZOO
+from genjax.zoo.recipe import Recipe, config_hash, from_dict, replace, to_dict
 
 pytestmark = pytest.mark.both_ends
 
@@ -94,7 +95,7 @@ def test_tensorboard_shows_the_same_numbers(folder: Path) -> None:
     assert found[0].file_version == "brain.Event:2"
     assert (found[1].step, found[1].session_log.status) == (1, SessionLog.START)
     scalars = {(event.step, value.tag): value.simple_value for event in found for value in event.summary.value}
-    lines = figures.read_metrics(folder / "metrics.jsonl")
+    lines = pictures.read_metrics(folder / "metrics.jsonl")
     assert scalars == {
         (line["step"], name): float(np.float32(value)) for line in lines for name, value in line.items() if name != "step"
     }
@@ -275,7 +276,7 @@ def test_a_log_is_cut_back_to_the_step_that_training_goes_on_from(tmp_path: Path
     again.restore(20)
     again({"step": 25, "a/loss": 7.0})
     again.close()
-    lines = figures.read_metrics(tmp_path / "metrics.jsonl")
+    lines = pictures.read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [10, 20, 25]
     assert lines[1]["a/loss"] == 1 / 20
     assert lines[2]["seconds"] >= lines[1]["seconds"]
@@ -314,7 +315,7 @@ def test_curves_are_drawn_however_a_run_ends_and_hide_no_error(tmp_path: Path, m
     def full(*args: Any) -> None:
         raise CheckpointError("the disk is full")
 
-    monkeypatch.setattr(figures, "save", full)
+    monkeypatch.setattr(pictures, "save", full)
     with pytest.raises(KeyError, match="what went wrong"), run.logging_in(tmp_path, "title"):
         raise KeyError("what went wrong")
     with pytest.raises(CheckpointError, match="the disk is full"), run.logging_in(tmp_path, "title"):
@@ -391,7 +392,7 @@ def test_a_sweep_compares_its_members_on_the_validation_split(tmp_path: Path) ->
         solo = score_examples(score, start.params, start.state, valid, jax.random.key(run.VALID_SEED)).mean()
         assert found == pytest.approx(solo, rel=1e-5)
 
-    lines = figures.read_metrics(tmp_path / "sweep" / "metrics.jsonl")
+    lines = pictures.read_metrics(tmp_path / "sweep" / "metrics.jsonl")
     assert np.shape(lines[-1]["vae/loss"]) == (6,)
     with pytest.raises(ConfigError, match="is a sweep of several members"):
         run.load(tmp_path / "sweep")

@@ -8,7 +8,7 @@ import scipy.linalg
 
 from genjax.data import open_source
 from genjax.errors import ConfigError, DataError
-from genjax.metrics import (
+from genjax.evaluation.estimates import (
     KERNELS,
     Estimate,
     class_agreement,
@@ -306,7 +306,7 @@ def brute_force_balls(real: np.ndarray, fake: np.ndarray, k: int) -> tuple[float
 
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_balls_against_loops(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genjax.metrics._ROWS", 7)  # several parts, the last one partial
+    monkeypatch.setattr("genjax.evaluation.estimates._ROWS", 7)  # several parts, the last one partial
     real, fake = normal(0, 17, 2), normal(1, 23, 2) * 1.3 + 0.8
     found = precision_recall_density_coverage(real, fake, k)
     assert tuple(found) == pytest.approx(brute_force_balls(real, fake, k), rel=1e-12)

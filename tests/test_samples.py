@@ -11,16 +11,17 @@ import pytest
 from program import arrays_in, refused
 
 import genjax.cli
-from genjax import figures, run, samples
-from genjax.config import replace
 from genjax.errors import ConfigError, DataError
-from genjax.families.recurrent import rnn
-from genjax.families.transport import flow_matching
-from genjax.families.variational import vae
-from genjax.metrics import per_step
+from genjax.evaluation.estimates import per_step
+from genjax.families.flow_matching import flow_matching
+from genjax.families.rnn import rnn
+from genjax.families.vae import vae
 from genjax.protocol import DataSpec
-from genjax.samples import Decoding
+from genjax.runs import pictures, samples
+from genjax.runs import train as run
+from genjax.runs.samples import Decoding
 from genjax.zoo import ZOO
+from genjax.zoo.recipe import replace
 
 pytestmark = pytest.mark.both_ends
 
@@ -227,7 +228,7 @@ def test_piano_rolls_are_drawn_and_played(tmp_path: Path) -> None:
 )
 def test_sequences_have_a_picture(spec) -> None:
     x = np.random.default_rng(0).integers(0, 5, (7, *spec.shape)).astype(np.float32)
-    figure = figures.samples(x, spec, "title")
+    figure = pictures.samples(x, spec, "title")
     assert figure is not None
     assert figure.axes
 

@@ -12,19 +12,19 @@ from gates import assert_close, quick
 from jax.sharding import Mesh, PartitionSpec
 from rows import batch, first_rows, one_device, optimizer, plain, run, widen
 
-from genjax.checkpoint import Checkpoints
-from genjax.config import replace
 from genjax.data import example_batch
 from genjax.errors import ConfigError
-from genjax.families.attention import transformer
-from genjax.families.denoising import diffusion
-from genjax.families.variational import vae
-from genjax.optim import track_ema
+from genjax.families.diffusion import diffusion
+from genjax.families.transformer import transformer
+from genjax.families.vae import vae
+from genjax.learning.checkpoint import Checkpoints
+from genjax.learning.optim import track_ema
+from genjax.learning.sharding import TENSOR_RULES, describe, layout, make_mesh, parse_mesh, shard
+from genjax.learning.step import ensemble, microbatch, scan_steps, training
 from genjax.protocol import Batch, DataSpec
-from genjax.run import train
-from genjax.sharding import TENSOR_RULES, describe, layout, make_mesh, parse_mesh, shard
-from genjax.train import ensemble, microbatch, scan_steps, training
+from genjax.runs.train import train
 from genjax.zoo import ZOO
+from genjax.zoo.recipe import replace
 
 pytestmark = pytest.mark.both_ends
 

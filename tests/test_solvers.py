@@ -10,10 +10,10 @@ import pytest
 import scipy.stats
 from path_oracles import COVARIANCE, MEAN, TURN, VARIANCES, denoise_of, flow, jit, marginal, model_log_prob, root
 
-from genjax import paths, solvers
 from genjax.errors import ConfigError
-from genjax.paths import PATHS
-from genjax.solvers import GRIDS, LIKELIHOOD_SOLVERS, SOLVERS
+from genjax.parts import paths, solvers
+from genjax.parts.paths import PATHS
+from genjax.parts.solvers import GRIDS, LIKELIHOOD_SOLVERS, SOLVERS
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -15,12 +15,11 @@ import pytest
 from gates import assert_close, assert_same, differ, member, stack, structure
 from toy import RATES, STEPS, TIGHT, TRAIN, TURNS, B, batches, by_hand, game, jitted, run, sgd, start, toy
 
-from genjax import train
 from genjax.errors import ConfigError
-from genjax.optim import track_ema
-from genjax.protocol import Batch
-from genjax.sharding import make_mesh, shard
-from genjax.train import (
+from genjax.learning import step as train
+from genjax.learning.optim import track_ema
+from genjax.learning.sharding import make_mesh, shard
+from genjax.learning.step import (
     compiled,
     ensemble,
     eval_params,
@@ -33,6 +32,7 @@ from genjax.train import (
     sweep,
     training,
 )
+from genjax.protocol import Batch
 
 pytestmark = pytest.mark.both_ends
 

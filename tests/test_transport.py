@@ -13,7 +13,7 @@ import scipy.stats
 from gates import assert_same, differ, optimised
 
 from genjax.errors import ConfigError
-from genjax.families.transport import (
+from genjax.families.flow_matching import (
     LOSSES,
     PATHS,
     SOFTENING,
@@ -24,11 +24,11 @@ from genjax.families.transport import (
     noise_level,
     reflow,
 )
-from genjax.families.variational import vae
+from genjax.families.vae import vae
+from genjax.learning.step import training
 from genjax.nets.functional import Net
-from genjax.paths import PREDICTIONS, diffuse, score_of, velocity_of
+from genjax.parts.paths import PREDICTIONS, diffuse, score_of, velocity_of
 from genjax.protocol import Batch, DataSpec
-from genjax.train import training
 
 D = 3
 POINTS = DataSpec((D,), "continuous", name="points")

@@ -33,10 +33,10 @@ from vae_oracles import (
     random_params,
 )
 
-from genjax.distributions import bounded_log_scale
-from genjax.families.variational import vae
+from genjax.families.vae import vae
+from genjax.learning.step import scan_steps, training
+from genjax.parts.distributions import bounded_log_scale
 from genjax.protocol import Batch, DataSpec
-from genjax.train import scan_steps, training
 
 # --- at the exact posterior ---------------------------------------------------------------------------------------------
 

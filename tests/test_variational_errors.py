@@ -12,7 +12,7 @@ from vae_oracles import (
 )
 
 from genjax.errors import ConfigError
-from genjax.families.variational import vae
+from genjax.families.vae import vae
 from genjax.nets.conv import check_image
 from genjax.protocol import Batch, DataSpec
 

@@ -20,7 +20,7 @@ from vae_oracles import (
     random_params,
 )
 
-from genjax.families.variational import vae
+from genjax.families.vae import vae
 from genjax.protocol import Batch, DataSpec
 
 # --- conditions ---------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from vae_oracles import (
     random_params,
 )
 
-from genjax.families.variational import Prior, vae, vamp_prior
+from genjax.families.vae import Prior, vae, vamp_prior
 from genjax.protocol import Batch, DataSpec
 
 

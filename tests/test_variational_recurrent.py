@@ -12,9 +12,9 @@ from gates import assert_close, assert_same, quick
 from rows import grown, widen
 
 from genjax.data import example_batch
-from genjax.families.recurrent import rnn
-from genjax.families.variational import vae
-from genjax.families.variational_recurrent import (
+from genjax.families.rnn import rnn
+from genjax.families.vae import vae
+from genjax.families.vrnn import (
     MIN_SCALE,
     RESAMPLING,
     Sequential,

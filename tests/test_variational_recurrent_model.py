@@ -13,7 +13,7 @@ from rows import grown, widen
 
 from genjax.data import example_batch
 from genjax.errors import ConfigError
-from genjax.families.variational_recurrent import MIN_SCALE, vrnn
+from genjax.families.vrnn import MIN_SCALE, vrnn
 from genjax.protocol import Batch, DataSpec
 
 KEY = jax.random.key(5)

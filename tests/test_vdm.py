@@ -12,7 +12,8 @@ import optax
 import pytest
 from denoising_oracles import PATHS, PLANE, Normal, assert_mean, jit
 
-from genjax.bounds import (
+from genjax.families.diffusion import diffusion, elbo_weight
+from genjax.parts.bounds import (
     diffusion_nats,
     discrete_nats,
     ending_at_values,
@@ -23,9 +24,8 @@ from genjax.bounds import (
     reconstruction,
     variational_bound,
 )
-from genjax.distributions import normal_kl
-from genjax.families.denoising import diffusion, elbo_weight
-from genjax.paths import from_log_snr, log_snr, posterior, prior
+from genjax.parts.distributions import normal_kl
+from genjax.parts.paths import from_log_snr, log_snr, posterior, prior
 from genjax.protocol import Batch, DataSpec
 
 DATA = Normal(0.0, 0.6)

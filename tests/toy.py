@@ -12,8 +12,8 @@ import numpy as np
 import optax
 from gates import quick
 
+from genjax.learning.step import microbatch, training
 from genjax.protocol import Aux, Batch, DataSpec, Model, checked
-from genjax.train import microbatch, training
 
 jitted = functools.cache(quick)  # many tests run the same step
 SPEC = DataSpec((3,), "continuous", name="toy")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
-from genjax.families.variational import normal_prior, vae
+from genjax.families.vae import normal_prior, vae
 from genjax.protocol import DataSpec
 
 RARE = 2 * scipy.stats.norm.sf(4.0)  # the p-value of 4 standard errors

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from genjax.nets.denoising import DenoiserMlp
+from genjax.nets.conditioned import DenoiserMlp
 from genjax.nets.dit import DiT
 from genjax.nets.functional import Net, functional
 from genjax.nets.unet import UNet

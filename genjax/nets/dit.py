@@ -6,7 +6,7 @@ from flax import nnx
 
 from genjax.errors import ConfigError
 from genjax.nets.attention import Dense, unit_rms, wide
-from genjax.nets.denoising import Embedding, SelfAttention, from_patches, modulate, to_patches, zero_linear
+from genjax.nets.conditioned import Embedding, SelfAttention, from_patches, modulate, to_patches, zero_linear
 from genjax.protocol import Array
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from genjax.errors import ConfigError
 from genjax.nets.attention import EPSILON, wide
-from genjax.nets.denoising import Embedding, SelfAttention, from_patches, to_patches, zero_linear
+from genjax.nets.conditioned import Embedding, SelfAttention, from_patches, to_patches, zero_linear
 from genjax.nets.fast_conv import Conv, double
 from genjax.protocol import Array
 

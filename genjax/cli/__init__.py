@@ -1,0 +1,416 @@
+"""The command line: genjax list | train | sample | evaluate | sweep | compile | bench (cli_runs.py has sample and evaluate).
+
+Nothing heavy is imported until a command needs it, so that `genjax --help` answers at once. A command's flags come from
+types: those of `train`, `sweep`, `compile` and `bench` from the signatures of the recipe's builder and data loader.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from genjax.cli.terminal import numbers, print_table
+from genjax.errors import ConfigError, GenjaxError, Interrupted, unknown_name
+
+if TYPE_CHECKING:
+    from genjax.zoo.recipe import Recipe
+
+HELP = """\
+usage: genjax COMMAND ...
+
+Pure-function generative models in JAX.
+
+  list                 the zoo as a table: what each recipe is, and what to expect of it
+  train NAME           train a recipe in a run folder, or go on where it stopped
+  sample RUN           draw samples from a run folder: pictures, text (with a --prompt), music
+  evaluate RUN         log-probability, bound or figures about samples on the test split, into report.json
+  sweep NAME           many seeds and settings as one compiled program: --seeds 4 --learning-rate 1e-3,3e-4
+  compile NAME         the step compiled for TPUs that are not here: --topology v5e:2x2; memory, FLOPs, best time
+  bench NAME           steps/s, examples/s, compile time, FLOPs and share of the machine's peak
+
+`genjax COMMAND --help` and `genjax train NAME --help` list the flags. Exit codes: 0 done, 2 an error that is said in one
+message, 143 or 130 stopped by a signal after saving.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Out:
+    """Where to, beside the recipe's own settings.
+
+    Attributes:
+        out: the run folder; runs/NAME and the settings that you changed unless given.
+        plain: progress as plain lines instead of a bar.
+    """
+
+    out: Path | None = None
+    plain: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Train(_Out):
+    """Where to and on what, beside the recipe's own settings.
+
+    Attributes:
+        mesh: devices to train on, such as data=8, or data=2,fsdp=4 to split the state as well, or tensor=2 for a Transformer;
+            one device unless given. A run may go on with another mesh.
+        distributed: train over several processes, each of which runs this command with the same settings. On Slurm, Open MPI,
+            Cloud TPU and Kubernetes that is all; elsewhere the three below, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+            JAX_PROCESS_ID in the environment, are needed too.
+        coordinator: host:port of process 0, for --distributed.
+        processes: how many processes there are, for --distributed.
+        process: which of them this is, from 0, for --distributed.
+    """
+
+    mesh: str | None = None
+    distributed: bool = False
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sweep(_Out):
+    """Where to, and which members, beside the recipe's own settings.
+
+    Attributes:
+        seeds: members per combination of settings, with seeds --seed, --seed + 1, ...
+        mode: one batched program, one member after the other, or whichever is measured to be faster.
+    """
+
+    seeds: int = 4
+    mode: Literal["vmap", "map", "auto"] = "vmap"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bench:
+    """How to measure.
+
+    Attributes:
+        seconds: how long to time the step, in seconds.
+    """
+
+    seconds: float = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Compile:
+    """What to compile for.
+
+    Attributes:
+        topology: TPUs, such as v5e:2x2 (v4, v5e, v5p, v6e), or cuda, for which the step is only lowered.
+        mesh: how to split the work over them, such as data=2,fsdp=2; data parallel over all unless given.
+    """
+
+    topology: str = "v5e:2x2"
+    mesh: str | None = None
+
+
+def _group(title: str, fields: dict[str, tuple[Any, Any, str]]) -> Any:
+    """A dataclass whose fields become flags: name -> (type, default, help)."""
+    import tyro
+
+    made = []
+    for name, (hint, default, text) in fields.items():
+        flag = (
+            tyro.conf.arg(help=text or None, name=name.replace("_", "-")) if "." in name else tyro.conf.arg(help=text or None)
+        )
+        made.append((name.replace(".", "__"), Annotated[hint, flag], dataclasses.field(default=default)))
+    return dataclasses.make_dataclass(title, made, frozen=True, namespace={"__doc__": ""})
+
+
+def _parse_recipe(command: str, args: list[str], options: type) -> "tuple[Recipe, Recipe, Any]":
+    """Read NAME and flags: the recipe as set, the zoo's row, and the command's own options.
+
+    Raises:
+        ConfigError: for a name or data set that does not exist. Unknown and ill-typed flags end in tyro's own message.
+    """
+    import tyro
+
+    from genjax.zoo import ZOO
+    from genjax.zoo.recipe import replace, sections_of
+
+    if not args or args[0].startswith("-"):
+        if args and args[0] in ("-h", "--help"):
+            print(f"usage: genjax {command} NAME [flags]\n")
+            print(f"`genjax {command} NAME --help` lists the flags of a recipe. There are:\n")
+            print("\n".join(f"  {name:<20} {row.summary}, on {row.data}" for name, row in ZOO.items()))
+            raise SystemExit(0)
+        raise ConfigError(f"genjax {command} needs the name of a recipe. There are: {', '.join(ZOO)}.")
+    name, rest = args[0], args[1:]
+    if name not in ZOO:
+        raise unknown_name("recipe", name, ZOO)
+    row = ZOO[name]
+    data = _value_of("--data", rest) or row.data
+    # Another data set has other settings, so it is looked for before the flags are made.
+    recipe = row.on(data)
+    shown = sections_of(recipe)
+    without_prefix = tyro.conf.arg(name="")
+    fields: list[Any] = [
+        ("data", Annotated[str, tyro.conf.arg(help="a data set's name, or a file of your own: .npz, .npy, .txt or .mat")], data)
+    ]
+    fields += [(section, Annotated[_group(section, entries), without_prefix], None) for section, entries in shown.items()]
+    fields += [("options", Annotated[options, without_prefix], None)]
+    settings_type = dataclasses.make_dataclass(
+        "Settings",
+        [
+            (n, hint, dataclasses.field(default=d) if d is not None else dataclasses.field())
+            for n, hint, d in _required_first(fields)
+        ],
+        namespace={"__doc__": f"{row.summary}, on {row.data}."},
+    )
+    parsed: Any = tyro.cli(settings_type, prog=f"genjax {command} {name}", args=rest)
+    changes: dict[str, Any] = {}
+    for section, entries in shown.items():
+        for field, (_, default, _) in entries.items():
+            value = getattr(getattr(parsed, section), field.replace(".", "__"))
+            if value != default:
+                changes[field] = value
+    return replace(recipe, **changes), row, parsed.options
+
+
+def _required_first(fields: list[Any]) -> list[Any]:
+    return sorted(fields, key=lambda field: field[2] is not None)
+
+
+def _value_of(flag: str, args: Sequence[str]) -> str | None:
+    for index, arg in enumerate(args):
+        if arg == flag and index + 1 < len(args):
+            return args[index + 1]
+        if arg.startswith(flag + "="):
+            return arg.split("=", 1)[1]
+    return None
+
+
+def _train(args: list[str]) -> None:
+    recipe, row, options = _parse_recipe("train", args, _Train)
+    from genjax.cli.progress import console
+    from genjax.learning import distributed
+    from genjax.learning.sharding import parse_mesh
+    from genjax.runs import train as run
+
+    mesh = parse_mesh(options.mesh) if options.mesh is not None else None
+    joined = (options.coordinator, options.processes, options.process)
+    if options.distributed:
+        distributed.start(*joined)
+    elif joined != (None, None, None):
+        raise ConfigError("--coordinator, --processes and --process are for several processes: give --distributed as well.")
+    folder = options.out or run.default_folder(recipe, row)
+    if options.distributed and not distributed.first():  # process 0 speaks for all
+        run.train(recipe, folder, mesh=mesh)
+        return
+    print(
+        f"genjax train {recipe.name}: {row.summary}, on {recipe.data}, for {recipe.schedule.steps} steps, in {folder}",
+        flush=True,
+    )
+    with console(recipe.name, options.plain or None) as progress:
+        state = run.train(recipe, folder, progress, mesh=mesh)
+    print(f"trained to step {int(state.step)}; see {folder}/samples and {folder}/curves.png")
+    print(f"next: genjax evaluate {folder}   or   genjax sample {folder} --n 64")
+
+
+def _sweep(args: list[str]) -> None:
+    axes: dict[str, list[float]] = {}
+    kept: list[str] = []
+    index = 0
+    while index < len(args):
+        flag, _, value = args[index].partition("=")
+        taken = 1
+        if flag.startswith("--") and not value and index + 1 < len(args):
+            value, taken = args[index + 1], 2
+        if flag.startswith("--") and "," in value and flag not in ("--data", "--out"):
+            axes[flag[2:].replace("-", "_")] = numbers(flag, value)
+            index += taken
+            continue
+        kept.append(args[index])
+        index += 1
+    recipe, row, options = _parse_recipe("sweep", kept, _Sweep)
+    from genjax.cli.progress import console
+    from genjax.runs import train as run
+    from genjax.runs.sweeps import check_axes, run_sweep
+
+    check_axes(recipe, axes)
+    folder = options.out or run.default_folder(recipe, row, "sweep-", **axes, seeds=options.seeds)
+    settings = math.prod(map(len, axes.values()))
+    print(f"genjax sweep {recipe.name}: {settings} settings x {options.seeds} seeds as one program, in {folder}", flush=True)
+    with console(f"sweep {recipe.name}", options.plain or None) as progress:
+        results = run_sweep(recipe, axes, options.seeds, folder, options.mode, progress)
+    print_table(
+        f"{results['metric']} in {results['unit']} ({results['estimator'] or 'as trained'}; "
+        f"{results['split']} split, n={results['n']}, {options.seeds} seeds, {results['steps']} steps)",
+        [*axes, "mean", "sd over seeds", "not finite"],
+        [
+            [
+                *(f"{line['settings'][name]:g}" for name in axes),
+                _number(line["mean"]),
+                _number(line["sd"]),
+                str(line["not_finite"]),
+            ]
+            for line in results["results"]
+        ],
+    )
+    print(f"written: {folder}/results.json")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _bench(args: list[str]) -> None:
+    recipe, _, options = _parse_recipe("bench", args, _Bench)
+    from genjax.profiling.measure import step_cost
+    from genjax.runs.train import environment
+
+    cost = step_cost(recipe, options.seconds)
+    machine = environment()["hardware"]
+    print_table(
+        f"one optimiser step of {recipe.name} per dispatch, batch {cost.batch_size}, "
+        f"on {machine['device']} ({machine['cores']} cores)",
+        ["what", "figure"],
+        [
+            ["steps/s", f"{cost.steps_per_second:.1f} ({cost.milliseconds:.3f} ms, median)"],
+            ["examples/s", f"{cost.examples_per_second:.0f}"],
+            ["compile", f"{cost.compile_seconds:.2f} s"],
+            ["FLOPs per step", f"{cost.flops:.4g} (from the compiled program)"],
+            [
+                "share of peak",
+                f"{100 * cost.share_of_peak:.1f} % of {cost.peak_gflops:.0f} GFLOP/s (a 2048 x 2048 float32 product)",
+            ],
+            ["temporary memory", f"{cost.temporary_bytes / 2**20:.2f} MiB"],
+        ],
+    )
+
+
+def _compile(args: list[str]) -> None:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: what is compiled for is not here
+    recipe, _, options = _parse_recipe("compile", args, _Compile)
+    from genjax.learning.sharding import describe, parse_mesh
+    from genjax.profiling.ahead import compile_for, lowered_for_cuda
+
+    if options.topology == "cuda":
+        size = lowered_for_cuda(recipe)
+        print(f"a step of {recipe.name} lowers for CUDA: {size} bytes of StableHLO (compiling it takes a GPU)")
+        return
+    found = compile_for(recipe, options.topology, parse_mesh(options.mesh) if options.mesh is not None else None)
+    fits = "fits" if found.memory <= found.capacity else "DOES NOT FIT"
+    print_table(
+        f"a step of {recipe.name}, batch {recipe.schedule.batch_size}, compiled for {options.topology} over a mesh "
+        f"{describe(found.mesh)}; nothing was run",
+        ["what, on each device", "figure"],
+        [
+            ["device", found.device],
+            ["compile", f"{found.compile_seconds:.2f} s, on this machine"],
+            ["memory", f"{found.memory / 2**20:.1f} MiB of {found.capacity / 2**30:.0f} GiB: {fits}"],
+            ["FLOPs", f"{found.flops:.4g}"],
+            ["bytes accessed", f"{found.bytes_accessed:.4g}"],
+            ["least time", f"{1000 * found.optimal_seconds:.4g} ms, by the compiler's own estimate"],
+            ["share of peak", f"{100 * found.share_of_peak:.2f} % of the bfloat16 peak, in that time"],
+        ],
+    )
+
+
+def _list(args: list[str]) -> None:
+    import tyro
+
+    @dataclasses.dataclass(frozen=True)
+    class List:
+        """The zoo as a table; expected results and times are those that `python -m benchmarks results` measured."""
+
+        json: bool = False
+        """Print JSON instead of a table."""
+
+    options = tyro.cli(List, prog="genjax list", args=args)
+    from genjax.zoo.catalogue import rows
+
+    table = rows()
+    if options.json:
+        import json
+
+        print(json.dumps(table, indent=2))
+        return
+    columns = ("name", "family", "data", "score", "conditional", "parameters", "expected", "time")
+    print_table("the zoo", list(columns), [[str(row[column]) for column in columns] for row in table])
+
+
+def _sample(args: list[str]) -> None:
+    from genjax.cli.of_runs import sample
+
+    sample(args)
+
+
+def _evaluate(args: list[str]) -> None:
+    from genjax.cli.of_runs import evaluate
+
+    evaluate(args)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "list": _list,
+    "train": _train,
+    "sample": _sample,
+    "evaluate": _evaluate,
+    "sweep": _sweep,
+    "compile": _compile,
+    "bench": _bench,
+}
+
+
+def _keep_compiled_programs() -> None:
+    """Have jax keep what took it long to compile on disk, so that the same command starts faster the next time.
+
+    In $JAX_COMPILATION_CACHE_DIR, or genjax/xla in the user's cache folder, in a folder for each kind of processor: a home
+    folder may be shared by several, and a program compiled for one need not run on another. JAX_ENABLE_COMPILATION_CACHE=0
+    turns it off. A damaged entry is compiled again, with a warning; where nothing can be written, nothing is kept.
+    """
+    if "jax" in sys.modules:  # which has read its settings
+        return
+    processor = platform.machine() + platform.processor()
+    with contextlib.suppress(OSError):  # no such file but on Linux
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor += "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genjax" / "xla"
+    cache /= hashlib.sha256(processor.encode()).hexdigest()[:12]
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError:  # of which jax would warn at every program
+            return
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")  # jax's own second skips most steps of a CPU
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The `genjax` program."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return
+    if args[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(version("genjax-zoo"))
+        return
+    try:
+        if args[0] not in COMMANDS:
+            raise unknown_name("command", args[0], COMMANDS)
+        if args[0] not in ("bench", "compile"):  # which say how long compiling takes
+            _keep_compiled_programs()
+        COMMANDS[args[0]](args[1:])
+    except Interrupted as stop:
+        print(f"genjax: {stop}", file=sys.stderr)
+        raise SystemExit(128 + stop.signal) from None
+    except GenjaxError as error:
+        print(f"genjax: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("genjax: interrupted; what was saved before is still there.", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The mathematics that families share: functions of arrays and keys, without parameters of their own."""

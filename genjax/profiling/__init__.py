@@ -1,0 +1,1 @@
+"""What a step costs: measured on this machine, or compiled for one that is not here."""

@@ -1,0 +1,129 @@
+"""Compile a train step for accelerators that are not here: does it compile, does it fit, and how fast could it be?
+
+libtpu (the extra `tpu`) compiles for a topology by name on a machine without a TPU. For CUDA, whose compiler needs the device,
+a step is lowered to StableHLO, which shows that every operation in it exists there.
+"""
+
+import importlib.util
+import os
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import NamedSharding
+
+from genjax.errors import ConfigError
+from genjax.learning.sharding import batch_spec_of, layout, make_mesh, shard
+from genjax.profiling.measure import step_shapes
+from genjax.zoo.recipe import Recipe
+
+# What one device, as jax counts them, does and holds: bfloat16 FLOP/s and bytes of memory. From Google's pages on the
+# architecture of each version (https://cloud.google.com/tpu/docs, 2025); of a v4 chip jax sees two cores.
+CHIPS = {
+    "TPU v4": (137.5e12, 16 * 2**30),
+    "TPU v5 lite": (197e12, 16 * 2**30),
+    "TPU v5": (459e12, 95 * 2**30),
+    "TPU v6 lite": (918e12, 32 * 2**30),
+}
+TOPOLOGIES = {
+    "v4": ("2x2x1", "2x2x2", "2x2x4", "4x4x4"),
+    "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    "v5p": ("2x2x1", "2x2x2", "2x2x4", "4x4x4"),
+    "v6e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+}
+
+
+class Compiled(NamedTuple):
+    """A step compiled for one topology. Counts are of one device, by the compiler's own analysis; nothing was run.
+
+    Attributes:
+        device: what kind of device.
+        mesh: the axes it was split over.
+        compile_seconds: on this machine.
+        flops: floating-point operations of a step.
+        bytes_accessed: bytes moved to and from memory in a step.
+        memory: bytes that a step needs: arguments, results that are not stored in them, and temporaries.
+        capacity: bytes that a device has.
+        optimal_seconds: the compiler's estimate of the least time of a step.
+        share_of_peak: flops / optimal_seconds, of the device's bfloat16 peak.
+    """
+
+    device: str
+    mesh: dict[str, int]
+    compile_seconds: float
+    flops: float
+    bytes_accessed: float
+    memory: int
+    capacity: int
+    optimal_seconds: float
+    share_of_peak: float
+
+
+def devices_of(topology: str) -> list[Any]:
+    """The devices of a TPU topology, such as "v5e:2x2".
+
+    Raises:
+        ConfigError: without libtpu, or for a topology that does not exist; the message lists those that do.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError("Compiling for TPUs needs libtpu, which no TPU is needed for: pip install 'genjax-zoo[tpu]'.")
+    known = ", ".join(f"{version}:{size}" for version, sizes in TOPOLOGIES.items() for size in sizes)
+    version, _, size = topology.partition(":")
+    if size not in TOPOLOGIES.get(version, ()):
+        raise ConfigError(f"There is no topology {topology!r}. There are: {known}, and cuda.")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for a TPU's metadata server
+    from jax.experimental import topologies
+
+    return list(topologies.get_topology_desc(topology, "tpu").devices)
+
+
+def compile_for(recipe: Recipe, topology: str, mesh: Mapping[str, int] | None = None) -> Compiled:
+    """Compile one optimiser step of a recipe for a topology, data parallel over all its devices or as `mesh` says.
+
+    Raises:
+        ConfigError: see `devices_of` and `sharding.layout`.
+    """
+    devices = devices_of(topology)
+    axes = dict(mesh or {"data": len(devices)})
+    where = make_mesh(axes, devices)
+    spec = recipe.source().spec
+    t = shard(recipe.training(spec), where)
+    state, batch = step_shapes(t, spec, recipe.schedule.batch_size)
+    split = NamedSharding(where, batch_spec_of(where))
+    state = jax.tree.map(_placed, state, layout(state, where))
+    batch = jax.tree.map(lambda leaf: _placed(leaf, split), batch)
+    begin = time.perf_counter()
+    program = jax.jit(t.step, donate_argnums=0).lower(state, batch).compile()
+    seconds = time.perf_counter() - begin
+    found: Any = program.cost_analysis()
+    memory: Any = program.memory_analysis()
+    flops, optimal = float(found["flops"]), float(found["optimal_seconds"])
+    kind = devices[0].device_kind
+    peak, capacity = CHIPS[kind]
+    return Compiled(
+        device=kind,
+        mesh=axes,
+        compile_seconds=seconds,
+        flops=flops,
+        bytes_accessed=float(found["bytes accessed"]),
+        memory=memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes,
+        capacity=capacity,
+        optimal_seconds=optimal,
+        share_of_peak=flops / optimal / peak,
+    )
+
+
+def lowered_for_cuda(recipe: Recipe) -> int:
+    """Lower one optimiser step of a recipe for CUDA; the bytes of its StableHLO."""
+    spec = recipe.source().spec
+    t = recipe.training(spec)
+    exported = jax.export.export(jax.jit(t.step), platforms=["cuda"])(*step_shapes(t, spec, recipe.schedule.batch_size))
+    return len(exported.mlir_module_serialized)
+
+
+def _placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -1,0 +1,177 @@
+"""What a step costs: seconds, compile seconds, FLOPs and memory of the compiled program, and the machine's peak."""
+
+import math
+import re
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from genjax.data import example_batch
+from genjax.learning.step import compiled
+from genjax.protocol import Batch, DataSpec, Training, TrainState
+from genjax.zoo.recipe import Recipe
+
+# What is read of a compiled program's text.
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*)$")
+_SHAPE = re.compile(r"^\w+\[([\d,]*)\]")
+_DOT = re.compile(r"\bdot\([^%]*%([\w.\-]+),.*lhs_contracting_dims=\{([\d,]*)\}")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+class StepCost(NamedTuple):
+    """The cost of one train step on this machine. Counts come from the compiled program, times from running it."""
+
+    batch_size: int
+    steps_per_second: float
+    examples_per_second: float
+    milliseconds: float
+    compile_seconds: float
+    flops: float
+    temporary_bytes: int
+    share_of_peak: float
+    peak_gflops: float
+
+
+def step_shapes(t: Training, spec: DataSpec, batch_size: int) -> tuple[Any, Any]:
+    """The shapes of a state and of a batch: all that compiling a step takes."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(t.init, key), jax.eval_shape(partial(example_batch, spec, n=batch_size), key)
+
+
+def step_program(t: Training, spec: DataSpec, batch_size: int, options: dict[str, Any] | None = None) -> Any:
+    """One optimiser step, its state donated, as a compiled program; nothing is run. `options` are the compiler's."""
+    return jax.jit(t.step, donate_argnums=0).lower(*step_shapes(t, spec, batch_size)).compile(options)
+
+
+def state_bytes(state: Any) -> int:
+    """The bytes of a training state, or of its shapes: what a step that donates it has to reuse."""
+
+    def data(leaf: Any) -> Any:
+        return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+    leaves = jax.tree.leaves(jax.eval_shape(lambda state: jax.tree.map(data, state), state))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def cost_of(program: Any) -> tuple[float, int]:
+    """(FLOPs, bytes of temporary memory) of a compiled program; nan and 0 where the backend does not tell.
+
+    The compiler's own count takes the body of a loop once; the matrix products of its other trips are added.
+    """
+    analysis = program.cost_analysis() or {}
+    memory = program.memory_analysis()
+    flops = float(analysis.get("flops", float("nan"))) + loop_flops(program.as_text())
+    return flops, int(getattr(memory, "temp_size_in_bytes", 0) or 0)
+
+
+def loop_flops(text: str) -> float:
+    """FLOPs of matrix products in loops beyond their first trip, from a program's text, which the compiler leaves out."""
+    products, calls, entry = _read(text)
+    with_trips, once = _times(calls, entry, True), _times(calls, entry, False)
+    return sum(flops * (with_trips[name] - once[name]) for name, flops in products.items())
+
+
+def _read(text: str) -> tuple[dict[str, float], dict[str, list[tuple[str, int]]], str]:
+    """By computation: FLOPs of its own matrix products, and (computation, trips) of what it calls; and the entry's name."""
+    products: dict[str, float] = defaultdict(float)
+    calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    shapes: dict[str, list[int]] = {}
+    name = entry = ""
+    for line in text.splitlines():
+        if head := _COMPUTATION.match(line):
+            name, shapes = head[2], {}
+            entry = name if head[1] else entry
+            continue
+        if not (found := _INSTRUCTION.match(line)):
+            continue
+        shape = _SHAPE.match(found[2])
+        shapes[found[1]] = [int(size) for size in shape[1].split(",") if size] if shape else []
+        if dot := _DOT.search(found[2]):
+            contracted = [shapes[dot[1]][int(axis)] for axis in dot[2].split(",") if axis]
+            products[name] += 2 * math.prod(shapes[found[1]]) * math.prod(contracted)
+        trips = _TRIPS.search(found[2])
+        called = _CALLED.findall(found[2])
+        if branches := _BRANCHES.search(found[2]):
+            called += [branch.strip().lstrip("%") for branch in branches[1].split(",")]
+        calls[name] += [(one, int(trips[1]) if trips else 1) for one in called]
+    return products, calls, entry
+
+
+def _times(calls: dict[str, list[tuple[str, int]]], entry: str, trips: bool) -> dict[str, float]:
+    """How often each computation runs for one run of the entry, loops for all their trips or once."""
+    times: dict[str, float] = defaultdict(float)
+
+    def visit(name: str, count: float) -> None:
+        times[name] += count
+        for called, n in calls.get(name, ()):
+            visit(called, count * (n if trips else 1))
+
+    visit(entry, 1.0)
+    return times
+
+
+def seconds_per_call(call: Callable[[], Any], budget: float = 2.0, at_least: int = 5) -> list[float]:
+    """Seconds of each of many calls: as many as fit the budget in seconds, after one that warms up."""
+    jax.block_until_ready(call())
+    times: list[float] = []
+    started = time.perf_counter()
+    while len(times) < at_least or time.perf_counter() - started < budget:
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def matmul_peak(size: int = 2048, dtype: Any = jnp.float32, budget: float = 2.0) -> float:
+    """The best rate of a square matrix product on this machine, in FLOP/s: what shares of the peak refer to."""
+    a = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    return 2 * size**3 / min(seconds_per_call(lambda: product(a, a), budget))
+
+
+def stepper(step: Callable[[TrainState, Batch], Any], state: TrainState, batch: Any) -> Callable[[], Any]:
+    """A call that advances a state in place, for timing a step that donates it."""
+    box = [state]
+
+    def call() -> Any:
+        box[0], metrics = step(box[0], batch)
+        return metrics
+
+    return call
+
+
+def step_cost(recipe: Recipe, budget: float = 5.0) -> StepCost:
+    """Measure one optimiser step per dispatch of a recipe, on random data of its spec and batch size.
+
+    The time is the median over calls; the share of the peak is FLOPs / seconds over the rate of a large matrix product.
+    """
+    spec, batch_size = recipe.source().spec, recipe.schedule.batch_size
+    t = compiled(recipe.training(spec))
+    batch = jax.jit(partial(example_batch, spec), static_argnums=1)(jax.random.key(1), batch_size)
+    state = t.init(jax.random.key(0))
+    start = time.perf_counter()
+    program = jax.jit(t.step, donate_argnums=0).lower(state, batch).compile()
+    compile_seconds = time.perf_counter() - start
+    flops, temporary = cost_of(program)
+    peak = matmul_peak()
+    seconds = statistics.median(seconds_per_call(stepper(program, state, batch), budget))
+    return StepCost(
+        batch_size=batch_size,
+        steps_per_second=1 / seconds,
+        examples_per_second=batch_size / seconds,
+        milliseconds=1000 * seconds,
+        compile_seconds=compile_seconds,
+        flops=flops,
+        temporary_bytes=temporary,
+        share_of_peak=flops / seconds / peak,
+        peak_gflops=peak / 1e9,
+    )
