@@ -1,1 +1,3 @@
-"""Measurements: `python -m benchmarks` writes benchmarks/results/*.json and benchmarks/REPORT.md."""
+"""Measurements: `python -m benchmarks` writes benchmarks/results/*.json and
+benchmarks/REPORT.md.
+"""

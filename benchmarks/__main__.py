@@ -1,4 +1,6 @@
-"""`python -m benchmarks`: measure everything and write the report. `python -m benchmarks --help` lists the parts."""
+"""`python -m benchmarks`: measure everything and write the report. `python -m benchmarks --help`
+lists the parts.
+"""
 
 import dataclasses
 import importlib
@@ -10,7 +12,9 @@ import tyro
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Measure, and write benchmarks/results/*.json, benchmarks/REPORT.md and genjax/results.json."""
+    """Measure, and write benchmarks/results/*.json, benchmarks/REPORT.md and
+    genjax/results.json.
+    """
 
     part: Annotated[
         Literal[
@@ -39,17 +43,17 @@ class Args:
         ],
         tyro.conf.Positional,
     ] = "all"
-    """What to measure. `results` trains every recipe, `adversarial` many GANs, `dcgan` one and its PyTorch twin,
-    `nanogpt` a Transformer's step and its twin (GENJAX_TORCH_PYTHON names their interpreter),
-    `peers` a step of every family at two sizes, and their twins,
-    `published` rows as the source of their reference counts, from runs in `keep`,
-    `makemore` what makemore's Transformer in PyTorch reaches on our first names, `generation` cached sampling,
-    `denoising` what diffusion and flow matching reach,
-    `programs` the size of compiled steps (the baseline of tests/test_programs.py, for this version of jax), `memory` what they
-    need, `sampling` samplers by batch, `startup` from the command to the first step, `ensemble` many small models at once,
-    `convolution` gradients beside flax's convolutions, `widths` a Transformer's share of the peak, `pages` a step with huge
-    pages of memory.
-    `all` leaves these out."""
+    """What to measure. `results` trains every recipe, `adversarial` many GANs, `dcgan` one and its
+    PyTorch twin, `nanogpt` a Transformer's step and its twin (GENJAX_TORCH_PYTHON names their
+    interpreter), `peers` a step of every family at two sizes, and their twins, `published` rows as
+    the source of their reference counts, from runs in `keep`, `makemore` what makemore's
+    Transformer in PyTorch reaches on our first names, `generation` cached sampling, `denoising`
+    what diffusion and flow matching reach, `programs` the size of compiled steps (the baseline of
+    tests/test_programs.py, for this version of jax), `memory` what they need, `sampling` samplers
+    by batch, `startup` from the command to the first step, `ensemble` many small models at once,
+    `convolution` gradients beside flax's convolutions, `widths` a Transformer's share of the peak,
+    `pages` a step with huge pages of memory. `all` leaves these out.
+    """
     names: tuple[str, ...] = ()
     """For `results` and `peers`: only these recipes; all unless given."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -57,7 +61,9 @@ class Args:
     seconds: float | None = None
     """Seconds for each comparison; each part's own default unless given."""
     keep: Path | None = None
-    """For `results`, `dcgan`, `published`, `denoising`: keep run folders here, and do not train again what is here already."""
+    """For `results`, `dcgan`, `published`, `denoising`: keep run folders here, and do not train
+    again what is here already.
+    """
 
 
 def main() -> None:
@@ -106,7 +112,9 @@ def main() -> None:
     if args.part in ("programs", "memory", "startup"):
         importlib.import_module(f"benchmarks.{args.part}").main()
     if args.part in ("sampling", "ensemble", "convolution", "widths", "pages"):
-        importlib.import_module(f"benchmarks.{args.part}").main(*([args.seconds] if args.seconds else []))
+        importlib.import_module(f"benchmarks.{args.part}").main(
+            *([args.seconds] if args.seconds else [])
+        )
     if args.part == "results":
         from benchmarks import results_of_zoo
 
@@ -116,7 +124,9 @@ def main() -> None:
         from benchmarks import gallery
 
         if args.keep is None:
-            raise SystemExit("gallery draws the runs that `results --keep FOLDER` left: give --keep FOLDER.")
+            raise SystemExit(
+                "gallery draws the runs that `results --keep FOLDER` left: give --keep FOLDER."
+            )
         gallery.main(args.keep)
     from benchmarks import report
 

@@ -1,4 +1,6 @@
-"""GANs: many seeds of the mixtures in one compiled program, what vmap gains, and DCGAN beside a PyTorch twin."""
+"""GANs: many seeds of the mixtures in one compiled program, what vmap gains, and DCGAN beside a
+PyTorch twin.
+"""
 
 import os
 import statistics
@@ -22,12 +24,15 @@ from genjax.runs import train as run
 from genjax.zoo import ZOO
 
 SEEDS = 8
-# The interpreter of an environment with PyTorch, which is never a dependency: pip install torch==2.13.0 (Python 3.11, CPU).
+# The interpreter of an environment with PyTorch, which is never a dependency: pip install
+# torch==2.13.0 (Python 3.11, CPU).
 TORCH = os.environ.get("GENJAX_TORCH_PYTHON", "")
 
 
 def mixtures(name: str) -> dict[str, Any]:
-    """Train eight seeds of a recipe as one vmapped program; figures of every member on the test split's number of samples."""
+    """Train eight seeds of a recipe as one vmapped program; figures of every member on the test
+    split's number of samples.
+    """
     recipe = ZOO[name]
     source, schedule = recipe.source(), recipe.schedule
     splits = source.load()
@@ -35,18 +40,30 @@ def mixtures(name: str) -> dict[str, Any]:
     fed = loop.choose_feed(t, source, splits.train, schedule.batch_size, schedule.seed)
     start = time.perf_counter()
     keys = jax.vmap(jax.random.key)(np.arange(SEEDS, dtype=np.uint32))
-    state = loop.fit(fed, key=keys, steps=schedule.steps, steps_per_call=schedule.steps_per_call, stop_on_nonfinite=False)
+    state = loop.fit(
+        fed,
+        key=keys,
+        steps=schedule.steps,
+        steps_per_call=schedule.steps_per_call,
+        stop_on_nonfinite=False,
+    )
     jax.block_until_ready(state)
     seconds = time.perf_counter() - start
     model = recipe.build(source.spec)
     found = []
     for member in range(SEEDS):
-        own = [jax.tree.map(lambda leaf, member=member: leaf[member], tree) for tree in (eval_params(state), state.state)]
+        own = [
+            jax.tree.map(lambda leaf, member=member: leaf[member], tree)
+            for tree in (eval_params(state), state.state)
+        ]
         figures = quality.figures_of(recipe, quality.sampler_of(model, *own))
         found.append({f.name: f.value for f in figures})
     names = list(found[0])
     table = {figure: [member[figure] for member in found] for figure in names}
-    print(f"{name}: {seconds:.0f} s, " + "; ".join(f"{figure} {np.round(values, 4)}" for figure, values in table.items()))
+    print(
+        f"{name}: {seconds:.0f} s, "
+        + "; ".join(f"{figure} {np.round(values, 4)}" for figure, values in table.items())
+    )
     return {
         "recipe": name,
         "seeds": list(range(SEEDS)),
@@ -62,7 +79,9 @@ def mixtures(name: str) -> dict[str, Any]:
 
 
 def members(seconds: float) -> dict[str, Any]:
-    """One step of eight ring GANs with batch 64 each: vmapped, mapped, and as eight programs one after the other."""
+    """One step of eight ring GANs with batch 64 each: vmapped, mapped, and as eight programs one
+    after the other.
+    """
     recipe = ZOO["gan-ring"]
     source = recipe.source()
     arrays = jax.device_put(source.load().train)
@@ -77,7 +96,9 @@ def members(seconds: float) -> dict[str, Any]:
     each = [stepper(solo.step, solo.init(key), arrays) for key in keys]
     calls["one after the other"] = lambda: [call() for call in each][-1]
     rounds = alternate(calls, seconds)
-    found: dict[str, Any] = {mode: {"ms_per_step": 1000 * summary(r)["median"] / k} for mode, r in rounds.items()}
+    found: dict[str, Any] = {
+        mode: {"ms_per_step": 1000 * summary(r)["median"] / k} for mode, r in rounds.items()
+    }
     for mode in ("vmap", "map"):
         found[mode]["ratio"] = ratio(rounds[mode], rounds["one after the other"])
     print(f"eight ring GANs, batch 64: {found}")
@@ -85,12 +106,15 @@ def members(seconds: float) -> dict[str, Any]:
 
 
 def twin(seeds: tuple[int, ...] = (0, 1, 2), keep: Path | None = None) -> dict[str, Any]:
-    """`dcgan-mnist` and its PyTorch twin: the same figures by the same judge, mean and sd over seeds, and the times.
+    """`dcgan-mnist` and its PyTorch twin: the same figures by the same judge, mean and sd over
+    seeds, and the times.
 
     Runs of the recipe that are in `keep` already (see `results_of_zoo`) are not trained again.
     """
     if not TORCH:
-        return {"skipped": "GENJAX_TORCH_PYTHON is not set: the interpreter of an environment with torch==2.13.0"}
+        return {
+            "skipped": "GENJAX_TORCH_PYTHON is not set: the interpreter of an environment with torch==2.13.0"
+        }
     recipe = ZOO["dcgan-mnist"]
     source, schedule = recipe.source(), recipe.schedule
     splits = source.load()
@@ -106,23 +130,51 @@ def twin(seeds: tuple[int, ...] = (0, 1, 2), keep: Path | None = None) -> dict[s
             sampler = quality.sampler_of(loaded.model, loaded.params, loaded.state)
             own = {f.name: f.value for f in quality.figures_of(recipe, sampler, seed=seed)}
             runs["genjax"].append({"training, s": seconds, **own})
-            flags = [f"--steps={schedule.steps}", f"--batch={schedule.batch_size}", f"--seed={seed}", f"--n={n}"]
+            flags = [
+                f"--steps={schedule.steps}",
+                f"--batch={schedule.batch_size}",
+                f"--seed={seed}",
+                f"--n={n}",
+            ]
             script = str(Path(__file__).with_name("torch_dcgan.py"))
             subprocess.run([TORCH, script, str(images), str(out), *flags], check=True)
             with np.load(out) as file:
                 drawn, seconds = file["x"].astype(np.float32), float(file["seconds"])
-            figures = quality.figures_of(recipe, lambda key, cond, n, drawn=drawn: drawn[:n], seed=seed)
+            figures = quality.figures_of(
+                recipe, lambda key, cond, n, drawn=drawn: drawn[:n], seed=seed
+            )
             own = {f.name: f.value for f in figures}
             runs["torch"].append({"training, s": seconds, **own})
-            print(f"seed {seed}: genjax {runs['genjax'][-1]}; torch {runs['torch'][-1]}", flush=True)
-    over = lambda values: {"mean": statistics.mean(values), "sd": statistics.stdev(values), "by_seed": values}  # noqa: E731
-    table = {who: {name: over([one[name] for one in of]) for name in of[0]} for who, of in runs.items()}
-    return {"steps": schedule.steps, "batch_size": schedule.batch_size, "split": "test", "n": n, "seeds": list(seeds), **table}
+            print(
+                f"seed {seed}: genjax {runs['genjax'][-1]}; torch {runs['torch'][-1]}", flush=True
+            )
+    over = lambda values: {
+        "mean": statistics.mean(values),
+        "sd": statistics.stdev(values),
+        "by_seed": values,
+    }  # noqa: E731
+    table = {
+        who: {name: over([one[name] for one in of]) for name in of[0]} for who, of in runs.items()
+    }
+    return {
+        "steps": schedule.steps,
+        "batch_size": schedule.batch_size,
+        "split": "test",
+        "n": n,
+        "seeds": list(seeds),
+        **table,
+    }
 
 
 def main(seconds: float = 10.0) -> None:
     """Measure mixtures and members, and write results/adversarial.json."""
-    write("adversarial", {"mixtures": [mixtures(name) for name in ("gan-ring", "gan-grid")], "members": members(seconds)})
+    write(
+        "adversarial",
+        {
+            "mixtures": [mixtures(name) for name in ("gan-ring", "gan-grid")],
+            "members": members(seconds),
+        },
+    )
 
 
 def compare_with_torch(keep: Path | None = None) -> None:

@@ -1,8 +1,9 @@
-"""Training steps of every family as anyone would write them in plain jax: nothing of genjax, flax or optax computes here.
+"""Training steps of every family as anyone would write them in plain jax: nothing of genjax, flax
+or optax computes here.
 
-A loss is (params of all players, x, key) -> the mean over the batch, nats or squared error summed over the event. Weights have
-the places that genjax's builders give them, and noise is drawn with the same keys, so that a step can be compared weight by
-weight with genjax's.
+A loss is (params of all players, x, key) -> the mean over the batch, nats or squared error summed
+over the event. Weights have the places that genjax's builders give them, and noise is drawn with
+the same keys, so that a step can be compared weight by weight with genjax's.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +19,9 @@ SOFTENING = 1 / 400  # keeps the noise level of straight lines finite at their e
 
 
 class HandWritten(NamedTuple):
-    """A hand-written training: init(params, key) -> state and step(state, x) -> (state, loss of the last player)."""
+    """A hand-written training: init(params, key) -> state and step(state, x) -> (state, loss of the
+    last player).
+    """
 
     init: Callable[..., Any]
     step: Callable[..., Any]
@@ -29,7 +32,13 @@ def adam(losses: Mapping[str, Loss], rate: float = 1e-3) -> HandWritten:
 
     def init(params: Any, key: Array) -> dict[str, Any]:
         zeros = lambda: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
-        return {"params": params, "m": zeros(), "v": zeros(), "count": jnp.zeros((), jnp.int32), "key": key}
+        return {
+            "params": params,
+            "m": zeros(),
+            "v": zeros(),
+            "count": jnp.zeros((), jnp.int32),
+            "key": key,
+        }
 
     def step(ts: Any, x: Array) -> Any:
         params, m, v, count = dict(ts["params"]), dict(ts["m"]), dict(ts["v"]), ts["count"] + 1
@@ -37,7 +46,9 @@ def adam(losses: Mapping[str, Loss], rate: float = 1e-3) -> HandWritten:
         value = jnp.zeros(())
         for turn, (player, loss) in enumerate(losses.items()):
             key = jax.random.fold_in(ts["key"], ts["count"] * len(losses) + turn)
-            value, grads = jax.value_and_grad(lambda own: loss({**params, player: own}, x, key))(params[player])
+            value, grads = jax.value_and_grad(lambda own: loss({**params, player: own}, x, key))(
+                params[player]
+            )
             m[player] = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m[player], grads)
             v[player] = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, v[player], grads)
             update = lambda p, m, v: p - rate * (m / c1) / (jnp.sqrt(v / c2) + 1e-8)  # noqa: E731
@@ -64,10 +75,12 @@ def mlp(p: Any, x: Array, activation: Callable[[Array], Array]) -> Array:
 
 def categorical(x: Array, logits: Array) -> Array:
     """ln softmax(logits)[x]."""
-    return jnp.take_along_axis(jax.nn.log_softmax(logits), x[..., None].astype(jnp.int32), axis=-1)[..., 0]
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), x[..., None].astype(jnp.int32), axis=-1)[
+        ..., 0
+    ]
 
 
-# --- one event ----------------------------------------------------------------------------------------------------------
+# --- one event ------------------------------------------------------------------------------------
 
 
 def vae_loss(params: Any, x: Array, key: Array) -> Array:
@@ -100,7 +113,9 @@ def gan_losses(latent: int, r1: float) -> dict[str, Loss]:
         fake = generate(params["generator"], jax.random.split(key)[0], x.shape[0])
         slope = jax.grad(lambda x: jnp.sum(logit(own, x)))(x)
         penalty = 0.5 * r1 * jnp.sum(slope**2, axis=1)
-        return jnp.mean(jax.nn.softplus(-logit(own, x)) + jax.nn.softplus(logit(own, fake)) + penalty)
+        return jnp.mean(
+            jax.nn.softplus(-logit(own, x)) + jax.nn.softplus(logit(own, fake)) + penalty
+        )
 
     def generator(params: Any, x: Array, key: Array) -> Array:
         fake = generate(params["generator"], key, x.shape[0])
@@ -128,20 +143,25 @@ def diffusion_loss(params: Any, x: Array, key: Array) -> Array:
     t = T_END + (1 - 2 * T_END) * jax.random.uniform(key_time, (x.shape[0],))
     noise = jax.random.normal(key_noise, x.shape)
     alpha, sigma = jnp.cos(jnp.pi / 2 * t)[:, None], jnp.sin(jnp.pi / 2 * t)[:, None]
-    found = denoiser(params["diffusion"]["net"], alpha * x + sigma * noise, (jnp.log(alpha) - jnp.log(sigma)) / 2)
+    found = denoiser(
+        params["diffusion"]["net"], alpha * x + sigma * noise, (jnp.log(alpha) - jnp.log(sigma)) / 2
+    )
     return jnp.mean(jnp.sum((found - (alpha * noise - sigma * x)) ** 2, axis=1))
 
 
 def flow_matching_loss(params: Any, x: Array, key: Array) -> Array:
     """The velocity of straight lines between vectors and noise."""
     keys = jax.random.split(key, 5)
-    noise, t = jax.random.normal(keys[0], x.shape), jax.random.uniform(keys[4], (x.shape[0],))[:, None]
+    noise, t = (
+        jax.random.normal(keys[0], x.shape),
+        jax.random.uniform(keys[4], (x.shape[0],))[:, None],
+    )
     level = 0.5 * (jnp.log(1 - t + SOFTENING) - jnp.log(t + SOFTENING))
     found = denoiser(params["flow"], (1 - t) * x + t * noise, level)
     return jnp.mean(jnp.sum((found - (noise - x)) ** 2, axis=1))
 
 
-# --- sequences ----------------------------------------------------------------------------------------------------------
+# --- sequences ------------------------------------------------------------------------------------
 
 
 def vanilla(p: Any, a: Array, carry: Any) -> Any:
@@ -199,13 +219,23 @@ def transformer_loss(n_heads: int) -> Loss:
 
     def turned(x: Array) -> Array:  # [B, T, heads, h]
         half = x.shape[-1] // 2
-        angles = jnp.arange(x.shape[1], dtype=x.dtype)[:, None] * 10000.0 ** (-jnp.arange(half) / half)
-        cos, sin, a, b = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None], x[..., :half], x[..., half:]
+        angles = jnp.arange(x.shape[1], dtype=x.dtype)[:, None] * 10000.0 ** (
+            -jnp.arange(half) / half
+        )
+        cos, sin, a, b = (
+            jnp.cos(angles)[:, None],
+            jnp.sin(angles)[:, None],
+            x[..., :half],
+            x[..., half:],
+        )
         return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
     def attention(p: Any, h: Array) -> Array:
         n, t, d = h.shape
-        q, k, v = (y.reshape(n, t, n_heads, -1) for y in jnp.split(dense(p["qkv"], norm(p["norm"], h)), 3, axis=-1))
+        q, k, v = (
+            y.reshape(n, t, n_heads, -1)
+            for y in jnp.split(dense(p["qkv"], norm(p["norm"], h)), 3, axis=-1)
+        )
         scores = jnp.einsum("nihd,njhd->nhij", turned(q), turned(k)) * (d // n_heads) ** -0.5
         weights = jax.nn.softmax(jnp.where(jnp.tril(jnp.ones((t, t), bool)), scores, -jnp.inf))
         return dense(p["out"], jnp.einsum("nhij,njhd->nihd", weights, v).reshape(n, t, d))
@@ -225,7 +255,9 @@ def transformer_loss(n_heads: int) -> Loss:
 
 
 def vrnn_loss(levels: int) -> Loss:
-    """The ELBO of a VRNN with a GRU and one hidden layer everywhere, over rows of whole numbers [B, T, n]."""
+    """The ELBO of a VRNN with a GRU and one hidden layer everywhere, over rows of whole numbers [B,
+    T, n].
+    """
     relu = jax.nn.relu
 
     def normal(outputs: Array) -> tuple[Array, Array]:
@@ -240,21 +272,35 @@ def vrnn_loss(levels: int) -> Loss:
         layer, rows = p["layer"], x.swapaxes(0, 1)
         features = relu(dense(p["embed"]["dense"], rows * (2 / (levels - 1)) - 1))
         zeros = jnp.zeros((n, layer["kernel"].shape[0]))
-        start = dense(layer["inputs"], relu(jnp.broadcast_to(p["embed"]["start"], (n, features.shape[-1]))))
-        keys = jax.vmap(lambda t: jax.random.fold_in(jax.random.split(key, 3)[0], t))(jnp.arange(n_steps))
+        start = dense(
+            layer["inputs"], relu(jnp.broadcast_to(p["embed"]["start"], (n, features.shape[-1])))
+        )
+        keys = jax.vmap(lambda t: jax.random.fold_in(jax.random.split(key, 3)[0], t))(
+            jnp.arange(n_steps)
+        )
 
         def step(carry: Any, at: Any) -> Any:
             first, a, key = at
             mean, log_scale = normal(joint(p["encoder"], first, carry[0]))
             z = mean + jnp.exp(log_scale) * jax.random.normal(key, mean.shape)
             of_z = relu(mlp(p["z_features"], z, relu))
-            return gru(layer, a + dense(p["z_inputs"], of_z), carry), (carry[0], of_z, mean, log_scale)
+            return gru(layer, a + dense(p["z_inputs"], of_z), carry), (
+                carry[0],
+                of_z,
+                mean,
+                log_scale,
+            )
 
         seen = (dense(p["encoder"]["first"], features), dense(layer["inputs"], features), keys)
         h, of_z, mean, log_scale = jax.lax.scan(step, gru(layer, start, (zeros,)), seen)[1]
-        logits = joint(p["decoder"], dense(p["decoder"]["first"], of_z), h).reshape(n_steps, n, size, levels)
+        logits = joint(p["decoder"], dense(p["decoder"]["first"], of_z), h).reshape(
+            n_steps, n, size, levels
+        )
         prior_mean, prior_log_scale = normal(mlp(p["prior"], h, relu))
-        ratio = jnp.exp(2 * (log_scale - prior_log_scale)) + ((mean - prior_mean) * jnp.exp(-prior_log_scale)) ** 2
+        ratio = (
+            jnp.exp(2 * (log_scale - prior_log_scale))
+            + ((mean - prior_mean) * jnp.exp(-prior_log_scale)) ** 2
+        )
         kl = jnp.sum(0.5 * (ratio - 1) - (log_scale - prior_log_scale), axis=(0, 2))
         return jnp.mean(kl - jnp.sum(categorical(rows, logits), axis=(0, 2)))
 

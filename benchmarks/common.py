@@ -1,4 +1,6 @@
-"""What the benchmarks share: alternation in time, medians with their spread, and files of results."""
+"""What the benchmarks share: alternation in time, medians with their spread, and files of
+results.
+"""
 
 import datetime
 import json
@@ -22,11 +24,14 @@ def first_rows() -> tuple[str, ...]:
     return tuple(name for name in ZOO if name in names.values())
 
 
-def alternate(calls: dict[str, Callable[[], Any]], seconds: float = 10.0, block: float = 0.05) -> dict[str, list[float]]:
-    """Seconds per call of several programs, timed in turns of about `block` seconds so that a noisy machine hurts all alike.
+def alternate(
+    calls: dict[str, Callable[[], Any]], seconds: float = 10.0, block: float = 0.05
+) -> dict[str, list[float]]:
+    """Seconds per call of several programs, timed in turns of about `block` seconds so that a noisy
+    machine hurts all alike.
 
-    Returns one value per round and program: the mean over that round's calls. Round i of one program is next to round i
-    of the others in time, so ratios should be taken round by round.
+    Returns one value per round and program: the mean over that round's calls. Round i of one
+    program is next to round i of the others in time, so ratios should be taken round by round.
     """
 
     def timed(call: Callable[[], Any]) -> Callable[[int], float]:
@@ -46,12 +51,17 @@ def alternate(calls: dict[str, Callable[[], Any]], seconds: float = 10.0, block:
     return in_turns(means, counts, seconds)
 
 
-def in_turns(calls: dict[str, Callable[[int], float]], counts: dict[str, int], seconds: float) -> dict[str, list[float]]:
-    """One value per round and program: what each gives for its count, a mean over so many. Five rounds at least."""
+def in_turns(
+    calls: dict[str, Callable[[int], float]], counts: dict[str, int], seconds: float
+) -> dict[str, list[float]]:
+    """One value per round and program: what each gives for its count, a mean over so many. Five
+    rounds at least.
+    """
     rounds: dict[str, list[float]] = {name: [] for name in calls}
     started = time.perf_counter()
     while time.perf_counter() - started < seconds or len(next(iter(rounds.values()))) < 5:
-        # The order turns around in every second round, so that none always runs in the wake of the same other.
+        # The order turns around in every second round, so that none always runs in the wake of the
+        # same other.
         order = list(calls) if len(rounds[next(iter(calls))]) % 2 == 0 else list(reversed(calls))
         for name in order:
             rounds[name].append(calls[name](counts[name]))
@@ -66,7 +76,11 @@ def summary(values: list[float]) -> dict[str, float]:
 
 def over_seeds(values: list[float]) -> dict[str, Any]:
     """A figure by seed, its mean, and its standard deviation where there are several."""
-    return {"by_seed": values, "mean": statistics.mean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
+    return {
+        "by_seed": values,
+        "mean": statistics.mean(values),
+        "sd": statistics.stdev(values) if len(values) > 1 else None,
+    }
 
 
 def ratio(a: list[float], b: list[float]) -> dict[str, float]:

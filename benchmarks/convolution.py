@@ -1,7 +1,9 @@
-"""The gradient of every convolutional family with genjax's convolutions beside the same networks with plain `flax.nnx` ones.
+"""The gradient of every convolutional family with genjax's convolutions beside the same networks
+with plain `flax.nnx` ones.
 
-The whole gradient of a row's losses, their sum with respect to all parameters, at the row's real size, on a resident batch:
-alone, and inside a loop of several, which is where training steps are. The networks, parameters and values are the same.
+The whole gradient of a row's losses, their sum with respect to all parameters, at the row's real
+size, on a resident batch: alone, and inside a loop of several, which is where training steps are.
+The networks, parameters and values are the same.
 """
 
 from typing import Any
@@ -22,7 +24,9 @@ TRIPS = 5  # gradients in the loop
 
 
 def gradients(recipe: Recipe) -> dict[str, Any]:
-    """The compiled gradient, alone and in a loop, as functions of (parameters, state, batch, key), and their arguments."""
+    """The compiled gradient, alone and in a loop, as functions of (parameters, state, batch, key),
+    and their arguments.
+    """
     spec = recipe.source().spec
     model = recipe.build(spec)
     params, state = jax.jit(model.init)(jax.random.key(0))
@@ -34,7 +38,9 @@ def gradients(recipe: Recipe) -> dict[str, Any]:
     def loop(params: Any, state: Any, batch: Any, key: Any) -> Any:
         def trip(params: Any, key: Any) -> tuple[Any, None]:
             slopes = jax.grad(total)(params, state, batch, key)
-            return jax.tree.map(lambda p, g: p - 1e-6 * g, params, slopes), None  # each trip needs the one before
+            return jax.tree.map(
+                lambda p, g: p - 1e-6 * g, params, slopes
+            ), None  # each trip needs the one before
 
         return jax.lax.scan(trip, params, jax.random.split(key, TRIPS))[0]
 
@@ -57,7 +63,9 @@ def plain(recipe: Recipe) -> dict[str, Any]:
 
 
 def compared(name: str, seconds: float, **settings: Any) -> dict[str, Any]:
-    """Milliseconds of a gradient in each form, in turns, how many times as long flax's take, and how far values differ."""
+    """Milliseconds of a gradient in each form, in turns, how many times as long flax's take, and
+    how far values differ.
+    """
     recipe = replace(ZOO[name], **settings)
     made = {"genjax": gradients(recipe), "flax": plain(recipe)}
     calls = {
@@ -67,7 +75,10 @@ def compared(name: str, seconds: float, **settings: Any) -> dict[str, Any]:
     }
     one, other = (calls[f"{who}/alone"]() for who in made)
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(other))
-    apart = max(float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True))
+    apart = max(
+        float(jnp.abs(a - b).max())
+        for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True)
+    )
     rounds = alternate(calls, seconds)
     trips = {"alone": 1, "loop": TRIPS}
     return {
@@ -76,7 +87,10 @@ def compared(name: str, seconds: float, **settings: Any) -> dict[str, Any]:
         "difference": apart / largest,
         **{
             form: {
-                "ms": {who: 1000 * summary(rounds[f"{who}/{form}"])["median"] / trips[form] for who in made},
+                "ms": {
+                    who: 1000 * summary(rounds[f"{who}/{form}"])["median"] / trips[form]
+                    for who in made
+                },
                 "times_as_long": ratio(rounds[f"flax/{form}"], rounds[f"genjax/{form}"]),
             }
             for form in trips
@@ -89,6 +103,12 @@ def main(seconds: float = 20.0) -> None:
     rows = []
     for name in ROWS:
         rows.append(compared(name, seconds))
-        shown = {form: f"{rows[-1][form]['times_as_long']['median']:.2f}" for form in ("alone", "loop")}
-        print(f"{name}: flax's convolutions take {shown} times as long; {rows[-1]['difference']:.0e} apart", flush=True)
+        shown = {
+            form: f"{rows[-1][form]['times_as_long']['median']:.2f}" for form in ("alone", "loop")
+        }
+        print(
+            f"{name}: flax's convolutions take {shown} times as long; {rows[-1]['difference']:.0e} "
+            "apart",
+            flush=True,
+        )
         write("convolution", {"trips": TRIPS, "rows": rows})

@@ -1,4 +1,5 @@
-"""Diffusion and flow matching: distance to the data in the plane, guidance, few solver steps, bits per dimension, overhead.
+"""Diffusion and flow matching: distance to the data in the plane, guidance, few solver steps, bits
+per dimension, overhead.
 
 Runs are made through the command line, as `results` makes its own, and kept in the same folders.
 """
@@ -27,7 +28,9 @@ COMPARED = ("vdm-digits", "vae", "flow-matching")
 
 
 def trained(name: str, keep: Path, *flags: str) -> run.Loaded:
-    """A run of seed 0, trained unless it is in `keep`; flags that change settings go into the folder's name."""
+    """A run of seed 0, trained unless it is in `keep`; flags that change settings go into the
+    folder's name.
+    """
     folder = keep / "-".join([f"{name}_seed0", *(flag.strip("-") for flag in flags)])
     results_of_zoo.train(name, 0, folder, *flags)
     return run.load(folder)
@@ -44,7 +47,9 @@ def sampler(loaded: run.Loaded, **how: Any) -> quality.Sampler:
 
 
 def plane(name: str, density: str, keep: Path) -> dict[str, Any]:
-    """Sliced Wasserstein distances of 2,000 samples to 2,000 fresh points, and of two fresh sets, 20 draws of each."""
+    """Sliced Wasserstein distances of 2,000 samples to 2,000 fresh points, and of two fresh sets,
+    20 draws of each.
+    """
     flags = [] if ZOO[name].data == density else ["--data", density]
     loaded = trained(name, keep, *flags)
     draw = sampler(loaded, solver="heun", n_steps=PLANE_STEPS)
@@ -56,15 +61,24 @@ def plane(name: str, density: str, keep: Path) -> dict[str, Any]:
         reference, other = (fresh(2 * index + which, POINTS).x for which in range(2))
         samples = draw(jax.random.key(index), None, POINTS)
         for who, points in {"samples": samples, "real": other}.items():
-            distances[who].append(estimates.sliced_wasserstein(reference, points, n_projections=200, seed=index))
+            distances[who].append(
+                estimates.sliced_wasserstein(reference, points, n_projections=200, seed=index)
+            )
     mean = {who: statistics.mean(values) for who, values in distances.items()}
     sd = {who: statistics.stdev(values) for who, values in distances.items()}
     excess = (mean["samples"] - mean["real"]) / sd["real"]
     print(
-        f"{name} on {density}: {mean['samples']:.4f} against {mean['real']:.4f} ± {sd['real']:.4f}, {excess:+.2f} s.e.",
+        f"{name} on {density}: {mean['samples']:.4f} against {mean['real']:.4f} ± "
+        f"{sd['real']:.4f}, {excess:+.2f} s.e.",
         flush=True,
     )
-    return {"recipe": name, "density": density, "mean": mean, "sd": sd, "excess_in_standard_errors": excess}
+    return {
+        "recipe": name,
+        "density": density,
+        "mean": mean,
+        "sd": sd,
+        "excess_in_standard_errors": excess,
+    }
 
 
 def guided(name: str, keep: Path) -> dict[str, Any]:
@@ -84,10 +98,16 @@ def few_steps(name: str, keep: Path) -> dict[str, Any]:
     loaded = trained(name, keep)
     found = {}
     for steps in (FEW, MANY):
-        figures = quality.figures_of(loaded.recipe, sampler(loaded, solver="heun", n_steps=steps), n=FEW_SAMPLES)
+        figures = quality.figures_of(
+            loaded.recipe, sampler(loaded, solver="heun", n_steps=steps), n=FEW_SAMPLES
+        )
         found[steps] = {f.name: f.value for f in figures}
         print(f"{name}, {steps} Heun steps: {found[steps]}", flush=True)
-    return {"recipe": name, "n": figures[0].n, "steps": {str(steps): row for steps, row in found.items()}}
+    return {
+        "recipe": name,
+        "n": figures[0].n,
+        "steps": {str(steps): row for steps, row in found.items()},
+    }
 
 
 def bits(name: str, keep: Path) -> dict[str, Any]:
@@ -95,12 +115,21 @@ def bits(name: str, keep: Path) -> dict[str, Any]:
     trained(name, keep)
     report = results_of_zoo.evaluate(keep / f"{name}_seed0", ZOO[name].schedule.steps)
     kept = ("mean", "standard_error", "bits_per_dim", "kind", "estimator", "n", "split")
-    print(f"{name}: {report['bits_per_dim']:.3f} bits per dimension, {report['estimator']}", flush=True)
-    return {"recipe": name, "conditional": ZOO[name].source().spec.conditional, **{key: report[key] for key in kept}}
+    print(
+        f"{name}: {report['bits_per_dim']:.3f} bits per dimension, {report['estimator']}",
+        flush=True,
+    )
+    return {
+        "recipe": name,
+        "conditional": ZOO[name].source().spec.conditional,
+        **{key: report[key] for key in kept},
+    }
 
 
 def main(keep: Path | None = None) -> None:
-    """Measure and write results/denoising.json, a part at a time; runs that are in `keep` already are not trained again."""
+    """Measure and write results/denoising.json, a part at a time; runs that are in `keep` already
+    are not trained again.
+    """
     found: dict[str, Any] = {"points": POINTS, "draws": DRAWS, "plane_steps": PLANE_STEPS}
     with tempfile.TemporaryDirectory() as scratch:
         folder = keep or Path(scratch)
@@ -108,7 +137,9 @@ def main(keep: Path | None = None) -> None:
             "guided": lambda: [guided(name, folder) for name in DIGITS],
             "bits": lambda: [bits(name, folder) for name in COMPARED],
             "few_steps": lambda: few_steps("edm-mnist", folder),
-            "plane": lambda: [plane(name, density, folder) for name in PLANE for density in DENSITIES],
+            "plane": lambda: [
+                plane(name, density, folder) for name in PLANE for density in DENSITIES
+            ],
         }
         for name, measure in parts.items():
             found[name] = measure()

@@ -1,4 +1,6 @@
-"""One picture with samples of every recipe, from the run folders that `python -m benchmarks results --keep FOLDER` left."""
+"""One picture with samples of every recipe, from the run folders that `python -m benchmarks results
+--keep FOLDER` left.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,10 @@ def main(keep: Path) -> None:
     folders = {name: keep / f"{name}_seed0" for name in ZOO}
     have = {name: folder for name, folder in folders.items() if (folder / "config.json").exists()}
     if not have:
-        raise ConfigError(f"No recipe has a run in {keep}, such as {folders['vae']}; the picture was left as it is.")
+        raise ConfigError(
+            f"No recipe has a run in {keep}, such as {folders['vae']}; the picture was left as it "
+            "is."
+        )
     rows = -(-len(have) // COLUMNS)
     figure = Figure(figsize=(3.0 * COLUMNS, 3.3 * rows), layout="constrained")
     for index, (name, folder) in enumerate(have.items()):
@@ -51,14 +56,31 @@ def _panel(axes: Any, loaded: run.Loaded) -> None:
     x = np.asarray(draw(loaded.params, loaded.state, jax.random.key(0), n, cond))
     x, spec = pictures.rows_as_images(x, spec)
     if pictures.is_image(spec):
-        axes.imshow(pictures.tile(x, spec, columns=10).squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.imshow(
+            pictures.tile(x, spec, columns=10).squeeze(),
+            cmap="gray",
+            vmin=0,
+            vmax=1,
+            interpolation="nearest",
+        )
     elif spec.text:
-        lines = [line for text in samples.texts(x, spec) for line in text.splitlines() if line.strip()]
-        shown = "\n".join(line if len(line) <= WIDTH else line[: WIDTH - 1] + "…" for line in lines[:LINES])
-        axes.text(0.02, 0.98, shown, family="monospace", fontsize=6.5, va="top", transform=axes.transAxes)
+        lines = [
+            line for text in samples.texts(x, spec) for line in text.splitlines() if line.strip()
+        ]
+        shown = "\n".join(
+            line if len(line) <= WIDTH else line[: WIDTH - 1] + "…" for line in lines[:LINES]
+        )
+        axes.text(
+            0.02, 0.98, shown, family="monospace", fontsize=6.5, va="top", transform=axes.transAxes
+        )
     elif spec.step is not None:
         axes.imshow(
-            x[0].reshape(x.shape[1], -1).T, aspect="auto", origin="lower", interpolation="nearest", cmap="Blues", vmin=0
+            x[0].reshape(x.shape[1], -1).T,
+            aspect="auto",
+            origin="lower",
+            interpolation="nearest",
+            cmap="Blues",
+            vmin=0,
         )
     else:
         axes.scatter(x[:, 0], x[:, 1], s=2, color=pictures.COLORS[1], alpha=0.5, linewidths=0)

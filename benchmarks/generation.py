@@ -1,7 +1,9 @@
-"""Tokens per second of cached generation, by batch and by length, for recurrent networks and a Transformer.
+"""Tokens per second of cached generation, by batch and by length, for recurrent networks and a
+Transformer.
 
-Sizes are those of the zoo's `lstm`, `gru` and `transformer-shakespeare`, with random weights: what is drawn costs the same. A
-call generates the whole length from a prompt, sampling at temperature 1, as `genjax sample` does.
+Sizes are those of the zoo's `lstm`, `gru` and `transformer-shakespeare`, with random weights: what
+is drawn costs the same. A call generates the whole length from a prompt, sampling at temperature 1,
+as `genjax sample` does.
 """
 
 import functools
@@ -23,10 +25,14 @@ LEVELS = 65
 
 def model_of(name: str, length: int) -> Model:
     """A row's model for sequences of one length: the context is the length."""
-    return ZOO[name].build(DataSpec((length,), "tokens", levels=LEVELS, step="character", name="random characters"))
+    return ZOO[name].build(
+        DataSpec((length,), "tokens", levels=LEVELS, step="character", name="random characters")
+    )
 
 
-def generation(name: str, length: int, batch: int) -> tuple[Callable[[int], jax.Array], Callable[[], int]]:
+def generation(
+    name: str, length: int, batch: int
+) -> tuple[Callable[[int], jax.Array], Callable[[], int]]:
     """(prompt length) -> tokens [batch, length], and how many programs that took so far."""
     model = model_of(name, length)
     params, state = jax.jit(model.init)(jax.random.key(0))
@@ -34,13 +40,17 @@ def generation(name: str, length: int, batch: int) -> tuple[Callable[[int], jax.
 
     @jax.jit
     def run(key: jax.Array, prompt_length: jax.Array) -> jax.Array:
-        return model.extras["generate"](params, state, key, batch, prompt=prompt, prompt_length=prompt_length)
+        return model.extras["generate"](
+            params, state, key, batch, prompt=prompt, prompt_length=prompt_length
+        )
 
     return lambda n: run(jax.random.key(1), jnp.asarray(n, jnp.int32)), run._cache_size  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def measure(seconds: float) -> dict[str, Any]:
-    """Tokens per second and microseconds per step of every row, length and batch, and programs for all prompt lengths."""
+    """Tokens per second and microseconds per step of every row, length and batch, and programs for
+    all prompt lengths.
+    """
     rows = []
     for name in ROWS:
         for batch in BATCHES:
@@ -61,7 +71,11 @@ def measure(seconds: float) -> dict[str, Any]:
                         "programs": programs(),
                     }
                 )
-                print(f"{name}, batch {batch}, length {length}: {rows[-1]['tokens_per_second']:,.0f} tokens/s", flush=True)
+                print(
+                    f"{name}, batch {batch}, length {length}: {rows[-1]['tokens_per_second']:,.0f} "
+                    "tokens/s",
+                    flush=True,
+                )
     return {"rows": rows, "levels": LEVELS}
 
 

@@ -1,8 +1,11 @@
-"""makemore's Transformer, trained in PyTorch by its own settings on the 30,033 names that our rows have.
+"""makemore's Transformer, trained in PyTorch by its own settings on the 30,033 names that our rows
+have.
 
-makemore (Karpathy 2022) publishes 1.92 nats per character for 1,000 test names of a split of its own, at the best step on those
-very names. Two sets of 1,000 names differ by 0.02 nats, so what its model reaches on the split of `genjax.data.names` is
-measured here: the best step is chosen on the validation names, as a fair peer would, and the test names are looked at once.
+makemore (Karpathy 2022) publishes 1.92 nats per character for 1,000 test names of a split of its
+own, at the best step on those very names. Two sets of 1,000 names differ by 0.02 nats, so what its
+model reaches on the split of `genjax.data.names` is
+measured here: the best step is chosen on the validation names, as a fair peer would, and the test
+    names are looked at once.
 """
 
 import json
@@ -27,7 +30,9 @@ def lines(source: Source) -> dict[str, np.ndarray]:
     """The splits as the twin reads them: tokens [N, T], -1 after the end token."""
     splits = source.load()._asdict()
     return {
-        name: np.where(np.asarray(step_mask(source.spec, batch)), np.asarray(batch.x).astype(np.int64), -1)
+        name: np.where(
+            np.asarray(step_mask(source.spec, batch)), np.asarray(batch.x).astype(np.int64), -1
+        )
         for name, batch in splits.items()
     }
 
@@ -42,12 +47,17 @@ def twin(python: str, source: Source, seeds: list[int], steps: int) -> Iterator[
             command = [python, script, str(data), str(steps), str(seed)]
             answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             run = {"seed": seed, **json.loads(answer.splitlines()[-1])}
-            print(f"makemore's Transformer, seed {seed}: test {run['test']:.4f}, best step {run['best_step']}", flush=True)
+            print(
+                f"makemore's Transformer, seed {seed}: test {run['test']:.4f}, best step "
+                f"{run['best_step']}",
+                flush=True,
+            )
             yield run
 
 
 def main(seeds: list[int]) -> None:
-    """Measure the twin, and write results/makemore.json after each seed; the report puts it beside our rows' results.
+    """Measure the twin, and write results/makemore.json after each seed; the report puts it beside
+    our rows' results.
 
     Raises:
         ConfigError: without an interpreter that has PyTorch.
@@ -58,4 +68,6 @@ def main(seeds: list[int]) -> None:
     runs: list[dict[str, Any]] = []
     for run in twin(python, open_source("names"), seeds, STEPS):
         runs.append(run)
-        write("makemore", {"steps": STEPS, "runs": runs, **over_seeds([run["test"] for run in runs])})
+        write(
+            "makemore", {"steps": STEPS, "runs": runs, **over_seeds([run["test"] for run in runs])}
+        )

@@ -1,4 +1,6 @@
-"""What the abstractions cost: training steps of every family against hand-written ones, and the loop against a bare one."""
+"""What the abstractions cost: training steps of every family against hand-written ones, and the
+loop against a bare one.
+"""
 
 import statistics
 import tempfile
@@ -33,7 +35,12 @@ from genjax.zoo import recipe as config
 
 SIZES: dict[str, dict[str, Any]] = {
     "small (8x8, 2x256, z 8, batch 128)": {"side": 8, "width": 256, "latent": 8, "batch": 128},
-    "medium (28x28, 2x500, z 50, batch 128)": {"side": 28, "width": 500, "latent": 50, "batch": 128},
+    "medium (28x28, 2x500, z 50, batch 128)": {
+        "side": 28,
+        "width": 500,
+        "latent": 50,
+        "batch": 128,
+    },
 }
 
 
@@ -48,7 +55,11 @@ class Case(NamedTuple):
 
 def vae_case(size: str, side: int, width: int, latent: int, batch: int) -> Case:
     """Binary images."""
-    model = vae(DataSpec((side, side, 1), "binary", name="random bits"), hidden=(width,) * 2, latent_dim=latent)
+    model = vae(
+        DataSpec((side, side, 1), "binary", name="random bits"),
+        hidden=(width,) * 2,
+        latent_dim=latent,
+    )
     return Case(size, model, {"vae": by_hand.vae_loss}, batch)
 
 
@@ -56,21 +67,41 @@ def gan_case(width: int, d: int = 64, latent: int = 32, batch: int = 128) -> Cas
     """Vectors, with a gradient penalty."""
     spec = DataSpec((d,), "continuous", name="random vectors")
     size = f"{d} values, 2x{width}, z {latent}, R1, batch {batch}"
-    return Case(size, gan(spec, hidden=(width,) * 2, latent_dim=latent, r1=1.0), by_hand.gan_losses(latent, 1.0), batch)
+    return Case(
+        size,
+        gan(spec, hidden=(width,) * 2, latent_dim=latent, r1=1.0),
+        by_hand.gan_losses(latent, 1.0),
+        batch,
+    )
 
 
-def recurrent_case(cell: Any, width: int, length: int = 64, levels: int = 39, batch: int = 64) -> Case:
+def recurrent_case(
+    cell: Any, width: int, length: int = 64, levels: int = 39, batch: int = 64
+) -> Case:
     """Tokens, each sequence by itself."""
     spec = DataSpec((length,), "tokens", levels=levels, step="token", name="random tokens")
-    step, n_carry = {"vanilla": (by_hand.vanilla, 1), "lstm": (by_hand.lstm, 2), "gru": (by_hand.gru, 1)}[cell]
+    step, n_carry = {
+        "vanilla": (by_hand.vanilla, 1),
+        "lstm": (by_hand.lstm, 2),
+        "gru": (by_hand.gru, 1),
+    }[cell]
     model = rnn(spec, cell=cell, d_hidden=width, d_embed=width // 4)
-    return Case(f"{length} tokens, {width}, batch {batch}", model, {"rnn": by_hand.recurrent_loss(step, n_carry)}, batch)
+    return Case(
+        f"{length} tokens, {width}, batch {batch}",
+        model,
+        {"rnn": by_hand.recurrent_loss(step, n_carry)},
+        batch,
+    )
 
 
-def transformer_case(width: int, n_heads: int, length: int = 64, levels: int = 39, batch: int = 32) -> Case:
+def transformer_case(
+    width: int, n_heads: int, length: int = 64, levels: int = 39, batch: int = 32
+) -> Case:
     """Tokens, turned positions, no biases."""
     spec = DataSpec((length,), "tokens", levels=levels, step="token", name="random tokens")
-    model = transformer(spec, d_model=width, n_heads=n_heads, n_layers=3, bias=False, position="rotary")
+    model = transformer(
+        spec, d_model=width, n_heads=n_heads, n_layers=3, bias=False, position="rotary"
+    )
     losses = {"transformer": by_hand.transformer_loss(n_heads)}
     return Case(f"{length} tokens, 3x{width}, batch {batch}", model, losses, batch)
 
@@ -79,19 +110,28 @@ def vrnn_case(width: int, latent: int, side: int = 8, levels: int = 17, batch: i
     """Rows of an image."""
     spec = DataSpec((side, side), "discrete", levels=levels, step="row", name="random rows")
     model = vrnn(spec, d_hidden=width, hidden=(width,), latent_dim=latent)
-    return Case(f"{side} rows of {side}, {width}, z {latent}, batch {batch}", model, {"vrnn": by_hand.vrnn_loss(levels)}, batch)
+    return Case(
+        f"{side} rows of {side}, {width}, z {latent}, batch {batch}",
+        model,
+        {"vrnn": by_hand.vrnn_loss(levels)},
+        batch,
+    )
 
 
 def diffusion_case(width: int, d: int = 64, batch: int = 128) -> Case:
     """Vectors."""
     model = diffusion(DataSpec((d,), "continuous", name="random vectors"), hidden=(width,) * 3)
-    return Case(f"{d} values, 3x{width}, batch {batch}", model, {"diffusion": by_hand.diffusion_loss}, batch)
+    return Case(
+        f"{d} values, 3x{width}, batch {batch}", model, {"diffusion": by_hand.diffusion_loss}, batch
+    )
 
 
 def flow_case(width: int, d: int = 64, batch: int = 128) -> Case:
     """Vectors."""
     model = flow_matching(DataSpec((d,), "continuous", name="random vectors"), hidden=(width,) * 3)
-    return Case(f"{d} values, 3x{width}, batch {batch}", model, {"flow": by_hand.flow_matching_loss}, batch)
+    return Case(
+        f"{d} values, 3x{width}, batch {batch}", model, {"flow": by_hand.flow_matching_loss}, batch
+    )
 
 
 # Every family at a small and a medium size.
@@ -109,7 +149,9 @@ CASES: dict[str, Callable[[], list[Case]]] = {
 
 
 def step_overhead(seconds: float) -> list[dict[str, Any]]:
-    """ms per step of genjax and by hand, in alternation in one process, and the ratio round by round."""
+    """ms per step of genjax and by hand, in alternation in one process, and the ratio round by
+    round.
+    """
     rows = []
     for family, cases in CASES.items():
         for case in cases():
@@ -121,12 +163,18 @@ def step_overhead(seconds: float) -> list[dict[str, Any]]:
 
 
 def _compare(case: Case, seconds: float) -> dict[str, Any]:
-    batch = jax.jit(partial(example_batch, case.model.spec), static_argnums=1)(jax.random.key(1), case.batch)
+    batch = jax.jit(partial(example_batch, case.model.spec), static_argnums=1)(
+        jax.random.key(1), case.batch
+    )
     t, hand = compiled(training(case.model, optax.adam(1e-3))), by_hand.adam(case.by_hand)
     ts = t.init(jax.random.key(0))
     mine = hand.init(jax.tree.map(jnp.copy, ts.params), jax.random.key(0))
-    calls = {"genjax": stepper(t.step, ts, batch), "hand-written": stepper(hand.step, mine, batch.x)}
-    # Short turns, so that both programs of a round meet the machine in the same mood: a shared one changes within 0.1 s.
+    calls = {
+        "genjax": stepper(t.step, ts, batch),
+        "hand-written": stepper(hand.step, mine, batch.x),
+    }
+    # Short turns, so that both programs of a round meet the machine in the same mood: a shared one
+    # changes within 0.1 s.
     rounds = alternate(calls, seconds, block=0.02)
     return {
         "genjax_ms": 1000 * summary(rounds["genjax"])["median"],
@@ -136,17 +184,23 @@ def _compare(case: Case, seconds: float) -> dict[str, Any]:
     }
 
 
-def loop_overhead(rounds: int = 6, steps: int = 5000, warm: int = 1000, **settings: Any) -> dict[str, Any]:
-    """What `fit` adds per step to the same dispatches without it, at a step of about two milliseconds.
+def loop_overhead(
+    rounds: int = 6, steps: int = 5000, warm: int = 1000, **settings: Any
+) -> dict[str, Any]:
+    """What `fit` adds per step to the same dispatches without it, at a step of about two
+    milliseconds.
 
-    Both run the same compiled program of 50 steps a dispatch; `fit` also reads the metrics, averages them, writes
-    metrics.jsonl and TensorBoard every 100 steps, and calls a progress function. The first `warm` steps are left out.
-    What it adds is taken from the processor time of the thread that does all this; other work disturbs the clock.
+    Both run the same compiled program of 50 steps a dispatch; `fit` also reads the metrics,
+    averages them, writes metrics.jsonl and TensorBoard every 100 steps, and calls a progress
+    function. The first `warm` steps are left out. What it adds is taken from the processor time of
+    the thread that does all this; other work disturbs the clock.
     """
     recipe = config.replace(ZOO["vae"], **{"batch_size": 128, "hidden": (256, 256), **settings})
     source = recipe.source()
     arrays = source.load().train
-    feed = loop.device_feed(recipe.training(source.spec), source, arrays, recipe.schedule.batch_size, 0)
+    feed = loop.device_feed(
+        recipe.training(source.spec), source, arrays, recipe.schedule.batch_size, 0
+    )
     k = recipe.schedule.steps_per_call
     bare_program = compiled(feed.training(k))
 
@@ -168,11 +222,19 @@ def loop_overhead(rounds: int = 6, steps: int = 5000, warm: int = 1000, **settin
         with tempfile.TemporaryDirectory() as folder:
             log = Log(Path(folder))
 
-            def progress(step: int, steps: int, seconds: float, done: int, metrics: dict[str, Any]) -> None:
+            def progress(
+                step: int, steps: int, seconds: float, done: int, metrics: dict[str, Any]
+            ) -> None:
                 times[step] = now()
 
             state = loop.fit(
-                feed, key=jax.random.key(0), steps=steps, steps_per_call=k, log=log, on_restore=log.restore, progress=progress
+                feed,
+                key=jax.random.key(0),
+                steps=steps,
+                steps_per_call=k,
+                log=log,
+                on_restore=log.restore,
+                progress=progress,
             )
             jax.block_until_ready(state)
             end = now()
@@ -182,7 +244,9 @@ def loop_overhead(rounds: int = 6, steps: int = 5000, warm: int = 1000, **settin
     bare()
     fitted()
     pairs = []
-    for index in range(rounds):  # the order turns around, so that neither always runs in the wake of the other
+    for index in range(
+        rounds
+    ):  # the order turns around, so that neither always runs in the wake of the other
         first, second = (fitted, bare) if index % 2 == 0 else (bare, fitted)
         both = {first: first(), second: second()}
         pairs.append((both[fitted], both[bare]))
@@ -192,7 +256,8 @@ def loop_overhead(rounds: int = 6, steps: int = 5000, warm: int = 1000, **settin
         "fit_ms": 1000 * statistics.median(a[0] for a, _ in pairs),
         "bare_ms": 1000 * statistics.median(b[0] for _, b in pairs),
         "ratio": summary([a[0] / b[0] for a, b in pairs]),
-        # The overhead is host work, which does not shrink with the step: this is what it would be at a step of 1 ms.
+        # The overhead is host work, which does not shrink with the step: this is what it would be
+        # at a step of 1 ms.
         "overhead_at_1ms_percent": summary([100 * 1000 * float(a[1] - b[1]) for a, b in pairs]),
     }
 

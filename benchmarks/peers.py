@@ -1,8 +1,10 @@
-"""Every family's training step beside a PyTorch twin of the same architecture, at the size of its row in the zoo and wider.
+"""Every family's training step beside a PyTorch twin of the same architecture, at the size of its
+row in the zoo and wider.
 
-genjax runs as users run it: the row's own training procedure, compiled, one step a dispatch and as many as its schedule says.
-The twins run in an interpreter that $GENJAX_TORCH_PYTHON names (`torch_twins.py`); before anything is timed, a twin has to give
-the loss and the norm of the gradient that genjax gives for the same parameters, data and noise.
+genjax runs as users run it: the row's own training procedure, compiled, one step a dispatch and as
+many as its schedule says. The twins run in an interpreter that $GENJAX_TORCH_PYTHON names
+(`torch_twins.py`); before anything is timed, a twin has to give the loss and the norm of the
+gradient that genjax gives for the same parameters, data and noise.
 """
 
 import dataclasses
@@ -76,7 +78,9 @@ def case_of(recipe: Recipe) -> dict[str, Any]:
         "spec": {name: getattr(spec, name) for name in ("shape", "kind", "levels", "n_classes")},
         "batch_size": recipe.schedule.batch_size,
         "steps": recipe.schedule.steps,
-        "optimizer": {player: dataclasses.asdict(settings) for player, settings in by_player.items()},
+        "optimizer": {
+            player: dataclasses.asdict(settings) for player, settings in by_player.items()
+        },
         "parameters": count(jax.eval_shape(model.init, jax.random.key(0))[0]),
     }
     if "path" in model.extras:
@@ -86,7 +90,9 @@ def case_of(recipe: Recipe) -> dict[str, Any]:
 
 
 class Twin:
-    """A PyTorch twin as a process that answers one line with another; `about` is what it says of itself."""
+    """A PyTorch twin as a process that answers one line with another; `about` is what it says of
+    itself.
+    """
 
     def __init__(self, python: str, case: dict[str, Any]) -> None:
         self.folder = tempfile.TemporaryDirectory()
@@ -94,7 +100,9 @@ class Twin:
         path.write_text(json.dumps(case))
         # What torch.compile kept from an earlier run would make its seconds of compilation too few.
         env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(Path(self.folder.name) / "compiled")}
-        self.process = AskedProcess([python, str(Path(__file__).with_name("torch_twins.py")), str(path)], env)
+        self.process = AskedProcess(
+            [python, str(Path(__file__).with_name("torch_twins.py")), str(path)], env
+        )
         self.about = json.loads(self.process.greeting)
 
     def ask(self, **question: Any) -> Any:
@@ -116,7 +124,7 @@ class Twin:
         self.folder.cleanup()
 
 
-# --- the same function --------------------------------------------------------------------------------------------------
+# --- the same function ----------------------------------------------------------------------------
 
 
 def noise_of(recipe: Recipe, model: Model, player: str, key: Any, batch: Batch) -> dict[str, Any]:
@@ -127,9 +135,13 @@ def noise_of(recipe: Recipe, model: Model, player: str, key: Any, batch: Batch) 
     if family == "vae":
         return {"z": normal(key, (n, latent))}
     if family == "gan":
-        return {"z": normal(jax.random.split(key)[0] if player == "discriminator" else key, (n, latent))}
+        return {
+            "z": normal(jax.random.split(key)[0] if player == "discriminator" else key, (n, latent))
+        }
     if family == "vrnn":
-        steps = jax.vmap(lambda t: jax.random.fold_in(jax.random.split(key, 3)[0], t))(jnp.arange(batch.x.shape[1]))
+        steps = jax.vmap(lambda t: jax.random.fold_in(jax.random.split(key, 3)[0], t))(
+            jnp.arange(batch.x.shape[1])
+        )
         return {"z": jax.vmap(lambda key: normal(key, (n, latent)))(steps)}
     if family in ("diffusion", "flow_matching"):
         path: Any = model.extras["path"]
@@ -137,11 +149,18 @@ def noise_of(recipe: Recipe, model: Model, player: str, key: Any, batch: Batch) 
             key_time, key_noise, key_cond, _ = jax.random.split(key, 4)
             t = path.end + (path.start - path.end) * uniform(key_time, (n,))
             if settings["noise_schedule"] == "edm":
-                t = jnp.clip(jnp.exp(settings["p_mean"] + settings["p_std"] * normal(key_time, (n,))), path.end, path.start)
+                t = jnp.clip(
+                    jnp.exp(settings["p_mean"] + settings["p_std"] * normal(key_time, (n,))),
+                    path.end,
+                    path.start,
+                )
             found = {"t": t}
         else:
             key_noise, _, key_data, key_cond, key_time = jax.random.split(key, 5)
-            found = {"t": uniform(key_time, (n,)), "u": uniform(key_data, batch.x.shape, jnp.float32, -0.5, 0.5)}
+            found = {
+                "t": uniform(key_time, (n,)),
+                "u": uniform(key_data, batch.x.shape, jnp.float32, -0.5, 0.5),
+            }
         dropped = jax.random.bernoulli(key_cond, settings["cond_dropout"], (n,))
         return found | {"epsilon": normal(key_noise, batch.x.shape), "dropped": dropped}
     return {}
@@ -155,14 +174,18 @@ def agreement(recipe: Recipe, twin: Twin) -> dict[str, float]:
     """
     found = differences(recipe, twin)
     if max(found.values()) > TOLERANCE:
-        raise RuntimeError(f"The PyTorch twin of {recipe.name} is another function: relative differences {found}.")
+        raise RuntimeError(
+            f"The PyTorch twin of {recipe.name} is another function: relative differences {found}."
+        )
     return found
 
 
 def differences(recipe: Recipe, twin: Twin) -> dict[str, float]:
-    """How far the twin's loss and gradient norm are from genjax's, relative, the largest over the players.
+    """How far the twin's loss and gradient norm are from genjax's, relative, the largest over the
+    players.
 
-    Parameters are the initial ones and noise, because layers that begin at 0 would hide what comes before them.
+    Parameters are the initial ones and noise, because layers that begin at 0 would hide what comes
+    before them.
     """
     spec = recipe.source().spec
     model = recipe.build(spec)
@@ -170,7 +193,10 @@ def differences(recipe: Recipe, twin: Twin) -> dict[str, float]:
     params, state = jax.jit(model.init)(jax.random.key(2))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(3), len(leaves))
-    noisy = [leaf + 0.03 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    noisy = [
+        leaf + 0.03 * jax.random.normal(key, leaf.shape)
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
     params = jax.tree.unflatten(tree, noisy)
     arrays = {"data|x": batch.x} | ({"data|cond": batch.cond} if batch.cond is not None else {})
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -179,25 +205,34 @@ def differences(recipe: Recipe, twin: Twin) -> dict[str, float]:
     mine: dict[str, list[float]] = {}
     for index, player in enumerate(model.losses):
         key = jax.random.key(4 + index)
-        arrays |= {f"{player}|{name}": value for name, value in noise_of(recipe, model, player, key, batch).items()}
+        arrays |= {
+            f"{player}|{name}": value
+            for name, value in noise_of(recipe, model, player, key, batch).items()
+        }
 
         def loss(own: Any, player: str = player, key: Any = key) -> jax.Array:
             return model.losses[player]({**params, player: own}, state, batch, key)[0].mean()
 
         value, grads = jax.jit(jax.value_and_grad(loss))(params[player])
-        mine[player] = [float(value), math.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)))]
+        mine[player] = [
+            float(value),
+            math.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads))),
+        ]
     theirs = twin.check({name: np.asarray(value) for name, value in arrays.items()})
     names = ("loss", "gradient_norm")
     return {
-        name: max(abs(theirs[p][i] - mine[p][i]) / max(abs(mine[p][i]), 1e-12) for p in mine) for i, name in enumerate(names)
+        name: max(abs(theirs[p][i] - mine[p][i]) / max(abs(mine[p][i]), 1e-12) for p in mine)
+        for i, name in enumerate(names)
     }
 
 
-# --- time ---------------------------------------------------------------------------------------------------------------
+# --- time -----------------------------------------------------------------------------------------
 
 
 class Ours(NamedTuple):
-    """genjax's step: seconds per step of so many, compile seconds, and what the program of one step takes."""
+    """genjax's step: seconds per step of so many, compile seconds, and what the program of one step
+    takes.
+    """
 
     calls: dict[str, Callable[[int], float]]
     per_call: dict[str, int]
@@ -206,7 +241,9 @@ class Ours(NamedTuple):
 
 
 def ours(recipe: Recipe, k: int | None = None) -> Ours:
-    """The row's training procedure on one resident batch, one step a dispatch and k; those of its own schedule if None."""
+    """The row's training procedure on one resident batch, one step a dispatch and k; those of its
+    own schedule if None.
+    """
     k = k or recipe.schedule.steps_per_call
     spec = recipe.source().spec
     one = recipe.training(spec)
@@ -240,7 +277,9 @@ def ours(recipe: Recipe, k: int | None = None) -> Ours:
     flops, temporary = cost_of(program)
     cost = {
         "flops": flops,
-        "bytes_accessed": float((program.cost_analysis() or {}).get("bytes accessed", math.nan)),  # loops once
+        "bytes_accessed": float(
+            (program.cost_analysis() or {}).get("bytes accessed", math.nan)
+        ),  # loops once
         "temporary_bytes": temporary,
         "argument_bytes": program.memory_analysis().argument_size_in_bytes,
     }
@@ -262,15 +301,24 @@ def alternate(
     return in_turns(calls, steps, seconds)
 
 
-def measure(name: str, size: str, seconds: float, peak: float, python: str | None, block: float = 0.3) -> dict[str, Any]:
-    """All figures of one row at one size; without an interpreter for PyTorch, genjax's alone, and a word of it."""
+def measure(
+    name: str, size: str, seconds: float, peak: float, python: str | None, block: float = 0.3
+) -> dict[str, Any]:
+    """All figures of one row at one size; without an interpreter for PyTorch, genjax's alone, and a
+    word of it.
+    """
     recipe = recipe_of(name, size)
     spec, case = recipe.source().spec, case_of(recipe)
     mine = ours(recipe)
     calls, about = dict(mine.calls), {}
     twin = Twin(python, case) if python else None
     if twin:
-        about = {**twin.about, "difference": agreement(recipe, twin), "failed": {}, "first_step_seconds": {}}
+        about = {
+            **twin.about,
+            "difference": agreement(recipe, twin),
+            "failed": {},
+            "first_step_seconds": {},
+        }
         for variant in VARIANTS:
             own = lambda steps, variant=variant: twin.ask(variant=variant, steps=steps)  # noqa: E731
             try:
@@ -299,7 +347,10 @@ def measure(name: str, size: str, seconds: float, peak: float, python: str | Non
         "compile_seconds": mine.compile_seconds,
         **mine.cost,
         "share_of_peak": mine.cost["flops"] / step / peak,
-        "ms": {one: {key: 1000 * v if key != "rounds" else v for key, v in summary(t).items()} for one, t in rounds.items()},
+        "ms": {
+            one: {key: 1000 * v if key != "rounds" else v for key, v in summary(t).items()}
+            for one, t in rounds.items()
+        },
     }
     if not twin:
         return row | {"torch": {"skipped": NO_TORCH}}
@@ -312,7 +363,9 @@ def measure(name: str, size: str, seconds: float, peak: float, python: str | Non
 
 
 def geometric_means(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Of the median ratios, genjax's time over PyTorch's, by size and over all; empty where PyTorch was not measured."""
+    """Of the median ratios, genjax's time over PyTorch's, by size and over all; empty where PyTorch
+    was not measured.
+    """
     kept = [row for row in rows if "ratio" in row]
     groups = {size: [row for row in kept if row["size"] == size] for size in SIZES} | {"all": kept}
     return {
@@ -333,10 +386,21 @@ def main(seconds: float = 8.0, names: tuple[str, ...] = (), sizes: tuple[str, ..
         for size in sizes:
             rows.append(measure(name, size, seconds, peak, python))
             row = rows[-1]
-            beside = f", {row['ratio']['median']:.2f} of the time of {row['torch']['best']}" if "ratio" in row else ""
-            print(f"{name}, {size}: {row['ms'][row['best']]['median']:.2f} ms with {row['best']}{beside}", flush=True)
+            beside = (
+                f", {row['ratio']['median']:.2f} of the time of {row['torch']['best']}"
+                if "ratio" in row
+                else ""
+            )
+            print(
+                f"{name}, {size}: {row['ms'][row['best']]['median']:.2f} ms with "
+                f"{row['best']}{beside}",
+                flush=True,
+            )
             # After each, so that what was measured is there when a long run is stopped.
-            write("peers", {"peak_gflops": peak / 1e9, "rows": rows, "geometric_means": geometric_means(rows)})
+            write(
+                "peers",
+                {"peak_gflops": peak / 1e9, "rows": rows, "geometric_means": geometric_means(rows)},
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Programs that are timed in processes of their own: they say one line when they are ready, and answer every line with one."""
+"""Programs that are timed in processes of their own: they say one line when they are ready, and
+answer every line with one.
+"""
 
 import subprocess
 from typing import Any
@@ -16,7 +18,9 @@ class AskedProcess:
     def _answer(self) -> str:
         line = self.process.stdout.readline().strip() if self.process.stdout else ""
         if not line:
-            raise RuntimeError(f"`{' '.join(self.command)}` ended without an answer; its message is above.")
+            raise RuntimeError(
+                f"`{' '.join(self.command)}` ended without an answer; its message is above."
+            )
         return line
 
     def ask(self, line: str) -> str:

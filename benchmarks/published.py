@@ -1,8 +1,10 @@
-"""What rows with a published reference reach when counted as the reference counts: without the first step of a sequence.
+"""What rows with a published reference reach when counted as the reference counts: without the
+first step of a sequence.
 
-nanoGPT predicts each character from the 1 to 64 before it, and Bai (2018) each frame of a chorale from those before it, so the
-first of a sequence, of which nothing is known, counts for neither. Our rows predict it as well, and the README's table counts
-it; here it is left out. Nats are summed over all steps of the test split and divided by their number.
+nanoGPT predicts each character from the 1 to 64 before it, and Bai (2018) each frame of a chorale
+from those before it, so the first of a sequence, of which nothing is known, counts for neither. Our
+rows predict it as well, and the README's table counts it; here it is left out. Nats are summed over
+all steps of the test split and divided by their number.
 """
 
 from pathlib import Path
@@ -27,13 +29,17 @@ REFERENCES = {
 
 
 def value(folder: Path, batch_size: int = 100) -> dict[str, Any]:
-    """Nats per step of one run on its test split without first steps, with the standard error over sequences."""
+    """Nats per step of one run on its test split without first steps, with the standard error over
+    sequences.
+    """
     loaded = run.load(folder)
     spec, arrays = loaded.model.spec, loaded.recipe.source().load().test
 
     @jax.jit
     def sums(batch: Any) -> Any:
-        nats = loaded.model.extras["step_log_prob"](loaded.params, loaded.state, batch)  # 0 where padded
+        nats = loaded.model.extras["step_log_prob"](
+            loaded.params, loaded.state, batch
+        )  # 0 where padded
         return nats[:, 1:].sum(1), step_mask(spec, batch)[:, 1:].sum(1)
 
     parts = []
@@ -48,7 +54,9 @@ def value(folder: Path, batch_size: int = 100) -> dict[str, Any]:
 
 
 def values(name: str, keep: Path) -> dict[str, Any] | None:
-    """`value` of each seed whose run folder `python -m benchmarks results --keep` left, mean and sd; None without any."""
+    """`value` of each seed whose run folder `python -m benchmarks results --keep` left, mean and
+    sd; None without any.
+    """
     found = [value(folder) for folder in sorted(keep.glob(f"{name}_seed?"))]
     if not found:
         return None
@@ -66,15 +74,21 @@ def values(name: str, keep: Path) -> dict[str, Any] | None:
 
 def main(keep: Path | None = None) -> None:
     """Measure the rows whose run folders are in `keep`, and write results/published.json."""
-    rows = [] if keep is None else [row for row in (values(name, keep) for name in REFERENCES) if row is not None]
+    rows = (
+        []
+        if keep is None
+        else [row for row in (values(name, keep) for name in REFERENCES) if row is not None]
+    )
     if not rows:
         raise ConfigError(
-            "Give a folder with runs: `python -m benchmarks results --names gru-jsb --keep FOLDER`, then "
+            "Give a folder with runs: `python -m benchmarks results --names gru-jsb --keep "
+            "FOLDER`, then "
             "`python -m benchmarks published --keep FOLDER`."
         )
     for row in rows:
         print(
-            f"{row['recipe']}: {row['mean']:.4f} nats per step, by seed {row['by_seed']}, {row['source']}: {row['reference']}"
+            f"{row['recipe']}: {row['mean']:.4f} nats per step, by seed {row['by_seed']}, "
+            f"{row['source']}: {row['reference']}"
         )
     write("published", {"rows": rows})
 

@@ -1,4 +1,6 @@
-"""Write benchmarks/REPORT.md and the README's results table from what was measured; nothing in them is typed by hand."""
+"""Write benchmarks/REPORT.md and the README's results table from what was measured; nothing in them
+is typed by hand.
+"""
 
 import math
 import re
@@ -48,7 +50,9 @@ def results_table(headlines: bool = False) -> str:
                 per = -r["true_log_prob"] * r["n"] / r["per_step"]["n"]
                 reference = f"{per:.3f} nats per {r['per_step']['step']} (the true distribution, same examples)"
         if "figures" in r:
-            shown = [figure for figure in r["figures"] if figure["name"] in HEADLINES or not headlines]
+            shown = [
+                figure for figure in r["figures"] if figure["name"] in HEADLINES or not headlines
+            ]
             value = "; ".join(map(figure_text, shown))
             how = f"{r['estimator']}; as many samples as examples"
         elif "per_step" in r:
@@ -61,7 +65,16 @@ def results_table(headlines: bool = False) -> str:
             value = f"{'at least ' * (r['kind'] != EXACT)}{mean_and_sd(r, '.2f')} nats{bits}"
             how = f"{r['estimator']}; s.e. over examples {r['standard_error']:.2f}"
         how += f"; {r['split']}, n={r['n']:,}; {len(r['seeds'])} seed{'s' * (len(r['seeds']) != 1)}"
-        rows.append([f"`{name}`", r["data"], value, how, reference or "-", f"{r['train_seconds']['mean']:.0f} s"])
+        rows.append(
+            [
+                f"`{name}`",
+                r["data"],
+                value,
+                how,
+                reference or "-",
+                f"{r['train_seconds']['mean']:.0f} s",
+            ]
+        )
     return markdown(["recipe", "data", "value", "estimator", "reference", "training time"], rows)
 
 
@@ -105,10 +118,21 @@ def adversarial_parts(found: dict[str, Any]) -> list[str]:
     parts = [
         "## Generative adversarial networks",
         "",
-        f"Eight seeds of a mixture as one vmapped program ({machine(found)}). A sample is of high quality within 3 sd of a "
+        f"Eight seeds of a mixture as one vmapped program ({machine(found)}). A sample is of high "
+        "quality within 3 sd of a "
         "mode; mean and sd over the seeds, and the same share of real data.",
         "",
-        markdown(["recipe", "modes covered, by seed", "high quality", "real data", "n", "training and compilation"], rows),
+        markdown(
+            [
+                "recipe",
+                "modes covered, by seed",
+                "high quality",
+                "real data",
+                "n",
+                "training and compilation",
+            ],
+            rows,
+        ),
         "",
         f"One step of {members['members']} ring GANs with batch {members['batch_size']} each, "
         f"{members['steps_per_dispatch']} steps a dispatch, in alternation:",
@@ -125,14 +149,23 @@ def twin_parts(twin: dict[str, Any]) -> list[str]:
     if "skipped" in twin:
         return [*parts, f"The PyTorch twin of `dcgan-mnist` was skipped: {twin['skipped']}.", ""]
     both = [
-        [name, *(f"{twin[who][name]['mean']:.4g} ± {twin[who][name]['sd']:.2g}" for who in ("genjax", "torch"))]
+        [
+            name,
+            *(
+                f"{twin[who][name]['mean']:.4g} ± {twin[who][name]['sd']:.2g}"
+                for who in ("genjax", "torch")
+            ),
+        ]
         for name in twin["genjax"]
     ]
     return [
         *parts,
-        f"`dcgan-mnist` and a PyTorch twin of the same layers, losses, optimiser and {twin['steps']:,} steps of batch "
-        f"{twin['batch_size']}, judged alike: mean and sd over {len(twin['seeds'])} seeds, {twin['n']:,} samples against the "
-        f"{twin['split']} split; seconds are of training, in turns on the same machine ({machine(twin)}).",
+        "`dcgan-mnist` and a PyTorch twin of the same layers, losses, optimiser and "
+        f"{twin['steps']:,} steps of batch "
+        f"{twin['batch_size']}, judged alike: mean and sd over {len(twin['seeds'])} seeds, "
+        f"{twin['n']:,} samples against the "
+        f"{twin['split']} split; seconds are of training, in turns on the same machine "
+        f"({machine(twin)}).",
         "",
         markdown(["figure", "genjax", "PyTorch"], both),
         "",
@@ -142,13 +175,19 @@ def twin_parts(twin: dict[str, Any]) -> list[str]:
 def nanogpt_parts(found: dict[str, Any]) -> list[str]:
     """The part about a Transformer's step and nanoGPT's."""
     ms, ratios = found["ms"], found["ratio_to"]
-    rows = [[name, quartiles(r, ".1f"), quartiles(ratios[name], ".2f") if name in ratios else "-"] for name, r in ms.items()]
+    rows = [
+        [name, quartiles(r, ".1f"), quartiles(ratios[name], ".2f") if name in ratios else "-"]
+        for name, r in ms.items()
+    ]
     return [
         "## A Transformer of nanoGPT's size for a CPU",
         "",
-        "4 layers, 4 heads, width 128, context 64, batch 12, AdamW; the twin is the same arithmetic in PyTorch "
-        f"({found['torch']}), timed in turns on the same machine ({machine(found)}); median and quartiles. genjax runs "
-        "20 steps a dispatch, as `fit` does, unless said; `compiled` is `torch.compile`, `fused` eager with fused AdamW.",
+        "4 layers, 4 heads, width 128, context 64, batch 12, AdamW; the twin is the same "
+        "arithmetic in PyTorch "
+        f"({found['torch']}), timed in turns on the same machine ({machine(found)}); median and "
+        "quartiles. genjax runs "
+        "20 steps a dispatch, as `fit` does, unless said; `compiled` is `torch.compile`, `fused` "
+        "eager with fused AdamW.",
         "",
         markdown(["program", "ms a step", "genjax's time as a share of it"], rows),
         "",
@@ -161,7 +200,11 @@ def peers_parts(found: dict[str, Any]) -> list[str]:
     for row in found["rows"]:
         torch, ms = row["torch"], row["ms"]
         skipped |= {torch["skipped"]} if "skipped" in torch else set()
-        versions |= {f"torch {torch['version']}, {torch['threads']} threads"} if "version" in torch else set()
+        versions |= (
+            {f"torch {torch['version']}, {torch['threads']} threads"}
+            if "version" in torch
+            else set()
+        )
         beside = "skipped" not in torch
         rows.append(
             [
@@ -175,7 +218,9 @@ def peers_parts(found: dict[str, Any]) -> list[str]:
                 f"{100 * row['share_of_peak']:.0f} %",
                 f"{row['temporary_bytes'] / 2**20:.0f}",
                 f"{row['compile_seconds']:.1f}",
-                f"{ms[torch['best']]['median']:.2f} ({torch['best'].rpartition(' ')[2]})" if beside else "skipped",
+                f"{ms[torch['best']]['median']:.2f} ({torch['best'].rpartition(' ')[2]})"
+                if beside
+                else "skipped",
                 quartiles(row["ratio"], ".2f") if beside else "-",
                 f"{row['ratio_one_step']['median']:.2f}" if beside else "-",
             ]
@@ -184,26 +229,55 @@ def peers_parts(found: dict[str, Any]) -> list[str]:
     parts = [
         "## Every family beside a PyTorch twin",
         "",
-        "A training step of a row's own procedure (optimiser, clipping, moving average), at the row's size and a few times "
-        f"wider, float32, on one resident batch ({machine(found)}). Milliseconds are medians, of one step a dispatch or as "
-        "many as the row says, whichever is faster (in brackets). FLOPs (of matrix products in loops for each trip, else as "
-        "the compiler counts them) and temporary memory are of the compiled program of one step; the peak is that of a large "
+        "A training step of a row's own procedure (optimiser, clipping, moving average), at the "
+        "row's size and a few times "
+        f"wider, float32, on one resident batch ({machine(found)}). Milliseconds are medians, of "
+        "one step a dispatch or as "
+        "many as the row says, whichever is faster (in brackets). FLOPs (of matrix products in "
+        "loops for each trip, else as "
+        "the compiler counts them) and temporary memory are of the compiled program of one step; "
+        "the peak is that of a large "
         f"matrix product, {found['peak_gflops']:.0f} GFLOP/s; compilation includes tracing.",
         "",
     ]
     if versions:
-        worst = max(max(row["torch"]["difference"].values()) for row in found["rows"] if "difference" in row["torch"])
+        worst = max(
+            max(row["torch"]["difference"].values())
+            for row in found["rows"]
+            if "difference" in row["torch"]
+        )
         parts += [
-            f"The twins ({'; '.join(sorted(versions))}) are the same architectures in PyTorch with as many parameters and "
-            "fused Adam, eager or by torch.compile, whichever is faster (in brackets), timed in turns with genjax. Before "
-            "that, each had genjax's loss and norm of the gradient for the same parameters, data and noise, to a relative "
-            f"difference of {worst:.0e} at most. The ratio is genjax's time over PyTorch's, with quartiles over turns; below 1 "
+            f"The twins ({'; '.join(sorted(versions))}) are the same architectures in PyTorch with "
+            "as many parameters and "
+            "fused Adam, eager or by torch.compile, whichever is faster (in brackets), timed in "
+            "turns with genjax. Before "
+            "that, each had genjax's loss and norm of the gradient for the same parameters, data "
+            "and noise, to a relative "
+            f"difference of {worst:.0e} at most. The ratio is genjax's time over PyTorch's, with "
+            "quartiles over turns; below 1 "
             "genjax is faster.",
             "",
         ]
-    parts += [f"The PyTorch twins were skipped: {reason}." for reason in sorted(skipped)] + [""] * bool(skipped)
-    header = ["recipe", "size", "parameters", "genjax, ms (steps a dispatch)", "steps/s", "per second", "GFLOP", "of the peak"]
-    header += ["temporary MiB", "compilation, s", "PyTorch, ms", "ratio (quartiles)", "ratio, one step a dispatch"]
+    parts += [f"The PyTorch twins were skipped: {reason}." for reason in sorted(skipped)] + [
+        ""
+    ] * bool(skipped)
+    header = [
+        "recipe",
+        "size",
+        "parameters",
+        "genjax, ms (steps a dispatch)",
+        "steps/s",
+        "per second",
+        "GFLOP",
+        "of the peak",
+    ]
+    header += [
+        "temporary MiB",
+        "compilation, s",
+        "PyTorch, ms",
+        "ratio (quartiles)",
+        "ratio, one step a dispatch",
+    ]
     parts += [markdown(header, rows), ""]
     if means:
         words = ", ".join(f"{name} {value:.2f}" for name, value in means.items())
@@ -216,8 +290,10 @@ def published_parts(found: dict[str, Any]) -> list[str]:
     return [
         "## Counted as their references count",
         "",
-        "Nats per step of the test split without the first step of each sequence, which nanoGPT and Bai (2018) do not predict; "
-        f"mean and sd over training seeds ({machine(found)}). Shakespeare's last tenth is nanoGPT's validation split.",
+        "Nats per step of the test split without the first step of each sequence, which nanoGPT "
+        "and Bai (2018) do not predict; "
+        f"mean and sd over training seeds ({machine(found)}). Shakespeare's last tenth is "
+        "nanoGPT's validation split.",
         "",
         markdown(
             ["recipe", "nats", "seeds", "s.e. over sequences", "steps", "reference"],
@@ -240,9 +316,17 @@ def published_parts(found: dict[str, Any]) -> list[str]:
 def makemore_parts(found: dict[str, Any]) -> list[str]:
     """The part about first names beside makemore's Transformer."""
     results, runs = measured(), found["runs"]
-    ours = {name: results[name]["per_step"] for name, row in ZOO.items() if row.data == "names" and name in results}
+    ours = {
+        name: results[name]["per_step"]
+        for name, row in ZOO.items()
+        if row.data == "names" and name in results
+    }
     rows = [
-        [f"`{name}`", mean_and_sd({"mean": per["nats"], "sd": per["sd"]}, ".3f"), str(len(per["by_seed"]))]
+        [
+            f"`{name}`",
+            mean_and_sd({"mean": per["nats"], "sd": per["sd"]}, ".3f"),
+            str(len(per["by_seed"])),
+        ]
         for name, per in ours.items()
     ]
     rows.append(["makemore's Transformer", mean_and_sd(found, ".3f"), str(len(runs))])
@@ -250,9 +334,12 @@ def makemore_parts(found: dict[str, Any]) -> list[str]:
     return [
         "## First names beside makemore's Transformer",
         "",
-        f"Nats per character of the same 1,000 test names; mean and sd over training seeds ({machine(found)}). makemore's "
-        f"model ({runs[0]['parameters']:,} parameters) was trained on the same names by its own settings in PyTorch "
-        f"{runs[0]['torch']}, {found['steps']:,} steps, and is taken at its best step on the validation names ({steps}). Its "
+        "Nats per character of the same 1,000 test names; mean and sd over training seeds "
+        f"({machine(found)}). makemore's "
+        f"model ({runs[0]['parameters']:,} parameters) was trained on the same names by its own "
+        "settings in PyTorch "
+        f"{runs[0]['torch']}, {found['steps']:,} steps, and is taken at its best step on the "
+        f"validation names ({steps}). Its "
         "README gives 1.92 for another 1,000 names, on which the best step was chosen as well.",
         "",
         markdown(["model", "nats per character", "seeds"], rows),
@@ -276,10 +363,14 @@ def generation_parts(found: dict[str, Any]) -> list[str]:
     return [
         "## Cached generation",
         "",
-        f"Sampling whole sequences of {found['levels']} symbols ({machine(found)}); for the Transformer the length is also its "
-        "context. Programs: how many were compiled for prompts of 0, 1, half and all but one of the length.",
+        f"Sampling whole sequences of {found['levels']} symbols ({machine(found)}); for the "
+        "Transformer the length is also its "
+        "context. Programs: how many were compiled for prompts of 0, 1, half and all but one of "
+        "the length.",
         "",
-        markdown(["recipe", "batch", "length", "µs a step (quartiles)", "tokens/s", "programs"], rows),
+        markdown(
+            ["recipe", "batch", "length", "µs a step (quartiles)", "tokens/s", "programs"], rows
+        ),
         "",
     ]
 
@@ -298,9 +389,12 @@ def denoising_parts(found: dict[str, Any]) -> list[str]:
             for one in found["plane"]
         ]
         parts += [
-            f"In the plane: sliced Wasserstein distance of {found['points']:,} samples ({found['plane_steps']} Heun steps) to "
-            f"as many fresh points, and of two fresh sets; mean and sd over {found['draws']} draws. The excess is in units "
-            f"of the latter sd, which is the standard error of one such distance ({machine(found)}).",
+            f"In the plane: sliced Wasserstein distance of {found['points']:,} samples "
+            f"({found['plane_steps']} Heun steps) to "
+            f"as many fresh points, and of two fresh sets; mean and sd over {found['draws']} "
+            "draws. The excess is in units "
+            "of the latter sd, which is the standard error of one such distance "
+            f"({machine(found)}).",
             "",
             markdown(["recipe", "density", "samples", "fresh data", "excess, s.e."], rows),
             "",
@@ -308,12 +402,18 @@ def denoising_parts(found: dict[str, Any]) -> list[str]:
     if "guided" in found:
         judge = found["guided"][0]
         rows = [
-            [f"`{one['recipe']}`", f"{row['scale']:g}", f"{100 * row['class agreement']:.1f} %", f"{row['FD[cnn-v1]']:.2f}"]
+            [
+                f"`{one['recipe']}`",
+                f"{row['scale']:g}",
+                f"{100 * row['class agreement']:.1f} %",
+                f"{row['FD[cnn-v1]']:.2f}",
+            ]
             for one in found["guided"]
             for row in one["rows"]
         ]
         parts += [
-            f"Guided digits, one seed: n={judge['n']:,} samples with the classes of the test split; judge: {judge['judge']}. "
+            f"Guided digits, one seed: n={judge['n']:,} samples with the classes of the test "
+            f"split; judge: {judge['judge']}. "
             f"Scale 1 is the conditional model, 0 the unconditional one ({machine(found)}).",
             "",
             markdown(["recipe", "guidance", "class agreement", "FD[cnn-v1]"], rows),
@@ -332,17 +432,32 @@ def denoising_parts(found: dict[str, Any]) -> list[str]:
             for one in found["bits"]
         ]
         parts += [
-            "Bits per dimension of the 8x8 digits with 17 levels, one seed. All are bounds from above, by different "
+            "Bits per dimension of the 8x8 digits with 17 levels, one seed. All are bounds from "
+            "above, by different "
             "estimators, so a difference between two rows is of models and of estimators together.",
             "",
-            markdown(["recipe", "conditional", "bits/dim, at most", "nats, at least", "estimator", "n, test"], rows),
+            markdown(
+                [
+                    "recipe",
+                    "conditional",
+                    "bits/dim, at most",
+                    "nats, at least",
+                    "estimator",
+                    "n, test",
+                ],
+                rows,
+            ),
             "",
         ]
     if "few_steps" in found:
         few = found["few_steps"]
-        rows = [[n, f"{row['FD[cnn-v1]']:.2f}", f"{row['recall']:.3f}"] for n, row in few["steps"].items()]
+        rows = [
+            [n, f"{row['FD[cnn-v1]']:.2f}", f"{row['recall']:.3f}"]
+            for n, row in few["steps"].items()
+        ]
         parts += [
-            f"`{few['recipe']}` with few and with many Heun steps from the same noise, n={few['n']:,}:",
+            f"`{few['recipe']}` with few and with many Heun steps from the same noise, "
+            f"n={few['n']:,}:",
             "",
             markdown(["Heun steps", "FD[cnn-v1]", "recall"], rows),
             "",
@@ -355,7 +470,8 @@ def main() -> None:
     parts = [
         "# Benchmarks",
         "",
-        "Written by `python -m benchmarks`; see the JSON files in `results/` for every value and its spread.",
+        "Written by `python -m benchmarks`; see the JSON files in `results/` for every value and "
+        "its spread.",
         "",
     ]
     overhead, throughput = read("overhead"), read("throughput")
@@ -366,7 +482,8 @@ def main() -> None:
                 row["size"],
                 f"{row['genjax_ms']:.3f}",
                 f"{row['hand_written_ms']:.3f}",
-                f"{percent(row['ratio']['median'])} [{percent(row['ratio']['q1'])}, {percent(row['ratio']['q3'])}]",
+                f"{percent(row['ratio']['median'])} [{percent(row['ratio']['q1'])}, "
+                f"{percent(row['ratio']['q3'])}]",
                 str(row["compiled_programs"]),
             ]
             for row in overhead["step"]
@@ -375,14 +492,27 @@ def main() -> None:
         parts += [
             "## Overhead of a training step over a hand-written jax step",
             "",
-            f"Same arithmetic, timed in alternation in one process; median and quartiles of the ratio ({machine(overhead)}).",
+            "Same arithmetic, timed in alternation in one process; median and quartiles of the "
+            f"ratio ({machine(overhead)}).",
             "",
-            markdown(["family", "size", "genjax, ms", "hand-written, ms", "overhead", "compiled programs"], rows),
+            markdown(
+                [
+                    "family",
+                    "size",
+                    "genjax, ms",
+                    "hand-written, ms",
+                    "overhead",
+                    "compiled programs",
+                ],
+                rows,
+            ),
             "",
             "## Cost of the loop",
             "",
-            "`fit` with metrics, log files and progress against bare dispatches of the same program: "
-            f"{loop['fit_ms']:.3f} ms against {loop['bare_ms']:.3f} ms a step, in turns ({quartiles(loop['ratio'], '.2f')}). "
+            "`fit` with metrics, log files and progress against bare dispatches of the same "
+            "program: "
+            f"{loop['fit_ms']:.3f} ms against {loop['bare_ms']:.3f} ms a step, in turns "
+            f"({quartiles(loop['ratio'], '.2f')}). "
             "The processor time of the loop's own thread, over that of bare dispatches, would be "
             f"{quartiles(loop['overhead_at_1ms_percent'], '.1f')} % of a step of 1 ms.",
             "",
@@ -391,16 +521,22 @@ def main() -> None:
         columns = list(dict.fromkeys((row["size"], row["dtype"]) for row in throughput["rows"]))
         names = list(dict.fromkeys(row["variant"] for row in throughput["rows"]))
         table = {(row["variant"], row["size"], row["dtype"]): row for row in throughput["rows"]}
-        cell = lambda row: f"{row['ms_per_step_and_member']:.3f} ({100 * row['share_of_float32_peak']:.0f} %)"  # noqa: E731
+        cell = lambda row: (
+            f"{row['ms_per_step_and_member']:.3f} ({100 * row['share_of_float32_peak']:.0f} %)"
+        )  # noqa: E731
         parts += [
             "## Throughput of one VAE step",
             "",
-            f"Milliseconds per optimiser step and member, and the share of the measured float32 matrix-product peak "
+            "Milliseconds per optimiser step and member, and the share of the measured float32 "
+            "matrix-product peak "
             f"({throughput['peak_gflops']['float32']:.0f} GFLOP/s; {machine(throughput)}).",
             "",
             markdown(
                 ["variant", *(f"{size}, {dtype}" for size, dtype in columns)],
-                [[name, *(cell(table[name, size, dtype]) for size, dtype in columns)] for name in names],
+                [
+                    [name, *(cell(table[name, size, dtype]) for size, dtype in columns)]
+                    for name in names
+                ],
             ),
             "",
         ]
@@ -433,4 +569,6 @@ def main() -> None:
     print(f"written: {HERE / 'REPORT.md'}")
     text = README.read_text()
     block = f"<!-- results -->\n{results_table(headlines=True)}\n<!-- /results -->"
-    README.write_text(re.sub(r"<!-- results -->.*<!-- /results -->", lambda _: block, text, flags=re.DOTALL))
+    README.write_text(
+        re.sub(r"<!-- results -->.*<!-- /results -->", lambda _: block, text, flags=re.DOTALL)
+    )

@@ -1,4 +1,6 @@
-"""The report's sections about what programs cost: their size, their memory, sampling, starting, and many models at once."""
+"""The report's sections about what programs cost: their size, their memory, sampling, starting, and
+many models at once.
+"""
 
 import statistics
 from typing import Any
@@ -10,19 +12,38 @@ from benchmarks.programs import ALLOWED
 def program_parts(found: dict[str, Any]) -> list[str]:
     """The part about the size of compiled steps."""
     rows = []
-    for name in dict.fromkeys(row["recipe"] for of in found["versions"].values() for row in of["rows"]):
+    for name in dict.fromkeys(
+        row["recipe"] for of in found["versions"].values() for row in of["rows"]
+    ):
         for version, of in found["versions"].items():
             for row in (row for row in of["rows"] if row["recipe"] == name):
-                counts = [f"{row['flops'] / 1e6:,.1f}", f"{row['bytes_accessed'] / 2**20:,.1f}", f"{row['instructions']:,}"]
-                rows.append([f"`{name}`", str(row["batch_size"]), version, *counts, f"{row['code_bytes'] / 2**10:,.0f}"])
+                counts = [
+                    f"{row['flops'] / 1e6:,.1f}",
+                    f"{row['bytes_accessed'] / 2**20:,.1f}",
+                    f"{row['instructions']:,}",
+                ]
+                rows.append(
+                    [
+                        f"`{name}`",
+                        str(row["batch_size"]),
+                        version,
+                        *counts,
+                        f"{row['code_bytes'] / 2**10:,.0f}",
+                    ]
+                )
     where = "; ".join(machine(of) for of in found["versions"].values())
     return [
         "## Size of a compiled step",
         "",
-        f"A training step at its row's real size, by the compiler's own counts, in which the body of a loop counts once "
-        f"({where}). `tests/test_programs.py` fails when FLOPs, bytes or instructions grow by more than {100 * ALLOWED:.0f} %.",
+        "A training step at its row's real size, by the compiler's own counts, in which the body "
+        "of a loop counts once "
+        f"({where}). `tests/test_programs.py` fails when FLOPs, bytes or instructions grow by more "
+        f"than {100 * ALLOWED:.0f} %.",
         "",
-        markdown(["recipe", "batch", "jax", "MFLOP", "MiB accessed", "instructions", "executable, KiB"], rows),
+        markdown(
+            ["recipe", "batch", "jax", "MFLOP", "MiB accessed", "instructions", "executable, KiB"],
+            rows,
+        ),
         "",
     ]
 
@@ -54,11 +75,16 @@ def memory_parts(found: dict[str, Any]) -> list[str]:
     return [
         "## Memory of a step",
         "",
-        f"MiB of temporary memory at the peak of the compiled step, beside the state and the batch ({machine(found)}), and the "
-        "difference to float32. bfloat16 is of the networks' arithmetic; parameters, their gradients and losses stay float32, "
-        f"and casts of the parameters come on top. Accumulated: the gradient over {found['parts']} parts of the batch. "
-        "`jax.checkpoint` around a whole loss brings back at once all that it did not keep. `remat` is the setting of the "
-        "families with loops or blocks to compute again (for the Transformer with `scan_layers`). Reused: whether the new "
+        "MiB of temporary memory at the peak of the compiled step, beside the state and the batch "
+        f"({machine(found)}), and the "
+        "difference to float32. bfloat16 is of the networks' arithmetic; parameters, their "
+        "gradients and losses stay float32, "
+        f"and casts of the parameters come on top. Accumulated: the gradient over {found['parts']} "
+        "parts of the batch. "
+        "`jax.checkpoint` around a whole loss brings back at once all that it did not keep. "
+        "`remat` is the setting of the "
+        "families with loops or blocks to compute again (for the Transformer with `scan_layers`). "
+        "Reused: whether the new "
         "state is written over the donated one, byte for byte.",
         "",
         markdown(
@@ -83,7 +109,11 @@ def sampling_parts(found: dict[str, Any]) -> list[str]:
     """The part about samplers."""
     rows = []
     for row in found["rows"]:
-        steps = "-" if row["steps_per_second"] is None else f"{row['steps_per_second']:,.0f} {row['step']}s"
+        steps = (
+            "-"
+            if row["steps_per_second"] is None
+            else f"{row['steps_per_second']:,.0f} {row['step']}s"
+        )
         rows.append(
             [
                 f"`{row['recipe']}`",
@@ -95,11 +125,20 @@ def sampling_parts(found: dict[str, Any]) -> list[str]:
                 f"{row['compile_seconds']:.1f}",
             ]
         )
-    header = ["recipe", "solver steps", "batch", "ms a call (quartiles)", "samples/s", "steps/s", "compilation, s"]
+    header = [
+        "recipe",
+        "solver steps",
+        "batch",
+        "ms a call (quartiles)",
+        "samples/s",
+        "steps/s",
+        "compilation, s",
+    ]
     return [
         "## Samplers",
         "",
-        f"Whole samples with random weights, at the row's settings ({machine(found)}); compilation includes tracing.",
+        f"Whole samples with random weights, at the row's settings ({machine(found)}); compilation "
+        "includes tracing.",
         "",
         markdown(header, rows),
         "",
@@ -113,10 +152,15 @@ def startup_parts(found: dict[str, Any]) -> list[str]:
     return [
         "## From the command to the first step",
         "",
-        "Seconds from starting the process until the first optimiser step is done and logged, with an empty cache of compiled "
-        f"programs and with the one that it left: median and all of {found['runs']} runs ({machine(found)}).",
+        "Seconds from starting the process until the first optimiser step is done and logged, with "
+        "an empty cache of compiled "
+        f"programs and with the one that it left: median and all of {found['runs']} runs "
+        f"({machine(found)}).",
         "",
-        markdown(["command", "cold", "warm"], [*rows, ["`genjax --help` (to its end)", each(found["help"]), "-"]]),
+        markdown(
+            ["command", "cold", "warm"],
+            [*rows, ["`genjax --help` (to its end)", each(found["help"]), "-"]],
+        ),
         "",
     ]
 
@@ -126,18 +170,35 @@ def ensemble_parts(found: dict[str, Any]) -> list[str]:
     parts = [
         "## Many small models as one program",
         "",
-        f"A step of all members in units of a step of one member alone, {found['steps_per_dispatch']} steps a dispatch, in "
-        f"turns ({machine(found)}); the last column is the time of `auto` over that of one program after the other.",
+        "A step of all members in units of a step of one member alone, "
+        f"{found['steps_per_dispatch']} steps a dispatch, in "
+        f"turns ({machine(found)}); the last column is the time of `auto` over that of one program "
+        "after the other.",
         "",
     ]
     rows = []
     for row in found["rows"]:
         modes = row["modes"]
-        shown = [f"{modes[mode]['to_one_member']['median']:.2f}" for mode in ("one by one", "map", "vmap", "auto")]
+        shown = [
+            f"{modes[mode]['to_one_member']['median']:.2f}"
+            for mode in ("one by one", "map", "vmap", "auto")
+        ]
         alone = f"{modes['one']['ms']:.2f}"
         last = quartiles(modes["auto"]["to_one_by_one"], ".2f")
-        rows.append([f"`{row['recipe']}`", str(row["batch_size"]), str(row["members"]), alone, *shown, last])
-    header = ["recipe", "batch", "members", "one member, ms", "one by one", "map", "vmap", "auto", "auto / one by one"]
+        rows.append(
+            [f"`{row['recipe']}`", str(row["batch_size"]), str(row["members"]), alone, *shown, last]
+        )
+    header = [
+        "recipe",
+        "batch",
+        "members",
+        "one member, ms",
+        "one by one",
+        "map",
+        "vmap",
+        "auto",
+        "auto / one by one",
+    ]
     parts += [markdown(header, rows), ""]
     autos = [row["modes"]["auto"]["to_one_by_one"]["median"] for row in found["rows"]]
     return [*parts, f"`auto` against one by one, at worst: {percent(max(autos))}.", ""]
@@ -150,15 +211,24 @@ def convolution_parts(found: dict[str, Any]) -> list[str]:
         cells = []
         for form in ("alone", "loop"):
             ms = row[form]["ms"]
-            cells += [f"{ms['genjax']:.1f}", f"{ms['flax']:.1f}", quartiles(row[form]["times_as_long"], ".2f")]
-        rows.append([f"`{row['recipe']}`", str(row["batch_size"]), *cells, f"{row['difference']:.0e}"])
+            cells += [
+                f"{ms['genjax']:.1f}",
+                f"{ms['flax']:.1f}",
+                quartiles(row[form]["times_as_long"], ".2f"),
+            ]
+        rows.append(
+            [f"`{row['recipe']}`", str(row["batch_size"]), *cells, f"{row['difference']:.0e}"]
+        )
     header = ["recipe", "batch", "genjax, ms", "flax, ms", "flax / genjax"]
     return [
         "## Convolutions",
         "",
-        "The whole gradient of a row's losses with genjax's convolutions and with plain `flax.nnx` ones, in turns "
-        f"({machine(found)}): by itself, then in a loop of {found['trips']}, which is where training steps are (milliseconds "
-        "of one gradient). The last column is the largest difference between both gradients, over the largest entry.",
+        "The whole gradient of a row's losses with genjax's convolutions and with plain `flax.nnx` "
+        "ones, in turns "
+        f"({machine(found)}): by itself, then in a loop of {found['trips']}, which is where "
+        "training steps are (milliseconds "
+        "of one gradient). The last column is the largest difference between both gradients, over "
+        "the largest entry.",
         "",
         markdown([*header, *(f"{name}, in a loop" for name in header[2:]), "difference"], rows),
         "",
@@ -170,16 +240,33 @@ def width_parts(found: dict[str, Any]) -> list[str]:
     rows, first = [], found["rows"][0]
     for row in found["rows"]:
         share = {key: 100 * value for key, value in row["share_of_peak"].items()}
-        counts = [f"{row['parameters']:,}", f"{row['ms']:.1f}", f"{row['flops'] / 1e9:.1f}", f"{row['peak_gflops']:.0f}"]
+        counts = [
+            f"{row['parameters']:,}",
+            f"{row['ms']:.1f}",
+            f"{row['flops'] / 1e9:.1f}",
+            f"{row['peak_gflops']:.0f}",
+        ]
         rows.append([str(row["width"]), *counts, f"{quartiles(share, '.0f')} %"])
     return [
         "## A Transformer by its width",
         "",
-        f"A training step of `{found['recipe']}` (batches of {first['batch_size']} sequences of {first['steps']} steps, "
-        f"float32, {found['steps_per_dispatch']} steps a dispatch; {machine(found)}), as a share of the rate of a large matrix "
+        f"A training step of `{found['recipe']}` (batches of {first['batch_size']} sequences of "
+        f"{first['steps']} steps, "
+        f"float32, {found['steps_per_dispatch']} steps a dispatch; {machine(found)}), as a share "
+        "of the rate of a large matrix "
         "product, in turns with it.",
         "",
-        markdown(["width", "parameters", "ms a step", "GFLOP", "peak, GFLOP/s", "of the peak (quartiles)"], rows),
+        markdown(
+            [
+                "width",
+                "parameters",
+                "ms a step",
+                "GFLOP",
+                "peak, GFLOP/s",
+                "of the peak (quartiles)",
+            ],
+            rows,
+        ),
         "",
     ]
 
@@ -189,17 +276,41 @@ def page_parts(found: dict[str, Any]) -> list[str]:
     rows = []
     for row in found["rows"]:
         for form, of in row["forms"].items():
-            counts = [f"{of[what][pages]:,.{digits}f}" for what, digits in (("ms", 1), ("faults", 0)) for pages in of[what]]
+            counts = [
+                f"{of[what][pages]:,.{digits}f}"
+                for what, digits in (("ms", 1), ("faults", 0))
+                for pages in of[what]
+            ]
             ratios = quartiles(of["huge_to_plain"], ".2f")
-            rows.append([f"`{row['recipe']}`", form, f"{row['temporary_bytes'] / 2**20:.0f}", *counts, ratios])
-    header = ["recipe", "dispatch", "temporary MiB", "ms", "ms, huge", "page faults a step", "page faults, huge"]
+            rows.append(
+                [
+                    f"`{row['recipe']}`",
+                    form,
+                    f"{row['temporary_bytes'] / 2**20:.0f}",
+                    *counts,
+                    ratios,
+                ]
+            )
+    header = [
+        "recipe",
+        "dispatch",
+        "temporary MiB",
+        "ms",
+        "ms, huge",
+        "page faults a step",
+        "page faults, huge",
+    ]
     return [
         "## Pages of memory",
         "",
-        "XLA asks for temporary memory anew at every dispatch. Where that is tens of MiB, glibc takes it from the kernel each "
-        "time, which clears every page at its first touch. A step in a process as it comes and in one with huge pages "
-        f"(`GLIBC_TUNABLES={found['tunables']}`), in turns ({machine(found)}; Linux that gives huge pages to those "
-        "that ask, `madvise`): medians of the times, the ratio with its quartiles, and the faults of the last round.",
+        "XLA asks for temporary memory anew at every dispatch. Where that is tens of MiB, glibc "
+        "takes it from the kernel each "
+        "time, which clears every page at its first touch. A step in a process as it comes and in "
+        "one with huge pages "
+        f"(`GLIBC_TUNABLES={found['tunables']}`), in turns ({machine(found)}; Linux that gives "
+        "huge pages to those "
+        "that ask, `madvise`): medians of the times, the ratio with its quartiles, and the faults "
+        "of the last round.",
         "",
         markdown([*header, "huge / as it is"], rows),
         "",

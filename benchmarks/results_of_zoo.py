@@ -1,7 +1,9 @@
-"""Train every row of the zoo with several seeds, evaluate on its test split, and write genjax/zoo/results.json.
+"""Train every row of the zoo with several seeds, evaluate on its test split, and write
+genjax/zoo/results.json.
 
-`genjax list` and the README's table read that file, so no figure in them is typed by hand. Rows whose data are not on this
-machine keep what was measured before. Runs are made by the real program, one after the other, on an otherwise idle machine.
+`genjax list` and the README's table read that file, so no figure in them is typed by hand. Rows
+whose data are not on this machine keep what was measured before. Runs are made by the real program,
+one after the other, on an otherwise idle machine.
 """
 
 import json
@@ -26,8 +28,22 @@ PATH = Path(genjax.__file__).parent / "zoo" / "results.json"
 
 def train(name: str, seed: int, folder: Path, *flags: str) -> float:
     """Train one row through the command line, or find it trained; the seconds of its training."""
-    command = [sys.executable, "-m", "genjax", "train", name, "--seed", str(seed), "--out", str(folder), *flags]
-    cold = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "0"}  # the time of a first run, with what compiling takes
+    command = [
+        sys.executable,
+        "-m",
+        "genjax",
+        "train",
+        name,
+        "--seed",
+        str(seed),
+        "--out",
+        str(folder),
+        *flags,
+    ]
+    cold = {
+        **os.environ,
+        "JAX_ENABLE_COMPILATION_CACHE": "0",
+    }  # the time of a first run, with what compiling takes
     subprocess.run(command, check=True, env=cold)
     return read_metrics(folder / "metrics.jsonl")[-1]["seconds"]
 
@@ -59,9 +75,24 @@ def run_row(name: str, seeds: list[int], keep: Path | None) -> dict[str, Any]:
         "mean": statistics.mean(means),
         "sd": statistics.stdev(means) if len(means) > 1 else None,
         "by_seed": means,
-        "standard_error": max((r["standard_error"] for r in reports if r["standard_error"] is not None), default=None),
+        "standard_error": max(
+            (r["standard_error"] for r in reports if r["standard_error"] is not None), default=None
+        ),
         "seeds": seeds,
-        **{key: first[key] for key in ("data", "unit", "kind", "estimator", "split", "n", "step", "versions", "hardware")},
+        **{
+            key: first[key]
+            for key in (
+                "data",
+                "unit",
+                "kind",
+                "estimator",
+                "split",
+                "n",
+                "step",
+                "versions",
+                "hardware",
+            )
+        },
         "train_seconds": spread(seconds),
         "evaluate_seconds": spread([report["seconds"] for report in reports]),
     }
@@ -81,14 +112,18 @@ def run_row(name: str, seeds: list[int], keep: Path | None) -> dict[str, Any]:
         }
     if "figures" in first:
         result["figures"] = [
-            over_seeds([report["figures"][index] for report in reports]) for index in range(len(first["figures"]))
+            over_seeds([report["figures"][index] for report in reports])
+            for index in range(len(first["figures"]))
         ]
     return result
 
 
 def over_seeds(figures: list[dict[str, Any]]) -> dict[str, Any]:
     """One figure about samples as mean and sd over seeds, with what it is."""
-    values, real = [figure["value"] for figure in figures], [f["real"] for f in figures if f["real"] is not None]
+    values, real = (
+        [figure["value"] for figure in figures],
+        [f["real"] for f in figures if f["real"] is not None],
+    )
     kept = ("name", "unit", "estimator", "n", "n_reference")
     return {key: figures[0][key] for key in kept} | {
         "mean": statistics.mean(values),
@@ -108,6 +143,8 @@ def main(names: list[str], seeds: list[int], keep: Path | None = None) -> None:
             print(f"skipped {name}: {error}", file=sys.stderr)
             continue
         results[name] = run_row(name, seeds, keep)
-        print(f"{name}: {results[name]['mean']:.3f} (by seed {results[name]['by_seed']})", flush=True)
+        print(
+            f"{name}: {results[name]['mean']:.3f} (by seed {results[name]['by_seed']})", flush=True
+        )
         write_json(PATH, {row: results[row] for row in ZOO if row in results})
     print(f"written: {PATH}, on {environment()['hardware']}")

@@ -1,7 +1,8 @@
 """Samples per second of each family's sampler, by batch, and how long it takes to compile.
 
-Sizes are those of the zoo's rows, with random weights: what is drawn costs the same. Denoisers take the number of solver steps
-that their row says. A sampler of sequences draws whole ones; `generation.py` has cached decoding by length.
+Sizes are those of the zoo's rows, with random weights: what is drawn costs the same. Denoisers take
+the number of solver steps that their row says. A sampler of sequences draws whole ones;
+`generation.py` has cached decoding by length.
 """
 
 import inspect
@@ -28,7 +29,9 @@ def solver_steps(recipe: Recipe) -> int | None:
 
 
 def sampler(recipe: Recipe, n: int) -> tuple[Callable[[], Any], float]:
-    """A call that draws n samples, with classes in turn where the model is conditional, and the seconds to compile it."""
+    """A call that draws n samples, with classes in turn where the model is conditional, and the
+    seconds to compile it.
+    """
     spec = recipe.source().spec
     model = recipe.build(spec)
     params, state = jax.jit(model.init)(jax.random.key(0))
@@ -45,7 +48,9 @@ def sampler(recipe: Recipe, n: int) -> tuple[Callable[[], Any], float]:
 
 
 def measure(seconds: float) -> list[dict[str, Any]]:
-    """Every row at every batch: seconds of a call with quartiles, samples and steps of sequences per second."""
+    """Every row at every batch: seconds of a call with quartiles, samples and steps of sequences
+    per second.
+    """
     rows = []
     for name in ROWS:
         recipe = replace(ZOO[name], **SETTINGS.get(name, {}))
@@ -67,7 +72,10 @@ def measure(seconds: float) -> list[dict[str, Any]]:
                     "compile_seconds": compile_seconds,
                 }
             )
-            print(f"{name}, batch {n}: {rate:,.1f} samples/s, compiled in {compile_seconds:.1f} s", flush=True)
+            print(
+                f"{name}, batch {n}: {rate:,.1f} samples/s, compiled in {compile_seconds:.1f} s",
+                flush=True,
+            )
     return rows
 
 

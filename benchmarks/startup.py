@@ -1,7 +1,9 @@
-"""Seconds from the command to the first step of training, with an empty and with a filled cache of compiled programs.
+"""Seconds from the command to the first step of training, with an empty and with a filled cache of
+compiled programs.
 
-Every run is a process of its own, and every pair of a cold and a warm one has its own cache folder. With one step a dispatch
-and every step logged, the first step is done when its values are in metrics.jsonl; the run is then stopped.
+Every run is a process of its own, and every pair of a cold and a warm one has its own cache folder.
+With one step a dispatch and every step logged, the first step is done when its values are in
+metrics.jsonl; the run is then stopped.
 """
 
 import os
@@ -21,14 +23,24 @@ FLAGS = ("--steps-per-call", "1", "--log-every", "1")
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """A user's environment, with a cache folder of its own; what the command would set for itself is left to it."""
-    dropped = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "JAX_ENABLE_COMPILATION_CACHE")
-    kept = {name: value for name, value in os.environ.items() if name not in (*dropped, "XLA_FLAGS")}
+    """A user's environment, with a cache folder of its own; what the command would set for itself
+    is left to it.
+    """
+    dropped = (
+        "JAX_COMPILATION_CACHE_DIR",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+        "JAX_ENABLE_COMPILATION_CACHE",
+    )
+    kept = {
+        name: value for name, value in os.environ.items() if name not in (*dropped, "XLA_FLAGS")
+    }
     return {**kept, "XDG_CACHE_HOME": str(cache)}
 
 
 def seconds_to_first_step(name: str, cache: Path, *flags: str) -> float:
-    """Seconds from starting `genjax train NAME` until its log has the first step; it is then stopped and waited for."""
+    """Seconds from starting `genjax train NAME` until its log has the first step; it is then
+    stopped and waited for.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         command = [sys.executable, "-m", "genjax", "train", name, "--out", str(out), *FLAGS, *flags]
@@ -38,7 +50,9 @@ def seconds_to_first_step(name: str, cache: Path, *flags: str) -> float:
         log = out / "metrics.jsonl"
         while not (log.exists() and log.stat().st_size):
             if process.poll() is not None:
-                raise RuntimeError(f"genjax train {name} ended before its first step: {process.communicate()[1]}")
+                raise RuntimeError(
+                    f"genjax train {name} ended before its first step: {process.communicate()[1]}"
+                )
             time.sleep(0.005)
         seconds = time.perf_counter() - start
         process.terminate()  # which saves a checkpoint and ends
@@ -49,7 +63,9 @@ def seconds_to_first_step(name: str, cache: Path, *flags: str) -> float:
 def seconds_of_help() -> float:
     """Seconds that `genjax --help` takes as a process."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "genjax", "--help"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "genjax", "--help"], check=True, stdout=subprocess.DEVNULL
+    )
     return time.perf_counter() - start
 
 

@@ -34,17 +34,31 @@ def variants(t: Training) -> dict[str, tuple[Training, int, int]]:
 def main(seconds: float = 4.0) -> None:
     """Measure and write results/throughput.json."""
     rows: list[dict[str, Any]] = []
-    peaks = {name: matmul_peak(dtype=dtype) for name, dtype in (("float32", jnp.float32), ("bfloat16", jnp.bfloat16))}
+    peaks = {
+        name: matmul_peak(dtype=dtype)
+        for name, dtype in (("float32", jnp.float32), ("bfloat16", jnp.bfloat16))
+    }
     for size_name, size in SIZES.items():
         spec = DataSpec((size["side"], size["side"], 1), "binary", name="random bits")
-        batch = jax.jit(partial(example_batch, spec), static_argnums=1)(jax.random.key(1), size["batch"])
+        batch = jax.jit(partial(example_batch, spec), static_argnums=1)(
+            jax.random.key(1), size["batch"]
+        )
         for dtype in DTYPES:
-            t = training(vae(spec, hidden=(size["width"],) * 2, latent_dim=size["latent"], dtype=dtype), optax.adam(1e-3))  # type: ignore[arg-type]
-            flops, _ = cost_of(jax.jit(t.step).lower(jax.eval_shape(t.init, jax.random.key(0)), batch).compile())
+            t = training(
+                vae(spec, hidden=(size["width"],) * 2, latent_dim=size["latent"], dtype=dtype),
+                optax.adam(1e-3),
+            )  # type: ignore[arg-type]
+            flops, _ = cost_of(
+                jax.jit(t.step).lower(jax.eval_shape(t.init, jax.random.key(0)), batch).compile()
+            )
             calls = {}
             for name, (variant, _, members) in variants(t).items():
                 c = compiled(variant)
-                key = jax.random.key(0) if "x" not in name else jax.random.split(jax.random.key(0), members)
+                key = (
+                    jax.random.key(0)
+                    if "x" not in name
+                    else jax.random.split(jax.random.key(0), members)
+                )
                 calls[name] = stepper(c.step, c.init(key), batch)
             rounds = alternate(calls, seconds * len(calls))
             for name, (_, k, members) in variants(t).items():
@@ -61,5 +75,11 @@ def main(seconds: float = 4.0) -> None:
                         "spread": summary(rounds[name]),
                     }
                 )
-                print(f"{size_name} {dtype} {name}: {1000 * per_step:.3f} ms per step and member", flush=True)
-    write("throughput", {"peak_gflops": {name: peak / 1e9 for name, peak in peaks.items()}, "rows": rows})
+                print(
+                    f"{size_name} {dtype} {name}: {1000 * per_step:.3f} ms per step and member",
+                    flush=True,
+                )
+    write(
+        "throughput",
+        {"peak_gflops": {name: peak / 1e9 for name, peak in peaks.items()}, "rows": rows},
+    )

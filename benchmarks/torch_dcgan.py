@@ -1,9 +1,11 @@
-"""A PyTorch twin of the recipe `dcgan-mnist`, run by an interpreter of its own: it imports nothing of genjax.
+"""A PyTorch twin of the recipe `dcgan-mnist`, run by an interpreter of its own: it imports nothing
+of genjax.
 
     python torch_dcgan.py IMAGES.npz OUT.npz --steps 6000 --batch 64 --seed 0 --n 10000
 
-The same layers, initial distributions, losses, optimiser, moving average and number of steps as the recipe's; PyTorch's own
-order of the data. Writes `x` (uint8 grey levels [n, 28, 28, 1]), the seconds of training, and the numbers of parameters.
+The same layers, initial distributions, losses, optimiser, moving average and number of steps as the
+recipe's; PyTorch's own order of the data. Writes `x` (uint8 grey levels [n, 28, 28, 1]), the
+seconds of training, and the numbers of parameters.
 """
 
 import argparse
@@ -25,7 +27,9 @@ class Generator(nn.Module):
         self.first = nn.Linear(d_z, int(np.prod(self.start)))
         sizes = [*wide, 1]
         self.norms = nn.ModuleList([nn.BatchNorm2d(d, momentum=0.01) for d in wide])
-        self.convs = nn.ModuleList([nn.ConvTranspose2d(a, b, 4, 2, 1, bias=b == 1) for a, b in itertools.pairwise(sizes)])
+        self.convs = nn.ModuleList(
+            [nn.ConvTranspose2d(a, b, 4, 2, 1, bias=b == 1) for a, b in itertools.pairwise(sizes)]
+        )
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         x = self.first(z).reshape(-1, *self.start)
@@ -38,7 +42,9 @@ class Discriminator(nn.Module):
     def __init__(self, channels: tuple[int, ...], side: int) -> None:
         super().__init__()
         sizes = [1, *channels]
-        self.convs = nn.ModuleList([nn.Conv2d(a, b, 4, 2, 1, bias=a == 1) for a, b in itertools.pairwise(sizes)])
+        self.convs = nn.ModuleList(
+            [nn.Conv2d(a, b, 4, 2, 1, bias=a == 1) for a, b in itertools.pairwise(sizes)]
+        )
         self.norms = nn.ModuleList([nn.BatchNorm2d(d, momentum=0.01) for d in channels[1:]])
         self.logit = nn.Linear(channels[-1] * (side // 2 ** len(channels)) ** 2, 1)
 
@@ -63,7 +69,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("images")
     parser.add_argument("out")
-    for name, kind, default in (("steps", int, 6000), ("batch", int, 64), ("seed", int, 0), ("n", int, 10000)):
+    for name, kind, default in (
+        ("steps", int, 6000),
+        ("batch", int, 64),
+        ("seed", int, 0),
+        ("n", int, 10000),
+    ):
         parser.add_argument(f"--{name}", type=kind, default=default)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -86,7 +97,10 @@ def main() -> None:
         real = data[index].contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             fake = generator(torch.randn(args.batch, d_z))
-        loss = functional.softplus(-discriminator(real)).mean() + functional.softplus(discriminator(fake)).mean()
+        loss = (
+            functional.softplus(-discriminator(real)).mean()
+            + functional.softplus(discriminator(fake)).mean()
+        )
         opt_d.zero_grad()
         loss.backward()
         opt_d.step()
@@ -104,7 +118,12 @@ def main() -> None:
     average.eval()
     with torch.no_grad():
         parts = [average(torch.randn(500, d_z)) for _ in range(-(-args.n // 500))]
-    x = ((torch.cat(parts)[: args.n].permute(0, 2, 3, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
+    x = (
+        ((torch.cat(parts)[: args.n].permute(0, 2, 3, 1) + 1) * 127.5)
+        .round()
+        .to(torch.uint8)
+        .numpy()
+    )
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     np.savez_compressed(
         args.out,

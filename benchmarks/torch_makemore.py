@@ -1,11 +1,14 @@
-"""makemore's Transformer trained by makemore's settings in PyTorch, by an interpreter of its own: it imports nothing of genjax.
+"""makemore's Transformer trained by makemore's settings in PyTorch, by an interpreter of its own:
+it imports nothing of genjax.
 
     python torch_makemore.py DATA.npz STEPS SEED
 
-DATA holds `train`, `valid` and `test`: lines of tokens [N, T], int64, ended by token 0 and filled with -1. The defaults of
-makemore.py (Karpathy 2022): 4 pre-norm blocks of 4 heads and width 64 with biases and learned positions, PyTorch's initial
-distributions, AdamW at a constant 5e-4 (betas 0.9 and 0.99, decay 0.01), batches of 32 lines drawn with replacement, token 0 as
-the first input. It keeps the best step on its test lines; here that step is chosen on `valid`. One line of JSON on stdout.
+DATA holds `train`, `valid` and `test`: lines of tokens [N, T], int64, ended by token 0 and filled
+with -1. The defaults of makemore.py (Karpathy 2022): 4 pre-norm blocks of 4 heads and width 64 with
+biases and learned positions, PyTorch's initial distributions, AdamW at a constant 5e-4 (betas 0.9
+and 0.99, decay 0.01), batches of 32 lines drawn with replacement, token 0 as the first input. It
+keeps the best step on its test lines; here that step is chosen on `valid`. One line of JSON on
+stdout.
 """
 
 import copy
@@ -36,7 +39,9 @@ def main() -> None:
     for module in model.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.01, betas=(0.9, 0.99), eps=1e-8)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=5e-4, weight_decay=0.01, betas=(0.9, 0.99), eps=1e-8
+    )
     best, kept, curve, started = (float("inf"), 0), None, [], time.perf_counter()
     for step in range(1, steps + 1):
         rows = torch.randint(len(x), (32,))
@@ -53,8 +58,23 @@ def main() -> None:
     model.load_state_dict(kept)
     with torch.no_grad():
         test = float(model(*data["test"]))
-    found = {"parameters": sum(p.numel() for p in model.parameters()), "seconds": seconds, "every": EVERY, "valid_curve": curve}
-    print(json.dumps({**found, "best_step": best[1], "valid": best[0], "test": test, "torch": torch.__version__}))
+    found = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": seconds,
+        "every": EVERY,
+        "valid_curve": curve,
+    }
+    print(
+        json.dumps(
+            {
+                **found,
+                "best_step": best[1],
+                "valid": best[0],
+                "test": test,
+                "torch": torch.__version__,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
-"""A PyTorch twin of nanoGPT's CPU setting, run by an interpreter of its own: it imports nothing of genjax.
+"""A PyTorch twin of nanoGPT's CPU setting, run by an interpreter of its own: it imports nothing of
+genjax.
 
     python torch_nanogpt.py [--bias] [--untied] [--context 64 --batch 12 ...]
 
-The arithmetic of nanoGPT's `model.py` and `train.py` with `config/train_shakespeare_char.py` as its README changes it for a
-CPU: pre-norm blocks, learned positions, exact GELU, fused queries, keys and values, scaled_dot_product_attention, tied
-embeddings, cross-entropy, gradient clipping at norm 1 and AdamW, on one batch of random tokens. Fetching batches, logging and
-the learning-rate schedule are left out.
+The arithmetic of nanoGPT's `model.py` and `train.py` with `config/train_shakespeare_char.py` as its
+README changes it for a
+CPU: pre-norm blocks, learned positions, exact GELU, fused queries, keys and values,
+scaled_dot_product_attention, tied embeddings, cross-entropy, gradient clipping at norm 1 and AdamW,
+on one batch of random tokens. Fetching batches, logging and the learning-rate schedule are left
+out.
 
-It serves timed turns, so that another process can alternate with it: each line "VARIANT STEPS" on stdin (VARIANT is one of
-eager, fused, compiled; "fused" is eager with PyTorch's fused AdamW) is answered by a line of seconds per step on stdout.
+It serves timed turns, so that another process can alternate with it: each line "VARIANT STEPS" on
+stdin (VARIANT is one of eager, fused, compiled; "fused" is eager with PyTorch's fused AdamW) is
+answered by a line of seconds per step on stdout.
 """
 
 import argparse
@@ -31,21 +35,32 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         b, t, d = x.shape
-        q, k, v = (part.view(b, t, self.heads, -1).transpose(1, 2) for part in self.qkv(self.norm_1(x)).split(d, dim=2))
+        q, k, v = (
+            part.view(b, t, self.heads, -1).transpose(1, 2)
+            for part in self.qkv(self.norm_1(x)).split(d, dim=2)
+        )
         y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).contiguous().view(b, t, d))
         return x + self.down(functional.gelu(self.up(self.norm_2(x))))
 
 
 class GPT(nn.Module):
-    def __init__(self, levels: int, context: int, d: int, heads: int, layers: int, bias: bool, tied: bool) -> None:
+    def __init__(
+        self, levels: int, context: int, d: int, heads: int, layers: int, bias: bool, tied: bool
+    ) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(levels, d), nn.Embedding(context, d)
         self.blocks = nn.ModuleList([Block(d, heads, bias) for _ in range(layers)])
         self.norm, self.head = nn.LayerNorm(d, bias=bias), nn.Linear(d, levels, bias=False)
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                nn.init.normal_(p, 0.0, 0.02 / (2 * layers) ** 0.5 if name.endswith(("out.weight", "down.weight")) else 0.02)
+                nn.init.normal_(
+                    p,
+                    0.0,
+                    0.02 / (2 * layers) ** 0.5
+                    if name.endswith(("out.weight", "down.weight"))
+                    else 0.02,
+                )
         if tied:
             self.tokens.weight = self.head.weight
 
@@ -53,14 +68,18 @@ class GPT(nn.Module):
         h = self.tokens(x) + self.positions(torch.arange(x.shape[1]))
         for block in self.blocks:
             h = block(h)
-        return functional.cross_entropy(self.head(self.norm(h)).view(-1, self.head.out_features), y.view(-1))
+        return functional.cross_entropy(
+            self.head(self.norm(h)).view(-1, self.head.out_features), y.view(-1)
+        )
 
 
 def stepper(variant: str, model: GPT, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), fused=True if variant == "fused" else None)
+    optimizer = torch.optim.AdamW(
+        groups, lr=1e-3, betas=(0.9, 0.99), fused=True if variant == "fused" else None
+    )
     loss_of = torch.compile(model) if variant == "compiled" else model
 
     def step() -> None:
@@ -74,7 +93,14 @@ def stepper(variant: str, model: GPT, x: torch.Tensor, y: torch.Tensor) -> Calla
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    sizes = (("levels", 65), ("context", 64), ("batch", 12), ("width", 128), ("heads", 4), ("layers", 4))
+    sizes = (
+        ("levels", 65),
+        ("context", 64),
+        ("batch", 12),
+        ("width", 128),
+        ("heads", 4),
+        ("layers", 4),
+    )
     for name, default in sizes:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--bias", action="store_true")
@@ -88,7 +114,9 @@ def main() -> None:
             torch.manual_seed(0)
             x, y = torch.randint(args.levels, (2, args.batch, args.context))
             size = (args.levels, args.context, args.width, args.heads, args.layers)
-            steps[variant] = stepper(variant, GPT(*size, bias=args.bias, tied=not args.untied), x, y)
+            steps[variant] = stepper(
+                variant, GPT(*size, bias=args.bias, tied=not args.untied), x, y
+            )
         start = time.perf_counter()
         for _ in range(int(count)):
             steps[variant]()

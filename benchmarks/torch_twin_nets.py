@@ -1,7 +1,9 @@
-"""PyTorch networks of the same architectures as genjax's, for `torch_twins.py`: it imports nothing of genjax.
+"""PyTorch networks of the same architectures as genjax's, for `torch_twins.py`: it imports nothing
+of genjax.
 
-Modules and parameters have the names that genjax gives them, so that weights can be carried over. Images are NCHW, kept
-channels-last in memory, which is what PyTorch's convolutions on a CPU are fastest with.
+Modules and parameters have the names that genjax gives them, so that weights can be carried over.
+Images are NCHW, kept channels-last in memory, which is what PyTorch's convolutions on a CPU are
+fastest with.
 """
 
 import itertools
@@ -22,7 +24,9 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
 class MLP(nn.Module):
     def __init__(self, d_in: int, hidden: list[int], d_out: int, activation=gelu) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(a, b) for a, b in itertools.pairwise([d_in, *hidden, d_out])])
+        self.layers = nn.ModuleList(
+            [nn.Linear(a, b) for a, b in itertools.pairwise([d_in, *hidden, d_out])]
+        )
         self.activation = activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -31,7 +35,7 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
-# --- images -------------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------
 
 
 class ConvEncoder(nn.Module):
@@ -52,7 +56,9 @@ class ConvDecoder(nn.Module):
         super().__init__()
         self.start = (channels[0], *(side // 2 ** len(channels) for side in shape[:2]))
         self.first = nn.Linear(d_in, math.prod(self.start))
-        self.convs = nn.ModuleList([nn.Conv2d(a, b, 3, 1, 1) for a, b in itertools.pairwise([*channels, shape[2]])])
+        self.convs = nn.ModuleList(
+            [nn.Conv2d(a, b, 3, 1, 1) for a, b in itertools.pairwise([*channels, shape[2]])]
+        )
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         x = self.first(z).reshape(-1, *self.start)
@@ -64,7 +70,9 @@ class ConvDecoder(nn.Module):
 class MLPGenerator(nn.Module):
     def __init__(self, d_z: int, shape: list[int], hidden: list[int], bounded: bool) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(a, b) for a, b in itertools.pairwise([d_z, *hidden])])
+        self.layers = nn.ModuleList(
+            [nn.Linear(a, b) for a, b in itertools.pairwise([d_z, *hidden])]
+        )
         self.last = nn.Linear(hidden[-1], math.prod(shape))
         self.bounded = bounded
 
@@ -77,7 +85,9 @@ class MLPGenerator(nn.Module):
 class MLPFeatures(nn.Module):
     def __init__(self, shape: list[int], hidden: list[int]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(a, b) for a, b in itertools.pairwise([math.prod(shape), *hidden])])
+        self.layers = nn.ModuleList(
+            [nn.Linear(a, b) for a, b in itertools.pairwise([math.prod(shape), *hidden])]
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.flatten(1)
@@ -96,7 +106,7 @@ class Discriminator(nn.Module):
         return self.logit(self.features(x))[:, 0]
 
 
-# --- denoising ----------------------------------------------------------------------------------------------------------
+# --- denoising ------------------------------------------------------------------------------------
 
 
 class Embedding(nn.Module):
@@ -107,17 +117,23 @@ class Embedding(nn.Module):
         self.dropped = nn.Parameter(torch.zeros(d)) if n_classes and guided else None
         self.register_buffer("frequencies", FREQUENCIES.clone())
 
-    def forward(self, level: torch.Tensor, cond: torch.Tensor | None, dropped: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, level: torch.Tensor, cond: torch.Tensor | None, dropped: torch.Tensor | None
+    ) -> torch.Tensor:
         angles = level[:, None] * self.frequencies
         h = self.noise(torch.cat([torch.cos(angles), torch.sin(angles)], 1))
         if self.condition is not None:
             given = self.condition(cond)
-            h = h + (given if dropped is None else torch.where(dropped[:, None], self.dropped, given))
+            h = h + (
+                given if dropped is None else torch.where(dropped[:, None], self.dropped, given)
+            )
         return functional.silu(self.last(functional.silu(h)))
 
 
 class DenoiserMlp(nn.Module):
-    def __init__(self, shape: list[int], hidden: list[int], n_classes: int | None, guided: bool) -> None:
+    def __init__(
+        self, shape: list[int], hidden: list[int], n_classes: int | None, guided: bool
+    ) -> None:
         super().__init__()
         d, sizes = 128, list(itertools.pairwise([math.prod(shape), *hidden]))
         self.embed = Embedding(d, n_classes, guided)
@@ -125,7 +141,9 @@ class DenoiserMlp(nn.Module):
         self.modulations = nn.ModuleList([nn.Linear(d, 2 * b) for _, b in sizes])
         self.last = nn.Linear(hidden[-1], math.prod(shape))
 
-    def forward(self, x: torch.Tensor, level: torch.Tensor, cond=None, dropped=None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, level: torch.Tensor, cond=None, dropped=None
+    ) -> torch.Tensor:
         e, h = self.embed(level, cond, dropped), x.flatten(1)
         for layer, modulation in zip(self.layers, self.modulations, strict=True):
             scale, shift = modulation(e).chunk(2, 1)
@@ -175,12 +193,21 @@ class ResidualBlock(nn.Module):
 
 class UNet(nn.Module):
     def __init__(
-        self, shape: list[int], channels: list[int], n_classes: int | None, guided: bool, patch: int, blocks: int, heads: int
+        self,
+        shape: list[int],
+        channels: list[int],
+        n_classes: int | None,
+        guided: bool,
+        patch: int,
+        blocks: int,
+        heads: int,
     ) -> None:
         super().__init__()
         d, colours, last = 4 * channels[0], shape[2] * patch**2, channels[-1]
         pairs = list(itertools.pairwise(channels))
-        row = lambda a, b: nn.ModuleList([ResidualBlock(b if i else a, b, d) for i in range(blocks)])  # noqa: E731
+        row = lambda a, b: nn.ModuleList(
+            [ResidualBlock(b if i else a, b, d) for i in range(blocks)]
+        )  # noqa: E731
         self.patch = patch
         self.embed = Embedding(d, n_classes, guided)
         self.first = nn.Conv2d(colours, channels[0], 3, 1, 1)
@@ -188,9 +215,14 @@ class UNet(nn.Module):
         self.norm, self.attention = AdaptiveGroupNorm(last, d), SelfAttention(last, heads)
         self.narrow = nn.ModuleList([nn.Conv2d(below, c, 1) for c, below in pairs])
         self.up = nn.ModuleList([row(c, c) for c in channels])
-        self.last_norm, self.last = AdaptiveGroupNorm(channels[0], d), nn.Conv2d(channels[0], colours, 3, 1, 1)
+        self.last_norm, self.last = (
+            AdaptiveGroupNorm(channels[0], d),
+            nn.Conv2d(channels[0], colours, 3, 1, 1),
+        )
 
-    def forward(self, x: torch.Tensor, level: torch.Tensor, cond=None, dropped=None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, level: torch.Tensor, cond=None, dropped=None
+    ) -> torch.Tensor:
         e = self.embed(level, cond, dropped)
         x = functional.pixel_unshuffle(x, self.patch).contiguous(memory_format=torch.channels_last)
         h, skips = self.first(x), []
@@ -204,14 +236,17 @@ class UNet(nn.Module):
         h = h + self.attention(pixels).view(n, height, width, c).permute(0, 3, 1, 2)
         for depth in reversed(range(len(skips))):
             if depth < len(skips) - 1:
-                h = functional.interpolate(self.narrow[depth](h), scale_factor=2.0, mode="nearest") + skips[depth]
+                h = (
+                    functional.interpolate(self.narrow[depth](h), scale_factor=2.0, mode="nearest")
+                    + skips[depth]
+                )
             for block in self.up[depth]:
                 h = block(h, e)
         y = self.last(functional.silu(self.last_norm(h, e)))
         return functional.pixel_shuffle(y, self.patch)
 
 
-# --- sequences ----------------------------------------------------------------------------------------------------------
+# --- sequences ------------------------------------------------------------------------------------
 
 
 class Events(nn.Module):
@@ -238,8 +273,13 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         n, t, d = x.shape
-        q, k, v = (part.view(n, t, self.heads, -1).transpose(1, 2) for part in self.qkv(self.norm(x)).split(d, 2))
-        y = functional.scaled_dot_product_attention(self.turned(q), self.turned(k), v, is_causal=True)
+        q, k, v = (
+            part.view(n, t, self.heads, -1).transpose(1, 2)
+            for part in self.qkv(self.norm(x)).split(d, 2)
+        )
+        y = functional.scaled_dot_product_attention(
+            self.turned(q), self.turned(k), v, is_causal=True
+        )
         return self.out(y.transpose(1, 2).reshape(n, t, d))
 
 
@@ -256,7 +296,10 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self, d: int, heads: int, context: int, bias: bool) -> None:
         super().__init__()
-        self.attention, self.feed_forward = Attention(d, heads, context, bias), FeedForward(d, 4 * d, bias)
+        self.attention, self.feed_forward = (
+            Attention(d, heads, context, bias),
+            FeedForward(d, 4 * d, bias),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.attention(x)

@@ -1,16 +1,20 @@
-"""PyTorch twins of genjax's training steps, run by an interpreter of its own: it imports nothing of genjax.
+"""PyTorch twins of genjax's training steps, run by an interpreter of its own: it imports nothing of
+genjax.
 
     python torch_twins.py CASE.json
 
-The case says the family, the builder's settings, the data's shape and the optimisers, as `peers.py` writes them. A twin is the
-same architecture with the same loss, optimiser, clipping, moving average and learning-rate schedule, as one writes it in
-PyTorch: fused Adam, gradients set to None, scaled_dot_product_attention, channels-last convolutions, PyTorch's own recurrent
-layers where their equations are the same. Data are one random batch; noise is drawn anew in each step.
+The case says the family, the builder's settings, the data's shape and the optimisers, as `peers.py`
+writes them. A twin is the same architecture with the same loss, optimiser, clipping, moving average
+and learning-rate schedule, as one writes it in
+PyTorch: fused Adam, gradients set to None, scaled_dot_product_attention, channels-last
+convolutions, PyTorch's own recurrent layers where their equations are the same. Data are one random
+batch; noise is drawn anew in each step.
 
-The first line on stdout is JSON: the version, the threads and the number of parameters. Each line of JSON on stdin is answered
-by one on stdout: {"variant": "eager" or "compiled", "steps": n} by seconds per step, and {"check": "FILE.npz"} by the loss of
-each player and the norm of its gradient for the parameters, the data and the noise of that file. What fails is answered by
-{"error": message}.
+The first line on stdout is JSON: the version, the threads and the number of parameters. Each line
+    of JSON on stdin is answered
+by one on stdout: {"variant": "eager" or "compiled", "steps": n} by seconds per step, and {"check":
+"FILE.npz"} by the loss of each player and the norm of its gradient for the parameters, the data and
+the noise of that file. What fails is answered by {"error": message}.
 """
 
 import json
@@ -26,7 +30,7 @@ import torch  # pyright: ignore[reportMissingImports]
 from torch import nn  # pyright: ignore[reportMissingImports]
 from torch_twin_families import FAMILIES, RNN, FlowMatching, Twin
 
-# --- the step -----------------------------------------------------------------------------------------------------------
+# --- the step -------------------------------------------------------------------------------------
 
 
 class Player:
@@ -48,12 +52,16 @@ class Player:
 
     def rate(self) -> float:
         warm = min(1.0, (self.done + 1) / max(self.o.warmup_steps, 1))
-        part = min(max(self.done - self.o.warmup_steps, 0) / (self.steps - self.o.warmup_steps), 1.0)
+        part = min(
+            max(self.done - self.o.warmup_steps, 0) / (self.steps - self.o.warmup_steps), 1.0
+        )
         shape = {"constant": 1.0, "cosine": 0.5 + 0.5 * math.cos(math.pi * part)}[self.o.schedule]
         return self.o.learning_rate * warm * shape
 
     def update(self) -> None:
-        """Clip, one step of the optimiser, and the moving average, from the gradients that are there."""
+        """Clip, one step of the optimiser, and the moving average, from the gradients that are
+        there.
+        """
         if self.o.clip_norm:
             nn.utils.clip_grad_norm_(self.parameters, self.o.clip_norm)
         for group in self.optimizer.param_groups:
@@ -72,7 +80,10 @@ def stepper(case: dict[str, Any], variant: str) -> Callable[[], None]:
     torch.manual_seed(0)
     twin = built(case)
     x, cond = batch_of(case)
-    players = {name: Player(twin.own(name), case["optimizer"][name], case["steps"]) for name in twin.players}
+    players = {
+        name: Player(twin.own(name), case["optimizer"][name], case["steps"])
+        for name in twin.players
+    }
 
     def loss_of(name: str) -> Callable[[], torch.Tensor]:
         loss = lambda: twin.loss(name, x, cond, twin.draw(name))  # noqa: E731
@@ -110,7 +121,7 @@ def arranged(x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 3, 1, 2) if x.dim() == 4 else x  # NHWC in memory: channels last
 
 
-# --- the same weights as genjax's ---------------------------------------------------------------------------------------
+# --- the same weights as genjax's -----------------------------------------------------------------
 
 
 def load(twin: Twin, arrays: dict[str, np.ndarray]) -> None:
@@ -127,7 +138,9 @@ def load(twin: Twin, arrays: dict[str, np.ndarray]) -> None:
         value = found(arrays, name)
         if path in twin.images:
             c, h, w = twin.images[path]
-            axis = 1 if path.endswith("first") else 0  # what the image is to the kernel: its outputs or its inputs
+            axis = (
+                1 if path.endswith("first") else 0
+            )  # what the image is to the kernel: its outputs or its inputs
             if leaf == "weight" or path.endswith("first"):
                 value = np.moveaxis(value, axis if leaf == "weight" else 0, 0)
                 value = value.reshape(h, w, c, *value.shape[1:])
@@ -138,7 +151,9 @@ def load(twin: Twin, arrays: dict[str, np.ndarray]) -> None:
             turned = isinstance(modules[path], nn.ConvTranspose2d)
             value = value[::-1, ::-1] if twin.mirrored or turned else value
             value = value.transpose(2, 3, 0, 1) if turned else value.transpose(3, 2, 0, 1)
-        elif value.ndim == 2 and (value.shape != parameter.shape or value.shape[0] == value.shape[1]):
+        elif value.ndim == 2 and (
+            value.shape != parameter.shape or value.shape[0] == value.shape[1]
+        ):
             value = value.T
         assert value.shape == parameter.shape, (name, value.shape, tuple(parameter.shape))
         parameter.data.copy_(torch.from_numpy(np.array(value)))
@@ -151,7 +166,9 @@ def found(arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
     heads = ["/".join(path)]
     heads += [f"{heads[0]}/layer"]  # a layer that may be wrapped, in a discriminator
     if name.startswith(("discriminator.convs", "discriminator.norms")):
-        heads = ["/".join(["discriminator", "features", *path[1:], *end]) for end in ((), ("layer",))]
+        heads = [
+            "/".join(["discriminator", "features", *path[1:], *end]) for end in ((), ("layer",))
+        ]
     names = [f"{head}/{end}".strip("/") for head in heads for end in leaves]
     for candidate in names:
         if candidate in arrays:
@@ -173,7 +190,9 @@ def check(case: dict[str, Any], path: str) -> dict[str, list[float]]:
     x = x.flip(2, 3) if twin.mirrored else x
     results = {}
     for player in twin.players:
-        noise = {name: arranged(torch.from_numpy(value)) for name, value in parts.get(player, {}).items()}
+        noise = {
+            name: arranged(torch.from_numpy(value)) for name, value in parts.get(player, {}).items()
+        }
         noise = {**twin.draw(player), **noise}
         value = twin.loss(player, x, data["cond"].long() if "cond" in data else None, noise)
         own = [p for p in twin.own(player).parameters() if p.requires_grad]
@@ -197,10 +216,17 @@ def main() -> None:
         try:
             print(json.dumps(answer(case, steps, json.loads(line))), flush=True)
         except Exception as error:  # such as a loss that torch.compile cannot differentiate twice
-            print(json.dumps({"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}), flush=True)
+            print(
+                json.dumps(
+                    {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}
+                ),
+                flush=True,
+            )
 
 
-def answer(case: dict[str, Any], steps: dict[str, Callable[[], None]], asked: dict[str, Any]) -> Any:
+def answer(
+    case: dict[str, Any], steps: dict[str, Callable[[], None]], asked: dict[str, Any]
+) -> Any:
     if "check" in asked:
         return check(case, asked["check"])
     variant, n = asked["variant"], asked["steps"]

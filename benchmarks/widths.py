@@ -1,4 +1,6 @@
-"""A Transformer's training step by its width, as a share of the machine's matrix-product peak, measured in turns with it."""
+"""A Transformer's training step by its width, as a share of the machine's matrix-product peak,
+measured in turns with it.
+"""
 
 from functools import partial
 from typing import Any
@@ -30,7 +32,10 @@ def measure(width: int, seconds: float) -> dict[str, Any]:
     many = jax.tree.map(lambda leaf: jnp.stack([leaf] * STEPS), one)
     a = jnp.ones((PRODUCT, PRODUCT))
     product = jax.jit(jnp.matmul)
-    calls = {"step": stepper(compiled(scan_steps(t)).step, state, many), "product": lambda: product(a, a)}
+    calls = {
+        "step": stepper(compiled(scan_steps(t)).step, state, many),
+        "product": lambda: product(a, a),
+    }
     rounds = alternate(calls, seconds, block=0.3)
     peak = 2 * PRODUCT**3 / min(rounds["product"])
     rates = [STEPS * flops / second for second in rounds["step"]]
@@ -52,5 +57,8 @@ def main(seconds: float = 20.0) -> None:
     for width in WIDTHS:
         rows.append(measure(width, seconds))
         share, ms = rows[-1]["share_of_peak"]["median"], rows[-1]["ms"]
-        print(f"{NAME}, width {width}: {ms:.1f} ms a step, {100 * share:.0f} % of the peak", flush=True)
+        print(
+            f"{NAME}, width {width}: {ms:.1f} ms a step, {100 * share:.0f} % of the peak",
+            flush=True,
+        )
     write("widths", {"recipe": NAME, "steps_per_dispatch": STEPS, "rows": rows})

@@ -1,9 +1,12 @@
-"""A functional zoo of generative models in JAX: pure functions, proved against known answers, measured."""
+"""A functional zoo of generative models in JAX: pure functions, proved against known answers,
+measured.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# Public names and where they live. They are imported when first used, so that `genjax --help` does not import jax.
+# Public names and where they live. They are imported when first used, so that `genjax --help` does
+# not import jax.
 _HOME = {
     "Aux": "protocol",
     "Batch": "protocol",
@@ -71,7 +74,9 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
-        raise AttributeError(f"module 'genjax' has no attribute {name!r}; it has: {', '.join(sorted(_HOME))}.")
+        raise AttributeError(
+            f"module 'genjax' has no attribute {name!r}; it has: {', '.join(sorted(_HOME))}."
+        )
     return getattr(import_module(f"genjax.{_HOME[name]}"), name)
 
 

@@ -1,6 +1,7 @@
 """The errors that a user can meet. Each says what was expected, what was found, and what to do.
 
-The command line prints these as one message and exits with 2; anything else is a defect and keeps its traceback.
+The command line prints these as one message and exits with 2; anything else is a defect and keeps
+its traceback.
 """
 
 import difflib
@@ -19,11 +20,15 @@ class ConfigError(GenjaxError, ValueError):
 
 
 class DataError(GenjaxError, ValueError):
-    """Data that are missing, damaged, or not what the spec says. The message names the file where there is one."""
+    """Data that are missing, damaged, or not what the spec says. The message names the file where
+    there is one.
+    """
 
 
 class CheckpointError(GenjaxError, RuntimeError):
-    """A checkpoint or run folder that cannot be written or read. What was there before is still there."""
+    """A checkpoint or run folder that cannot be written or read. What was there before is still
+    there.
+    """
 
 
 class NonFiniteError(GenjaxError, ArithmeticError):
@@ -31,7 +36,9 @@ class NonFiniteError(GenjaxError, ArithmeticError):
 
 
 class Interrupted(GenjaxError):
-    """Training was told to stop by a signal, and has saved its state; `signal` is the signal's number."""
+    """Training was told to stop by a signal, and has saved its state; `signal` is the signal's
+    number.
+    """
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
@@ -40,7 +47,9 @@ class Interrupted(GenjaxError):
 
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Say of any failure to write in here which file it was, as a `CheckpointError`: a full or read-only disk, above all."""
+    """Say of any failure to write in here which file it was, as a `CheckpointError`: a full or
+    read-only disk, above all.
+    """
     try:
         yield
     except OSError as error:
@@ -50,7 +59,8 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file to write, which takes the place of `path` at the end: `path` is written whole or not at all.
+    """A temporary file to write, which takes the place of `path` at the end: `path` is written
+    whole or not at all.
 
     Raises:
         CheckpointError: if the disk does not take it; what was there before stays.

@@ -1,4 +1,6 @@
-"""What the best discriminator of two densities is, and its loss, for every objective in closed form; and a pair of normals."""
+"""What the best discriminator of two densities is, and its loss, for every objective in closed
+form; and a pair of normals.
+"""
 
 import math
 
@@ -21,7 +23,9 @@ RATIO = np.array(
 
 
 def expected(name, logits, p, q):
-    """The discriminator's expected loss for logits on a grid with masses p and q: over all pairs, as the loss is of pairs."""
+    """The discriminator's expected loss for logits on a grid with masses p and q: over all pairs,
+    as the loss is of pairs.
+    """
     loss = OBJECTIVES[name].discriminator(logits[:, None], logits[None, :])
     return jnp.sum(jnp.asarray(p)[:, None] * jnp.asarray(q)[None, :] * loss)
 
@@ -40,7 +44,8 @@ def optimum(name, p, q):
         return p / (p + q), 0.5 * np.sum(p * q / (p + q))
     if name == "hinge":
         return np.sign(p - q), 2 - np.sum(np.abs(p - q))
-    # Only differences matter. That of a pair is ln p(x) q(y) / (q(x) p(y)), so D is ln p/q up to a constant, and the value
-    # is half of what the cross entropy has for telling (x, y) ~ p q from (x, y) ~ q p.
+    # Only differences matter. That of a pair is ln p(x) q(y) / (q(x) p(y)), so D is ln p/q up to a
+    # constant, and the value is half of what the cross entropy has for telling (x, y) ~ p q from
+    # (x, y) ~ q p.
     assert name == "relativistic"
     return np.log(p / q), math.log(2) - divergence(np.outer(p, q), np.outer(q, p))

@@ -1,22 +1,30 @@
-"""The strictest setting for every test: no silent broadcasting, no silent casts, warnings are errors, 8 fake CPU devices."""
+"""The strictest setting for every test: no silent broadcasting, no silent casts, warnings are
+errors, 8 fake CPU devices.
+"""
 
 import importlib.metadata
 import itertools
 import os
 import pathlib
 
-# Before jax is imported. The suite runs on a CPU whatever the machine has, and one file at a time compiles in each worker.
+# Before jax is imported. The suite runs on a CPU whatever the machine has, and one file at a time
+# compiles in each worker.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 # Both cores compile as it is: one program need not be split among threads.
 os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
-# Compiling is most of the suite's time; this halves it with jax 0.10 and saves a tenth with 0.12. (`gates.optimised` undoes it,
-# where bits are compared and where the score of a density of many terms comes out as NaN without optimisation.)
+# Compiling is most of the suite's time; this halves it with jax 0.10 and saves a tenth with 0.12.
+# (`gates.optimised` undoes it, where bits are compared and where the score of a density of many
+# terms comes out as NaN without optimisation.)
 os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 if importlib.metadata.version("jax").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ.pop("GENJAX_DATA", None)  # tests make what they read
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every program that a test starts would compile 2,000 modules, for 6 s
+os.environ.pop(
+    "PYTHONDONTWRITEBYTECODE", None
+)  # every program that a test starts would compile 2,000 modules, for 6 s
 os.environ["MPLBACKEND"] = "agg"
 
 import jax
@@ -34,7 +42,9 @@ def x64():
 
 @pytest.fixture(scope="session", autouse=True)
 def _programs_share_what_they_compile(tmp_path_factory):
-    """The cache of the programs that tests start: one for all workers. (jax in this process has read its settings.)"""
+    """The cache of the programs that tests start: one for all workers. (jax in this process has
+    read its settings.)
+    """
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(shared / "compiled")
@@ -45,7 +55,9 @@ _tests = itertools.count()
 
 @pytest.fixture(autouse=True)
 def _room_for_programs():
-    """Linux allows a process 65,530 memory maps and a compiled program takes about ten: a worker would die in the end."""
+    """Linux allows a process 65,530 memory maps and a compiled program takes about ten: a worker
+    would die in the end.
+    """
     yield
     maps = pathlib.Path("/proc/self/maps")
     if next(_tests) % 20 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > 30_000:

@@ -1,4 +1,6 @@
-"""Helpers of the suites of the data: counts held to a law, batches to each other, and arrays with one bad value."""
+"""Helpers of the suites of the data: counts held to a law, batches to each other, and arrays with
+one bad value.
+"""
 
 import jax
 import numpy as np
@@ -13,7 +15,9 @@ def assert_uniform(counts, expected=None):
     expected = np.full_like(counts, counts.mean()) if expected is None else expected
     statistic = ((counts - expected) ** 2 / expected).sum()
     p = chi2.sf(statistic, counts.size - 1)
-    assert p > 1e-4, f"chi-square {statistic:.1f} for {counts.size - 1} degrees of freedom, p = {p:.2g}"
+    assert p > 1e-4, (
+        f"chi-square {statistic:.1f} for {counts.size - 1} degrees of freedom, p = {p:.2g}"
+    )
 
 
 def assert_same(a, b):

@@ -1,4 +1,6 @@
-"""What the suites of diffusion are held against: normal data, of which the best denoiser and every density is known."""
+"""What the suites of diffusion are held against: normal data, of which the best denoiser and every
+density is known.
+"""
 
 import math
 from functools import partial
@@ -47,9 +49,11 @@ class Normal(NamedTuple):
         return self.sd**2 * sigma**2 / (alpha**2 * self.sd**2 + sigma**2)
 
     def net(self, sigma_data=1.0, n_classes=0, shift=0.0):
-        """The same as a network that predicts x0: of c_in x_t and log-SNR / 4, along a path that preserves the variance.
+        """The same as a network that predicts x0: of c_in x_t and log-SNR / 4, along a path that
+        preserves the variance.
 
-        With classes, class k has the mean `mean + shift (k + 1)`, and an example without its condition the mean `mean`.
+        With classes, class k has the mean `mean + shift (k + 1)`, and an example without its
+        condition the mean `mean`.
         """
 
         def apply(params, state, scaled, level, cond=None, dropped=None):
@@ -70,15 +74,22 @@ class Normal(NamedTuple):
 
     def log_prob(self, x):
         """[n] nats."""
-        return scipy.stats.norm.logpdf(np.asarray(x, np.float64), self.mean, self.sd).reshape(len(x), -1).sum(1)
+        return (
+            scipy.stats.norm.logpdf(np.asarray(x, np.float64), self.mean, self.sd)
+            .reshape(len(x), -1)
+            .sum(1)
+        )
 
     def ode_log_prob(self, path, x):
-        """ln p(x) [n] under the ODE with the best denoiser, whose solution is x_t - alpha_t mean = c sd(x_t) with a constant c.
+        """ln p(x) [n] under the ODE with the best denoiser, whose solution is x_t - alpha_t mean =
+        c sd(x_t) with a constant c.
 
-        It takes N(0, sigma²) at the start of the path, which is not quite the law of x there, to another normal law at its end.
+        It takes N(0, sigma²) at the start of the path, which is not quite the law of x there, to
+        another normal law at its end.
         """
         (alpha, sigma), (alpha_1, sigma_1) = (
-            (float(path.alpha(jnp.asarray(t, float))), float(path.sigma(jnp.asarray(t, float)))) for t in (path.end, path.start)
+            (float(path.alpha(jnp.asarray(t, float))), float(path.sigma(jnp.asarray(t, float))))
+            for t in (path.end, path.start)
         )
         k = math.sqrt((alpha**2 * self.sd**2 + sigma**2) / (alpha_1**2 * self.sd**2 + sigma_1**2))
         law = scipy.stats.norm(self.mean * (alpha - k * alpha_1) / alpha, k * sigma_1 / alpha)
@@ -96,4 +107,6 @@ def assert_mean(values, want, slack=0.0):
     error = values.std(0, ddof=1) / math.sqrt(len(values))
     assert np.all(error > 0), "nothing random to average"
     off = np.abs(values.mean(0) - want)
-    assert np.all(off <= 4 * error + slack), f"off by {np.max((off - slack) / error):.1f} standard errors"
+    assert np.all(off <= 4 * error + slack), (
+        f"off by {np.max((off - slack) / error):.1f} standard errors"
+    )

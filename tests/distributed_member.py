@@ -1,4 +1,5 @@
-"""One of several processes, started by test_distributed.py: what it holds of a batch and of a state, as JSON in a file.
+"""One of several processes, started by test_distributed.py: what it holds of a batch and of a
+state, as JSON in a file.
 
 python distributed_member.py FOLDER
 """
@@ -40,8 +41,14 @@ READ: list[int] = []
 
 def held(tree) -> float:
     """The part of a tree's bytes that this process holds, copies counted once."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if not jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
-    parts = [{str(part.index): part.data.nbytes for part in leaf.addressable_shards} for leaf in leaves]
+    leaves = [
+        leaf
+        for leaf in jax.tree.leaves(tree)
+        if not jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    ]
+    parts = [
+        {str(part.index): part.data.nbytes for part in leaf.addressable_shards} for leaf in leaves
+    ]
     return sum(sum(part.values()) for part in parts) / sum(leaf.nbytes for leaf in leaves)
 
 
@@ -71,22 +78,37 @@ def main(folder: Path) -> None:
         found["parts"].append([rows.start, rows.stop, np.asarray(part.data).tolist()])
 
     place = partial(layout, mesh=mesh)
-    run = partial(fit, feed, key=jax.random.key(0), steps_per_call=2, checkpoints=Checkpoints(folder / "c"), layout=place)
+    run = partial(
+        fit,
+        feed,
+        key=jax.random.key(0),
+        steps_per_call=2,
+        checkpoints=Checkpoints(folder / "c"),
+        layout=place,
+    )
     state = run(steps=4)
     restored = run(steps=4)
     found["held"] = [held(state), held(restored)]
     found["equal"] = all(
         np.array_equal(a.data, b.data)
-        for one, other in zip(jax.tree.leaves(state.params), jax.tree.leaves(restored.params), strict=True)
+        for one, other in zip(
+            jax.tree.leaves(state.params), jax.tree.leaves(restored.params), strict=True
+        )
         for a, b in zip(one.addressable_shards, other.addressable_shards, strict=True)
     )
-    found["sum"] = float(sum(np.abs(leaf).sum() for leaf in jax.tree.leaves(distributed.whole(state.params))))
+    found["sum"] = float(
+        sum(np.abs(leaf).sum() for leaf in jax.tree.leaves(distributed.whole(state.params)))
+    )
 
     found["told"] = distributed.told(lambda: {"from": jax.process_index()})
     six = jax.eval_shape(lambda: example_batch(SPEC, jax.random.key(0), 6))
     found["complaints"] = [
         complaint(lambda: make_mesh({"data": 2})),
-        complaint(lambda: jax.eval_shape(lambda key, batch: t.step(t.init(key), batch), jax.random.key(0), six)),
+        complaint(
+            lambda: jax.eval_shape(
+                lambda key, batch: t.step(t.init(key), batch), jax.random.key(0), six
+            )
+        ),
         complaint(lambda: distributed.told(no_data)),
         complaint(lambda: distributed.check_shared(folder / f"only{jax.process_index()}")),
     ]

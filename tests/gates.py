@@ -1,4 +1,6 @@
-"""Helpers of the suites that hold one way of computing against another: trees are compared leaf by leaf and by name."""
+"""Helpers of the suites that hold one way of computing against another: trees are compared leaf by
+leaf and by name.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,18 +8,25 @@ import numpy as np
 
 
 def quick(fun, **options):
-    """`jax.jit` without the compiler's optimisations, in half the time: for programs whose speed and last bit say nothing."""
+    """`jax.jit` without the compiler's optimisations, in half the time: for programs whose speed
+    and last bit say nothing.
+    """
     return jax.jit(fun, compiler_options={"xla_backend_optimization_level": 0}, **options)
 
 
 # Undoes what conftest.py switches off to compile faster.
-_AS_USERS: dict[str, bool | int] = {"xla_cpu_parallel_codegen_split_count": 32, "xla_backend_optimization_level": 3}
+_AS_USERS: dict[str, bool | int] = {
+    "xla_cpu_parallel_codegen_split_count": 32,
+    "xla_backend_optimization_level": 3,
+}
 if jax.__version__.startswith("0.10."):
     _AS_USERS["xla_cpu_use_fusion_emitters"] = True
 
 
 def optimised(fun, **options):
-    """`jax.jit` as users have it, whatever conftest.py says: for programs whose last bit is compared."""
+    """`jax.jit` as users have it, whatever conftest.py says: for programs whose last bit is
+    compared.
+    """
     return jax.jit(fun, compiler_options=_AS_USERS, **options)
 
 
@@ -30,7 +39,9 @@ def array(leaf):
 def named(tree):
     """Path -> numpy array, for every leaf of a tree."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): array(leaf) for path, leaf in leaves}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): array(leaf) for path, leaf in leaves
+    }
 
 
 def assert_same(got, wanted):
@@ -39,12 +50,15 @@ def assert_same(got, wanted):
     assert got.keys() == wanted.keys()
     for name, leaf in wanted.items():
         assert (got[name].shape, got[name].dtype) == (leaf.shape, leaf.dtype), name
-        assert got[name].tobytes() == leaf.tobytes(), f"{name} differs by at most {np.abs(got[name] - leaf).max()}"
+        assert got[name].tobytes() == leaf.tobytes(), (
+            f"{name} differs by at most {np.abs(got[name] - leaf).max()}"
+        )
 
 
 def assert_close(got, wanted, rtol=1e-4):
-    """Every leaf is equal to `rtol` of its own largest entry: small entries are differences of large ones. Whole numbers
-    and keys are equal exactly."""
+    """Every leaf is equal to `rtol` of its own largest entry: small entries are differences of
+    large ones. Whole numbers and keys are equal exactly.
+    """
     got, wanted = named(got), named(wanted)
     assert got.keys() == wanted.keys()
     for name, leaf in wanted.items():
@@ -79,10 +93,16 @@ def stack(trees):
 
 
 def by_hand(fun, *trees):
-    """`fun` of every leaf as a numpy array: jax would compile a program for each shape. Keys come back as keys."""
+    """`fun` of every leaf as a numpy array: jax would compile a program for each shape. Keys come
+    back as keys.
+    """
 
     def one(*leaves):
         found = fun(*map(array, leaves))
-        return jax.random.wrap_key_data(found) if jnp.issubdtype(leaves[0].dtype, jax.dtypes.prng_key) else found
+        return (
+            jax.random.wrap_key_data(found)
+            if jnp.issubdtype(leaves[0].dtype, jax.dtypes.prng_key)
+            else found
+        )
 
     return jax.tree.map(one, *trees)

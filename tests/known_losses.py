@@ -1,4 +1,6 @@
-"""Losses whose value is known: for each family, parameters of which one can say in advance what every example costs."""
+"""Losses whose value is known: for each family, parameters of which one can say in advance what
+every example costs.
+"""
 
 import functools
 import math
@@ -28,7 +30,9 @@ def zero(tree):
 
 
 def vae_known(row):
-    """Both nets give 0, so q(z|x) = p(z) = N(0, I), every importance weight is p(x|0), and the KL is 0."""
+    """Both nets give 0, so q(z|x) = p(z) = N(0, I), every importance weight is p(x|0), and the KL
+    is 0.
+    """
     p = row.params["vae"]
     params = {"vae": {**p, "encoder": zero(p["encoder"]), "decoder": zero(p["decoder"])}}
     scale = row.recipe.model.get("scale", "shared")
@@ -36,7 +40,9 @@ def vae_known(row):
 
     def logistic(x):
         width = 2 / (row.spec.levels - 1)
-        edges = np.concatenate([[-np.inf], (np.arange(row.spec.levels - 1) + 0.5) * width - 1, [np.inf]])
+        edges = np.concatenate(
+            [[-np.inf], (np.arange(row.spec.levels - 1) + 0.5) * width - 1, [np.inf]]
+        )
         return np.log(np.diff(scipy.stats.logistic.cdf(edges, 0, scale)))[x.astype(int)]
 
     log_likelihood = {
@@ -44,11 +50,15 @@ def vae_known(row):
         "discrete": logistic,
         "continuous": lambda x: scipy.stats.norm.logpdf(x, 0, scale),
     }[row.spec.kind]
-    return params, {"vae": lambda batch: -log_likelihood(np.asarray(batch.x, np.float64)).reshape(B, -1).sum(1)}
+    return params, {
+        "vae": lambda batch: -log_likelihood(np.asarray(batch.x, np.float64)).reshape(B, -1).sum(1)
+    }
 
 
 def gan_known(row):
-    """A discriminator of zeros tells nothing apart, its gradient is 0, and it guesses every class alike."""
+    """A discriminator of zeros tells nothing apart, its gradient is 0, and it guesses every class
+    alike.
+    """
     params = {**row.params, "discriminator": zero(row.params["discriminator"])}
     settings = {name: value for name, (_, value, _) in sections_of(row.recipe)["model"].items()}
     ln2 = math.log(2)
@@ -62,12 +72,19 @@ def gan_known(row):
     }[settings["objective"]]
     task = settings["auxiliary_weight"] * math.log(row.spec.n_classes or 1)
     task = task if settings["discriminator_cond"] == "auxiliary" else 0.0
-    values = {"discriminator": discriminator + settings["gradient_penalty"] + task, "generator": generator + task}
-    return params, {player: lambda batch, value=value: np.full(B, value) for player, value in values.items()}
+    values = {
+        "discriminator": discriminator + settings["gradient_penalty"] + task,
+        "generator": generator + task,
+    }
+    return params, {
+        player: lambda batch, value=value: np.full(B, value) for player, value in values.items()
+    }
 
 
 def sequence_known(row):
-    """All parameters 0: every step has the same distribution, uniform or N(0, exp(UNIT)²), and a latent path costs nothing."""
+    """All parameters 0: every step has the same distribution, uniform or N(0, exp(UNIT)²), and a
+    latent path costs nothing.
+    """
     (player,) = row.losses
 
     def nats(batch):
@@ -76,13 +93,17 @@ def sequence_known(row):
             each = -scipy.stats.norm.logpdf(x, 0, math.exp(UNIT))
         else:
             each = np.full(x.shape, math.log(row.spec.levels or 2))
-        return (each.reshape(*x.shape[:2], -1).sum(2) * np.asarray(step_mask(row.spec, batch))).sum(1)
+        return (each.reshape(*x.shape[:2], -1).sum(2) * np.asarray(step_mask(row.spec, batch))).sum(
+            1
+        )
 
     return zero(row.params), {player: nats}
 
 
 def diffusion_known(row):
-    """A new network predicts 0, so that its error is the target, for the times and the noise that G1's key gives."""
+    """A new network predicts 0, so that its error is the target, for the times and the noise that
+    G1's key gives.
+    """
     settings = {name: value for name, (_, value, _) in sections_of(row.recipe)["model"].items()}
     path, sd = row.model.extras["path"], settings["sigma_data"]
     path = path(row.params) if settings["noise_schedule"] == "learned" else path
@@ -90,11 +111,25 @@ def diffusion_known(row):
     def squares(batch):
         x0 = row.spec.normalize(batch.x)
         key_time, key_noise, _, key_end = jax.random.split(jax.random.key(1), 4)
-        log_normal = settings["times"] == "log_normal" or (settings["times"] is None and settings["noise_schedule"] == "edm")
-        draw = functools.partial(log_normal_times, settings["p_mean"], settings["p_std"]) if log_normal else uniform_times
-        t, epsilon = draw(key_time, path, B, x0.dtype), jax.random.normal(key_noise, x0.shape, x0.dtype)
+        log_normal = settings["times"] == "log_normal" or (
+            settings["times"] is None and settings["noise_schedule"] == "edm"
+        )
+        draw = (
+            functools.partial(log_normal_times, settings["p_mean"], settings["p_std"])
+            if log_normal
+            else uniform_times
+        )
+        t, epsilon = (
+            draw(key_time, path, B, x0.dtype),
+            jax.random.normal(key_noise, x0.shape, x0.dtype),
+        )
         over = lambda v: np.asarray(v, np.float64).reshape(B, *[1] * (x0.ndim - 1))  # noqa: E731
-        alpha, sigma, x0, epsilon = over(path.alpha(t)), over(path.sigma(t)), np.float64(x0), np.float64(epsilon)
+        alpha, sigma, x0, epsilon = (
+            over(path.alpha(t)),
+            over(path.sigma(t)),
+            np.float64(x0),
+            np.float64(epsilon),
+        )
         sum_of = lambda v: np.square(v).reshape(B, -1).sum(1)  # noqa: E731
         if settings["precondition"] == "edm":
             s = sigma / alpha
@@ -102,26 +137,42 @@ def diffusion_known(row):
             return sum_of((x0 - skip * (x0 + s * epsilon)) / out)
         if settings["prediction"] is None:
             return sum_of(alpha * epsilon - sigma * x0)
-        rate = jax.jvp(lambda t: -2 * jnp.log(path.alpha(t) / path.sigma(t)), (t,), (jnp.ones(B),))[1]
+        rate = jax.jvp(lambda t: -2 * jnp.log(path.alpha(t) / path.sigma(t)), (t,), (jnp.ones(B),))[
+            1
+        ]
         alpha, sigma = (float(c(jnp.zeros(()))) for c in (path.alpha, path.sigma))
         x_end = alpha * x0 + sigma * np.float64(jax.random.normal(key_end, x0.shape, np.float32))
         values = np.linspace(-1, 1, row.spec.levels)
         logits = -0.5 * np.square((x_end[..., None] - alpha * values) / sigma)
         true = -0.5 * np.square((x_end - alpha * x0) / sigma)
         reconstruction = (true - np.logaddexp.reduce(logits, axis=-1)).reshape(B, -1).sum(1)
-        return 0.5 * np.asarray(rate) * sum_of(epsilon) + 0.5 * math.exp(-5) * sum_of(x0) - reconstruction
+        return (
+            0.5 * np.asarray(rate) * sum_of(epsilon)
+            + 0.5 * math.exp(-5) * sum_of(x0)
+            - reconstruction
+        )
 
     return row.params, {"diffusion": squares}
 
 
 def flow_known(row):
-    """A new network says that nothing moves, so that its error is ε - x0, for the noise that G1's key gives."""
+    """A new network says that nothing moves, so that its error is ε - x0, for the noise that G1's
+    key gives.
+    """
 
     def squares(batch):
         key_noise, _, key_data, *_ = jax.random.split(jax.random.key(1), 5)
-        moved = jax.random.uniform(key_data, batch.x.shape, np.float32, -0.5, 0.5) if row.spec.kind != "continuous" else 0.0
+        moved = (
+            jax.random.uniform(key_data, batch.x.shape, np.float32, -0.5, 0.5)
+            if row.spec.kind != "continuous"
+            else 0.0
+        )
         x0 = np.float64(row.spec.normalize(batch.x + moved))
-        return np.square(np.float64(jax.random.normal(key_noise, x0.shape, np.float32)) - x0).reshape(B, -1).sum(1)
+        return (
+            np.square(np.float64(jax.random.normal(key_noise, x0.shape, np.float32)) - x0)
+            .reshape(B, -1)
+            .sum(1)
+        )
 
     return row.params, {"flow": squares}
 

@@ -1,4 +1,6 @@
-"""Normal data N(mu, Sigma) in the plane, of which everything along a path is known: what paths and solvers are held against."""
+"""Normal data N(mu, Sigma) in the plane, of which everything along a path is known: what paths and
+solvers are held against.
+"""
 
 from functools import partial
 
@@ -26,7 +28,9 @@ def marginal(path, t):
 
 
 def denoise_of(path):
-    """mu + alpha Sigma (alpha² Sigma + sigma² I)^-1 (x - alpha mu) in the basis where Sigma is diagonal."""
+    """mu + alpha Sigma (alpha² Sigma + sigma² I)^-1 (x - alpha mu) in the basis where Sigma is
+    diagonal.
+    """
     turn, mean, variances = jnp.asarray(TURN), jnp.asarray(MEAN), jnp.asarray(VARIANCES)
 
     def denoise(x, t):
@@ -38,7 +42,9 @@ def denoise_of(path):
 
 
 def root(path, t):
-    """The symmetric root of the covariance of x_t: covariances of all t commute, so the ODE stretches along fixed axes."""
+    """The symmetric root of the covariance of x_t: covariances of all t commute, so the ODE
+    stretches along fixed axes.
+    """
     alpha, sigma = (float(part(jnp.asarray(t))) for part in (path.alpha, path.sigma))
     return TURN @ np.diag(np.sqrt(alpha**2 * VARIANCES + sigma**2)) @ TURN.T
 
@@ -50,7 +56,9 @@ def flow(path, x, t, s):
 
 
 def model_log_prob(path, x):
-    """The log-density at path.end of the ODE's samples from N(0, sigma(start)² I): normal too, since the flow is affine."""
+    """The log-density at path.end of the ODE's samples from N(0, sigma(start)² I): normal too,
+    since the flow is affine.
+    """
     stretch = np.linalg.solve(root(path, path.start), root(path, path.end))
     mean = flow(path, np.zeros((1, 2)), path.start, path.end)[0]
     covariance = float(paths.prior(path)) ** 2 * stretch.T @ stretch

@@ -1,4 +1,6 @@
-"""The program as the suites run it: for real, in a process of its own, or in this one to hear its complaint."""
+"""The program as the suites run it: for real, in a process of its own, or in this one to hear its
+complaint.
+"""
 
 import os
 import subprocess
@@ -14,8 +16,9 @@ BIN = Path(sys.executable).parent
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    """One device and no data, as most users have it, but compiled as fast as the other tests. (conftest.py names a cache of
-    compiled programs for them to share.)"""
+    """One device and no data, as most users have it, but compiled as fast as the other tests.
+    (conftest.py names a cache of compiled programs for them to share.)
+    """
     kept = {name: value for name, value in os.environ.items() if name != "GENJAX_DATA"}
     flags = kept["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
     return {**kept, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
@@ -23,7 +26,14 @@ def environment(devices: int = 1) -> dict[str, str]:
 
 def start(args: list[str], cwd: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "genjax", *args]
-    return subprocess.Popen(command, cwd=cwd, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def program(args: list[str], cwd: Path, code: int = 0) -> tuple[str, str]:

@@ -1,4 +1,6 @@
-"""The rows of the zoo as tiny models, with what is run of them: compiled once per row and shared between gates."""
+"""The rows of the zoo as tiny models, with what is run of them: compiled once per row and shared
+between gates.
+"""
 
 import dataclasses
 import functools
@@ -16,14 +18,15 @@ from genjax.learning.step import training
 from genjax.protocol import Aux
 from genjax.zoo import ZOO
 
-B = 8  # examples in every batch: one for each fake device, and divisible by the parts of a microbatch
+# examples in every batch: one for each fake device, and divisible by the parts of a microbatch
+B = 8
 STEPS = 5  # at most so many steps in a sequence
 RATE = 2.0**-10  # the same number in every precision
 
 first_of_family = {row.family: row.name for row in reversed(ZOO.values())}.values()
-# One row of each family is always run. The others are slow, and variants: CI runs them on one end of the supported versions.
-# Within a module all gates of a row come one after the other, and so in one worker, which compiles what they share once (that
-# is what the scope is for).
+# One row of each family is always run. The others are slow, and variants: CI runs them on one end
+# of the supported versions. Within a module all gates of a row come one after the other, and so in
+# one worker, which compiles what they share once (that is what the scope is for).
 _others = [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.variant]) for name in ZOO]
 _slow = [
     pytest.param(name, marks=pytest.mark.slow) if name in first_of_family else one
@@ -32,16 +35,21 @@ _slow = [
 _one = [name if name == "vae" else one for name, one in zip(ZOO, _slow, strict=True)]
 _own = [name if name in first_of_family else one for name, one in zip(ZOO, _others, strict=True)]
 # For what a gate of every row has seen in another form.
-first_rows = pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) for n in first_of_family], scope="module")
+first_rows = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) for n in first_of_family], scope="module"
+)
 slow_rows = pytest.mark.parametrize("name", _slow, scope="module")
-# For gates that compile programs of their own: one row is enough for a quick look, and CI runs every row.
+# For gates that compile programs of their own: one row is enough for a quick look, and CI runs
+# every row.
 one_row_quick = pytest.mark.parametrize("name", _one, scope="module")
 every_row = pytest.mark.parametrize("name", _own, scope="module")
 
 
 @functools.cache
 def setup(name):
-    """The row as a tiny model: recipe, spec, model, its parameters and state, and the functions on them, compiled."""
+    """The row as a tiny model: recipe, spec, model, its parameters and state, and the functions on
+    them, compiled.
+    """
     row = ZOO[name]
     recipe = dataclasses.replace(row, model={**row.model, **row.tiny})
     spec = recipe.source().spec
@@ -78,36 +86,50 @@ def optimizer(rate=RATE):
 
 @functools.cache
 def plain(name):
-    """The solo run that ensembles, sweeps and shards are held against; its learning rate is an argument."""
+    """The solo run that ensembles, sweeps and shards are held against; its learning rate is an
+    argument.
+    """
     model = setup(name).model
     step = quick(lambda rate, ts, batch: training(model, optimizer(rate)).step(ts, batch))
     return SimpleNamespace(
-        t=setup(name).t, init=setup(name).init, step=lambda ts, batch, rate=RATE: step(np.float32(rate), ts, batch)
+        t=setup(name).t,
+        init=setup(name).init,
+        step=lambda ts, batch, rate=RATE: step(np.float32(rate), ts, batch),
     )
 
 
 @functools.cache
 def one_device(name):
-    """A start and, in float64, the state and metrics after three steps of the solo run, each of its own batch."""
+    """A start and, in float64, the state and metrics after three steps of the solo run, each of its
+    own batch.
+    """
     start = plain(name).init(jax.random.key(0))
     with jax.enable_x64(True):
-        return start, *run(plain(name).step, widen(start), [widen(batch(name, seed)) for seed in range(3)])
+        return start, *run(
+            plain(name).step, widen(start), [widen(batch(name, seed)) for seed in range(3)]
+        )
 
 
 @functools.cache
 def solo_runs(name, rates):
-    """For each key and rate the first state, and, in float64 as rounding grows, the state and metrics after 4 steps."""
+    """For each key and rate the first state, and, in float64 as rounding grows, the state and
+    metrics after 4 steps.
+    """
     t = plain(name)
     firsts = [t.init(key) for key in jax.random.split(jax.random.key(7), len(rates))]
     with jax.enable_x64(True):
         batches = [widen(batch(name, seed)) for seed in range(4)]
         starts = zip(rates, map(widen, firsts), strict=True)
-        return firsts, [run(functools.partial(t.step, rate=rate), first, batches) for rate, first in starts]
+        return firsts, [
+            run(functools.partial(t.step, rate=rate), first, batches) for rate, first in starts
+        ]
 
 
 @functools.cache
 def real(name):
-    """The procedure that the row itself describes, with skipping of steps that are not finite; a step as users have it."""
+    """The procedure that the row itself describes, with skipping of steps that are not finite; a
+    step as users have it.
+    """
     recipe = setup(name).recipe
     schedule = dataclasses.replace(recipe.schedule, skip_nonfinite=True)
     t = dataclasses.replace(recipe, schedule=schedule).training(setup(name).spec)
@@ -129,7 +151,9 @@ def grown(params):
 
 
 def in_chunks(model, n):
-    """The same model, its losses evaluated over n parts with the keys of `microbatch` and put together again."""
+    """The same model, its losses evaluated over n parts with the keys of `microbatch` and put
+    together again.
+    """
 
     def loss_of(loss):
         def whole(params, state, batch, key):
@@ -149,4 +173,7 @@ def in_chunks(model, n):
 
 def widen(tree):
     """In float64, where `jax.enable_x64` holds."""
-    return by_hand(lambda leaf: leaf.astype(np.float64) if np.issubdtype(leaf.dtype, np.floating) else leaf, tree)
+    return by_hand(
+        lambda leaf: leaf.astype(np.float64) if np.issubdtype(leaf.dtype, np.floating) else leaf,
+        tree,
+    )

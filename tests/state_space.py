@@ -1,5 +1,6 @@
-"""A linear-Gaussian state space model, z_t = A z_{t-1} + N(0, Q), x_t = C z_t + N(0, R), z_0 = 0: solved densely in numpy, and
-as weights of a VRNN whose cell adds up what it is given, so that h_t = z_t. Q, R and S are diagonal.
+"""A linear-Gaussian state space model, z_t = A z_{t-1} + N(0, Q), x_t = C z_t + N(0, R), z_0 = 0:
+solved densely in numpy, and as weights of a VRNN whose cell adds up what it is given, so that h_t =
+z_t. Q, R and S are diagonal.
 """
 
 import functools
@@ -26,7 +27,9 @@ def spec(steps):
 
 
 def chain(transition, noise, steps):
-    """z = M e for e ~ N(0, noise) and z_t = transition z_{t-1} + e_t: M, and the covariance of z."""
+    """z = M e for e ~ N(0, noise) and z_t = transition z_{t-1} + e_t: M, and the covariance of
+    z.
+    """
     m = np.linalg.inv(np.eye(steps * L) - np.kron(np.eye(steps, k=-1), transition))
     return m, m @ np.kron(np.eye(steps), np.diag(noise)) @ m.T
 
@@ -54,11 +57,15 @@ def posterior_of_path(x):
 def normal_kl(mean, covariance, mean_2, covariance_2):
     difference, inverse = mean_2 - mean, np.linalg.inv(covariance_2)
     log_det = np.linalg.slogdet(covariance_2)[1] - np.linalg.slogdet(covariance)[1]
-    return 0.5 * (np.trace(inverse @ covariance) + difference @ inverse @ difference - len(mean) + log_det)
+    return 0.5 * (
+        np.trace(inverse @ covariance) + difference @ inverse @ difference - len(mean) + log_det
+    )
 
 
 def elbo(x, k, g, s):
-    """The exact ELBO of one x [T, D] under q(z_t | x_t, z_{t-1}) = N(k x_t + g z_{t-1}, s): ln p(x) - KL(q || p(z | x))."""
+    """The exact ELBO of one x [T, D] under q(z_t | x_t, z_{t-1}) = N(k x_t + g z_{t-1}, s): ln p(x)
+    - KL(q || p(z | x)).
+    """
     m, covariance = chain(g, s, len(x))
     mean = m @ np.kron(np.eye(len(x)), k) @ x.reshape(-1)
     return log_prob(x[None]) - normal_kl(mean, covariance, *posterior_of_path(x))
@@ -86,7 +93,9 @@ def raw_of_x(variance):
 
 
 def weights(model, k, g, s):
-    """Parameters, float64, for which the model's p is the state space model and its q is N(k x_t + g z_{t-1}, s)."""
+    """Parameters, float64, for which the model's p is the state space model and its q is N(k x_t +
+    g z_{t-1}, s).
+    """
     params, state = model.init(jax.random.key(0))
     eye, none = np.eye(L), np.zeros((L, L))
     values = {
@@ -124,4 +133,6 @@ def draw(steps, seed=0):
     """One x [T, D] of the state space model."""
     rng = np.random.default_rng(seed)
     covariance, _ = marginal(steps)
-    return (scipy.linalg.cholesky(covariance, lower=True) @ rng.normal(size=steps * D)).reshape(steps, D)
+    return (scipy.linalg.cholesky(covariance, lower=True) @ rng.normal(size=steps * D)).reshape(
+        steps, D
+    )

@@ -1,4 +1,6 @@
-"""Steps compiled for machines that are not here. What needs libtpu is skipped, and said to be, where it is not installed."""
+"""Steps compiled for machines that are not here. What needs libtpu is skipped, and said to be,
+where it is not installed.
+"""
 
 import dataclasses
 import importlib.util
@@ -10,7 +12,9 @@ from genjax.errors import ConfigError
 from genjax.profiling import ahead
 from genjax.zoo import ZOO
 
-libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (the extra tpu)")
+libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (the extra tpu)"
+)
 
 
 def tiny(name, batch_size=8):
@@ -56,7 +60,10 @@ def test_a_step_is_lowered_for_cuda(name):
 
 def test_without_libtpu_the_error_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(ahead.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs libtpu, which no TPU is needed for: pip install 'genjax-zoo\[tpu\]'"):
+    with pytest.raises(
+        ConfigError,
+        match=r"needs libtpu, which no TPU is needed for: pip install 'genjax-zoo\[tpu\]'",
+    ):
         ahead.devices_of("v5e:2x2")
     assert "needs libtpu" in refused(["compile", "vae"], capsys)
 
@@ -64,5 +71,7 @@ def test_without_libtpu_the_error_says_what_to_install(monkeypatch, capsys):
 @pytest.mark.parametrize("topology", ["v9:2x2", "v5e", "v5e:3x3", "", "v5e:2x2x1"])
 def test_a_topology_that_does_not_exist(topology, monkeypatch):
     monkeypatch.setattr(ahead.importlib.util, "find_spec", lambda name: True)
-    with pytest.raises(ConfigError, match=rf"no topology '{topology}'. There are: v4:2x2x1, .*v6e:16x16, and cuda"):
+    with pytest.raises(
+        ConfigError, match=rf"no topology '{topology}'. There are: v4:2x2x1, .*v6e:16x16, and cuda"
+    ):
         ahead.devices_of(topology)

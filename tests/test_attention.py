@@ -1,4 +1,6 @@
-"""The Transformer as a model: causality, cache, probabilities that sum to one, and the law of what it generates."""
+"""The Transformer as a model: causality, cache, probabilities that sum to one, and the law of what
+it generates.
+"""
 
 import functools
 import itertools
@@ -37,13 +39,25 @@ def built(spec=TOKENS, **options):
     model = transformer(spec, **{**TINY, **options})
     leaves, tree = jax.tree.flatten(model.init(jax.random.key(0))[0])
     rng = np.random.default_rng(1)
-    params = jax.tree.unflatten(tree, [leaf + 0.4 * rng.normal(size=leaf.shape).astype(leaf.dtype) for leaf in leaves])
-    extras = {name: quick(f) for name, f in model.extras.items() if name in ("outputs", "step_log_prob", "advance")}
+    params = jax.tree.unflatten(
+        tree, [leaf + 0.4 * rng.normal(size=leaf.shape).astype(leaf.dtype) for leaf in leaves]
+    )
+    extras = {
+        name: quick(f)
+        for name, f in model.extras.items()
+        if name in ("outputs", "step_log_prob", "advance")
+    }
     begin = quick(model.extras["begin"], static_argnums=2)
     sample = quick(model.sample, static_argnums=3)
     loss = quick(model.losses["transformer"])
     return SimpleNamespace(
-        model=model, params=params, log_prob=quick(model.log_prob), begin=begin, sample=sample, loss=loss, **extras
+        model=model,
+        params=params,
+        log_prob=quick(model.log_prob),
+        begin=begin,
+        sample=sample,
+        loss=loss,
+        **extras,
     )
 
 
@@ -53,23 +67,32 @@ def shared(variant, spec=TOKENS):
 
 
 def tokens(seed, n, spec=TOKENS):
-    return jnp.asarray(np.random.default_rng(seed).integers(0, spec.levels, (n, *spec.shape)), jnp.int32)
+    return jnp.asarray(
+        np.random.default_rng(seed).integers(0, spec.levels, (n, *spec.shape)), jnp.int32
+    )
 
 
 def strings(levels, length):
     return np.asarray(list(itertools.product(range(levels), repeat=length)), np.int32)
 
 
-# --- causality ------------------------------------------------------------------------------------------------------
+# --- causality ------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 2])
 def test_a_step_depends_on_every_earlier_event_in_reach_and_exactly_on_no_other(window):
-    """The jacobian, exactly 0: event s goes in at position s + 1, and each of L layers looks window - 1 steps back."""
+    """The jacobian, exactly 0: event s goes in at position s + 1, and each of L layers looks window
+    - 1 steps back.
+    """
     m = built(VECTORS, window=window)
-    x, c = jnp.asarray(np.random.default_rng(0).normal(size=(1, 6, 2)), jnp.float32), jnp.ones((1, 2))
-    jacobian = np.asarray(quick(jax.jacrev(lambda x: m.model.extras["outputs"](m.params, {}, x, c)))(x))
+    x, c = (
+        jnp.asarray(np.random.default_rng(0).normal(size=(1, 6, 2)), jnp.float32),
+        jnp.ones((1, 2)),
+    )
+    jacobian = np.asarray(
+        quick(jax.jacrev(lambda x: m.model.extras["outputs"](m.params, {}, x, c)))(x)
+    )
     size = np.abs(jacobian[0, :, :, 0]).max(axis=(1, 3))  # [T of the output, T of the event]
     reach = 6 if window is None else TINY["n_layers"] * (window - 1)
     wanted = np.asarray([[0 <= t - (s + 1) <= reach for s in range(6)] for t in range(6)])
@@ -87,7 +110,7 @@ def test_changing_a_token_changes_no_step_up_to_it():
         assert s == 5 or (before[:, s + 1 :] != after[:, s + 1 :]).any(axis=(0, 2)).all()
 
 
-# --- the cache -------------------------------------------------------------------------------------------------------
+# --- the cache ------------------------------------------------------------------------------------
 
 
 def one_by_one(m, params, x, cond=None):
@@ -117,10 +140,12 @@ def test_the_cache_of_vectors_with_a_condition():
     m = built(VECTORS, n_components=2)
     rng = np.random.default_rng(0)
     x, c = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 6, 2), (3, 2)))
-    np.testing.assert_allclose(one_by_one(m, m.params, x, c), m.outputs(m.params, {}, x, c), atol=1e-5)
+    np.testing.assert_allclose(
+        one_by_one(m, m.params, x, c), m.outputs(m.params, {}, x, c), atol=1e-5
+    )
 
 
-# --- probabilities ----------------------------------------------------------------------------------------------------
+# --- probabilities --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", ["rotary", "grouped"])
@@ -137,7 +162,10 @@ def test_with_an_end_token_the_strings_of_all_lengths_sum_to_one():
     spec = DataSpec((5,), "tokens", levels=3, step="symbol", end=1)
     m = built(spec)
     padded = {
-        tuple(row[: list(row).index(1)]) + (1,) * (5 - list(row).index(1)) if 1 in row else tuple(row) for row in strings(3, 5)
+        tuple(row[: list(row).index(1)]) + (1,) * (5 - list(row).index(1))
+        if 1 in row
+        else tuple(row)
+        for row in strings(3, 5)
     }
     x = np.asarray(sorted(padded), np.int32)
     assert len(x) == 2**5 + sum(2**k for k in range(5))
@@ -156,7 +184,9 @@ def test_with_an_end_token_the_strings_of_all_lengths_sum_to_one():
 def test_steps_are_the_log_softmax_of_the_outputs_and_padding_counts_for_nothing():
     m, x = shared("learned"), tokens(2, 4)
     outputs = np.asarray(m.outputs(m.params, {}, x), np.float64)
-    wanted = np.take_along_axis(outputs - np.log(np.exp(outputs).sum(-1, keepdims=True)), np.asarray(x)[..., None], -1)
+    wanted = np.take_along_axis(
+        outputs - np.log(np.exp(outputs).sum(-1, keepdims=True)), np.asarray(x)[..., None], -1
+    )
     np.testing.assert_allclose(m.step_log_prob(m.params, {}, Batch(x)), wanted[..., 0], atol=1e-5)
     v = built(VECTORS)
     rng = np.random.default_rng(0)
@@ -164,13 +194,15 @@ def test_steps_are_the_log_softmax_of_the_outputs_and_padding_counts_for_nothing
     batch = Batch(x, c, length=jnp.asarray([1, 4, 6]))
     steps = np.asarray(v.step_log_prob(v.params, {}, batch))
     assert [np.flatnonzero(row).tolist() for row in steps] == [list(range(n)) for n in (1, 4, 6)]
-    np.testing.assert_array_equal(steps, v.step_log_prob(v.params, {}, batch._replace(x=x.at[1, 4:].set(99.0))))
+    np.testing.assert_array_equal(
+        steps, v.step_log_prob(v.params, {}, batch._replace(x=x.at[1, 4:].set(99.0)))
+    )
     loss, aux = v.loss(v.params, {"transformer": {}}, batch, jax.random.key(0))
     np.testing.assert_allclose(loss, -steps.sum(1), rtol=1e-5)
     np.testing.assert_allclose(aux.metrics["nats_per_step"], -steps.sum(1) / [1, 4, 6], rtol=1e-5)
 
 
-# --- the same values by other programs --------------------------------------------------------------------------------
+# --- the same values by other programs ------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -181,7 +213,11 @@ def test_scanned_or_recomputed_layers_have_the_same_loss_and_gradient(x64, rate)
 
     def gradient(**options):
         loss = transformer(TOKENS, **TINY, dropout=rate, **options).losses["transformer"]
-        return quick(jax.value_and_grad(lambda p: loss(p, {"transformer": {}}, batch, jax.random.key(3))[0].sum()))(params)
+        return quick(
+            jax.value_and_grad(
+                lambda p: loss(p, {"transformer": {}}, batch, jax.random.key(3))[0].sum()
+            )
+        )(params)
 
     wanted = gradient()
     for options in ({"scan_layers": True}, {"remat": True}, {"scan_layers": True, "remat": True}):
@@ -198,7 +234,9 @@ def test_the_gradient_of_a_tied_table_is_the_sum_of_its_two_uses(x64):
     assert not {"dense"} & set(params["readout"])
 
     def gradient(model, p):
-        loss = lambda p: model.losses["transformer"](p, {"transformer": {}}, Batch(tokens(0, 4)), jax.random.key(0))[0].sum()  # noqa: E731
+        loss = lambda p: model.losses["transformer"](
+            p, {"transformer": {}}, Batch(tokens(0, 4)), jax.random.key(0)
+        )[0].sum()  # noqa: E731
         value, grad = quick(jax.value_and_grad(loss))({"transformer": p})
         return value, grad["transformer"]
 
@@ -211,11 +249,13 @@ def test_the_gradient_of_a_tied_table_is_the_sum_of_its_two_uses(x64):
 
 
 def test_as_many_key_heads_as_heads_is_the_default():
-    one, other = (transformer(TOKENS, **TINY, n_kv_heads=n).init(jax.random.key(0)) for n in (None, 2))
+    one, other = (
+        transformer(TOKENS, **TINY, n_kv_heads=n).init(jax.random.key(0)) for n in (None, 2)
+    )
     assert jax.tree.all(jax.tree.map(np.array_equal, one, other))
 
 
-# --- noise in training ------------------------------------------------------------------------------------------------
+# --- noise in training ----------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -223,11 +263,17 @@ def test_dropout_depends_on_the_key_in_training_and_is_absent_from_evaluation():
     plain, noisy, batch = built(), built(dropout=0.5), Batch(tokens(0, 4))
     losses = {}
     for name, m in (("plain", plain), ("noisy", noisy)):
-        losses[name] = [np.asarray(m.loss(m.params, {"transformer": {}}, batch, jax.random.key(k))[0]) for k in (0, 0, 1)]
+        losses[name] = [
+            np.asarray(m.loss(m.params, {"transformer": {}}, batch, jax.random.key(k))[0])
+            for k in (0, 0, 1)
+        ]
     np.testing.assert_array_equal(losses["plain"][0], losses["plain"][2])
     np.testing.assert_array_equal(losses["noisy"][0], losses["noisy"][1])
     assert (losses["noisy"][0] != losses["noisy"][2]).all()
-    nats = [m.log_prob(plain.params, {}, batch, jax.random.key(k)) for m, k in ((plain, 0), (noisy, 0), (noisy, 1))]
+    nats = [
+        m.log_prob(plain.params, {}, batch, jax.random.key(k))
+        for m, k in ((plain, 0), (noisy, 0), (noisy, 1))
+    ]
     np.testing.assert_array_equal(nats[0], nats[1])
     np.testing.assert_array_equal(nats[0], nats[2])
     np.testing.assert_allclose(losses["plain"][0], -nats[0], rtol=1e-6)
@@ -239,14 +285,16 @@ def test_the_condition_is_left_out_at_the_rate_that_was_asked_for():
     batch = Batch(jnp.repeat(tokens(0, 1), n, axis=0), jnp.ones(n, jnp.int32))
     loss, _ = m.loss(m.params, {"transformer": {}}, batch, jax.random.key(0))
     values, counts = np.unique(np.round(np.asarray(loss), 3), return_counts=True)
-    given = -float(m.log_prob(m.params, {}, Batch(batch.x[:1], batch.cond[:1]), jax.random.key(0))[0])
+    given = -float(
+        m.log_prob(m.params, {}, Batch(batch.x[:1], batch.cond[:1]), jax.random.key(0))[0]
+    )
     assert len(values) == 2
     kept = counts[np.abs(values - given) < 2e-3]
     assert len(kept) == 1
     assert abs(kept[0] / n - (1 - rate)) < 3 * np.sqrt(rate * (1 - rate) / n)
 
 
-# --- generation ------------------------------------------------------------------------------------------------------
+# --- generation -----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -254,7 +302,12 @@ def test_the_law_of_samples_is_the_model_by_enumeration():
     spec, n = DataSpec((3,), "tokens", levels=3, step="symbol"), 20_000
     m = built(spec, n_kv_heads=1)
     x = np.asarray(m.sample(m.params, {}, jax.random.key(5), n))
-    p = np.exp(np.asarray(m.log_prob(m.params, {}, Batch(jnp.asarray(strings(3, 3))), jax.random.key(0)), np.float64))
+    p = np.exp(
+        np.asarray(
+            m.log_prob(m.params, {}, Batch(jnp.asarray(strings(3, 3))), jax.random.key(0)),
+            np.float64,
+        )
+    )
     counts = np.bincount(x @ [9, 3, 1], minlength=27)
     assert scipy.stats.chisquare(counts, n * p / p.sum()).pvalue > 1e-3
     assert scipy.stats.chisquare(counts, np.full(27, n / 27)).pvalue < 1e-6
@@ -264,8 +317,12 @@ def test_the_law_of_samples_is_the_model_by_enumeration():
 def test_guidance_of_scale_one_is_the_conditional_and_of_zero_the_unconditional_model():
     m, cond, key = built(CLASSES, cond_dropout=0.1), jnp.asarray([0, 1] * 8), jax.random.key(1)
     with pytest.raises(ConfigError, match="cond_dropout"):
-        shared("rotary", CLASSES).model.extras["generate"](m.params, {}, key, 16, cond, guidance=2.0)
-    run = quick(lambda scale: m.model.extras["generate"](m.params, {}, key, 16, cond, guidance=scale))
+        shared("rotary", CLASSES).model.extras["generate"](
+            m.params, {}, key, 16, cond, guidance=2.0
+        )
+    run = quick(
+        lambda scale: m.model.extras["generate"](m.params, {}, key, 16, cond, guidance=scale)
+    )
     np.testing.assert_array_equal(run(1.0), m.sample(m.params, {}, key, 16, cond))
     dropped = jnp.ones(16, bool)
     outputs, carry = m.begin(m.params, {}, 16, cond, dropped)
@@ -282,7 +339,13 @@ def test_a_prompt_is_kept_and_no_length_of_it_compiles_another_program():
     m, prompt = shared("window"), tokens(3, 5)
     run = jax.jit(
         lambda length: m.model.extras["generate"](
-            m.params, {}, jax.random.key(0), 5, prompt=prompt, prompt_length=length, choose=sampler(top_k(1))
+            m.params,
+            {},
+            jax.random.key(0),
+            5,
+            prompt=prompt,
+            prompt_length=length,
+            choose=sampler(top_k(1)),
         )
     )
     for length in (0, 2, 6):
@@ -293,7 +356,9 @@ def test_a_prompt_is_kept_and_no_length_of_it_compiles_another_program():
         np.testing.assert_array_equal(x[:, length:], best[:, length:])
     assert run._cache_size() == 1
     with pytest.raises(ConfigError, match="prompt of 7 steps does not fit into 6"):
-        m.model.extras["generate"](m.params, {}, jax.random.key(0), 5, prompt=jnp.zeros((5, 7), jnp.int32))
+        m.model.extras["generate"](
+            m.params, {}, jax.random.key(0), 5, prompt=jnp.zeros((5, 7), jnp.int32)
+        )
     with pytest.raises(ConfigError, match="from 1 to 6, the model's context"):
         m.model.extras["generate"](m.params, {}, jax.random.key(0), 5, length=7)
 
@@ -305,7 +370,9 @@ def test_beam_search_over_the_cache_finds_the_best_string_of_each_condition():
     outputs, carry = m.begin(m.params, {}, 2, cond)
     each = jnp.repeat(cond, beams)
     advance = lambda carry, x: m.model.extras["advance"](m.params, {}, carry, x, each)  # noqa: E731
-    found, nats = quick(lambda outputs, carry: beam_search(advance, outputs, carry, beams, 3))(outputs, carry)
+    found, nats = quick(lambda outputs, carry: beam_search(advance, outputs, carry, beams, 3))(
+        outputs, carry
+    )
     every = jnp.asarray(strings(3, 3))
     for row in range(2):
         batch = Batch(every, jnp.full(27, row, jnp.int32))
@@ -354,7 +421,10 @@ def test_narrow_arithmetic_keeps_wide_parameters_and_nearly_the_loss():
         ({"n_heads": 3}, "multiple of n_heads"),
         ({"n_heads": 4, "n_kv_heads": 3}, "multiple of n_heads"),
         ({"d_model": 6, "n_heads": 2}, "must be even; got 3"),
-        ({"spec": DataSpec((4, 2), "binary", step="frame"), "tie_weights": True}, "tie_weights is for sequences of tokens"),
+        (
+            {"spec": DataSpec((4, 2), "binary", step="frame"), "tie_weights": True},
+            "tie_weights is for sequences of tokens",
+        ),
         ({"spec": DataSpec((4, 2), "binary")}, "Give its DataSpec `step`"),
     ],
 )
@@ -363,7 +433,7 @@ def test_settings_that_do_not_fit_are_refused(options, message):
         transformer(**{"spec": TOKENS, **TINY, **options})
 
 
-# --- learning ----------------------------------------------------------------------------------------------------------
+# --- learning -------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -374,7 +444,10 @@ def test_a_markov_chain_is_learned_to_its_entropy_and_never_below():
     values, vectors = np.linalg.eig(matrix.T)
     law = np.real(vectors[:, np.argmax(np.real(values))])
     law /= law.sum()
-    entropy = -(law * np.log(law)).sum() / length - (length - 1) / length * (law[:, None] * matrix * np.log(matrix)).sum()
+    entropy = (
+        -(law * np.log(law)).sum() / length
+        - (length - 1) / length * (law[:, None] * matrix * np.log(matrix)).sum()
+    )
 
     def draw(n):
         x = np.empty((n, length), np.int32)
@@ -384,11 +457,21 @@ def test_a_markov_chain_is_learned_to_its_entropy_and_never_below():
         return x
 
     spec = DataSpec((length,), "tokens", levels=levels, step="symbol")
-    t = training(transformer(spec, d_model=32, n_layers=1, n_heads=2), optax.adam(optax.cosine_decay_schedule(3e-3, 600)))
+    t = training(
+        transformer(spec, d_model=32, n_layers=1, n_heads=2),
+        optax.adam(optax.cosine_decay_schedule(3e-3, 600)),
+    )
     ts, step = jax.jit(t.init)(jax.random.key(0)), optimised(scan_steps(t).step, donate_argnums=0)
     for _ in range(12):
         ts, _ = step(ts, Batch(jnp.asarray(draw(50 * 64).reshape(50, 64, length))))
     model = transformer(spec, d_model=32, n_layers=1, n_heads=2)
-    nats = -np.asarray(jax.jit(model.log_prob)(ts.params, ts.state, Batch(jnp.asarray(draw(n))), jax.random.key(1))) / length
+    nats = (
+        -np.asarray(
+            jax.jit(model.log_prob)(
+                ts.params, ts.state, Batch(jnp.asarray(draw(n))), jax.random.key(1)
+            )
+        )
+        / length
+    )
     error = nats.std() / np.sqrt(n)
     assert -3 * error < nats.mean() - entropy < 0.01 + 3 * error

@@ -1,4 +1,6 @@
-"""The layers of the Transformer against their formulas: attention, rotary positions, normalisation, shared keys and values."""
+"""The layers of the Transformer against their formulas: attention, rotary positions, normalisation,
+shared keys and values.
+"""
 
 import functools
 
@@ -45,19 +47,29 @@ def by_hand(q, k, v, allowed):
 @pytest.mark.parametrize(("g", "r"), [(2, 1), (2, 3)])
 def test_attention_is_the_formula(x64, window, g, r):
     q, k, v = normal(0, 2, g, r, 5, 4), normal(1, 2, g, 5, 4), normal(2, 2, g, 5, 4)
-    allowed = np.asarray([[j <= i and (window is None or i - j < window) for j in range(5)] for i in range(5)])
+    allowed = np.asarray(
+        [[j <= i and (window is None or i - j < window) for j in range(5)] for i in range(5)]
+    )
     np.testing.assert_array_equal(causal(5, window), allowed)
     wanted = by_hand(q, k, v, allowed)
-    np.testing.assert_allclose(quick(dense_attention, static_argnums=3)(q, k, v, window), wanted, atol=1e-14)
-    narrow = (x.astype(jnp.float32) for x in (q, k, v))  # that of jax computes its softmax in float32
-    np.testing.assert_allclose(quick(fused_attention, static_argnums=3)(*narrow, window), wanted, atol=1e-5)
+    np.testing.assert_allclose(
+        quick(dense_attention, static_argnums=3)(q, k, v, window), wanted, atol=1e-14
+    )
+    narrow = (
+        x.astype(jnp.float32) for x in (q, k, v)
+    )  # that of jax computes its softmax in float32
+    np.testing.assert_allclose(
+        quick(fused_attention, static_argnums=3)(*narrow, window), wanted, atol=1e-5
+    )
     one = quick(attend)(q[..., 3:4, :], k, v, jnp.asarray(allowed[3:4]))
     np.testing.assert_allclose(one, wanted[..., 3:4, :], atol=1e-14)
 
 
 def test_both_forms_of_attention_have_the_same_gradient():
     shapes = ((2, 2, 2, 6, 4), (2, 2, 6, 4), (2, 2, 6, 4), (2, 2, 2, 6, 4))
-    q, k, v, weight = (normal(seed, *shape).astype(jnp.float32) for seed, shape in enumerate(shapes))
+    q, k, v, weight = (
+        normal(seed, *shape).astype(jnp.float32) for seed, shape in enumerate(shapes)
+    )
     grads = [
         quick(jax.grad(lambda q, k, v, f=f: (f(q, k, v, 4) * weight).sum(), (0, 1, 2)))(q, k, v)
         for f in (dense_attention, fused_attention)
@@ -68,8 +80,13 @@ def test_both_forms_of_attention_have_the_same_gradient():
 
 def test_scores_that_would_overflow_do_not():
     q = jnp.full((1, 1, 1, 2, 4), 1e3)
-    k, v = jnp.stack([q[0, 0, 0, 0], -q[0, 0, 0, 0]])[None, None], normal(0, 1, 1, 2, 4).astype(jnp.float32)
-    np.testing.assert_array_equal(dense_attention(q, k, v), jnp.broadcast_to(v[:, :, None, :1], q.shape))
+    k, v = (
+        jnp.stack([q[0, 0, 0, 0], -q[0, 0, 0, 0]])[None, None],
+        normal(0, 1, 1, 2, 4).astype(jnp.float32),
+    )
+    np.testing.assert_array_equal(
+        dense_attention(q, k, v), jnp.broadcast_to(v[:, :, None, :1], q.shape)
+    )
 
 
 @pytest.mark.slow
@@ -83,50 +100,69 @@ def test_rotary_scores_depend_on_the_difference_of_positions_only(x64):
     x = normal(2, 3, 5, 8)
     turned = rotary(x, jnp.arange(5))
     np.testing.assert_array_equal(turned[:, 0], x[:, 0])
-    np.testing.assert_allclose(jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(x, axis=-1), atol=1e-14)
+    np.testing.assert_allclose(
+        jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(x, axis=-1), atol=1e-14
+    )
     # The slowest pair of eight dimensions turns by 10000^(-3/4) a step, the fastest by 1.
     unit = rotary(jnp.eye(8)[:, None], jnp.asarray([1]))[:, 0]
-    np.testing.assert_allclose(jnp.diag(unit)[:4], np.cos(10000.0 ** (-np.arange(4) / 4)), atol=1e-15)
+    np.testing.assert_allclose(
+        jnp.diag(unit)[:4], np.cos(10000.0 ** (-np.arange(4) / 4)), atol=1e-15
+    )
 
 
 def attention(heads, groups, window=None, turned=False, d=12):
-    net = functional(lambda *, rngs: Attention(d, heads, groups, "layer", True, window, turned, 0.3, rngs=rngs))
+    net = functional(
+        lambda *, rngs: Attention(d, heads, groups, "layer", True, window, turned, 0.3, rngs=rngs)
+    )
     return net._replace(init=quick(net.init), apply=quick(net.apply))
 
 
 def grown(params):
     leaves, tree = jax.tree.flatten(params)
-    return jax.tree.unflatten(tree, [leaf + 0.5 * normal(i, *leaf.shape).astype(leaf.dtype) for i, leaf in enumerate(leaves)])
+    return jax.tree.unflatten(
+        tree,
+        [leaf + 0.5 * normal(i, *leaf.shape).astype(leaf.dtype) for i, leaf in enumerate(leaves)],
+    )
 
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_grouped_queries_are_multi_head_attention_with_repeated_keys_and_values(turned):
-    """Each of 2 groups shared by 2 of 4 heads: copy the rows of W_qkv that make its keys and values."""
+    """Each of 2 groups shared by 2 of 4 heads: copy the rows of W_qkv that make its keys and
+    values.
+    """
     d, h = 16, 4
     grouped, full = (attention(4, groups, turned=turned, d=d) for groups in (2, 4))
     params = grown(grouped.init(jax.random.key(0))[0])
 
     def spread(w):
         q, k, v = w[..., :d], w[..., d : d + 2 * h], w[..., d + 2 * h :]
-        twice = lambda y: jnp.repeat(y.reshape(*y.shape[:-1], 2, h), 2, axis=-2).reshape(*y.shape[:-1], 4 * h)  # noqa: E731
+        twice = lambda y: jnp.repeat(y.reshape(*y.shape[:-1], 2, h), 2, axis=-2).reshape(
+            *y.shape[:-1], 4 * h
+        )  # noqa: E731
         return jnp.concatenate([q, twice(k), twice(v)], axis=-1)
 
     copied = {**params, "qkv": jax.tree.map(spread, params["qkv"])}
     x = normal(9, 2, 5, d).astype(jnp.float32)
-    np.testing.assert_allclose(grouped.apply(params, {}, x)[0], full.apply(copied, {}, x)[0], atol=1e-5)
+    np.testing.assert_allclose(
+        grouped.apply(params, {}, x)[0], full.apply(copied, {}, x)[0], atol=1e-5
+    )
 
 
 def test_a_window_as_long_as_the_sequence_is_none():
     params = grown(attention(2, 2).init(jax.random.key(0))[0])
     x = normal(9, 2, 5, 12).astype(jnp.float32)
-    whole, wide, narrow = (attention(2, 2, window).apply(params, {}, x)[0] for window in (None, 5, 4))
+    whole, wide, narrow = (
+        attention(2, 2, window).apply(params, {}, x)[0] for window in (None, 5, 4)
+    )
     np.testing.assert_array_equal(whole, wide)
     np.testing.assert_array_equal(whole[:, :4], narrow[:, :4])
     assert (np.asarray(whole[:, 4]) != np.asarray(narrow[:, 4])).any()
 
 
 def test_without_positions_attention_does_not_know_the_order_of_the_past():
-    """The last step sees the same whatever the order of those before it; with rotary positions it does not."""
+    """The last step sees the same whatever the order of those before it; with rotary positions it
+    does not.
+    """
     x = normal(9, 2, 5, 12).astype(jnp.float32)
     mixed = x[:, jnp.asarray([2, 0, 3, 1, 4])]
     for turned, same in ((False, True), (True, False)):
@@ -153,7 +189,11 @@ def test_the_derivative_of_normalisation_is_that_of_the_formula(x64):
 
 @pytest.mark.parametrize(("kind", "bias"), [("layer", True), ("layer", False), ("rms", True)])
 def test_norms_are_those_of_flax(kind, bias):
-    flax = nnx.LayerNorm(6, epsilon=EPSILON, use_bias=bias, rngs=nnx.Rngs(0)) if kind == "layer" else None
+    flax = (
+        nnx.LayerNorm(6, epsilon=EPSILON, use_bias=bias, rngs=nnx.Rngs(0))
+        if kind == "layer"
+        else None
+    )
     flax = flax or nnx.RMSNorm(6, epsilon=EPSILON, rngs=nnx.Rngs(0))
     net = functional(lambda *, rngs: Norm(6, kind, bias, rngs=rngs))
     params = grown(net.init(jax.random.key(0))[0])
@@ -182,7 +222,13 @@ def test_swiglu_is_its_formula():
     net = functional(lambda *, rngs: FeedForward(4, 6, "swiglu", "rms", False, 0.3, rngs=rngs))
     params = grown(net.init(jax.random.key(0))[0])
     x = normal(0, 2, 3, 4).astype(jnp.float32)
-    y = np.asarray(x) / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + EPSILON) * np.asarray(params["norm"]["scale"])
+    y = (
+        np.asarray(x)
+        / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + EPSILON)
+        * np.asarray(params["norm"]["scale"])
+    )
     up, down = (np.asarray(params[name]["kernel"]) for name in ("up", "down"))
     a, b = np.split(y @ up, 2, -1)
-    np.testing.assert_allclose(net.apply(params, {}, x)[0], (a / (1 + np.exp(-a)) * b) @ down.T, rtol=2e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        net.apply(params, {}, x)[0], (a / (1 + np.exp(-a)) * b) @ down.T, rtol=2e-4, atol=1e-5
+    )

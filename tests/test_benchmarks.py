@@ -56,9 +56,13 @@ def test_every_family_has_a_step_by_hand() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY_CASES)
 def test_a_step_by_hand_does_the_same_arithmetic(name: str) -> None:
-    """Gradients of the first step and losses of three equal genjax's for the same weights, data and noise."""
+    """Gradients of the first step and losses of three equal genjax's for the same weights, data and
+    noise.
+    """
     (case,) = TINY_CASES[name]()
-    batch = jax.jit(partial(example_batch, case.model.spec), static_argnums=1)(jax.random.key(1), case.batch)
+    batch = jax.jit(partial(example_batch, case.model.spec), static_argnums=1)(
+        jax.random.key(1), case.batch
+    )
     t, hand = training(case.model, optax.adam(1e-3)), by_hand.adam(case.by_hand)
     ts = jax.jit(t.init)(jax.random.key(2))
     # A net may begin with layers of zeros, behind which every gradient is zero.
@@ -97,7 +101,16 @@ def test_a_value_without_first_steps_is_the_mean_over_all_others(tmp_path: Path)
     from genjax.runs import train as run
     from genjax.zoo.recipe import replace
 
-    recipe = replace(ZOO["transformer"], d_model=8, n_layers=1, n_heads=2, context=8, batch_size=8, steps=2, warmup_steps=0)
+    recipe = replace(
+        ZOO["transformer"],
+        d_model=8,
+        n_layers=1,
+        n_heads=2,
+        context=8,
+        batch_size=8,
+        steps=2,
+        warmup_steps=0,
+    )
     run.train(replace(recipe, sample_every=0, evaluate_every=0), tmp_path / "run")
     loaded = run.load(tmp_path / "run")
     found = published.value(tmp_path / "run")
@@ -110,7 +123,9 @@ def test_a_value_without_first_steps_is_the_mean_over_all_others(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_the_command_writes_tables_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_writes_tables_and_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from benchmarks import generation, throughput
 
     small = {"tiny": {"side": SIDE, "width": WIDTH, "latent": LATENT, "batch": 8}}
@@ -129,7 +144,10 @@ def test_the_command_writes_tables_and_json(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(report, "README", readme)
     rows = overhead.step_overhead(0.2)
     assert [row["compiled_programs"] for row in rows] == [1, 1]
-    common.write("overhead", {"step": rows, "loop": overhead.loop_overhead(2, 200, 100, hidden=(WIDTH,), batch_size=8)})
+    common.write(
+        "overhead",
+        {"step": rows, "loop": overhead.loop_overhead(2, 200, 100, hidden=(WIDTH,), batch_size=8)},
+    )
     throughput.main(0.02)
     generation.main(0.02)
     report.main()
@@ -137,7 +155,10 @@ def test_the_command_writes_tables_and_json(tmp_path: Path, monkeypatch: pytest.
         row["variant"] for row in json.loads((tmp_path / "throughput.json").read_text())["rows"]
     }
     generated = json.loads((tmp_path / "generation.json").read_text())["rows"]
-    assert [(row["length"], row["programs"]) for row in generated] == [(4, 1), (8, 1)]  # one for prompts of any length
+    assert [(row["length"], row["programs"]) for row in generated] == [
+        (4, 1),
+        (8, 1),
+    ]  # one for prompts of any length
     text = (tmp_path / "REPORT.md").read_text()
     assert "Overhead" in text
     assert "vmap x4" in text
@@ -147,13 +168,19 @@ def test_the_command_writes_tables_and_json(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.slow
-def test_convolutions_and_widths_are_measured_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_convolutions_and_widths_are_measured_and_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from benchmarks import convolution, report_costs, widths
 
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr(convolution, "ROWS", ("vae-conv",))
     monkeypatch.setattr(convolution, "TRIPS", 2)
-    monkeypatch.setattr(convolution, "compared", partial(convolution.compared, channels=(2, 2), latent_dim=2, batch_size=4))
+    monkeypatch.setattr(
+        convolution,
+        "compared",
+        partial(convolution.compared, channels=(2, 2), latent_dim=2, batch_size=4),
+    )
     monkeypatch.setattr(widths, "WIDTHS", (8, 16))
     monkeypatch.setattr(widths, "PRODUCT", 64)
     monkeypatch.setattr(widths, "replace", partial(replace, n_layers=1, batch_size=2))
@@ -171,7 +198,9 @@ def test_convolutions_and_widths_are_measured_and_reported(tmp_path: Path, monke
 
 
 @pytest.mark.slow
-def test_the_costs_of_programs_are_measured_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_costs_of_programs_are_measured_and_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from benchmarks import ensemble, memory, programs, report_costs, sampling, startup
 
     tiny: dict[str, Any] = {"hidden": (WIDTH,), "latent_dim": LATENT}
@@ -180,9 +209,15 @@ def test_the_costs_of_programs_are_measured_and_reported(tmp_path: Path, monkeyp
     monkeypatch.setattr(memory, "CHANGES", {"vae-ring": {**tiny, "batch_size": 8}})
     monkeypatch.setattr(programs, "ROWS", ("vae",))
     monkeypatch.setattr(sampling, "ROWS", ("vae-ring", "gru-markov", "diffusion-2d"))
-    small = {"gru-markov": {"d_hidden": 4, "d_embed": 3}, "diffusion-2d": {"hidden": (4,), "n_steps": 3}}
+    small = {
+        "gru-markov": {"d_hidden": 4, "d_embed": 3},
+        "diffusion-2d": {"hidden": (4,), "n_steps": 3},
+    }
     monkeypatch.setattr(sampling, "SETTINGS", {"vae-ring": tiny, **small})
-    for module, few in ((sampling, {"BATCHES": (1, 3)}), (ensemble, {"BATCHES": (4,), "MEMBERS": (2,), "STEPS": 2})):
+    for module, few in (
+        (sampling, {"BATCHES": (1, 3)}),
+        (ensemble, {"BATCHES": (4,), "MEMBERS": (2,), "STEPS": 2}),
+    ):
         for name, values in few.items():
             monkeypatch.setattr(module, name, values)
     monkeypatch.setattr(ensemble, "compared", partial(ensemble.compared, **tiny))
@@ -197,15 +232,29 @@ def test_the_costs_of_programs_are_measured_and_reported(tmp_path: Path, monkeyp
     common.write("startup", {"runs": 1, "rows": started, "help": [startup.seconds_of_help()]})
 
     drawn = common.read("sampling")["rows"]
-    assert [(row["batch"], row["solver_steps"]) for row in drawn] == [(1, None), (3, None)] * 2 + [(1, 3), (3, 3)]
+    assert [(row["batch"], row["solver_steps"]) for row in drawn] == [(1, None), (3, None)] * 2 + [
+        (1, 3),
+        (3, 3),
+    ]
     assert all(row["samples_per_second"] > 0 and row["compile_seconds"] > 0 for row in drawn)
     assert drawn[2]["steps_per_second"] > drawn[2]["samples_per_second"]
     assert [row["members"] for row in common.read("ensemble")["rows"]] == [2]
     (kept,) = common.read("memory")["rows"]
-    assert set(kept["ways"]) == {"float32", "bfloat16", "accumulated", "whole loss again"}  # a VAE has no loops
+    assert set(kept["ways"]) == {
+        "float32",
+        "bfloat16",
+        "accumulated",
+        "whole loss again",
+    }  # a VAE has no loops
     assert all(way["reused_bytes"] == way["state_bytes"] for way in kept["ways"].values())
     text = "\n".join(report_costs.parts())
-    for words in ("Size of a compiled step", "Memory of a step", "Samplers", "From the command", "Many small models"):
+    for words in (
+        "Size of a compiled step",
+        "Memory of a step",
+        "Samplers",
+        "From the command",
+        "Many small models",
+    ):
         assert f"## {words}" in text
 
 
@@ -222,19 +271,27 @@ def test_pages_are_measured_and_reported(tmp_path: Path, monkeypatch: pytest.Mon
             pages.main(0.02)
     kernel.write_text("always [madvise] never")
     monkeypatch.setattr(pages, "ROWS", ("vae",))
-    monkeypatch.setattr(pages, "measure", partial(pages.measure, block=0.01, hidden=(4,), latent_dim=2, batch_size=8))
+    monkeypatch.setattr(
+        pages,
+        "measure",
+        partial(pages.measure, block=0.01, hidden=(4,), latent_dim=2, batch_size=8),
+    )
     pages.main(0.02)
     (row,) = common.read("pages")["rows"]
     assert list(row["forms"]) == ["one step a dispatch", "10 steps a dispatch"]
     for form in row["forms"].values():
-        assert all(form["ms"][kind] > 0 and form["faults"][kind] >= 0 for kind in ("as it is", "huge"))
+        assert all(
+            form["ms"][kind] > 0 and form["faults"][kind] >= 0 for kind in ("as it is", "huge")
+        )
         assert form["huge_to_plain"]["median"] > 0
     text = "\n".join(report_costs.parts())
     assert "## Pages of memory" in text
     assert text.count("| `vae` |") == 2
 
 
-def test_a_picture_of_nothing_is_not_drawn_over_one_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_of_nothing_is_not_drawn_over_one_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from benchmarks import gallery
 
     monkeypatch.setattr(gallery, "RESULTS", tmp_path)
@@ -260,15 +317,21 @@ def test_makemores_transformer_reads_the_names_that_ours_reads(tmp_path: Path) -
 
 @pytest.mark.skipif(not TORCH, reason=peers.NO_TORCH)
 @pytest.mark.slow
-def test_makemores_transformer_is_trained_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_makemores_transformer_is_trained_and_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from benchmarks import makemore
 
     rng = np.random.default_rng(0)
-    some = {name: np.pad(rng.integers(1, 3, (40, 3)), ((0, 0), (0, 1))) for name in ("train", "valid", "test")}
+    some = {
+        name: np.pad(rng.integers(1, 3, (40, 3)), ((0, 0), (0, 1)))
+        for name in ("train", "valid", "test")
+    }
     monkeypatch.setattr(makemore, "lines", lambda source: some)
     (run,) = makemore.twin(TORCH, None, [0], 500)
     assert run["best_step"] == 500
-    # Three coins and a sure end: 3 ln 2 / 4 nats per token at least, but for what the training lines tell of the test lines.
+    # Three coins and a sure end: 3 ln 2 / 4 nats per token at least, but for what the training
+    # lines tell of the test lines.
     assert 0.4 < run["test"] < 0.8
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     common.write("makemore", {"steps": 500, "runs": [run], **common.over_seeds([run["test"]])})

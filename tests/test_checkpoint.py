@@ -1,4 +1,6 @@
-"""Checkpoints: what is read is what was written, bit for bit, or is refused; and a failed save loses nothing."""
+"""Checkpoints: what is read is what was written, bit for bit, or is refused; and a failed save
+loses nothing.
+"""
 
 import errno
 import os
@@ -25,7 +27,9 @@ NOTE = {"window": {"net/loss": [0.1, 1 / 3, float("inf")], "net/members": [[1.5,
 
 
 def make(step: int = 7, width: int = 5, members: int | None = None) -> TrainState:
-    """A state with everything that a run can carry: typed keys, bfloat16, int32, empty dicts and optax's named tuples."""
+    """A state with everything that a run can carry: typed keys, bfloat16, int32, empty dicts and
+    optax's named tuples.
+    """
     root = jax.random.key(step)
     key = root if members is None else jax.random.split(root, members)
     net = {
@@ -34,14 +38,22 @@ def make(step: int = 7, width: int = 5, members: int | None = None) -> TrainStat
         "nothing": {},
     }
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3), track_ema(0.9))
-    state = {"net": {"count": jnp.asarray(step * 3, jnp.int32), "codes": jnp.arange(4, dtype=jnp.uint8), "noise": root}}
+    state = {
+        "net": {
+            "count": jnp.asarray(step * 3, jnp.int32),
+            "codes": jnp.arange(4, dtype=jnp.uint8),
+            "noise": root,
+        }
+    }
     return TrainState(jnp.asarray(step, jnp.int32), key, {"net": net}, state, {"net": tx.init(net)})
 
 
 def plain(tree) -> list[np.ndarray]:
     """The leaves on the host, PRNG keys as their data."""
     return [
-        np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
+        np.asarray(
+            jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        )
         for leaf in jax.tree.leaves(tree)
     ]
 
@@ -73,12 +85,16 @@ def two(folder: Path) -> tuple[Checkpoints, TrainState, TrainState]:
 
 @pytest.mark.parametrize("members", [None, 3])
 @pytest.mark.parametrize("as_shapes", [True, False])
-def test_what_is_restored_is_what_was_saved_bit_for_bit(tmp_path: Path, members: int | None, as_shapes: bool) -> None:
+def test_what_is_restored_is_what_was_saved_bit_for_bit(
+    tmp_path: Path, members: int | None, as_shapes: bool
+) -> None:
     state = make(members=members)
     checkpoints = Checkpoints(tmp_path / "c")
     assert checkpoints.restore(shapes(state)) is None
     checkpoints.save(state, NOTE)
-    restored = Checkpoints(tmp_path / "c").restore(shapes(state) if as_shapes else make(0, members=members))
+    restored = Checkpoints(tmp_path / "c").restore(
+        shapes(state) if as_shapes else make(0, members=members)
+    )
     assert restored is not None
     assert_same(restored.state, state)
     assert repr(restored.note) == repr(NOTE)  # repr, because NaN != NaN
@@ -117,7 +133,9 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
 
 
 def damages(path: Path):
-    """A file's contents with one byte flipped (first, middle, last), cut in half, and empty; and None for a missing file."""
+    """A file's contents with one byte flipped (first, middle, last), cut in half, and empty; and
+    None for a missing file.
+    """
     whole = path.read_bytes()
     for index in sorted({0, len(whole) // 2, len(whole) - 1} if whole else ()):
         yield whole[:index] + bytes([whole[index] ^ 0x10]) + whole[index + 1 :]
@@ -145,8 +163,12 @@ def test_no_damage_to_any_file_is_ever_read_as_something_else(tmp_path: Path) ->
                 assert restored.note == {"which": "new"}
                 assert_same(restored.state, new)
         path.write_bytes(whole)
-    assert {"20", "state", "d"} <= fell_back, "metadata, structure and arrays must all have been hit"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "20"], "reading changes nothing"
+    assert {"20", "state", "d"} <= fell_back, (
+        "metadata, structure and arrays must all have been hit"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "20"], (
+        "reading changes nothing"
+    )
 
 
 def test_every_byte_of_the_arrays_counts(tmp_path: Path) -> None:
@@ -158,7 +180,10 @@ def test_every_byte_of_the_arrays_counts(tmp_path: Path) -> None:
     whole = biggest.read_bytes()
     for index in np.random.default_rng(0).integers(0, len(whole), 20):
         biggest.write_bytes(whole[:index] + bytes([whole[index] ^ 1]) + whole[index + 1 :])
-        with pytest.raises(CheckpointError, match=r"No whole checkpoint is left:\n  .*/1: .*\nDelete the run folder"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"No whole checkpoint is left:\n  .*/1: .*\nDelete the run folder",
+        ):
             checkpoints.restore(shapes(state))
 
 
@@ -169,11 +194,15 @@ def test_a_changed_note_is_noticed(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"new"', '"now"'))
     restored = checkpoints.restore(shapes(old))
     assert restored is not None
-    assert restored.passed_over == {tmp_path / "20": "_CHECKPOINT_METADATA holds other bytes than were saved"}
+    assert restored.passed_over == {
+        tmp_path / "20": "_CHECKPOINT_METADATA holds other bytes than were saved"
+    }
     assert_same(restored.state, old)
 
 
-def test_damaged_ones_are_set_aside_and_saved_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_ones_are_set_aside_and_saved_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     checkpoints, old, new = two(tmp_path)
     for name in ("20.damaged", "20.damaged2"):  # damage may strike twice
         shutil.rmtree(tmp_path / "20" / "state" / "d")
@@ -214,10 +243,15 @@ def test_another_model_is_refused_with_the_leaves_that_differ(tmp_path: Path) ->
     assert text.startswith(f"The checkpoint {tmp_path / '20'} is not of this model:")
     assert "params/net/w: in the checkpoint bfloat16[5, 3], in this model bfloat16[6, 3]" in text
     renamed = make()._replace(params={"other": {"w": jnp.zeros(2)}})
-    with pytest.raises(CheckpointError, match=r"params/other/w: in the checkpoint missing, in this model float32\[2\]"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"params/other/w: in the checkpoint missing, in this model float32\[2\]",
+    ):
         checkpoints.restore(shapes(renamed))
     retyped = make()._replace(step=jnp.zeros((), jnp.float32))
-    with pytest.raises(CheckpointError, match=r"step: in the checkpoint int32\[\], in this model float32\[\]"):
+    with pytest.raises(
+        CheckpointError, match=r"step: in the checkpoint int32\[\], in this model float32\[\]"
+    ):
         checkpoints.restore(shapes(retyped))
     assert checkpoints.steps() == [10, 20]
 
@@ -228,15 +262,24 @@ def test_a_long_difference_is_cut() -> None:
     assert lines[3:] == ["... and 9 more"]
 
 
-def test_a_full_disk_leaves_the_older_checkpoints_whole_and_nothing_half_written(tmp_path: Path) -> None:
-    big = lambda step: make(step)._replace(state={"a": jax.random.normal(jax.random.key(step), (200_000,))})  # noqa: E731
+def test_a_full_disk_leaves_the_older_checkpoints_whole_and_nothing_half_written(
+    tmp_path: Path,
+) -> None:
+    big = lambda step: make(step)._replace(
+        state={"a": jax.random.normal(jax.random.key(step), (200_000,))}
+    )  # noqa: E731
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(big(1))
     before = {path: path.read_bytes() for path in files(tmp_path)}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # writing past it fails, as on a full disk
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (100_000, limits[1])
+    )  # writing past it fails, as on a full disk
     try:
-        with pytest.raises(CheckpointError, match=r"Could not save step 2 in .* step 1 is still there.* disk's space"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"Could not save step 2 in .* step 1 is still there.* disk's space",
+        ):
             checkpoints.save(big(2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -250,7 +293,9 @@ def test_a_full_disk_leaves_the_older_checkpoints_whole_and_nothing_half_written
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
-def test_whatever_the_disk_says_is_said_in_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_whatever_the_disk_says_is_said_in_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
     checkpoints, _, new = two(tmp_path)
 
     def fail(path: str, *args, **kwargs) -> None:
@@ -258,7 +303,10 @@ def test_whatever_the_disk_says_is_said_in_one_error(tmp_path: Path, monkeypatch
         raise OSError(code, "the disk does not want to")
 
     monkeypatch.setattr(ocp, "save", fail)
-    with pytest.raises(CheckpointError, match=r"Could not save step 30 .*the disk does not want to.* step 20 is still there"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"Could not save step 30 .*the disk does not want to.* step 20 is still there",
+    ):
         checkpoints.save(make(30))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "20"]
     restored = checkpoints.restore(shapes(new))
@@ -266,8 +314,12 @@ def test_whatever_the_disk_says_is_said_in_one_error(tmp_path: Path, monkeypatch
     assert_same(restored.state, new)
 
 
-def test_a_read_only_disk_is_found_before_orbax_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its threads would wait for a folder that cannot be made, and keep the program from ending for five minutes."""
+def test_a_read_only_disk_is_found_before_orbax_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its threads would wait for a folder that cannot be made, and keep the program from ending for
+    five minutes.
+    """
     checkpoints, _, _ = two(tmp_path)
 
     def fail(path: Path, *args, **kwargs) -> None:
@@ -275,29 +327,44 @@ def test_a_read_only_disk_is_found_before_orbax_begins(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(ocp, "save", lambda *args, **kwargs: pytest.fail("Orbax was asked to save"))
     with monkeypatch.context() as patch:
-        patch.setattr(os, "mkdir", fail)  # `Path.mkdir(exist_ok=True)` of a folder that exists asks for it, too
-        with pytest.raises(CheckpointError, match=r"Could not save step 30 .*Read-only file system.* step 20 is still there"):
+        patch.setattr(
+            os, "mkdir", fail
+        )  # `Path.mkdir(exist_ok=True)` of a folder that exists asks for it, too
+        with pytest.raises(
+            CheckpointError,
+            match=r"Could not save step 30 .*Read-only file system.* step 20 is still there",
+        ):
             checkpoints.save(make(30))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "20"]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(CheckpointError, match=r"Could not save step 7 .*There is no earlier checkpoint"):
+    with pytest.raises(
+        CheckpointError, match=r"Could not save step 7 .*There is no earlier checkpoint"
+    ):
         Checkpoints(tmp_path / "file" / "checkpoints").save(make())
 
 
 def test_restoring_onto_a_mesh(tmp_path: Path) -> None:
-    """Saved from one device, restored replicated over eight; and one that says nothing of devices fits any program."""
+    """Saved from one device, restored replicated over eight; and one that says nothing of devices
+    fits any program.
+    """
     state = make()
     Checkpoints(tmp_path).save(state)
     mesh = Mesh(np.asarray(jax.devices()), ("data",))
     assert mesh.size == 8
     replicated = NamedSharding(mesh, PartitionSpec())
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), shapes(state))
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
+        shapes(state),
+    )
     restored = Checkpoints(tmp_path).restore(like)
     assert restored is not None
-    assert all(leaf.sharding.is_equivalent_to(replicated, leaf.ndim) for leaf in jax.tree.leaves(restored.state))
+    assert all(
+        leaf.sharding.is_equivalent_to(replicated, leaf.ndim)
+        for leaf in jax.tree.leaves(restored.state)
+    )
     assert_same(restored.state, state)
 
     anywhere = Checkpoints(tmp_path).restore(shapes(state))
@@ -308,7 +375,9 @@ def test_restoring_onto_a_mesh(tmp_path: Path) -> None:
 
 def test_a_sharded_state_is_saved_whole(tmp_path: Path) -> None:
     mesh = Mesh(np.asarray(jax.devices()), ("data",))
-    rows = jax.device_put(jnp.arange(16.0).reshape(8, 2), NamedSharding(mesh, PartitionSpec("data")))
+    rows = jax.device_put(
+        jnp.arange(16.0).reshape(8, 2), NamedSharding(mesh, PartitionSpec("data"))
+    )
     state = make()._replace(params={"net": rows}, opt={})
     Checkpoints(tmp_path).save(state)
     restored = Checkpoints(tmp_path).restore(shapes(state))

@@ -29,7 +29,8 @@ pytestmark = pytest.mark.both_ends
 
 # Small, and with so many checkpoints that a signal is likely to hit a save.
 TRAIN = shlex.split(
-    "train vae --hidden 8 --latent-dim 2 --batch-size 32 --steps 300 --steps-per-call 10 --log-every 20 --evaluate-every 100 "
+    "train vae --hidden 8 --latent-dim 2 --batch-size 32 --steps 300 --steps-per-call 10 "
+    "--log-every 20 --evaluate-every 100 "
     "--sample-every 200 --checkpoint-every 10"
 )
 
@@ -54,7 +55,10 @@ def state_bits(folder: Path, step: int | None = None) -> list[tuple[str, bytes]]
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in pictures.read_metrics(folder / "metrics.jsonl")]
+    return [
+        {k: v for k, v in line.items() if k != "seconds"}
+        for line in pictures.read_metrics(folder / "metrics.jsonl")
+    ]
 
 
 def assert_same_run(folder: Path, expected: Path) -> None:
@@ -79,9 +83,12 @@ def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; from genjax.cli import main; main(['--help']); main(['--version'])\n"
         "print(sorted({name.split('.')[0] for name in sys.modules} & "
-        "{'jax', 'jaxlib', 'numpy', 'flax', 'optax', 'orbax', 'tyro', 'rich', 'matplotlib', 'sklearn', 'tensorboardX'}))"
+        "{'jax', 'jaxlib', 'numpy', 'flax', 'optax', 'orbax', 'tyro', 'rich', 'matplotlib', "
+        "'sklearn', 'tensorboardX'}))"
     )
-    out = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
+    ).stdout
     assert out.splitlines()[-1] == "[]"
     assert re.fullmatch(r"\d+\.\d+\.\d+", out.splitlines()[-2])
     for command in genjax.cli.COMMANDS:
@@ -99,40 +106,71 @@ def test_training_says_what_it_does_and_what_to_do_next(trained: tuple[Path, str
     lines = err.splitlines()
     pattern = r"vae  step (\d+)/300  \d+\.\d steps/s  \d+ s left(  .*)?"
     assert all(re.fullmatch(pattern, line) for line in lines), err
-    assert re.fullmatch(r"vae  step 300/300 .*vae/loss \d+\.\d{3}  valid/bound -\d+\.\d{3}", lines[-1])
-    assert {"config.json", "spec.json", "metrics.jsonl", "tensorboard", "checkpoints", "samples", "curves.png"} == {
-        path.name for path in folder.iterdir()
-    }
+    assert re.fullmatch(
+        r"vae  step 300/300 .*vae/loss \d+\.\d{3}  valid/bound -\d+\.\d{3}", lines[-1]
+    )
+    assert {
+        "config.json",
+        "spec.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "samples",
+        "curves.png",
+    } == {path.name for path in folder.iterdir()}
 
 
 @pytest.mark.slow
 def test_the_installed_program_evaluates(trained: tuple[Path, str, str]) -> None:
     folder = trained[0]
-    command = [str(BIN / "genjax"), "evaluate", "run", "--n", "50", "--n-samples", "7", "--seed", "5"]
-    done = subprocess.run(command, cwd=folder.parent, env=environment(), capture_output=True, text=True, check=True)
+    command = [
+        str(BIN / "genjax"),
+        "evaluate",
+        "run",
+        "--n",
+        "50",
+        "--n-samples",
+        "7",
+        "--seed",
+        "5",
+    ]
+    done = subprocess.run(
+        command, cwd=folder.parent, env=environment(), capture_output=True, text=True, check=True
+    )
     assert done.stderr == ""
     report = json.loads((folder / "report.json").read_text())
     assert (report["n"], report["seed"], report["split"]) == (50, 5, "test")
     assert report["estimator"] == "importance-weighted bound, K=7"
-    assert f"{report['mean']:.3f} ± {report['standard_error']:.3f} nats per example (lower bound" in done.stdout
+    assert (
+        f"{report['mean']:.3f} ± {report['standard_error']:.3f} nats per example (lower bound"
+        in done.stdout
+    )
     assert f"{report['bits_per_dim']:.4f}" in done.stdout
     assert done.stdout.splitlines()[-1] == "written: run/report.json"
 
 
 @pytest.mark.slow
-def test_sampling(trained: tuple[Path, str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sampling(
+    trained: tuple[Path, str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = trained[0]
     genjax.cli.main(["sample", str(folder), "--n", "9", "--seed", "2"])
     out = folder / "samples" / "sample_n9_seed2"
     assert capsys.readouterr().out == f"9 samples [9, 8, 8, 1] in {out}.npz and {out}.png\n"
     x = arrays_in(f"{out}.npz")["x"]
     assert x.shape == (9, 8, 8, 1)
-    genjax.cli.main(["sample", str(folder), "--n", "9", "--seed", "2", "--out", str(tmp_path / "again")])
+    genjax.cli.main(
+        ["sample", str(folder), "--n", "9", "--seed", "2", "--out", str(tmp_path / "again")]
+    )
     np.testing.assert_array_equal(arrays_in(tmp_path / "again.npz")["x"], x)
     capsys.readouterr()
-    assert "unconditional: leave `cond` out" in refused(["sample", str(folder), "--cond", "3"], capsys)
+    assert "unconditional: leave `cond` out" in refused(
+        ["sample", str(folder), "--cond", "3"], capsys
+    )
     (tmp_path / "file").write_text("")
-    text = refused(["sample", str(folder), "--n", "1", "--out", str(tmp_path / "file" / "x")], capsys)
+    text = refused(
+        ["sample", str(folder), "--n", "1", "--out", str(tmp_path / "file" / "x")], capsys
+    )
     assert re.search(r"Could not write .*file/x\.npz: (Not a directory|File exists)", text)
 
 
@@ -151,9 +189,24 @@ def test_the_list_has_a_row_for_every_recipe(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.slow
-def test_bench_prints_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_prints_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    genjax.cli.main(["bench", "vae", "--hidden", "8", "--latent-dim", "2", "--batch-size", "32", "--seconds", "0.2"])
+    genjax.cli.main(
+        [
+            "bench",
+            "vae",
+            "--hidden",
+            "8",
+            "--latent-dim",
+            "2",
+            "--batch-size",
+            "32",
+            "--seconds",
+            "0.2",
+        ]
+    )
     out = capsys.readouterr().out
     figure = {name: float(re.search(rf"│ {name} +│ ([-+.\de]+)", out)[1]) for name in (  # type: ignore[index]
         "steps/s", "examples/s", "compile", "FLOPs per step", "share of peak", "temporary memory"
@@ -165,7 +218,9 @@ def test_bench_prints_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_of_a_command_names_the_recipes_and_of_a_recipe_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_a_command_names_the_recipes_and_of_a_recipe_its_settings(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     for args in (["train", "--help"], ["bench", "-h"]):
         with pytest.raises(SystemExit) as stopped:
             genjax.cli.main(args)
@@ -178,7 +233,14 @@ def test_help_of_a_command_names_the_recipes_and_of_a_recipe_its_settings(capsys
     out = capsys.readouterr().out
     # One setting each of the builder, the loader, the optimiser, the schedule and the command.
     assert all(
-        flag in out for flag in ("--latent-dim INT", "--conditional", "--learning-rate FLOAT", "--steps INT", "--seeds INT")
+        flag in out
+        for flag in (
+            "--latent-dim INT",
+            "--conditional",
+            "--learning-rate FLOAT",
+            "--steps INT",
+            "--seeds INT",
+        )
     )
     assert "dimensions of z" in out
 
@@ -190,7 +252,10 @@ def test_a_run_with_other_settings_is_refused_with_the_difference(
     folder = trained[0]
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     text = refused([*TRAIN, "--out", str(folder), "--learning-rate", "0.5"], capsys)
-    assert "holds a run with other settings; nothing was changed:\n  optimizer.learning_rate: there 0.001, now 0.5\n" in text
+    assert (
+        "holds a run with other settings; nothing was changed:\n  optimizer.learning_rate: there "
+        "0.001, now 0.5\n" in text
+    )
     text = refused(["train", "cvae", "--out", str(folder)], capsys)
     assert "\n  recipe: there 'vae', now 'cvae'\n" in text
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
@@ -221,7 +286,9 @@ def test_sigterm_saves_exits_143_and_the_same_command_goes_on_to_the_same_bits(
     assert process.returncode == 143, err
     assert "Traceback" not in err
     found = re.search(
-        r"^genjax: SIGTERM: saved at step (\d+) of 300; run the same command again to go on\.$", err, re.MULTILINE
+        r"^genjax: SIGTERM: saved at step (\d+) of 300; run the same command again to go on\.$",
+        err,
+        re.MULTILINE,
     )
     assert found, err
     step = int(found[1])
@@ -233,8 +300,12 @@ def test_sigterm_saves_exits_143_and_the_same_command_goes_on_to_the_same_bits(
 
 
 @pytest.mark.slow
-def test_kill_9_again_and_again_loses_nothing(trained: tuple[Path, str, str], tmp_path: Path) -> None:
-    """Every dispatch ends in a save, so most kills hit one; each life goes on from the last whole checkpoint."""
+def test_kill_9_again_and_again_loses_nothing(
+    trained: tuple[Path, str, str], tmp_path: Path
+) -> None:
+    """Every dispatch ends in a save, so most kills hit one; each life goes on from the last whole
+    checkpoint.
+    """
     folder = tmp_path / "run"
     checkpoints = Checkpoints(folder / "checkpoints")
     rng = random.Random(0)
@@ -278,34 +349,49 @@ main(sys.argv[1:])
 
 
 @pytest.mark.slow
-def test_kill_9_in_the_middle_of_a_save_and_a_damaged_checkpoint(trained: tuple[Path, str, str], tmp_path: Path) -> None:
+def test_kill_9_in_the_middle_of_a_save_and_a_damaged_checkpoint(
+    trained: tuple[Path, str, str], tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     command = [sys.executable, "-c", KILLED_IN_A_SAVE, *TRAIN, "--out", "run"]
-    died = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    died = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+    )
     assert died.returncode == -signal.SIGKILL
     assert (folder / "checkpoints" / "50.part" / "half").exists()
     assert Checkpoints(folder / "checkpoints").steps() == [20, 30, 40]
     # The newest whole one is damaged as well: one byte, in the largest file.
     largest = max(
-        (path for path in (folder / "checkpoints" / "40").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+        (path for path in (folder / "checkpoints" / "40").rglob("*") if path.is_file()),
+        key=lambda path: path.stat().st_size,
     )
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 1
     largest.write_bytes(data)
     out, err = program([*TRAIN, "--out", "run"], tmp_path)
     assert "going on from step 30 of 300" in out
-    assert f"A damaged checkpoint was passed over and is now called {folder / 'checkpoints' / '40.damaged'}: " in err
+    assert (
+        "A damaged checkpoint was passed over and is now called "
+        f"{folder / 'checkpoints' / '40.damaged'}: " in err
+    )
     assert_same_run(folder, trained[0])
 
 
 @pytest.mark.slow
-def test_a_loss_that_turns_non_finite_stops_the_program_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+def test_a_loss_that_turns_non_finite_stops_the_program_and_keeps_the_last_good_checkpoint(
+    tmp_path: Path,
+) -> None:
     args = shlex.split(
-        "train vae --hidden 8 --steps 60 --steps-per-call 5 --checkpoint-every 5 --schedule linear --warmup-steps 40"
+        "train vae --hidden 8 --steps 60 --steps-per-call 5 --checkpoint-every 5 --schedule linear "
+        "--warmup-steps 40"
     )
     args += ["--algorithm", "sgd", "--weight-decay", "0", "--learning-rate", "1e4", "--out", "run"]
     _, err = program(args, tmp_path, code=2)
-    found = re.search(r"genjax: error: At step (\d+) the loss of player 'vae' is (nan|inf), and training stopped\.(.*)", err)
+    found = re.search(
+        r"genjax: error: At step (\d+) the loss of player 'vae' is (nan|inf), and training "
+        r"stopped\.(.*)",
+        err,
+    )
     assert found, err
     steps = Checkpoints(tmp_path / "run" / "checkpoints").steps()
     if steps:
@@ -316,34 +402,57 @@ def test_a_loss_that_turns_non_finite_stops_the_program_and_keeps_the_last_good_
     lines = metrics(tmp_path / "skipping")
     assert sum(line.get("skipped", 0) for line in lines) > 0
     # What was trained with is finite; the validation bound of such wild weights need not be.
-    assert all(np.isfinite(value) for line in lines for name, value in line.items() if name.startswith("vae/"))
+    assert all(
+        np.isfinite(value)
+        for line in lines
+        for name, value in line.items()
+        if name.startswith("vae/")
+    )
 
 
 @pytest.mark.slow
 def test_a_sweep_is_one_program_with_a_table(tmp_path: Path) -> None:
-    args = shlex.split("sweep vae --hidden 8 --latent-dim 2 --steps 60 --log-every 20 --seeds 2 --learning-rate 1e-3,3e-4")
+    args = shlex.split(
+        "sweep vae --hidden 8 --latent-dim 2 --steps 60 --log-every 20 --seeds 2 --learning-rate "
+        "1e-3,3e-4"
+    )
     out, _ = program(args, tmp_path)
-    folder = tmp_path / "runs" / "sweep-vae,hidden=8,latent-dim=2,log-every=20,steps=60,learning-rate=0.001_0.0003,seeds=2"
+    folder = (
+        tmp_path
+        / "runs"
+        / "sweep-vae,hidden=8,latent-dim=2,log-every=20,steps=60,learning-rate=0.001_0.0003,seeds=2"
+    )
     results = json.loads((folder / "results.json").read_text())
     assert len(results["results"]) == 2
     for line in results["results"]:
-        assert re.search(rf"│ {line['settings']['learning_rate']:g} +│ {line['mean']:.4f} +│ {line['sd']:.4f} +│ 0 +│", out)
+        assert re.search(
+            rf"│ {line['settings']['learning_rate']:g} +│ {line['mean']:.4f} +│ {line['sd']:.4f} "
+            r"+│ 0 +│",
+            out,
+        )
     assert "2 settings x 2 seeds as one program" in out
     assert (folder / "curves.png").stat().st_size > 1000
     program(["sample", str(folder)], tmp_path, code=2)
 
 
 @pytest.mark.slow
-def test_compiled_programs_are_kept_and_no_damage_to_them_or_want_of_room_matters(tmp_path: Path) -> None:
+def test_compiled_programs_are_kept_and_no_damage_to_them_or_want_of_room_matters(
+    tmp_path: Path,
+) -> None:
     args = shlex.split(
-        "train vae --hidden 8 --latent-dim 2 --batch-size 32 --steps 20 --sample-every 0 --evaluate-every 0 --out"
+        "train vae --hidden 8 --latent-dim 2 --batch-size 32 --steps 20 --sample-every 0 "
+        "--evaluate-every 0 --out"
     )
-    env = {name: value for name, value in environment().items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    env = {
+        name: value for name, value in environment().items() if name != "JAX_COMPILATION_CACHE_DIR"
+    }
 
     def train(out: str, cache: Path, **more: str) -> str:
         command = [sys.executable, "-m", "genjax", *args, out]
         given = {**env, "XDG_CACHE_HOME": str(cache), **more}
-        done = subprocess.run(command, cwd=tmp_path, env=given, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=given, capture_output=True, text=True, check=True
+        )
         return done.stderr
 
     off = train("off", tmp_path / "none", JAX_ENABLE_COMPILATION_CACHE="0")
@@ -367,7 +476,12 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left(tmp_path: Path) -> None:
     args = shlex.split("train vae --hidden 8 --steps 300 --sample-every 0 --out run")
     env = {**environment(), "TERM": "xterm", "COLUMNS": "120"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "genjax", *args], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=follower, text=True
+        [sys.executable, "-m", "genjax", *args],
+        cwd=tmp_path,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=follower,
+        text=True,
     )
     os.close(follower)
     shown = b""

@@ -1,4 +1,6 @@
-"""Bad input to the program: it is refused in one message that says what to do, and nothing is written."""
+"""Bad input to the program: it is refused in one message that says what to do, and nothing is
+written.
+"""
 
 import shlex
 from pathlib import Path
@@ -22,7 +24,10 @@ from genjax.zoo import ZOO
         ("train xyzzy", f"There is no recipe called 'xyzzy'. There are: {', '.join(ZOO)}."),
         ("train", "genjax train needs the name of a recipe. There are: vae"),
         ("sweep --seeds 3", "genjax sweep needs the name of a recipe"),
-        ("train vae --data digit", "There is no data set called 'digit'. Did you mean digits or digit_rows?"),
+        (
+            "train vae --data digit",
+            "There is no data set called 'digit'. Did you mean digits or digit_rows?",
+        ),
         ("train vae --learnig-rate 1", "--learnig-rate"),
         ("train vae --steps many", "--steps"),
         ("train vae --net cnn", "--net"),
@@ -32,7 +37,10 @@ from genjax.zoo import ZOO
         ("train vae --batch-size 5000", "batch_size=5000 is more than the 1257 examples there are"),
         ("train vae --microbatches 5", "A batch of 128 does not divide into 5 equal microbatches."),
         ("sweep vae --latent-dim 2,4", "--latent-dim cannot be swept in one program"),
-        ("sweep vae --learning-rate 1e-3,fast", "--learning-rate takes numbers separated by commas; got '1e-3,fast'."),
+        (
+            "sweep vae --learning-rate 1e-3,fast",
+            "--learning-rate takes numbers separated by commas; got '1e-3,fast'.",
+        ),
         ("sweep vae --seeds 0", "--seeds must be at least 1; got 0."),
         ("sample nowhere", "nowhere is not a run folder: it has no config.json."),
         ("sample nowhere --n 0", "--n must be at least 1; got 0."),
@@ -40,7 +48,10 @@ from genjax.zoo import ZOO
         ("sample nowhere --guidance inf", "--guidance must be a finite number; got inf."),
         ("sample nowhere --film --means", "--film and --means are two different pictures"),
         ("train flow-matching --coupling best", "--coupling"),
-        ("train flow-matching --guidance 2 --cond-dropout 0", "never trained without its condition"),
+        (
+            "train flow-matching --guidance 2 --cond-dropout 0",
+            "never trained without its condition",
+        ),
         ("train flow-matching --net unet --channels 8 8 8 8 8", "must be multiples of 16"),
         ("sample nowhere --seed -3", "--seed must be from 0 to 2**32 - 1; got -3."),
         ("evaluate nowhere", "nowhere is not a run folder: it has no config.json."),
@@ -49,7 +60,11 @@ from genjax.zoo import ZOO
     ],
 )
 def test_bad_input_is_refused_in_one_message(
-    args: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    args: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert message in refused(args.split(), capsys)
@@ -66,7 +81,11 @@ DIGITS = np.zeros((30, 4, 4), np.uint8)
         (b"PK but no archive", "", "damaged, cannot be read as arrays"),
         (b"hello", "", "not a .npz or .npy file"),
         ({"y": DIGITS}, "", "expected the arrays"),
-        ({"x": DIGITS, "y": np.zeros(29, int)}, "--conditional", "labels of another length: 30 examples in x and 29 in y"),
+        (
+            {"x": DIGITS, "y": np.zeros(29, int)},
+            "--conditional",
+            "labels of another length: 30 examples in x and 29 in y",
+        ),
         ({"x": np.where(np.arange(30) == 3, np.nan, 1.0)[:, None]}, "", "NaN or infinite"),
         ({"x": np.where(np.arange(30) == 3, np.inf, 1.0)[:, None]}, "", "NaN or infinite"),
         ({"x": DIGITS[:0]}, "", "x is empty; expected at least 1 example"),
@@ -79,7 +98,12 @@ DIGITS = np.zeros((30, 4, 4), np.uint8)
     ],
 )
 def test_bad_data_are_refused_in_one_message_that_names_the_file(
-    arrays: Any, flags: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arrays: Any,
+    flags: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if isinstance(arrays, bytes):
@@ -97,7 +121,9 @@ def test_a_conditional_recipe_asks_for_the_labels_of_ones_own_data(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     np.savez("mine.npz", x=DIGITS, y=np.zeros(29, int))
-    assert "30 examples in x and 29 in y" in refused(shlex.split("train cvae --data mine.npz"), capsys)
+    assert "30 examples in x and 29 in y" in refused(
+        shlex.split("train cvae --data mine.npz"), capsys
+    )
     np.savez("mine.npz", x=DIGITS)
     assert "conditional needs labels" in refused(shlex.split("train cvae --data mine.npz"), capsys)
     assert not Path("runs").exists()
@@ -134,7 +160,9 @@ def test_files_that_are_not_there_are_named_with_what_to_do(
         ("0.5,-1", None, 2, [[0.5, -1]] * 5),
     ],
 )
-def test_conditions_as_text(text: str | None, n_classes: int | None, cond_dim: int | None, expected: Any) -> None:
+def test_conditions_as_text(
+    text: str | None, n_classes: int | None, cond_dim: int | None, expected: Any
+) -> None:
     spec = DataSpec((2,), "continuous", n_classes=n_classes, cond_dim=cond_dim)
     found = genjax.cli.of_runs.condition(spec, text, 5)
     if expected is None:

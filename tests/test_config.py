@@ -1,4 +1,6 @@
-"""Recipes as plain data: every row of the zoo to JSON and back, its settings by name, and what they are hashed to."""
+"""Recipes as plain data: every row of the zoo to JSON and back, its settings by name, and what they
+are hashed to.
+"""
 
 import dataclasses
 import json
@@ -10,11 +12,22 @@ from genjax.errors import ConfigError
 from genjax.learning.optim import Optimizer
 from genjax.runs import train as run
 from genjax.zoo import ZOO
-from genjax.zoo.recipe import Schedule, config_hash, flatten, from_dict, parameters_of, replace, sections_of, to_dict
+from genjax.zoo.recipe import (
+    Schedule,
+    config_hash,
+    flatten,
+    from_dict,
+    parameters_of,
+    replace,
+    sections_of,
+    to_dict,
+)
 
 every_row = pytest.mark.parametrize("name", ZOO)
 TWO = dataclasses.replace(
-    ZOO["vae"], name="two", optimizer={"gen": Optimizer(learning_rate=1e-4), "disc": Optimizer(algorithm="sgd", b1=0.5)}
+    ZOO["vae"],
+    name="two",
+    optimizer={"gen": Optimizer(learning_rate=1e-4), "disc": Optimizer(algorithm="sgd", b1=0.5)},
 )
 # A user's own file is a data set too.
 DATA = [*SOURCES, "mine.npz"]
@@ -59,7 +72,11 @@ def test_every_default_is_written_down():
 def test_every_setting_changes_the_hash_and_comes_back(recipe):
     values = to_dict(recipe)
     hashes = {config_hash(values)}
-    settings = [(name, value) for fields in sections_of(recipe).values() for name, (_, value, _) in fields.items()]
+    settings = [
+        (name, value)
+        for fields in sections_of(recipe).values()
+        for name, (_, value, _) in fields.items()
+    ]
     for name, value in settings:
         changed = replace(recipe, **{name: other(value)})
         hashes.add(config_hash(to_dict(changed)))
@@ -84,7 +101,9 @@ def test_the_hash_does_not_depend_on_the_order_of_settings():
 def test_a_conditional_recipe_stays_so_on_other_data():
     assert ZOO["cvae"].on("mine.npz").data_options == {"conditional": True}
     assert ZOO["cvae"].on("markov").data_options == {}  # it has no conditions
-    assert ZOO["vae"].on("mine.npz").data_options == ZOO["vae-mnist"].on("digits").data_options == {}
+    assert (
+        ZOO["vae"].on("mine.npz").data_options == ZOO["vae-mnist"].on("digits").data_options == {}
+    )
     assert ZOO["vae-mnist"].on("mnist") is ZOO["vae-mnist"]
 
 
@@ -98,7 +117,10 @@ def test_settings_are_replaced_wherever_they_belong():
     assert changed.model["hidden"] == ZOO["cvae"].model["hidden"]
     assert ZOO["cvae"].schedule.steps != 7  # the row itself is untouched
     changed = replace(TWO, **{"gen.learning_rate": 0.5, "disc.b1": 0.25})
-    assert (changed.optimizer["gen"].learning_rate, changed.optimizer["disc"].learning_rate) == (0.5, 1e-3)
+    assert (changed.optimizer["gen"].learning_rate, changed.optimizer["disc"].learning_rate) == (
+        0.5,
+        1e-3,
+    )
     assert (changed.optimizer["gen"].b1, changed.optimizer["disc"].b1) == (0.9, 0.25)
 
 
@@ -140,7 +162,9 @@ def test_what_is_no_configuration_is_refused():
 @every_row
 @pytest.mark.parametrize("data", DATA)
 def test_setting_names_are_unique_and_explained(name, data):
-    """On the command line and in `replace` a setting goes by its plain name, so two sections must not share one."""
+    """On the command line and in `replace` a setting goes by its plain name, so two sections must
+    not share one.
+    """
     sections = sections_of(dataclasses.replace(ZOO[name], data=data, data_options={}))
     names = [field for fields in sections.values() for field in fields]
     assert len(names) == len(set(names)), sorted(field for field in names if names.count(field) > 1)
@@ -158,7 +182,10 @@ def test_settings_of_tests_and_evaluation_exist(name):
     assert (row.name, row.summary != "") == (name, True)
 
 
-@pytest.mark.parametrize("field", ["steps", "batch_size", "microbatches", "steps_per_call", "log_every", "checkpoint_every"])
+@pytest.mark.parametrize(
+    "field",
+    ["steps", "batch_size", "microbatches", "steps_per_call", "log_every", "checkpoint_every"],
+)
 def test_counts_must_be_positive(field):
     with pytest.raises(ConfigError, match=f"{field} must be at least 1; got 0"):
         Schedule(**{field: 0})
@@ -176,7 +203,9 @@ def test_a_run_folder_is_named_after_what_was_changed():
     assert folder(hidden=(64, 32), learning_rate=0.01) == "runs/vae,hidden=64_32,learning-rate=0.01"
     assert folder(latent_dim=row.model["latent_dim"]) == "runs/vae"  # set to what it was
     mine = dataclasses.replace(row, data="some/where/mine.npz", data_options={})
-    assert run.default_folder(mine, row).parent.name == "runs"  # no folder of its own for each part of a path
+    assert (
+        run.default_folder(mine, row).parent.name == "runs"
+    )  # no folder of its own for each part of a path
     long = replace(row, hidden=(128,) * 40)
     assert str(run.default_folder(long, row)) == f"runs/vae,{config_hash(to_dict(long))}"
     two = replace(TWO, **{"gen.learning_rate": 0.5})

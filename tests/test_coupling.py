@@ -1,4 +1,6 @@
-"""Couplings of noise and data: the assignment against all permutations, and Sinkhorn's plan against both of its limits."""
+"""Couplings of noise and data: the assignment against all permutations, and Sinkhorn's plan against
+both of its limits.
+"""
 
 import itertools
 import math
@@ -26,7 +28,9 @@ def least(cost, allowed=None):
 def test_distances_of_all_pairs(x64):
     x, y = RNG.normal(size=(5, 2, 3)), RNG.normal(size=(4, 2, 3))
     wanted = [[np.square(a - b).sum() for b in y] for a in x]
-    np.testing.assert_allclose(squared_distances(jnp.asarray(x), jnp.asarray(y)), wanted, rtol=1e-12)
+    np.testing.assert_allclose(
+        squared_distances(jnp.asarray(x), jnp.asarray(y)), wanted, rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
@@ -37,7 +41,9 @@ def test_the_assignment_is_the_cheapest_of_all_permutations(scale):
 
 
 def test_forbidden_pairs_are_not_made():
-    groups = np.asarray([0, 1, 1, 2, 0, 1])  # one group of three, one of two, one of a single example
+    groups = np.asarray(
+        [0, 1, 1, 2, 0, 1]
+    )  # one group of three, one of two, one of a single example
     allowed = groups[:, None] == groups[None, :]
     for _ in range(20):
         cost = RNG.normal(size=(6, 6)).astype(np.float32)
@@ -56,16 +62,25 @@ def test_many_pairs_cost_at_most_a_thousandth_of_the_range_more_than_the_least(d
 
 
 def test_a_translation_is_undone():
-    """Moving all points by one vector is the cheapest way to make one set into the other: squares are convex."""
+    """Moving all points by one vector is the cheapest way to make one set into the other: squares
+    are convex.
+    """
     x, order = RNG.normal(size=(64, 3)), RNG.permutation(64)
     moved = x[order] + np.asarray([3.0, -1.0, 0.5])
     np.testing.assert_array_equal(
-        assign(squared_distances(jnp.asarray(moved, jnp.float32), jnp.asarray(x, jnp.float32))), order
+        assign(squared_distances(jnp.asarray(moved, jnp.float32), jnp.asarray(x, jnp.float32))),
+        order,
     )
 
 
 def test_an_auction_ends_whatever_comes_in():
-    for cost in (np.full((5, 5), np.nan), np.full((5, 5), np.inf), np.zeros((5, 5)), np.eye(5) * np.nan, np.ones((1, 1))):
+    for cost in (
+        np.full((5, 5), np.nan),
+        np.full((5, 5), np.inf),
+        np.zeros((5, 5)),
+        np.eye(5) * np.nan,
+        np.ones((1, 1)),
+    ):
         assert sorted(np.asarray(assign(cost.astype(np.float32)))) == list(range(len(cost)))
 
 
@@ -79,15 +94,20 @@ def test_sinkhorns_plan_has_the_right_sums_and_the_closed_form_of_two(x64):
     plan = np.asarray(plan_of(cost, 0.5))
     np.testing.assert_allclose(plan.sum(0), 1 / 6, rtol=1e-10)
     np.testing.assert_allclose(plan.sum(1), 1 / 6, rtol=1e-10)
-    # Two by two: by symmetry the plan is (p, 1/2 - p), with p / (1/2 - p) = exp(-(c00 + c11 - c01 - c10) / 2T).
+    # Two by two: by symmetry the plan is (p, 1/2 - p), with p / (1/2 - p) = exp(-(c00 + c11 - c01 -
+    # c10) / 2T).
     two = RNG.normal(size=(2, 2))
     odds = math.exp(-(two[0, 0] + two[1, 1] - two[0, 1] - two[1, 0]) / (2 * 0.3))
     np.testing.assert_allclose(plan_of(two, 0.3)[0, 0], 0.5 * odds / (1 + odds), rtol=1e-10)
 
 
 def test_sinkhorns_plan_goes_from_independent_to_optimal(x64):
-    """For T -> ∞ it is the product of the margins, for T -> 0 the cheapest permutation; in between its cost grows with T."""
-    cost = jnp.asarray(RNG.uniform(size=(6, 6))).at[np.arange(6), [2, 0, 5, 1, 4, 3]].set(-1.0)  # the cheapest by far
+    """For T -> ∞ it is the product of the margins, for T -> 0 the cheapest permutation; in between
+    its cost grows with T.
+    """
+    cost = (
+        jnp.asarray(RNG.uniform(size=(6, 6))).at[np.arange(6), [2, 0, 5, 1, 4, 3]].set(-1.0)
+    )  # the cheapest by far
     best = least(np.asarray(cost))
     np.testing.assert_array_equal(best, [2, 0, 5, 1, 4, 3])
     np.testing.assert_allclose(plan_of(cost, 1e6), 1 / 36, rtol=1e-5)
@@ -116,4 +136,6 @@ def test_couplings_of_points():
     x, y = jnp.asarray(RNG.normal(size=(2, 6, 2)), jnp.float32)
     key = jax.random.key(0)
     np.testing.assert_array_equal(COUPLINGS["independent"](key, x, y, None), np.arange(6))
-    np.testing.assert_array_equal(COUPLINGS["optimal"](key, x, y, None), least(np.asarray(squared_distances(x, y))))
+    np.testing.assert_array_equal(
+        COUPLINGS["optimal"](key, x, y, None), least(np.asarray(squared_distances(x, y)))
+    )

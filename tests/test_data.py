@@ -1,4 +1,6 @@
-"""Data: batches on the host and on the device, what is refused of any source, and the sources' names and options."""
+"""Data: batches on the host and on the device, what is refused of any source, and the sources'
+names and options.
+"""
 
 import inspect
 import re
@@ -16,7 +18,7 @@ from genjax.data.source import DATA_TAG
 from genjax.errors import ConfigError, DataError
 from genjax.protocol import Batch, DataSpec, check_batch
 
-# ---------------------------------------------------------------------------------------------------------- source
+# --- source --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +34,16 @@ def test_host_and_device_batches_are_bitwise_equal(some_digits):
     on_device = jax.tree.map(jnp.asarray, some_digits)
     batch, prepare = data.batch_at(source, 16, 3), jax.jit(data.prepare_at(source, 3))
     steps = jnp.arange(8)  # 60 examples: the batches of steps 3 and 7 straddle epochs
-    scanned = jax.jit(lambda arrays: jax.lax.scan(lambda carry, step: (carry, batch(arrays, step)), 0, steps)[1])(on_device)
+    scanned = jax.jit(
+        lambda arrays: jax.lax.scan(lambda carry, step: (carry, batch(arrays, step)), 0, steps)[1]
+    )(on_device)
     # The seed, too, may be a vmapped axis.
-    mapped = jax.jit(jax.vmap(lambda seed, step: data.batch_at(source, 16, seed)(on_device, step)))(jnp.full(8, 3), steps)
-    scanned, mapped = jax.tree.map(np.asarray, (scanned, mapped))  # slicing JAX arrays would compile every slice
+    mapped = jax.jit(jax.vmap(lambda seed, step: data.batch_at(source, 16, seed)(on_device, step)))(
+        jnp.full(8, 3), steps
+    )
+    scanned, mapped = jax.tree.map(
+        np.asarray, (scanned, mapped)
+    )  # slicing JAX arrays would compile every slice
     for step in range(8):
         raw = data.host_batch(source, some_digits, 16, 3, step)
         assert raw.x.dtype == np.uint8
@@ -55,7 +63,9 @@ def test_host_and_device_batches_without_draws(some_digits, binarize):
     source = data.digits(conditional=True, binarize=binarize)
     device = jax.jit(data.batch_at(source, 16, 3))(jax.tree.map(jnp.asarray, some_digits), 3)
     check_batch(source.spec, device)
-    assert_same(device, data.prepare_at(source, 3)(data.host_batch(source, some_digits, 16, 3, 3), 3))  # not jitted
+    assert_same(
+        device, data.prepare_at(source, 3)(data.host_batch(source, some_digits, 16, 3, 3), 3)
+    )  # not jitted
 
 
 def test_data_key_is_not_the_training_key():
@@ -94,52 +104,104 @@ PLAIN, LABELLED = DataSpec((3,), "continuous"), DataSpec((3,), "continuous", n_c
     [
         (Batch(np.zeros((0, 3), np.float32)), PLAIN, "is empty"),
         (Batch(np.zeros((4, 2), np.float32)), PLAIN, re.escape("shape [3]; found [2]")),
-        (Batch(with_value(np.nan)), PLAIN, re.escape("1 of 12 values are NaN or infinite, the first at index [2, 1]")),
+        (
+            Batch(with_value(np.nan)),
+            PLAIN,
+            re.escape("1 of 12 values are NaN or infinite, the first at index [2, 1]"),
+        ),
         (Batch(with_value(-np.inf)), PLAIN, "NaN or infinite"),
-        (Batch(with_value(0.5)), DataSpec((3,), "binary"), "whole numbers from 0 to 1: 1 of 12 values are not whole"),
+        (
+            Batch(with_value(0.5)),
+            DataSpec((3,), "binary"),
+            "whole numbers from 0 to 1: 1 of 12 values are not whole",
+        ),
         (Batch(with_value(2, np.uint8)), DataSpec((3,), "binary"), "range 0 to 1; found 0 to 2"),
-        (Batch(with_value(-1, np.int32)), DataSpec((3,), "discrete", levels=4), "range 0 to 3; found -1 to 0"),
-        (Batch(with_value(4, np.int32)), DataSpec((3,), "tokens", levels=4), re.escape("first at index [2, 1]")),
+        (
+            Batch(with_value(-1, np.int32)),
+            DataSpec((3,), "discrete", levels=4),
+            "range 0 to 3; found -1 to 0",
+        ),
+        (
+            Batch(with_value(4, np.int32)),
+            DataSpec((3,), "tokens", levels=4),
+            re.escape("first at index [2, 1]"),
+        ),
         (Batch(GOOD), LABELLED, "no condition; expected a label"),
         (Batch(GOOD), DataSpec((3,), "continuous", cond_dim=2), "no condition; expected a vector"),
         (Batch(GOOD, LABELS), PLAIN, "spec is unconditional"),
-        (Batch(GOOD, LABELS[:3]), LABELLED, "labels of another length: 4 examples in x and 3 labels"),
+        (
+            Batch(GOOD, LABELS[:3]),
+            LABELLED,
+            "labels of another length: 4 examples in x and 3 labels",
+        ),
         (Batch(GOOD, LABELS[:, None]), LABELLED, re.escape("condition of shape [4]; found [4, 1]")),
         (Batch(GOOD, LABELS + 2), LABELLED, "labels must be in the range 0 to 1; found 2 to 2"),
         (Batch(GOOD, LABELS - 1), LABELLED, "found -1 to -1"),
-        (Batch(GOOD, with_value(np.nan)), DataSpec((3,), "continuous", cond_dim=3), "labels: 1 of 12 values are NaN"),
-        (Batch(GOOD, None, np.ones(3, np.float32)), PLAIN, re.escape("one weight for each of 4 examples; found shape [3]")),
+        (
+            Batch(GOOD, with_value(np.nan)),
+            DataSpec((3,), "continuous", cond_dim=3),
+            "labels: 1 of 12 values are NaN",
+        ),
+        (
+            Batch(GOOD, None, np.ones(3, np.float32)),
+            PLAIN,
+            re.escape("one weight for each of 4 examples; found shape [3]"),
+        ),
     ],
 )
 def test_validate_refuses(batch, spec, message):
-    good = Batch(GOOD, LABELS if spec.n_classes else np.zeros((4, spec.cond_dim), np.float32) if spec.cond_dim else None)
+    good = Batch(
+        GOOD,
+        LABELS
+        if spec.n_classes
+        else np.zeros((4, spec.cond_dim), np.float32)
+        if spec.cond_dim
+        else None,
+    )
     good = data.Splits(good, batch, good)
     with pytest.raises(DataError, match=f"^there: the valid split.*{message}"):
         data.validate(good, spec, "there")
 
 
-# ---------------------------------------------------------------------------------------------------------- names
+# --- names --------------------------------------------------------------------------------------
 
 
 def test_open_source_names_and_options():
     assert data.loader("ring") is data.ring
     assert data.loader("any/where.npz") is data.loader(Path("x.npy")) is data.arrays
-    with pytest.raises(ConfigError, match=r"no data set called 'fashion-mnist'\. Did you mean fashion_mnist"):
+    with pytest.raises(
+        ConfigError, match=r"no data set called 'fashion-mnist'\. Did you mean fashion_mnist"
+    ):
         data.open_source("fashion-mnist")
     with pytest.raises(ConfigError, match=r"There are: digits, mnist.*a path ending in \.npz"):
         data.loader("zzz")
-    with pytest.raises(ConfigError, match=r"'digits' does not take the option 'noise'. It takes: conditional, binarize\."):
+    with pytest.raises(
+        ConfigError,
+        match=r"'digits' does not take the option 'noise'. It takes: conditional, binarize\.",
+    ):
         data.open_source("digits", noise=1)
-    with pytest.raises(ConfigError, match=r"option 'path'. It takes: conditional, kind, valid_fraction, test_fraction\."):
+    with pytest.raises(
+        ConfigError,
+        match=r"option 'path'. It takes: conditional, kind, valid_fraction, test_fraction\.",
+    ):
         data.open_source("mine.npz", path="other.npz")
 
 
-@pytest.mark.parametrize("make", [*data.SOURCES.values(), data.arrays], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [*data.SOURCES.values(), data.arrays], ids=lambda make: make.__name__
+)
 def test_signatures_serve_the_command_line(make):
     hints = typing.get_type_hints(make)
-    described = re.findall(r"^        (\w+): \S", inspect.getdoc(make).replace("\n    ", "\n        "), flags=re.MULTILINE)
+    described = re.findall(
+        r"^        (\w+): \S",
+        inspect.getdoc(make).replace("\n    ", "\n        "),
+        flags=re.MULTILINE,
+    )
     for name, parameter in inspect.signature(make).parameters.items():
-        simple = hints[name] in (bool, int, float, str, str | None) or typing.get_origin(hints[name]) is typing.Literal
+        simple = (
+            hints[name] in (bool, int, float, str, str | None)
+            or typing.get_origin(hints[name]) is typing.Literal
+        )
         assert simple, f"{name}: {hints[name]}"
         assert name in described
         assert parameter.default is not inspect.Parameter.empty or name == "path"

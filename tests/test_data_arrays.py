@@ -25,16 +25,41 @@ FLOATS = np.random.default_rng(0).normal(size=(50, 3))
 @pytest.mark.parametrize(
     ("x", "kind", "spec", "dtype"),
     [
-        (np.full((50, 4, 5), 9, np.uint8), "auto", DataSpec((4, 5, 1), "discrete", levels=256, name="mine"), np.uint8),
-        (np.full((50, 4, 5, 3), 9, np.uint8), "auto", DataSpec((4, 5, 3), "discrete", levels=256, name="mine"), np.uint8),
+        (
+            np.full((50, 4, 5), 9, np.uint8),
+            "auto",
+            DataSpec((4, 5, 1), "discrete", levels=256, name="mine"),
+            np.uint8,
+        ),
+        (
+            np.full((50, 4, 5, 3), 9, np.uint8),
+            "auto",
+            DataSpec((4, 5, 3), "discrete", levels=256, name="mine"),
+            np.uint8,
+        ),
         (np.full((50, 4), 9), "auto", DataSpec((4,), "discrete", levels=10, name="mine"), np.uint8),
-        (np.full((50, 4), 900), "auto", DataSpec((4,), "discrete", levels=901, name="mine"), np.int32),
+        (
+            np.full((50, 4), 900),
+            "auto",
+            DataSpec((4,), "discrete", levels=901, name="mine"),
+            np.int32,
+        ),
         (np.ones((50, 4), bool), "auto", DataSpec((4,), "binary", name="mine"), np.uint8),
         (np.ones((50, 4), np.uint8), "binary", DataSpec((4,), "binary", name="mine"), np.uint8),
         (np.ones((50, 4)), "binary", DataSpec((4,), "binary", name="mine"), np.uint8),
-        (np.ones((50, 4), bool), "discrete", DataSpec((4,), "discrete", levels=2, name="mine"), np.uint8),
+        (
+            np.ones((50, 4), bool),
+            "discrete",
+            DataSpec((4,), "discrete", levels=2, name="mine"),
+            np.uint8,
+        ),
         (FLOATS, "auto", DataSpec((3,), "continuous", name="mine"), np.float32),
-        (np.full((50, 4), 9, np.uint8), "continuous", DataSpec((4,), "continuous", name="mine"), np.float32),
+        (
+            np.full((50, 4), 9, np.uint8),
+            "continuous",
+            DataSpec((4,), "continuous", name="mine"),
+            np.float32,
+        ),
     ],
 )
 @pytest.mark.parametrize("suffix", ["npz", "npy"])
@@ -67,19 +92,34 @@ def test_arrays_conditions(tmp_path, key):
     source = data.arrays(npz(tmp_path, x=x, **{key: FLOATS}), conditional=True)
     assert source.spec.cond_dim == 3
     check_batch(source.spec, source.prepare(jax.random.key(0), source.load().test))
-    assert data.arrays(npz(tmp_path, x=x, **{key: FLOATS[:, 0]}), conditional=True).spec.cond_dim == 1
+    assert (
+        data.arrays(npz(tmp_path, x=x, **{key: FLOATS[:, 0]}), conditional=True).spec.cond_dim == 1
+    )
 
 
 def test_arrays_given_splits(tmp_path):
     label = np.array([0, 1, 2, 3])
-    given = {"x_train": FLOATS[:20], "x_test": FLOATS[20:24], "y_train": np.zeros(20, int), "y_test": label}
+    given = {
+        "x_train": FLOATS[:20],
+        "x_test": FLOATS[20:24],
+        "y_train": np.zeros(20, int),
+        "y_test": label,
+    }
     source = data.arrays(npz(tmp_path, **given), conditional=True, valid_fraction=0.25)
     assert source.spec.n_classes == 4
     splits = source.load()
     assert [len(batch.x) for batch in splits] == [15, 5, 4]
     np.testing.assert_array_equal(splits.test.x, FLOATS[20:24].astype(np.float32))
-    three = npz(tmp_path, **given, x_valid=FLOATS[24:27], y_valid=np.zeros(3, int), junk=np.array([{}], object))
-    splits = data.arrays(three, conditional=True).load()  # an object array that is not needed is not touched
+    three = npz(
+        tmp_path,
+        **given,
+        x_valid=FLOATS[24:27],
+        y_valid=np.zeros(3, int),
+        junk=np.array([{}], object),
+    )
+    splits = data.arrays(
+        three, conditional=True
+    ).load()  # an object array that is not needed is not touched
     np.testing.assert_array_equal(splits.train.x, FLOATS[:20].astype(np.float32))
     np.testing.assert_array_equal(splits.valid.x, FLOATS[24:27].astype(np.float32))
 
@@ -99,21 +139,53 @@ def test_arrays_given_splits(tmp_path):
         ({"x": FLOATS[:2]}, {}, "2 examples are too few to split"),
         ({"x": np.array([["a"]] * 9)}, {}, "x must be an array of numbers; found <U1"),
         ({"x": FLOATS.astype(complex)}, {}, "numbers; found complex128"),
-        ({"x": np.array([[{}]] * 9, object)}, {}, "holds Python objects, which are never unpickled"),
+        (
+            {"x": np.array([[{}]] * 9, object)},
+            {},
+            "holds Python objects, which are never unpickled",
+        ),
         ({"x": FLOATS}, {"kind": "discrete"}, "discrete data must be whole numbers; found float64"),
         ({"x": FLOATS}, {"kind": "binary"}, "must be whole numbers from 0 to 1"),
-        ({"x": np.full((9, 2), 255, np.uint8)}, {"kind": "binary"}, "range 0 to 1; found 255 to 255"),
+        (
+            {"x": np.full((9, 2), 255, np.uint8)},
+            {"kind": "binary"},
+            "range 0 to 1; found 255 to 255",
+        ),
         ({"x": np.full((9, 2), -3)}, {}, "found -3 to -3"),
         ({"x": np.full((9, 2), 2**30)}, {}, re.escape("below 2**24")),
         ({"x": FLOATS}, {"conditional": True}, "expected one of y, labels, cond; found x"),
-        ({"x": FLOATS, "y": np.zeros(49, int)}, {"conditional": True}, "another length: 50 examples in x and 49 in y"),
+        (
+            {"x": FLOATS, "y": np.zeros(49, int)},
+            {"conditional": True},
+            "another length: 50 examples in x and 49 in y",
+        ),
         ({"x": FLOATS, "y": np.int64(3)}, {"conditional": True}, "50 examples in x and 1 in y"),
-        ({"x": FLOATS, "y": np.full(50, -1)}, {"conditional": True}, "labels must be in the range.*found -1 to -1"),
-        ({"x": FLOATS, "y": np.zeros((50, 1), int)}, {"conditional": True}, "expected whole-number labels"),
-        ({"x": FLOATS, "y": np.zeros((50, 1, 2))}, {"conditional": True}, "expected condition vectors"),
-        ({"x": FLOATS, "y": np.full((50, 1), np.inf)}, {"conditional": True}, "labels: .*NaN or infinite"),
+        (
+            {"x": FLOATS, "y": np.full(50, -1)},
+            {"conditional": True},
+            "labels must be in the range.*found -1 to -1",
+        ),
+        (
+            {"x": FLOATS, "y": np.zeros((50, 1), int)},
+            {"conditional": True},
+            "expected whole-number labels",
+        ),
+        (
+            {"x": FLOATS, "y": np.zeros((50, 1, 2))},
+            {"conditional": True},
+            "expected condition vectors",
+        ),
+        (
+            {"x": FLOATS, "y": np.full((50, 1), np.inf)},
+            {"conditional": True},
+            "labels: .*NaN or infinite",
+        ),
         ({"x_train": FLOATS, "x_test": FLOATS[:, :2]}, {}, "examples of one shape; found"),
-        ({"x_train": FLOATS, "x_test": FLOATS, "y_train": LABELS}, {"conditional": True}, "in x_train and 4 in y_train"),
+        (
+            {"x_train": FLOATS, "x_test": FLOATS, "y_train": LABELS},
+            {"conditional": True},
+            "in x_train and 4 in y_train",
+        ),
         (b"not an archive", {}, "not a .npz or .npy file: it starts with b'not an'"),
         (b"", {}, "not a .npz or .npy file"),
         (b"PK\x03\x04 but not a zip", {}, "damaged"),
@@ -137,7 +209,10 @@ def test_arrays_refuse_damage(tmp_path):
     with pytest.raises(DataError, match=r"folder\.npz: damaged, cannot be read.*directory"):
         data.arrays(str(tmp_path / "folder.npz"))
     whole = Path(npz(tmp_path, x=FLOATS)).read_bytes()
-    for name, content in (("cut", whole[:300]), ("flipped", whole[:400] + bytes([whole[400] ^ 255]) + whole[401:])):
+    for name, content in (
+        ("cut", whole[:300]),
+        ("flipped", whole[:400] + bytes([whole[400] ^ 255]) + whole[401:]),
+    ):
         (tmp_path / f"{name}.npz").write_bytes(content)
         with pytest.raises(DataError, match=rf"{name}\.npz: damaged"):
             data.arrays(str(tmp_path / f"{name}.npz"))
@@ -149,7 +224,10 @@ def test_arrays_refuse_damage(tmp_path):
     with pytest.raises(DataError, match=r"objects\.npy: holds Python objects"):
         data.arrays(str(tmp_path / "objects.npy"))
     for fractions in ((0, 0.1), (0.1, 0), (0.5, 0.5)):
-        with pytest.raises(ConfigError, match="valid_fraction and test_fraction must be positive with a sum below 1"):
+        with pytest.raises(
+            ConfigError,
+            match="valid_fraction and test_fraction must be positive with a sum below 1",
+        ):
             data.arrays("any.npz", valid_fraction=fractions[0], test_fraction=fractions[1])
     with pytest.raises(ConfigError, match="no kind of data called 'floats'"):
         data.arrays("any.npz", kind="floats")

@@ -14,7 +14,14 @@ from genjax.errors import ConfigError
 from genjax.protocol import check_batch
 
 DENSITIES = ("ring", "grid", "moons", "pinwheel", "checkerboard", "swiss_roll")
-HALF_WIDTH = {"ring": 1.2, "grid": 2.4, "moons": 2.4, "pinwheel": 3.2, "checkerboard": 2.0, "swiss_roll": 3.6}
+HALF_WIDTH = {
+    "ring": 1.2,
+    "grid": 2.4,
+    "moons": 2.4,
+    "pinwheel": 3.2,
+    "checkerboard": 2.0,
+    "swiss_roll": 3.6,
+}
 
 
 @pytest.mark.parametrize("name", DENSITIES)
@@ -24,7 +31,9 @@ def test_density_is_exact(name):
     width, cells, fine = HALF_WIDTH[name], 8, 40
     axis = (np.arange(cells * fine) + 0.5) * (2 * width / (cells * fine)) - width
     points = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1).astype(np.float32)
-    log_p = np.asarray(jax.jit(lambda rows: jax.lax.map(source.log_prob, rows))(jnp.asarray(points)), np.float64)
+    log_p = np.asarray(
+        jax.jit(lambda rows: jax.lax.map(source.log_prob, rows))(jnp.asarray(points)), np.float64
+    )
     area = (axis[1] - axis[0]) ** 2
     p = np.exp(log_p) * area
     assert p.sum() == pytest.approx(1, abs=1e-3)
@@ -47,7 +56,10 @@ def test_density_is_exact(name):
     counts = np.bincount(cell[:, 0] * cells + cell[:, 1], minlength=cells**2)
     expected = p.reshape(cells, fine, cells, fine).sum(axis=(1, 3)).ravel() * len(x)
     rare = expected < 10
-    counts, expected = np.append(counts[~rare], counts[rare].sum()), np.append(expected[~rare], expected[rare].sum())
+    counts, expected = (
+        np.append(counts[~rare], counts[rare].sum()),
+        np.append(expected[~rare], expected[rare].sum()),
+    )
     assert_uniform(counts[expected > 0], expected[expected > 0])
 
 
@@ -58,7 +70,9 @@ def test_density_sources(name):
     assert [batch.x.shape for batch in splits] == [(30, 2), (2000, 2), (10_000, 2)]
     assert all(batch.x.dtype == np.float32 for batch in splits)
     assert_same(splits, source.load())
-    assert_same(splits.test, data.open_source(name).load().test)  # n_train does not move the other splits
+    assert_same(
+        splits.test, data.open_source(name).load().test
+    )  # n_train does not move the other splits
     new = [source.fresh(seed, 30) for seed in (0, 1)]
     assert_same(new[1], source.fresh(1, 30))
     firsts = np.concatenate([batch.x[:30] for batch in (*splits, *new)])
@@ -70,11 +84,15 @@ def test_density_sources(name):
 @pytest.mark.parametrize("name", ["ring", "pinwheel", "checkerboard"])
 def test_score_is_finite(name):
     source = data.open_source(name)
-    score = optimised(jax.grad(lambda x: source.log_prob(x).sum()))(jnp.asarray(source.load().valid.x))
+    score = optimised(jax.grad(lambda x: source.log_prob(x).sum()))(
+        jnp.asarray(source.load().valid.x)
+    )
     assert np.isfinite(np.asarray(score)).all()
 
 
-@pytest.mark.parametrize(("name", "n_classes"), [("ring", 8), ("grid", 25), ("moons", 2), ("pinwheel", 5)])
+@pytest.mark.parametrize(
+    ("name", "n_classes"), [("ring", 8), ("grid", 25), ("moons", 2), ("pinwheel", 5)]
+)
 def test_density_classes(name, n_classes):
     source = data.open_source(name, conditional=True)
     assert source.spec.n_classes == n_classes
@@ -92,7 +110,9 @@ def test_density_classes(name, n_classes):
     if name == "pinwheel":
         # Untwisted, each arm points its own way.
         radius, angle = np.hypot(*batch.x.T), np.arctan2(batch.x[:, 1], batch.x[:, 0])
-        off = (angle - 0.25 * np.exp(radius) - 2 * np.pi / 5 * batch.cond + np.pi) % (2 * np.pi) - np.pi
+        off = (angle - 0.25 * np.exp(radius) - 2 * np.pi / 5 * batch.cond + np.pi) % (
+            2 * np.pi
+        ) - np.pi
         assert np.median(np.abs(off)) < 0.15
 
 

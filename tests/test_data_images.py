@@ -15,10 +15,15 @@ from genjax.data import images
 from genjax.errors import ConfigError, DataError
 from genjax.protocol import Batch, DataSpec, check_batch
 
-MNIST_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+MNIST_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
 
 
-# ---------------------------------------------------------------------------------------------------------- IDX
+# --- IDX ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 3), (4, 28, 28), (2, 3, 4, 5), (0, 3), ()])
@@ -41,7 +46,9 @@ def test_idx_in_several_gzip_members(tmp_path):
 
 
 HEADER = b"\0\0\x08\x01\0\0\0\x04"
-NOISE = np.random.default_rng(0).bytes(200_000)  # does not compress, so that a cut comes after some output
+NOISE = np.random.default_rng(0).bytes(
+    200_000
+)  # does not compress, so that a cut comes after some output
 ZIPPED = gzip.compress(b"\0\0\x08\x01\0\x03\x0d\x40" + NOISE, mtime=0)
 
 
@@ -52,11 +59,20 @@ ZIPPED = gzip.compress(b"\0\0\x08\x01\0\x03\x0d\x40" + NOISE, mtime=0)
         (b"PK\x03\x04....", "not an IDX file.*found 50 4b 03 04"),
         (b"\0\0\x0d\x01\0\0\0\x01....", "type code 0x08.*found 0x0d"),
         (b"\0\0\x08\x03\0\0\0\x01", "header of 16 bytes for 3 axes; found 8 bytes"),
-        (HEADER + b"abc", re.escape("fewer values than its header says: expected 4 bytes for shape [4]; found 3")),
-        (HEADER + b"abcde", re.escape("more values than its header says: expected 4 bytes for shape [4]; found 5")),
+        (
+            HEADER + b"abc",
+            re.escape("fewer values than its header says: expected 4 bytes for shape [4]; found 3"),
+        ),
+        (
+            HEADER + b"abcde",
+            re.escape("more values than its header says: expected 4 bytes for shape [4]; found 5"),
+        ),
         (ZIPPED[:100_000], r"gzip data are cut short after [1-9]\d+ decompressed bytes"),
         (ZIPPED[:-4], "gzip data are cut short after 200008 decompressed bytes"),
-        (ZIPPED[:-8] + b"\0\0\0\0" + ZIPPED[-4:], r"gzip data are corrupt after [1-9]\d+ decompressed bytes.*check"),
+        (
+            ZIPPED[:-8] + b"\0\0\0\0" + ZIPPED[-4:],
+            r"gzip data are corrupt after [1-9]\d+ decompressed bytes.*check",
+        ),
         (b"\x1f\x8b\x09" + ZIPPED[3:], "gzip data are corrupt after 0 decompressed bytes"),
     ],
 )
@@ -76,7 +92,7 @@ def test_idx_refuses_paths_and_dtypes(tmp_path):
         data.write_idx(tmp_path / "x", np.zeros(3, np.float32))
 
 
-# ---------------------------------------------------------------------------------------------------------- images
+# --- images -------------------------------------------------------------------------------------
 
 
 def test_digits_are_split_by_class_and_all_there(monkeypatch):
@@ -88,7 +104,9 @@ def test_digits_are_split_by_class_and_all_there(monkeypatch):
     for batch in splits:
         share = np.bincount(label) * len(batch.x) / 1797
         assert np.abs(np.bincount(batch.cond) - share).max() <= 1.5
-    rows = np.concatenate([np.column_stack([batch.x.reshape(-1, 64), batch.cond]) for batch in splits])
+    rows = np.concatenate(
+        [np.column_stack([batch.x.reshape(-1, 64), batch.cond]) for batch in splits]
+    )
     pixels = np.column_stack([load_digits().data, label])
     np.testing.assert_array_equal(rows[np.lexsort(rows.T)], pixels[np.lexsort(pixels.T)])
     assert_same(splits, data.digits(conditional=True).load())
@@ -99,29 +117,43 @@ def test_digits_are_split_by_class_and_all_there(monkeypatch):
 
 
 def test_digits_prepared():
-    grey, threshold, dynamic = (data.digits(binarize=how) for how in ("none", "threshold", "dynamic"))
+    grey, threshold, dynamic = (
+        data.digits(binarize=how) for how in ("none", "threshold", "dynamic")
+    )
     stored = grey.load().train
     key = jax.random.key(0)
     assert grey.spec == DataSpec((8, 8, 1), "discrete", levels=17, name="digits")
     assert threshold.spec == dynamic.spec == DataSpec((8, 8, 1), "binary", name="digits")
     assert data.digits(True, "dynamic").spec.n_classes == 10
-    np.testing.assert_array_equal(np.asarray(grey.prepare(key, stored).x), stored.x.astype(np.float32))
-    np.testing.assert_array_equal(np.asarray(threshold.prepare(key, stored).x), (stored.x >= 8).astype(np.float32))
+    np.testing.assert_array_equal(
+        np.asarray(grey.prepare(key, stored).x), stored.x.astype(np.float32)
+    )
+    np.testing.assert_array_equal(
+        np.asarray(threshold.prepare(key, stored).x), (stored.x >= 8).astype(np.float32)
+    )
     image = stored.x[0]
-    draw = jax.jit(lambda key: dynamic.prepare(key, Batch(np.broadcast_to(image, (2000, 8, 8, 1)))).x)
+    draw = jax.jit(
+        lambda key: dynamic.prepare(key, Batch(np.broadcast_to(image, (2000, 8, 8, 1)))).x
+    )
     drawn, again = np.asarray(draw(key)), np.asarray(draw(jax.random.key(1)))
     assert drawn.dtype == np.float32
     assert set(np.unique(drawn)) == {0, 1}
     p = image / 16
-    assert (np.abs(drawn.mean(axis=0) - p) <= 4 * np.sqrt(p * (1 - p) / 2000)).all()  # exact where p is 0 or 1
+    assert (
+        np.abs(drawn.mean(axis=0) - p) <= 4 * np.sqrt(p * (1 - p) / 2000)
+    ).all()  # exact where p is 0 or 1
     assert (drawn != again).any()
-    with pytest.raises(ConfigError, match=r"no binarization called 'dynamik'\. Did you mean dynamic"):
+    with pytest.raises(
+        ConfigError, match=r"no binarization called 'dynamik'\. Did you mean dynamic"
+    ):
         data.digits(binarize="dynamik")
 
 
 @pytest.fixture
 def mnist_folder(tmp_path, monkeypatch):
-    """A folder with 36 + 5 tiny but true files, half of them gzipped; nothing on this machine is looked at."""
+    """A folder with 36 + 5 tiny but true files, half of them gzipped; nothing on this machine is
+    looked at.
+    """
     monkeypatch.delenv("GENJAX_DATA", raising=False)
     monkeypatch.setattr(images, "_SYSTEM", {"mnist": (), "fashion_mnist": (tmp_path / "debian",)})
     folder = tmp_path / "here"
@@ -133,7 +165,11 @@ def mnist_folder(tmp_path, monkeypatch):
 def write_mnist(folder: Path) -> None:
     rng = np.random.default_rng(0)
     for i, (name, n) in enumerate(zip(MNIST_FILES, (36, 36, 5, 5), strict=True)):
-        array = rng.integers(0, 256, (n, 28, 28), np.uint8) if i % 2 == 0 else (np.arange(n) % 10).astype(np.uint8)
+        array = (
+            rng.integers(0, 256, (n, 28, 28), np.uint8)
+            if i % 2 == 0
+            else (np.arange(n) % 10).astype(np.uint8)
+        )
         data.write_idx(folder / (name + (".gz" if i < 2 else "")), array)
 
 
@@ -150,23 +186,31 @@ def test_mnist_is_read(mnist_folder, name):
     batch = source.prepare(jax.random.key(0), splits.test)
     check_batch(source.spec, batch)
     binary = data.open_source(name, binarize="threshold", path=str(mnist_folder), check_hash=False)
-    np.testing.assert_array_equal(np.asarray(binary.prepare(jax.random.key(0), binary.load().test).x), splits.test.x >= 128)
+    np.testing.assert_array_equal(
+        np.asarray(binary.prepare(jax.random.key(0), binary.load().test).x), splits.test.x >= 128
+    )
 
 
 def test_mnist_places(mnist_folder, monkeypatch, tmp_path):
     def found(name):
         return len(data.open_source(name, check_hash=False).load().train.x)
 
-    with pytest.raises(DataError, match=r"files of mnist.*no place, as GENJAX_DATA is not set. Set GENJAX_DATA"):
+    with pytest.raises(
+        DataError, match=r"files of mnist.*no place, as GENJAX_DATA is not set. Set GENJAX_DATA"
+    ):
         found("mnist")
-    with pytest.raises(DataError, match=r"debian \(no such folder\).*install Debian's dataset-fashion-mnist"):
+    with pytest.raises(
+        DataError, match=r"debian \(no such folder\).*install Debian's dataset-fashion-mnist"
+    ):
         found("fashion_mnist")
     monkeypatch.setenv("GENJAX_DATA", str(mnist_folder))
     assert found("mnist") == found("fashion_mnist") == 33
     mnist_folder.rename(tmp_path / "fashion-mnist")
     monkeypatch.setenv("GENJAX_DATA", str(tmp_path))
     assert found("fashion_mnist") == 33
-    with pytest.raises(DataError, match=r"Looked in: \S+/mnist \(no such folder\); \S+ \(has no train-images"):
+    with pytest.raises(
+        DataError, match=r"Looked in: \S+/mnist \(no such folder\); \S+ \(has no train-images"
+    ):
         found("mnist")
     (tmp_path / "fashion-mnist").rename(tmp_path / "debian")
     assert found("fashion_mnist") == 33
@@ -180,7 +224,8 @@ def test_mnist_places(mnist_folder, monkeypatch, tmp_path):
 
 def test_mnist_hash(mnist_folder, monkeypatch):
     with pytest.raises(
-        DataError, match=r"train-images-idx3-ubyte.gz: not the published file of mnist: expected SHA-256 ba89\w+"
+        DataError,
+        match=r"train-images-idx3-ubyte.gz: not the published file of mnist: expected SHA-256 ba89\w+",
     ):
         data.mnist(path=str(mnist_folder)).load()
 
@@ -193,22 +238,36 @@ def test_mnist_hash(mnist_folder, monkeypatch):
     hashes = tuple(by_name[name] for name in MNIST_FILES)
     monkeypatch.setattr(images, "_SHA256", {"mnist": hashes, "fashion_mnist": ("0" * 64,) * 4})
     assert len(data.mnist(path=str(mnist_folder)).load().train.x) == 33
-    with pytest.raises(DataError, match=f"expected SHA-256 {'0' * 64}.*found {hashes[0]}, which is a file of mnist"):
+    with pytest.raises(
+        DataError, match=f"expected SHA-256 {'0' * 64}.*found {hashes[0]}, which is a file of mnist"
+    ):
         data.fashion_mnist(path=str(mnist_folder)).load()
 
 
 @pytest.mark.parametrize(
     ("name", "array", "message"),
     [
-        (MNIST_FILES[2], np.zeros((5, 27, 28), np.uint8), re.escape("test split must hold examples of shape [28, 28, 1]")),
+        (
+            MNIST_FILES[2],
+            np.zeros((5, 27, 28), np.uint8),
+            re.escape("test split must hold examples of shape [28, 28, 1]"),
+        ),
         (
             MNIST_FILES[2],
             np.zeros((5, 784), np.uint8),
             re.escape("t10k-images-idx3-ubyte: expected 3 axes; found shape [5, 784]"),
         ),
         (MNIST_FILES[3], np.zeros((5, 1), np.uint8), "t10k-labels-idx1-ubyte: expected 1 axes"),
-        (MNIST_FILES[3], np.zeros(6, np.uint8), "t10k-labels-idx1-ubyte: labels of another length: 5 images and 6 labels"),
-        (MNIST_FILES[3], np.full(5, 10, np.uint8), "labels must be in the range 0 to 9; found 10 to 10"),
+        (
+            MNIST_FILES[3],
+            np.zeros(6, np.uint8),
+            "t10k-labels-idx1-ubyte: labels of another length: 5 images and 6 labels",
+        ),
+        (
+            MNIST_FILES[3],
+            np.full(5, 10, np.uint8),
+            "labels must be in the range 0 to 9; found 10 to 10",
+        ),
     ],
 )
 def test_mnist_refuses(mnist_folder, name, array, message):

@@ -1,4 +1,6 @@
-"""The order of examples: every epoch visits each once, every order is equally likely, on the host as on the device."""
+"""The order of examples: every epoch visits each once, every order is equally likely, on the host
+as on the device.
+"""
 
 import functools
 import itertools
@@ -16,7 +18,8 @@ from genjax.errors import ConfigError, DataError
 
 
 @pytest.mark.parametrize(
-    ("n", "batch_size"), [(1, 1), (2, 1), (3, 2), (5, 5), (7, 3), (10, 4), (64, 64), (65, 17), (1257, 100)]
+    ("n", "batch_size"),
+    [(1, 1), (2, 1), (3, 2), (5, 5), (7, 3), (10, 4), (64, 64), (65, 17), (1257, 100)],
 )
 def test_every_epoch_visits_every_example_once(n, batch_size):
     epochs = 3
@@ -54,8 +57,12 @@ def test_order_is_the_same_on_host_and_device(n, batch_size):
 
 def test_seeds_of_any_sign_agree_on_host_and_device():
     seeds = np.array([0, -1, 2**31, 2**32 - 1])
-    device = jax.jit(jax.vmap(lambda seed: data.batch_indices(20, 9, seed, 4)))(seeds.astype(np.uint32))
-    np.testing.assert_array_equal(np.asarray(device), np.stack([data.batch_indices(20, 9, int(seed), 4) for seed in seeds]))
+    device = jax.jit(jax.vmap(lambda seed: data.batch_indices(20, 9, seed, 4)))(
+        seeds.astype(np.uint32)
+    )
+    np.testing.assert_array_equal(
+        np.asarray(device), np.stack([data.batch_indices(20, 9, int(seed), 4) for seed in seeds])
+    )
 
 
 @pytest.mark.parametrize("step", [0, 6, 3**19, 2**31 - 1, 2**31 + 5])
@@ -70,7 +77,9 @@ def test_large_steps_do_not_overflow(step):
 @functools.cache
 def _orders(n, seeds, epochs):
     """[seeds, epochs, n]."""
-    order = jax.vmap(jax.vmap(lambda seed, epoch: data.batch_indices(n, n, seed, epoch), (None, 0)), (0, None))
+    order = jax.vmap(
+        jax.vmap(lambda seed, epoch: data.batch_indices(n, n, seed, epoch), (None, 0)), (0, None)
+    )
     return np.asarray(jax.jit(order)(jnp.arange(seeds), jnp.arange(epochs)))
 
 
@@ -83,8 +92,11 @@ def test_every_example_is_equally_likely_at_every_position(n):
         return
     for i in range(n):
         assert_uniform(counts[i])
-    # Neighbours within an epoch, and the same position in neighbouring epochs and seeds, are independent.
-    pairs = np.bincount((orders[..., 0] * n + orders[..., 1]).ravel(), minlength=n * n).reshape(n, n)
+    # Neighbours within an epoch, and the same position in neighbouring epochs and seeds, are
+    # independent.
+    pairs = np.bincount((orders[..., 0] * n + orders[..., 1]).ravel(), minlength=n * n).reshape(
+        n, n
+    )
     assert_uniform(pairs[~np.eye(n, dtype=bool)])
     assert_uniform(np.bincount((orders[:, :-1, 0] * n + orders[:, 1:, 0]).ravel(), minlength=n * n))
     assert_uniform(np.bincount((orders[:-1, :, 0] * n + orders[1:, :, 0]).ravel(), minlength=n * n))
@@ -110,7 +122,11 @@ def test_permutation_is_fixed():
         ((0, 1, 0, 0), DataError, "the 0 examples"),
         ((10, 0, 0, 0), ConfigError, "batch_size must be at least 1; got 0"),
         ((10, 2, 0, -1), ConfigError, "counts from 0; got -1"),
-        ((2**20, 2**12, 0, 0), ConfigError, re.escape("examples * batch_size < 2**32; got 1048576 * 4096")),
+        (
+            (2**20, 2**12, 0, 0),
+            ConfigError,
+            re.escape("examples * batch_size < 2**32; got 1048576 * 4096"),
+        ),
         ((2**31, 1, 0, 0), ConfigError, "2147483648"),
     ],
 )

@@ -1,4 +1,6 @@
-"""Text as data: the names of Unicode, files of characters and bytes, streams and lines, their order, and what is refused."""
+"""Text as data: the names of Unicode, files of characters and bytes, streams and lines, their
+order, and what is refused.
+"""
 
 import gzip
 import hashlib
@@ -33,7 +35,7 @@ def written(tmp_path, content, name="my book.txt"):
     return str(path)
 
 
-# ---------------------------------------------------------------------------------------------------- unicode_names
+# --- unicode_names ------------------------------------------------------------------------------
 
 
 def test_unicode_names_are_the_same_on_every_python():
@@ -44,7 +46,8 @@ def test_unicode_names_are_the_same_on_every_python():
     assert "".join(sorted(set(whole))) == "\n -0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     assert max(map(len, every)) == 83
     assert (every[0], every[-1]) == ("SPACE", "CANCEL TAG")
-    # This digest stands for the names and their order; the splits hang on it as well as on `permutation`.
+    # This digest stands for the names and their order; the splits hang on it as well as on
+    # `permutation`.
     assert hashlib.sha256(whole.encode()).hexdigest() == UNICODE_SHA256
 
 
@@ -56,14 +59,21 @@ def test_unicode_names_split_by_name_in_both_layouts():
     assert lines.spec.shape == (84,)
     assert stream.spec.shape == (20,)
     assert lines.spec.vocabulary == stream.spec.vocabulary
-    assert (lines.spec.levels, lines.spec.end, stream.spec.end, stream.spec.step) == (39, 0, None, "character")
+    assert (lines.spec.levels, lines.spec.end, stream.spec.end, stream.spec.step) == (
+        39,
+        0,
+        None,
+        "character",
+    )
     splits = [[data.decode(row, lines.spec) for row in batch.x] for batch in lines.load()]
     assert [len(names) for names in splits] == [10_308, 1_289, 1_289]
     assert sorted(itertools.chain(*splits)) == sorted(MODULE._unicode_names())
     windows = stream.load()
     text = data.decode(tokens_of(windows.train.x), stream.spec)
     assert text.split("\n") == splits[0]
-    for batch, names in zip(windows[1:], splits[1:], strict=True):  # but for the rest that fills no window
+    for batch, names in zip(
+        windows[1:], splits[1:], strict=True
+    ):  # but for the rest that fills no window
         assert "\n".join(names).startswith(data.decode(batch.x.ravel(), stream.spec))
         assert batch.x.size > len("\n".join(names)) - 20
 
@@ -74,7 +84,9 @@ def test_unicode_names_have_classes():
     assert len(set(classes)) == len(classes) == 62
     assert classes[-1] == "OTHER"
     assert {"LATIN", "GREEK", "ARABIC"} < set(classes)
-    assert [counts[word] for word in classes[:-1]] == sorted((c for c in counts.values() if c >= 40), reverse=True)
+    assert [counts[word] for word in classes[:-1]] == sorted(
+        (c for c in counts.values() if c >= 40), reverse=True
+    )
     source = data.unicode_names(conditional=True, layout="lines")
     assert (source.spec.n_classes, source.spec.class_names) == (62, classes)
     for batch in source.load():
@@ -85,7 +97,7 @@ def test_unicode_names_have_classes():
     assert data.unicode_names(layout="lines").load().test.cond is None
 
 
-# ------------------------------------------------------------------------------------------------------ text files
+# --- text files ---------------------------------------------------------------------------------
 
 POEM = "Größe, naïve ☃!\n" * 40
 
@@ -97,7 +109,9 @@ def test_a_stream_is_split_by_position(tmp_path, unit):
     whole = POEM if unit == "character" else POEM.encode()
     n = len(whole)
     vocabulary = tuple(sorted(set(POEM))) if unit == "character" else tuple(map(chr, range(256)))
-    assert source.spec == DataSpec((16,), "tokens", len(vocabulary), vocabulary=vocabulary, step=unit, name="my book")
+    assert source.spec == DataSpec(
+        (16,), "tokens", len(vocabulary), vocabulary=vocabulary, step=unit, name="my book"
+    )
     assert f"{n * 85 // 100:,} train / " in source.description
     splits = source.load()
     back = data.encode(POEM, vocabulary, "the poem")
@@ -128,11 +142,22 @@ def test_more_than_256_characters(tmp_path):
 def test_line_ends_and_byte_order_mark(tmp_path):
     path = written(tmp_path, b"\xef\xbb\xbfab\r\ncd\r\n" * 1 + b"ba\r\ndc" * 20)
     assert data.text(path, context=2).spec.vocabulary == ("\n", "a", "b", "c", "d")
-    assert tokens_of(data.text(path, unit="byte", context=2).load().train.x)[:7].tobytes() == b"\xef\xbb\xbfab\r\n"
+    assert (
+        tokens_of(data.text(path, unit="byte", context=2).load().train.x)[:7].tobytes()
+        == b"\xef\xbb\xbfab\r\n"
+    )
     lines = data.text(path, unit="byte", layout="lines")
-    assert {data.decode(row, lines.spec) for row in lines.load().train.x} <= {"ab", "cd", "ba", "dcba", "dc"}
+    assert {data.decode(row, lines.spec) for row in lines.load().train.x} <= {
+        "ab",
+        "cd",
+        "ba",
+        "dcba",
+        "dc",
+    }
     (tmp_path / "zipped.txt").write_bytes(gzip.compress(POEM.encode()))
-    assert data.text(str(tmp_path / "zipped.txt"), context=4).spec.vocabulary == tuple(sorted(set(POEM)))
+    assert data.text(str(tmp_path / "zipped.txt"), context=4).spec.vocabulary == tuple(
+        sorted(set(POEM))
+    )
 
 
 @pytest.mark.parametrize("unit", ["character", "byte"])
@@ -143,7 +168,9 @@ def test_lines_are_padded_with_their_end(tmp_path, unit):
     size = (lambda item: len(item.encode())) if unit == "byte" else len
     assert source.spec.shape == (max(map(size, items)) + 1,)
     assert source.spec.vocabulary is not None
-    assert source.spec.vocabulary[source.spec.end] == "\n"  # not the first symbol: a tab comes before it
+    assert (
+        source.spec.vocabulary[source.spec.end] == "\n"
+    )  # not the first symbol: a tab comes before it
     splits = source.load()
     assert [len(batch.x) for batch in splits] == [40, 5, 5]
     found = []
@@ -155,7 +182,10 @@ def test_lines_are_padded_with_their_end(tmp_path, unit):
         np.testing.assert_array_equal(
             counted, [size(text) + 1 for text in texts]
         )  # the end token counts, what follows does not
-        assert all((row[size(text) :] == source.spec.end).all() for row, text in zip(batch.x, texts, strict=True))
+        assert all(
+            (row[size(text) :] == source.spec.end).all()
+            for row, text in zip(batch.x, texts, strict=True)
+        )
         found += texts
     assert sorted(found) == sorted(items)
     assert_same(splits, data.text(path, unit=unit, layout="lines").load())
@@ -169,12 +199,29 @@ def test_lines_are_padded_with_their_end(tmp_path, unit):
         (b"aaaa", {}, "at least 2 different characters; found 1"),
         (b"caf\xe9 au lait", {}, r"not UTF-8: byte 0xe9 at offset 3 .*unit='byte'"),
         (b"\xef\xbb\xbfok\xff", {}, "byte 0xff at offset 5"),
-        ("ab" * 630, {}, "text of 1,260 characters is too short for a context of 64: its smallest split has 63. Take.* 63,"),
-        (b"ab" * 20, {"unit": "byte", "context": 3}, "40 bytes is too short for a context of 3: its smallest split has 2"),
+        (
+            "ab" * 630,
+            {},
+            "text of 1,260 characters is too short for a context of 64: its smallest split has 63. "
+            "Take.* 63,",
+        ),
+        (
+            b"ab" * 20,
+            {"unit": "byte", "context": 3},
+            "40 bytes is too short for a context of 3: its smallest split has 2",
+        ),
         (b"ab" * 3, {"context": 1}, r"its smallest split has 0\. Take a longer text\."),
         (b"\n\n\n", {"layout": "lines"}, "at least 2 different characters"),
-        (b"\n\r\n\n", {"layout": "lines", "unit": "byte"}, "0 lines that are not empty are too few"),
-        (b"a\nb\n", {"layout": "lines"}, "2 lines that are not empty are too few; expected one each for train, valid and test"),
+        (
+            b"\n\r\n\n",
+            {"layout": "lines", "unit": "byte"},
+            "0 lines that are not empty are too few",
+        ),
+        (
+            b"a\nb\n",
+            {"layout": "lines"},
+            "2 lines that are not empty are too few; expected one each for train, valid and test",
+        ),
     ],
 )
 def test_text_refuses(tmp_path, content, options, message):
@@ -183,7 +230,11 @@ def test_text_refuses(tmp_path, content, options, message):
 
 
 def test_text_of_just_the_right_length(tmp_path):
-    assert [len(batch.x) for batch in data.text(written(tmp_path, "ab" * 640)).load()] == [1025, 1, 2]
+    assert [len(batch.x) for batch in data.text(written(tmp_path, "ab" * 640)).load()] == [
+        1025,
+        1,
+        2,
+    ]
 
 
 def test_text_refuses_options(tmp_path):
@@ -208,9 +259,14 @@ def test_text_refuses_options(tmp_path):
 def test_paths_choose_their_loader():
     assert data.loader("some/book.txt") is data.text
     assert data.loader("some/music.mat") is data.rolls
-    with pytest.raises(ConfigError, match=r"There are: .*a path ending in \.npz, \.npy, \.txt or \.mat\."):
+    with pytest.raises(
+        ConfigError, match=r"There are: .*a path ending in \.npz, \.npy, \.txt or \.mat\."
+    ):
         data.loader("zzz.csv")
-    with pytest.raises(ConfigError, match=r"'my\.txt' does not take the option 'kind'. It takes: unit, layout, context, order"):
+    with pytest.raises(
+        ConfigError,
+        match=r"'my\.txt' does not take the option 'kind'. It takes: unit, layout, context, order",
+    ):
         data.open_source("my.txt", kind="binary")
 
 
@@ -221,7 +277,7 @@ def test_signature_serves_the_command_line():
         assert re.search(rf"^    {name}: \S", inspect.getdoc(data.text), flags=re.MULTILINE)
 
 
-# ------------------------------------------------------------------------------------------------- encode and decode
+# --- encode and decode --------------------------------------------------------------------------
 
 
 def test_encode_and_decode():
@@ -233,7 +289,10 @@ def test_encode_and_decode():
     assert data.decode(jnp.array([3, 0, 2, 1, 2]), spec) == "az"
     assert data.decode([2, 3], spec) == data.decode([], spec) == ""
     assert data.encode("", vocabulary, "the prompt").shape == (0,)
-    with pytest.raises(DataError, match=r"^the prompt: the character 'é' \(U\+00E9\) at position 2 is not .* whose 5 symbols"):
+    with pytest.raises(
+        DataError,
+        match=r"^the prompt: the character 'é' \(U\+00E9\) at position 2 is not .* whose 5 symbols",
+    ):
         data.encode("☃aé?", vocabulary, "the prompt")
     with pytest.raises(DataError, match=r"'b' \(U\+0062\) at position 0"):
         data.encode("b", vocabulary, "the prompt")
@@ -246,7 +305,7 @@ def test_encode_and_decode():
         data.decode([0, 1], data.markov().spec)
 
 
-# -------------------------------------------------------------------------------------------------------- the order
+# --- the order ----------------------------------------------------------------------------------
 
 
 def test_a_lane_of_a_stream_reads_on():
@@ -260,18 +319,26 @@ def test_a_lane_of_a_stream_reads_on():
 
 
 @pytest.mark.parametrize(
-    ("n", "context", "batch_size"), [(1, 1, 1), (7, 3, 2), (1000, 64, 12), (2**26 - 1, 64, 12), (2**31 - 1, 2, 3)]
+    ("n", "context", "batch_size"),
+    [(1, 1, 1), (7, 3, 2), (1000, 64, 12), (2**26 - 1, 64, 12), (2**31 - 1, 2, 3)],
 )
 def test_order_of_a_stream_is_exact_on_host_and_device(n, context, batch_size):
     order = MODULE.stream_order(context)
     steps = [0, 1, 2, n - 1, n, 999_983, 2**31 - 2, 2**31 - 1]
     steps = [step for step in steps if step < 2**31]
-    exact = np.array([[(b * (n // batch_size) + step * context) % n for b in range(batch_size)] for step in steps])
+    exact = np.array(
+        [
+            [(b * (n // batch_size) + step * context) % n for b in range(batch_size)]
+            for step in steps
+        ]
+    )
     host = np.stack([order(n, batch_size, 0, step) for step in steps])
     assert isinstance(host, np.ndarray)
     assert host.dtype == np.int32
     np.testing.assert_array_equal(host, exact)
-    device = jax.jit(jax.vmap(lambda seed, step: order(n, batch_size, seed, step), (None, 0)))(3, jnp.array(steps, jnp.int32))
+    device = jax.jit(jax.vmap(lambda seed, step: order(n, batch_size, seed, step), (None, 0)))(
+        3, jnp.array(steps, jnp.int32)
+    )
     assert device.dtype == jnp.int32
     np.testing.assert_array_equal(np.asarray(device), exact)
 
@@ -282,7 +349,10 @@ def test_order_of_a_stream_is_that_of_its_batches(tmp_path):
     batch = jax.jit(data.batch_at(source, 3, 0))
     for step in (0, 5, 10_000):
         host = data.host_batch(source, train, 3, 0, step)
-        assert_same(data.prepare_at(source, 0)(host, step), batch(jax.tree.map(jnp.asarray, train), jnp.int32(step)))
+        assert_same(
+            data.prepare_at(source, 0)(host, step),
+            batch(jax.tree.map(jnp.asarray, train), jnp.int32(step)),
+        )
         start = (np.arange(3) * (len(train.x) // 3) + 16 * step) % len(train.x)
         np.testing.assert_array_equal(host.x, train.x[start])
     assert data.text(written(tmp_path, POEM), context=16).order is data.batch_indices
@@ -301,12 +371,14 @@ def test_order_of_a_stream_refuses(arguments, error, message):
         MODULE.stream_order(64)(*arguments)
 
 
-# -------------------------------------------------------------------------------------------------- published files
+# --- published files ----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def published(tmp_path, monkeypatch):
-    """A folder with the files of shakespeare and names: their formats and symbols, but other texts, whose hashes count."""
+    """A folder with the files of shakespeare and names: their formats and symbols, but other texts,
+    whose hashes count.
+    """
     rng = np.random.default_rng(0)
     monkeypatch.delenv("GENJAX_DATA", raising=False)
     play = "".join(rng.choice(MODULE._SHAKESPEARE, 4000))
@@ -332,27 +404,44 @@ def test_published_texts_are_read(published, monkeypatch):
     assert play[3600:].startswith(data.decode(splits.test.x.ravel(), source.spec))
     source = data.open_source("names")
     assert source.spec == DataSpec(
-        (16,), "tokens", 27, vocabulary=tuple("\nabcdefghijklmnopqrstuvwxyz"), step="character", end=0, name="names"
+        (16,),
+        "tokens",
+        27,
+        vocabulary=tuple("\nabcdefghijklmnopqrstuvwxyz"),
+        step="character",
+        end=0,
+        name="names",
     )
     splits = source.load()
     assert [len(batch.x) for batch in splits] == [30_033, 1_000, 1_000]
-    assert sorted(data.decode(row, source.spec) for batch in splits for row in batch.x) == sorted(names)
+    assert sorted(data.decode(row, source.spec) for batch in splits for row in batch.x) == sorted(
+        names
+    )
     check_batch(source.spec, source.prepare(jax.random.key(0), splits.test))
 
 
 def test_published_texts_are_found(published, monkeypatch):
     folder, _, _ = published
-    with pytest.raises(DataError, match=r"file of names was not found \(names/names.txt.*GENJAX_DATA is not set\. Set GENJAX"):
+    with pytest.raises(
+        DataError,
+        match=r"file of names was not found \(names/names.txt.*GENJAX_DATA is not set\. Set GENJAX",
+    ):
         data.names().load()
     monkeypatch.setenv("GENJAX_DATA", str(folder / "nowhere"))
-    with pytest.raises(DataError, match=r"file of shakespeare was not found.*Looked in \S+nowhere\."):
+    with pytest.raises(
+        DataError, match=r"file of shakespeare was not found.*Looked in \S+nowhere\."
+    ):
         data.shakespeare().load()
     for path in (folder, folder / "names", folder / "names" / "names.txt"):
         assert len(data.names(path=str(path)).load().test.x) == 1000
     zipped = folder / "names.txt.gz"
     zipped.write_bytes(gzip.compress((folder / "names" / "names.txt").read_bytes()))
     (folder / "names" / "names.txt").unlink()
-    assert len(data.names(path=str(folder)).load().test.x) == len(data.names(path=str(zipped)).load().test.x) == 1000
+    assert (
+        len(data.names(path=str(folder)).load().test.x)
+        == len(data.names(path=str(zipped)).load().test.x)
+        == 1000
+    )
     with pytest.raises(DataError, match="was not found"):  # an explicit path is the only place
         data.shakespeare(path=str(folder / "names")).load()
 
@@ -362,6 +451,7 @@ def test_published_texts_are_the_published_ones(published):
     file = folder / "names" / "names.txt"
     file.write_text(file.read_text() + "\nzz")
     with pytest.raises(
-        DataError, match=r"names\.txt: not the published file of names: expected SHA-256 \w{64} .*found \w{64}\."
+        DataError,
+        match=r"names\.txt: not the published file of names: expected SHA-256 \w{64} .*found \w{64}\.",
     ):
         data.names(path=str(folder)).load()

@@ -1,4 +1,6 @@
-"""Decoding: the support of each rule, generation against a loop by hand, beam search against all strings, guidance."""
+"""Decoding: the support of each rule, generation against a loop by hand, beam search against all
+strings, guidance.
+"""
 
 import functools
 import itertools
@@ -44,14 +46,16 @@ def support(rule, logits=LOGITS):
 
 
 def smallest_set(row, p):
-    """By trying all subsets: the one of the fewest tokens, and of those the most probable, with mass p or more."""
+    """By trying all subsets: the one of the fewest tokens, and of those the most probable, with
+    mass p or more.
+    """
     mass = softmax(row)
     subsets = (set(s) for size in range(1, V + 1) for s in itertools.combinations(range(V), size))
     enough = [s for s in subsets if mass[list(s)].sum() >= p - 1e-12]
     return max(enough, key=lambda s: (-len(s), mass[list(s)].sum()))
 
 
-# --- rules -----------------------------------------------------------------------------------------------------------
+# --- rules ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [1, 2, V, V + 3])
@@ -67,7 +71,13 @@ def test_top_p_keeps_the_smallest_set_with_that_mass(p):
 
 def test_top_p_of_equal_probabilities():
     uniform = np.zeros((1, 4), np.float32)
-    assert [len(support(top_p(p), uniform)[0]) for p in (0.25, 0.26, 0.5, 0.51, 1.0)] == [1, 2, 2, 3, 4]
+    assert [len(support(top_p(p), uniform)[0]) for p in (0.25, 0.26, 0.5, 0.51, 1.0)] == [
+        1,
+        2,
+        2,
+        3,
+        4,
+    ]
 
 
 @pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 1.0])
@@ -88,7 +98,9 @@ def test_the_repetition_penalty_makes_what_was_seen_less_likely_whatever_its_sig
     seen = [1, 4]
     assert (LOGITS[:, seen] > 0).any()
     assert (LOGITS[:, seen] < 0).any()
-    np.testing.assert_allclose(got[:, seen], np.where(LOGITS > 0, LOGITS / 1.5, LOGITS * 1.5)[:, seen], rtol=1e-6)
+    np.testing.assert_allclose(
+        got[:, seen], np.where(LOGITS > 0, LOGITS / 1.5, LOGITS * 1.5)[:, seen], rtol=1e-6
+    )
     assert (got[:, seen] < LOGITS[:, seen]).all()
     np.testing.assert_array_equal(np.delete(got, seen, 1), np.delete(LOGITS, seen, 1))
 
@@ -105,7 +117,9 @@ def test_rules_are_applied_in_order_and_inside_a_trace():
     many = jax.jit(jax.vmap(lambda t, p: compose(temperature(t), top_p(p))(logits, NONE)))
     values = (jnp.asarray([0.5, 2.0]), jnp.asarray([0.4, 0.9]))
     for got, t, p in zip(many(*values), *values, strict=True):
-        np.testing.assert_array_equal(got, compose(temperature(float(t)), top_p(float(p)))(logits, NONE))
+        np.testing.assert_array_equal(
+            got, compose(temperature(float(t)), top_p(float(p)))(logits, NONE)
+        )
 
 
 @pytest.mark.parametrize(
@@ -126,7 +140,7 @@ def test_a_rule_refuses_what_means_nothing(rule, value, message):
         rule(value)
 
 
-# --- generation: a source of order 2, whose carry is the token before the last -------------------------------------
+# --- generation: a source of order 2, whose carry is the token before the last --------------------
 
 
 W = 3
@@ -163,7 +177,9 @@ def test_generation_is_the_loop_by_hand_with_a_key_for_each_step():
     got = generate(second_order, *START, choose, key, 6)
     np.testing.assert_array_equal(got, np.stack(wanted, 1))
     assert got.dtype == jnp.int32
-    np.testing.assert_array_equal(generate(second_order, *START, choose, key, 1), np.stack(wanted[:1], 1))
+    np.testing.assert_array_equal(
+        generate(second_order, *START, choose, key, 1), np.stack(wanted[:1], 1)
+    )
 
 
 def test_the_law_of_generated_strings():
@@ -180,7 +196,9 @@ def test_the_law_of_generated_strings():
 
 def test_counts_are_those_of_the_tokens_so_far():
     least = lambda key, outputs, counts: counts.argmin(-1).astype(jnp.int32)  # noqa: E731
-    got = generate(second_order, *START, least, jax.random.key(0), 7, prompt=jnp.full((4, 1), 1, jnp.int32))
+    got = generate(
+        second_order, *START, least, jax.random.key(0), 7, prompt=jnp.full((4, 1), 1, jnp.int32)
+    )
     np.testing.assert_array_equal(got, [[1, 0, 2, 0, 1, 2, 0]] * 4)
 
 
@@ -190,7 +208,15 @@ def test_prompts_are_kept_each_with_its_length_and_without_another_program():
 
     @jax.jit
     def run(length):
-        return generate(second_order, *START, sampler(), jax.random.key(1), 6, prompt=prompt, prompt_length=length)
+        return generate(
+            second_order,
+            *START,
+            sampler(),
+            jax.random.key(1),
+            6,
+            prompt=prompt,
+            prompt_length=length,
+        )
 
     free = np.asarray(generate(second_order, *START, sampler(), jax.random.key(1), 6))
     np.testing.assert_array_equal(run(jnp.int32(0)), free)
@@ -218,8 +244,18 @@ def test_after_the_end_token_all_is_the_end_token():
 def test_events_need_not_be_tokens():
     walk = lambda carry, x: (x, carry)  # noqa: E731
     choose = lambda key, outputs, counts: outputs + 1 + 0 * counts.sum().astype(outputs.dtype)  # noqa: E731
-    got = generate(walk, jnp.zeros((2, 3)), jnp.zeros(2), choose, jax.random.key(0), 4, prompt=jnp.full((2, 1, 3), 5.0))
-    np.testing.assert_array_equal(got, np.broadcast_to(np.asarray([5.0, 6, 7, 8])[None, :, None], (2, 4, 3)))
+    got = generate(
+        walk,
+        jnp.zeros((2, 3)),
+        jnp.zeros(2),
+        choose,
+        jax.random.key(0),
+        4,
+        prompt=jnp.full((2, 1, 3), 5.0),
+    )
+    np.testing.assert_array_equal(
+        got, np.broadcast_to(np.asarray([5.0, 6, 7, 8])[None, :, None], (2, 4, 3))
+    )
 
 
 def test_a_prompt_that_does_not_fit_is_refused():
@@ -230,7 +266,7 @@ def test_a_prompt_that_does_not_fit_is_refused():
         run(prompt=jnp.zeros((4, 2), jnp.int32), prompt_length=3)
 
 
-# --- beam search -----------------------------------------------------------------------------------------------------
+# --- beam search ----------------------------------------------------------------------------------
 
 
 def enumerate_strings(steps, end):
@@ -241,14 +277,18 @@ def enumerate_strings(steps, end):
         found[string[:length] + (end,) * (steps - length)] = length
     strings = np.asarray(list(found))
     lengths = np.asarray(list(found.values()))
-    nats = np.asarray([log_probs(row[None, :length])[0] for row, length in zip(strings, lengths, strict=True)])
+    nats = np.asarray(
+        [log_probs(row[None, :length])[0] for row, length in zip(strings, lengths, strict=True)]
+    )
     return strings, nats, lengths
 
 
 @pytest.mark.parametrize(("end", "penalty"), [(None, 0.0), (2, 0.0), (2, 0.8), (2, -0.5)])
 def test_a_wide_beam_finds_the_best_of_all_strings(end, penalty):
     steps, width = 4, W**3
-    search = quick(lambda outputs, carry: beam_search(second_order, outputs, carry, width, steps, end, penalty))
+    search = quick(
+        lambda outputs, carry: beam_search(second_order, outputs, carry, width, steps, end, penalty)
+    )
     tokens, nats = search(*START)
     strings, wanted, lengths = enumerate_strings(steps, end)
     order = np.argsort(-wanted / ((5 + lengths) / 6) ** penalty)[:width]
@@ -271,7 +311,7 @@ def test_a_beam_of_one_is_greedy_and_examples_do_not_mix():
         beam_search(second_order, *start, 0, 5)
 
 
-# --- guidance --------------------------------------------------------------------------------------------------------
+# --- guidance -------------------------------------------------------------------------------------
 
 
 def test_guidance_at_scale_one_and_zero_is_bitwise_one_of_the_two():
@@ -308,7 +348,9 @@ def test_the_generator_of_a_family_guides_and_refuses_what_does_not_fit():
     draw = lambda key, outputs: jax.random.categorical(key, outputs).astype(jnp.int32)  # noqa: E731
     run = generator(CLASSES, of_class, stay, draw, context=4)
     cond, key = jnp.asarray([0, 1] * 500), jax.random.key(0)
-    rate = lambda **options: float((run({}, {}, key, 1000, cond, **options) == cond[:, None]).mean())  # noqa: E731
+    rate = lambda **options: float(
+        (run({}, {}, key, 1000, cond, **options) == cond[:, None]).mean()
+    )  # noqa: E731
     for scale, logit in ((0.0, 0.0), (1.0, 4.0), (0.5, 2.0)):
         p = np.exp(logit) / (np.exp(logit) + 2)
         assert abs(rate(guidance=scale) - p) < 4 * np.sqrt(p * (1 - p) / 4000), scale
@@ -322,7 +364,10 @@ def test_the_generator_of_a_family_guides_and_refuses_what_does_not_fit():
     ):
         with pytest.raises(ConfigError, match=message):
             run({}, {}, key, 1000, cond, **options)
-    for spec in (DataSpec((4,), "tokens", levels=W, step="symbol"), DataSpec((4, 1), "continuous", n_classes=2, step="row")):
+    for spec in (
+        DataSpec((4,), "tokens", levels=W, step="symbol"),
+        DataSpec((4, 1), "continuous", n_classes=2, step="row"),
+    ):
         labels = cond[:2] if spec.conditional else None
         with pytest.raises(ConfigError, match="Guidance needs a condition and logits"):
             generator(spec, of_class, stay, draw)({}, {}, key, 2, labels, guidance=2.0)

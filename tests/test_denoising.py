@@ -1,4 +1,5 @@
-"""Diffusion models: what networks see and predict, weightings, times, conditions, samples, likelihoods; and bad settings.
+"""Diffusion models: what networks see and predict, weightings, times, conditions, samples,
+likelihoods; and bad settings.
 
 The bound, discrete time and learned schedules are in test_vdm.py.
 """
@@ -42,18 +43,27 @@ def f64(tree):
     return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), tree)
 
 
-# --- Karras's preconditioning -------------------------------------------------------------------------------------------
+# --- Karras's preconditioning ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PATHS)
 def test_edm_inputs_and_targets_have_unit_variance(x64, name):
-    """For data of variance sigma_data², exactly: both are linear in x0 and epsilon, so variances add."""
+    """For data of variance sigma_data², exactly: both are linear in x0 and epsilon, so variances
+    add.
+    """
     path, sd = PATHS[name], 0.5
     t = jnp.linspace(jnp.asarray(path.end), jnp.asarray(path.start), 7)
     alpha, sigma = path.alpha(t), path.sigma(t)
-    np.testing.assert_allclose(input_scale(path, t, sd) ** 2 * (alpha**2 * sd**2 + sigma**2), 1, rtol=1e-12)
-    target = lambda x0, epsilon: edm_prediction(sd).from_x0(path, x0, diffuse(path, x0, epsilon, t), t)  # noqa: E731
-    of_data, of_noise = target(jnp.ones_like(t), jnp.zeros_like(t)), target(jnp.zeros_like(t), jnp.ones_like(t))
+    np.testing.assert_allclose(
+        input_scale(path, t, sd) ** 2 * (alpha**2 * sd**2 + sigma**2), 1, rtol=1e-12
+    )
+    target = lambda x0, epsilon: edm_prediction(sd).from_x0(
+        path, x0, diffuse(path, x0, epsilon, t), t
+    )  # noqa: E731
+    of_data, of_noise = (
+        target(jnp.ones_like(t), jnp.zeros_like(t)),
+        target(jnp.zeros_like(t), jnp.ones_like(t)),
+    )
     np.testing.assert_allclose((of_data * sd) ** 2 + of_noise**2, 1, rtol=1e-8)
     # And the weighting of the paper makes the loss one of the target itself: lambda c_out² = 1.
     c_out = edm_prediction(sd).to_x0(path, jnp.ones_like(t), jnp.zeros_like(t), t)
@@ -61,7 +71,9 @@ def test_edm_inputs_and_targets_have_unit_variance(x64, name):
     # Karras 2022, table 1, as it is written there.
     s = sigma / alpha
     np.testing.assert_allclose(c_out, s * sd / np.sqrt(s**2 + sd**2), rtol=1e-12)
-    np.testing.assert_allclose(edm_weight(path, t, jnp.ones_like(t), sd), (s**2 + sd**2) / (s * sd) ** 2, rtol=1e-12)
+    np.testing.assert_allclose(
+        edm_weight(path, t, jnp.ones_like(t), sd), (s**2 + sd**2) / (s * sd) ** 2, rtol=1e-12
+    )
     skip = edm_prediction(sd).to_x0(path, jnp.zeros_like(t), jnp.ones_like(t), t)
     np.testing.assert_allclose(skip * alpha, sd**2 / (s**2 + sd**2), rtol=1e-12)
 
@@ -70,7 +82,9 @@ def test_edm_denoiser_returns_its_input_where_there_is_no_noise(x64):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)))
     for name in ("edm", "cosine"):
         path = PATHS[name]
-        gap = lambda sigma: np.abs(edm_prediction(0.5).to_x0(path, 10 * jnp.ones_like(x), x, jnp.asarray(sigma)) - x).max()  # noqa: E731
+        gap = lambda sigma: np.abs(
+            edm_prediction(0.5).to_x0(path, 10 * jnp.ones_like(x), x, jnp.asarray(sigma)) - x
+        ).max()  # noqa: E731
         gaps = np.asarray([gap(sigma) for sigma in (1e-3, 1e-5, 1e-7, 1e-9)])
         assert (np.diff(gaps) < 0).all()
         assert gaps[-1] < 1e-7
@@ -82,14 +96,18 @@ def test_edm_prediction_and_x0_are_inverses(x64, name):
     x0, epsilon = (jnp.asarray(rng.normal(size=(5, 2))) for _ in range(2))
     t = path.end + (path.start - path.end) * jnp.asarray([0.0, 0.01, 0.3, 0.7, 1.0])
     x_t, kind = diffuse(path, x0, epsilon, t), edm_prediction(0.7)
-    np.testing.assert_allclose(kind.to_x0(path, kind.from_x0(path, x0, x_t, t), x_t, t), x0, rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(
+        kind.to_x0(path, kind.from_x0(path, x0, x_t, t), x_t, t), x0, rtol=1e-9, atol=1e-10
+    )
 
 
-# --- the loss -----------------------------------------------------------------------------------------------------------
+# --- the loss -------------------------------------------------------------------------------------
 
 
 def speaking(name, path, sigma_data):
-    """A network that predicts `name` and means, by it, the best denoiser of other data than there are."""
+    """A network that predicts `name` and means, by it, the best denoiser of other data than there
+    are.
+    """
 
     def apply(params, state, scaled, level, cond=None, dropped=None):
         t = path.time_of_log_snr(4 * level)
@@ -105,14 +123,25 @@ def spoken(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weighting", ["elbo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("min_snr", "edm"))])
+@pytest.mark.parametrize(
+    "weighting",
+    ["elbo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("min_snr", "edm"))],
+)
 def test_weighted_losses_are_the_same_whatever_is_predicted(x64, weighting):
     assert WEIGHTINGS.keys() == {"unit", "elbo", "min_snr", "edm"}
     path, x = PATHS["cosine"], jnp.asarray(np.random.default_rng(2).normal(size=(6, 2)))
 
     def loss(name):
-        model = diffusion(PLANE, net=speaking(name, path, 0.8), sigma_data=0.8, weighting=weighting, **spoken(name))
-        return model.losses["diffusion"](*model.init(jax.random.key(0)), Batch(x), jax.random.key(3))[0]
+        model = diffusion(
+            PLANE,
+            net=speaking(name, path, 0.8),
+            sigma_data=0.8,
+            weighting=weighting,
+            **spoken(name),
+        )
+        return model.losses["diffusion"](
+            *model.init(jax.random.key(0)), Batch(x), jax.random.key(3)
+        )[0]
 
     every = [np.asarray(value) for value in jit(lambda: [loss(name) for name in PREDICTED])()]
     for name, value in zip(PREDICTED, every, strict=True):
@@ -121,12 +150,19 @@ def test_weighted_losses_are_the_same_whatever_is_predicted(x64, weighting):
 
 @pytest.mark.slow
 def test_loss_at_init_is_known(x64):
-    """A new network returns 0, so its loss is the square of the target, at the times and with the noise that the key gives."""
+    """A new network returns 0, so its loss is the square of the target, at the times and with the
+    noise that the key gives.
+    """
     path, n, x0 = PATHS["cosine"], 5, jnp.asarray(np.random.default_rng(4).normal(size=(5, 2)))
-    models = {name: diffusion(PLANE, hidden=(4,), sigma_data=0.8, **spoken(name)) for name in PREDICTED}
+    models = {
+        name: diffusion(PLANE, hidden=(4,), sigma_data=0.8, **spoken(name)) for name in PREDICTED
+    }
     params, state = jit(models["v"].init)(jax.random.key(0))
     key_time, key_noise, _, _ = jax.random.split(jax.random.key(5), 4)
-    t, epsilon = uniform_times(key_time, path, n, x0.dtype), jax.random.normal(key_noise, x0.shape, x0.dtype)
+    t, epsilon = (
+        uniform_times(key_time, path, n, x0.dtype),
+        jax.random.normal(key_noise, x0.shape, x0.dtype),
+    )
     alpha, sigma = (np.asarray(c) for c in coefficients(path, t, x0))
     s2 = (sigma / alpha) ** 2
     target = {
@@ -136,11 +172,17 @@ def test_loss_at_init_is_known(x64):
         "score": -epsilon / sigma,
         "velocity": np.pi / 2 * (alpha * epsilon - sigma * x0),
         # (x0 - c_skip x_t / alpha) / c_out
-        "edm": (x0 - 0.64 / (s2 + 0.64) * (x0 + np.sqrt(s2) * epsilon)) / np.sqrt(s2 * 0.64 / (s2 + 0.64)),
+        "edm": (x0 - 0.64 / (s2 + 0.64) * (x0 + np.sqrt(s2) * epsilon))
+        / np.sqrt(s2 * 0.64 / (s2 + 0.64)),
     }
-    loss = lambda p: {name: m.losses["diffusion"](p, state, Batch(x0), jax.random.key(5)) for name, m in models.items()}  # noqa: E731
+    loss = lambda p: {
+        name: m.losses["diffusion"](p, state, Batch(x0), jax.random.key(5))
+        for name, m in models.items()
+    }  # noqa: E731
     for name, (value, aux) in jit(loss)(f64(params)).items():
-        np.testing.assert_allclose(value, (np.asarray(target[name]) ** 2).sum(1), rtol=1e-8, err_msg=name)
+        np.testing.assert_allclose(
+            value, (np.asarray(target[name]) ** 2).sum(1), rtol=1e-8, err_msg=name
+        )
         np.testing.assert_allclose(aux.metrics["mse"], value / 2, rtol=1e-12)
 
 
@@ -149,7 +191,10 @@ def test_times_have_the_laws_they_say(x64):
     for path in (PATHS["cosine"], PATHS["edm"]):
         t = np.asarray(uniform_times(key, path, n, jnp.float64))
         assert (
-            scipy.stats.kstest(t, scipy.stats.uniform(float(path.end), float(path.start) - float(path.end)).cdf).pvalue > 1e-4
+            scipy.stats.kstest(
+                t, scipy.stats.uniform(float(path.end), float(path.start) - float(path.end)).cdf
+            ).pvalue
+            > 1e-4
         )
         t = log_normal_times(-1.2, 1.2, key, path, n, jnp.float64)
         log_ratio = np.asarray(-log_snr(path, t) / 2)
@@ -157,17 +202,22 @@ def test_times_have_the_laws_they_say(x64):
         inside = (log_ratio > low + 1e-6) & (log_ratio < high - 1e-6)
         law = scipy.stats.norm(-1.2, 1.2)
         assert (
-            scipy.stats.kstest(log_ratio[inside], lambda q: (law.cdf(q) - law.cdf(low)) / (law.cdf(high) - law.cdf(low))).pvalue
+            scipy.stats.kstest(
+                log_ratio[inside],
+                lambda q: (law.cdf(q) - law.cdf(low)) / (law.cdf(high) - law.cdf(low)),
+            ).pvalue
             > 1e-4
         )
         assert inside.mean() > 0.99
         t = np.asarray(discrete_times(4, key, path, n, jnp.float64))
-        step, counts = np.unique(np.round((t - path.end) / (path.start - path.end) * 4, 9), return_counts=True)
+        step, counts = np.unique(
+            np.round((t - path.end) / (path.start - path.end) * 4, 9), return_counts=True
+        )
         np.testing.assert_array_equal(step, [1, 2, 3, 4])
         assert scipy.stats.chisquare(counts).pvalue > 1e-4
 
 
-# --- conditions and guidance --------------------------------------------------------------------------------------------
+# --- conditions and guidance ----------------------------------------------------------------------
 
 CLASSES = Normal(0.0, 0.5).net(n_classes=3, shift=2.0)
 
@@ -178,7 +228,9 @@ def test_conditions_are_dropped_at_the_rate_that_was_asked_for(x64):
     model = diffusion(LABELLED, net=CLASSES, prediction="x0", cond_dropout=rate)
     batch = Batch(jnp.zeros((n, 2)), jnp.zeros(n, jnp.int32))
     loss = jit(
-        lambda cond: model.losses["diffusion"](*model.init(jax.random.key(0)), batch._replace(cond=cond), jax.random.key(7))[0]
+        lambda cond: model.losses["diffusion"](
+            *model.init(jax.random.key(0)), batch._replace(cond=cond), jax.random.key(7)
+        )[0]
     )
     dropped = np.asarray(loss(batch.cond)) == np.asarray(loss(batch.cond + 1))
     assert abs(dropped.mean() - rate) < 3 * math.sqrt(rate * (1 - rate) / n)
@@ -188,7 +240,9 @@ def test_without_dropout_no_condition_is_dropped(x64):
     model = diffusion(LABELLED, net=CLASSES, prediction="x0")
     batch = Batch(jnp.zeros((500, 2)), jnp.zeros(500, jnp.int32))
     loss = jit(
-        lambda cond: model.losses["diffusion"](*model.init(jax.random.key(0)), batch._replace(cond=cond), jax.random.key(7))[0]
+        lambda cond: model.losses["diffusion"](
+            *model.init(jax.random.key(0)), batch._replace(cond=cond), jax.random.key(7)
+        )[0]
     )
     assert (np.asarray(loss(batch.cond)) != np.asarray(loss(batch.cond + 1))).all()
 
@@ -198,22 +252,36 @@ def guided_model():
     model = diffusion(LABELLED, hidden=(8,), cond_dropout=0.2, n_steps=3)
     params, state = jit(model.init)(jax.random.key(0))
     rng = np.random.default_rng(8)
-    return model, jax.tree.map(lambda leaf: leaf + jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype), params), state
+    return (
+        model,
+        jax.tree.map(
+            lambda leaf: leaf + jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype), params
+        ),
+        state,
+    )
 
 
 @pytest.mark.slow
 def test_guidance_of_scale_1_is_the_conditional_model_and_0_the_unconditional_one():
     model, params, state = guided_model()
     cond = jnp.asarray([0, 1, 2, 1])
-    made = jit(lambda cond, scale: model.extras["generate"](params, state, jax.random.key(9), 4, cond, guidance=scale))
+    made = jit(
+        lambda cond, scale: model.extras["generate"](
+            params, state, jax.random.key(9), 4, cond, guidance=scale
+        )
+    )
     make = lambda cond, guidance=None: np.asarray(made(cond, guidance))  # noqa: E731
-    np.testing.assert_allclose(make(cond, guidance=1.0), make(cond), rtol=1e-4)  # two programs, so to rounding
+    np.testing.assert_allclose(
+        make(cond, guidance=1.0), make(cond), rtol=1e-4
+    )  # two programs, so to rounding
     np.testing.assert_array_equal(make(cond, guidance=0.0), make((cond + 1) % 3, guidance=0.0))
     assert (make(cond) != make((cond + 1) % 3)).any(1).all()
     # The unconditional model is the network with every condition dropped.
     x_t, t = jnp.ones((4, 2)), jnp.asarray(0.4)
     denoise = jit(functools.partial(model.extras["denoise"], params, state, x_t, t))
-    np.testing.assert_array_equal(denoise(cond, jnp.ones(4, bool)), denoise((cond + 1) % 3, jnp.ones(4, bool)))
+    np.testing.assert_array_equal(
+        denoise(cond, jnp.ones(4, bool)), denoise((cond + 1) % 3, jnp.ones(4, bool))
+    )
     given, without = (lambda x, t, d=d: denoise(cond, jnp.full(4, d)) for d in (False, True))
     for scale, alone in ((1.0, given), (0.0, without)):
         np.testing.assert_array_equal(guided(given, without, scale)(x_t, t), alone(x_t, t))
@@ -228,19 +296,28 @@ def test_builder_sets_how_samples_are_made():
     cond, key = jnp.asarray([0, 1, 2, 1]), jax.random.key(10)
     how = {"solver": "ddim", "n_steps": 2, "grid": "uniform", "guidance": 2.0}
     other = diffusion(LABELLED, hidden=(8,), cond_dropout=0.2, **how)
-    draw = lambda make, **how: np.asarray(jit(lambda key: make(params, state, key, 4, cond, **how))(key))  # noqa: E731
+    draw = lambda make, **how: np.asarray(
+        jit(lambda key: make(params, state, key, 4, cond, **how))(key)
+    )  # noqa: E731
     got = draw(other.sample)
     np.testing.assert_array_equal(got, draw(model.extras["generate"], **how))
     assert (got != draw(model.sample)).any()
 
 
-# --- samples and likelihoods of normal data -----------------------------------------------------------------------------
+# --- samples and likelihoods of normal data -------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [{}, {"solver": "ancestral", "n_steps": 200}, {"noise_schedule": "linear", "grid": "log_snr"}])
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"solver": "ancestral", "n_steps": 200}, {"noise_schedule": "linear", "grid": "log_snr"}],
+)
 def test_samples_of_the_best_denoiser_have_the_law_of_the_data(how):
     model = diffusion(PLANE, net=DATA.net(), prediction="x0", **how)
-    x = np.asarray(jit(lambda key: model.sample({"diffusion": {"net": {}}}, {"diffusion": {}}, key, 4000))(jax.random.key(11)))
+    x = np.asarray(
+        jit(lambda key: model.sample({"diffusion": {"net": {}}}, {"diffusion": {}}, key, 4000))(
+            jax.random.key(11)
+        )
+    )
     assert scipy.stats.kstest(x.ravel(), scipy.stats.norm(*DATA).cdf).pvalue > 1e-4
     assert abs(np.corrcoef(x.T)[0, 1]) < 4 / math.sqrt(4000)
 
@@ -259,12 +336,16 @@ def test_log_prob_of_the_best_denoiser_is_that_of_the_data(x64, settings):
     params, state = f64(model.init(jax.random.key(0)))
     x = DATA.sample(12, (8, 2))
     nats = jit(model.log_prob)(params, state, Batch(x), jax.random.key(13))
-    # Every Rademacher vector gives the exact divergence here, as the Jacobian of the best denoiser is diagonal.
+    # Every Rademacher vector gives the exact divergence here, as the Jacobian of the best denoiser
+    # is diagonal.
     path = model.extras["path"]
     path = path(params) if settings.get("noise_schedule") == "learned" else path
     np.testing.assert_allclose(nats, DATA.ode_log_prob(path, x), atol=1e-5, rtol=0)
     np.testing.assert_allclose(
-        nats, DATA.log_prob(x), atol=0.05 if settings.get("noise_schedule") == "learned" else 0.01, rtol=0
+        nats,
+        DATA.log_prob(x),
+        atol=0.05 if settings.get("noise_schedule") == "learned" else 0.01,
+        rtol=0,
     )
 
 
@@ -275,7 +356,10 @@ def test_conditional_log_prob_is_that_of_the_class(x64):
     x = Normal(2.0, 0.5).sample(14, (4, 2))
     nats = jit(model.log_prob)(params, state, Batch(x, jnp.asarray(labels)), jax.random.key(15))
     path = model.extras["path"]
-    want = [Normal(2.0 * (1 + label), 0.5).ode_log_prob(path, row[None])[0] for label, row in zip(labels, x, strict=True)]
+    want = [
+        Normal(2.0 * (1 + label), 0.5).ode_log_prob(path, row[None])[0]
+        for label, row in zip(labels, x, strict=True)
+    ]
     np.testing.assert_allclose(nats, want, rtol=1e-5)
 
 
@@ -284,16 +368,20 @@ def test_bound_is_below_log_prob_in_expectation(x64):
     model = diffusion(PLANE, net=Normal(0.1, 0.7).net(), prediction="x0", n_likelihood_steps=60)
     params, state = model.init(jax.random.key(0))
     batch = Batch(DATA.sample(16, (400, 2)))
-    gap = jit(lambda key: model.log_prob(params, state, batch, key) - model.bound(params, state, batch, key))(
-        jax.random.key(17)
-    )
+    gap = jit(
+        lambda key: (
+            model.log_prob(params, state, batch, key) - model.bound(params, state, batch, key)
+        )
+    )(jax.random.key(17))
     assert np.mean(gap) > -4 * np.std(gap) / math.sqrt(400)
     assert_mean(gap, 0.0, slack=1e-3)  # for the best denoiser of any normal data it is tight
 
 
 @pytest.mark.slow
 def test_a_small_model_learns_normal_data_to_its_entropy():
-    """KL(data || model) of a correlated normal in the plane falls below 0.02 nats, and log p nowhere exceeds the truth."""
+    """KL(data || model) of a correlated normal in the plane falls below 0.02 nats, and log p
+    nowhere exceeds the truth.
+    """
     factor = np.asarray([[0.8, 0.0], [0.5, 0.3]], np.float32)
     model = diffusion(PLANE, hidden=(64, 64), n_likelihood_steps=40, sigma_data=0.7)
     t = training(model, optax.adam(optax.cosine_decay_schedule(3e-3, 2000)))
@@ -307,12 +395,14 @@ def test_a_small_model_learns_normal_data_to_its_entropy():
     truth = scipy.stats.multivariate_normal([0, 0], factor @ factor.T).logpdf(x)
     batch = Batch(jnp.asarray(x, jnp.float32))
     for score in (model.log_prob, model.bound):
-        gap = truth - np.asarray(jax.jit(score)(eval_params(ts), ts.state, batch, jax.random.key(19)), np.float64)
+        gap = truth - np.asarray(
+            jax.jit(score)(eval_params(ts), ts.state, batch, jax.random.key(19)), np.float64
+        )
         error = gap.std() / math.sqrt(len(gap))
         assert -4 * error < gap.mean() < 0.02 + 4 * error
 
 
-# --- kinds of data ------------------------------------------------------------------------------------------------------
+# --- kinds of data --------------------------------------------------------------------------------
 
 
 _DIT = {"net": "dit", "d_model": 4, "n_layers": 1, "n_heads": 2}
@@ -334,8 +424,14 @@ def test_samples_are_legal_and_the_whole_way_ends_in_them(spec, settings):
     model = diffusion(spec, **{"hidden": (4,), "n_steps": 3, **settings})
     params, state = jit(model.init)(jax.random.key(0))
     rng = np.random.default_rng(20)
-    params = jax.tree.map(lambda leaf: leaf + jnp.asarray(0.1 * rng.normal(size=leaf.shape), leaf.dtype), params)
-    both = jit(lambda key: [model.extras["generate"](params, state, key, 50, every=every) for every in (False, True)])
+    params = jax.tree.map(
+        lambda leaf: leaf + jnp.asarray(0.1 * rng.normal(size=leaf.shape), leaf.dtype), params
+    )
+    both = jit(
+        lambda key: [
+            model.extras["generate"](params, state, key, 50, every=every) for every in (False, True)
+        ]
+    )
     x, way = (np.asarray(v) for v in both(jax.random.key(21)))
     assert x.dtype == way.dtype == np.float32
     assert x.shape == (50, *spec.shape)
@@ -355,8 +451,14 @@ def test_what_a_report_is_told():
     assert diffusion(PLANE).estimator == "probability-flow ODE, rk4 in 100 steps, exact divergence"
     assert diffusion(PLANE, n_probes=1).estimator.endswith("divergence by 1 random probe")
     assert diffusion(IMAGE, n_bound_samples=32).estimator == "variational bound, 32 noise levels"
-    assert diffusion(IMAGE, n_times=1000, n_bound_samples=32).estimator == "variational bound, 32 of 1000 steps"
-    assert diffusion(IMAGE, n_times=20, n_bound_samples=32).estimator == "variational bound, 20 of 20 steps"
+    assert (
+        diffusion(IMAGE, n_times=1000, n_bound_samples=32).estimator
+        == "variational bound, 32 of 1000 steps"
+    )
+    assert (
+        diffusion(IMAGE, n_times=20, n_bound_samples=32).estimator
+        == "variational bound, 20 of 20 steps"
+    )
     assert diffusion(PLANE).log_prob is not None
     assert diffusion(IMAGE).log_prob is None
     assert diffusion(DataSpec((3,), "binary")).log_prob is None
@@ -368,8 +470,15 @@ def test_hyperparameters_may_be_traced(n_steps):
     """Every float setting can be an axis of a sweep."""
 
     def first(sigma_data, cond_dropout, p_mean):
-        settings = {"sigma_data": sigma_data, "cond_dropout": cond_dropout, "p_mean": p_mean, "p_std": p_mean + 3}
-        model = diffusion(LABELLED, noise_schedule="edm", precondition="edm", hidden=(4,), **settings)
+        settings = {
+            "sigma_data": sigma_data,
+            "cond_dropout": cond_dropout,
+            "p_mean": p_mean,
+            "p_std": p_mean + 3,
+        }
+        model = diffusion(
+            LABELLED, noise_schedule="edm", precondition="edm", hidden=(4,), **settings
+        )
         t = scan_steps(training(model, optax.sgd(1e-2)))
         batch = Batch(jnp.ones((n_steps, 4, 2)), jnp.zeros((n_steps, 4), jnp.int32))
         return t.step(t.init(jax.random.key(0)), batch)[1]["diffusion/loss"]
@@ -380,22 +489,38 @@ def test_hyperparameters_may_be_traced(n_steps):
     assert len(np.unique(values)) == values.size
 
 
-# --- bad settings -------------------------------------------------------------------------------------------------------
+# --- bad settings ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("spec", "settings", "match"),
     [
-        (PLANE, {"noise_schedule": "cosin"}, "no noise schedule called 'cosin'. Did you mean cosine"),
+        (
+            PLANE,
+            {"noise_schedule": "cosin"},
+            "no noise schedule called 'cosin'. Did you mean cosine",
+        ),
         (PLANE, {"prediction": "eps"}, "no prediction called 'eps'"),
-        (PLANE, {"precondition": "karras"}, "no precondition called 'karras'. There are: none, edm"),
+        (
+            PLANE,
+            {"precondition": "karras"},
+            "no precondition called 'karras'. There are: none, edm",
+        ),
         (PLANE, {"weighting": "min-snr"}, "no weighting called 'min-snr'. Did you mean min_snr"),
         (PLANE, {"times": "lognormal"}, "no times called 'lognormal'. Did you mean log_normal"),
         (PLANE, {"net": "u-net"}, "no net called 'u-net'. Did you mean unet"),
         (PLANE, {"solver": "huen"}, "no solver called 'huen'. Did you mean heun"),
         (PLANE, {"grid": "karas"}, "no grid called 'karas'. Did you mean karras"),
-        (PLANE, {"likelihood_solver": "ancestral"}, "ancestral gives no likelihood; those that do are: .*rk4"),
-        (PLANE, {"likelihood_solver": "rk5"}, "no likelihood_solver called 'rk5'. Did you mean rk4"),
+        (
+            PLANE,
+            {"likelihood_solver": "ancestral"},
+            "ancestral gives no likelihood; those that do are: .*rk4",
+        ),
+        (
+            PLANE,
+            {"likelihood_solver": "rk5"},
+            "no likelihood_solver called 'rk5'. Did you mean rk4",
+        ),
         (PLANE, {"schedule_gradient": "none"}, "no schedule_gradient called 'none'"),
         (PLANE, {"dtype": "float8"}, "no dtype called 'float8'"),
         (PLANE, {"n_steps": 0}, "n_steps must be at least 1; got 0"),
@@ -407,7 +532,11 @@ def test_hyperparameters_may_be_traced(n_steps):
         (PLANE, {"sigma_data": 0.0}, "sigma_data must be positive; got 0.0"),
         (PLANE, {"p_std": -1.0}, "p_std must be positive; got -1.0"),
         (LABELLED, {"cond_dropout": 1.0}, r"cond_dropout must be in \[0, 1\); got 1.0"),
-        (LABELLED, {"guidance": 2.0}, "of clusters was never trained without its condition: build it with cond_dropout=0.1"),
+        (
+            LABELLED,
+            {"guidance": 2.0},
+            "of clusters was never trained without its condition: build it with cond_dropout=0.1",
+        ),
         (
             PLANE,
             {"guidance": 2.0, "cond_dropout": 0.1},
@@ -417,7 +546,11 @@ def test_hyperparameters_may_be_traced(n_steps):
         (PLANE, {"noise_schedule": "learned"}, "needs weighting='elbo'; got 'unit'"),
         (PLANE, {"weighting": "elbo", "times": "log_normal"}, "go with times='uniform'"),
         (PLANE, {"n_times": 10, "times": "log_normal"}, "go with times='uniform'"),
-        (PLANE, {"noise_schedule": "edm", "weighting": "elbo"}, "go with times='uniform'; got times='log_normal'"),
+        (
+            PLANE,
+            {"noise_schedule": "edm", "weighting": "elbo"},
+            "go with times='uniform'; got times='log_normal'",
+        ),
         (PLANE, {"net": "unet"}, r"U-Net needs events of shape \(height, width, channels\)"),
         (PLANE, {"net": "dit"}, r"DiT needs events of shape \(height, width, channels\)"),
         (PLANE, {"hidden": ()}, "at least one hidden layer"),
@@ -448,6 +581,8 @@ def test_what_generate_refuses():
         model.extras["denoise"](params, state, jnp.ones((2, 2)), jnp.asarray(0.5))
     plain = diffusion(LABELLED, net=CLASSES)
     with pytest.raises(ConfigError, match="was never trained without its condition"):
-        plain.extras["generate"]({"diffusion": {"net": {}}}, {"diffusion": {}}, jax.random.key(0), 2, cond, guidance=2.0)
+        plain.extras["generate"](
+            {"diffusion": {"net": {}}}, {"diffusion": {}}, jax.random.key(0), 2, cond, guidance=2.0
+        )
     with pytest.raises(TypeError, match="typed PRNG key"):
         model.extras["generate"](params, state, 0, 2, cond)

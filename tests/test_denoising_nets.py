@@ -1,4 +1,6 @@
-"""The networks that denoise, against their formulas: the embedding, adaptive norms, a perceptron, a U-Net and a DiT."""
+"""The networks that denoise, against their formulas: the embedding, adaptive norms, a perceptron, a
+U-Net and a DiT.
+"""
 
 from functools import cache, partial
 
@@ -11,7 +13,15 @@ from gates import assert_close, member, quick, stack
 
 from genjax.errors import ConfigError
 from genjax.nets.attention import EPSILON
-from genjax.nets.conditioned import FREQUENCIES, DenoiserMlp, Embedding, SelfAttention, from_patches, modulate, to_patches
+from genjax.nets.conditioned import (
+    FREQUENCIES,
+    DenoiserMlp,
+    Embedding,
+    SelfAttention,
+    from_patches,
+    modulate,
+    to_patches,
+)
 from genjax.nets.dit import Block, DiT, positions
 from genjax.nets.fast_conv import Conv
 from genjax.nets.functional import functional
@@ -24,7 +34,9 @@ NETS = {
     "dit": partial(DiT, patch=2, d=8, n_layers=1, n_heads=2),
 }
 # A U-Net takes seconds to compile, however small it is.
-every_net = pytest.mark.parametrize("name", ["mlp", pytest.param("unet", marks=pytest.mark.slow), "dit"])
+every_net = pytest.mark.parametrize(
+    "name", ["mlp", pytest.param("unet", marks=pytest.mark.slow), "dit"]
+)
 SHAPES = [(8, 8, 1), (28, 28, 1), (32, 32, 3)]
 
 
@@ -39,7 +51,9 @@ def array(seed, *shape, scale=1.0):
 def random(net, seed=0, size=0.5):
     """Random parameters in place of the initial ones; float64 where that is switched on."""
     leaves, tree = jax.tree.flatten(jax.eval_shape(net.init, KEY)[0])
-    return jax.tree.unflatten(tree, [array(seed + i, *leaf.shape, scale=size) for i, leaf in enumerate(leaves)])
+    return jax.tree.unflatten(
+        tree, [array(seed + i, *leaf.shape, scale=size) for i, leaf in enumerate(leaves)]
+    )
 
 
 def silu(x):
@@ -64,10 +78,14 @@ def guided_net(name):
 
 
 def inputs(n=4):
-    return array(100, n, 8, 8, 1), array(101, n), jax.nn.one_hot(np.arange(n) % 3, 3, dtype=array(0).dtype)
+    return (
+        array(100, n, 8, 8, 1),
+        array(101, n),
+        jax.nn.one_hot(np.arange(n) % 3, 3, dtype=array(0).dtype),
+    )
 
 
-# --- what all share -----------------------------------------------------------------------------------------------------
+# --- what all share -------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -91,7 +109,9 @@ def test_the_embedding_is_its_formula(x64):
     waves = np.concatenate([np.cos(c[:, None] * FREQUENCIES), np.sin(c[:, None] * FREQUENCIES)], 1)
     assert (FREQUENCIES[0], FREQUENCIES[-1]) == (0.25, 8)
     dropped = np.asarray([True, False, False, True, False])
-    given = np.where(dropped[:, None], np.asarray(p["dropped"]), cond @ np.asarray(p["condition"]["kernel"]))
+    given = np.where(
+        dropped[:, None], np.asarray(p["dropped"]), cond @ np.asarray(p["condition"]["kernel"])
+    )
     wanted = silu(linear(silu(linear(waves, p["noise"]) + given), p["last"]))
     found = net.apply(p, {}, jnp.asarray(c), jnp.asarray(cond), jnp.asarray(dropped))[0]
     np.testing.assert_allclose(found, wanted, rtol=1e-10)
@@ -100,7 +120,9 @@ def test_the_embedding_is_its_formula(x64):
     unguided = functional(partial(Embedding, 6, 3))
     p = {key: value for key, value in p.items() if key != "dropped"}
     found = unguided.apply(p, {}, jnp.asarray(c), jnp.asarray(cond), jnp.ones(5, bool))[0]
-    np.testing.assert_allclose(found, silu(linear(silu(linear(waves, p["noise"])), p["last"])), rtol=1e-10)
+    np.testing.assert_allclose(
+        found, silu(linear(silu(linear(waves, p["noise"])), p["last"])), rtol=1e-10
+    )
 
 
 @every_net
@@ -128,7 +150,9 @@ def test_no_example_knows_of_another(name):
     params, (x, c, cond) = random(net), inputs()
     drop = jnp.asarray([True, False, True, False])
     y = apply(params, x, c, cond, drop)
-    moved = apply(params, x.at[1:].multiply(100), c.at[1:].add(3), cond.at[1:].set(7), ~drop.at[0].set(False))
+    moved = apply(
+        params, x.at[1:].multiply(100), c.at[1:].add(3), cond.at[1:].set(7), ~drop.at[0].set(False)
+    )
     np.testing.assert_allclose(moved[0], y[0], rtol=1e-6, atol=1e-6)
     order = jnp.asarray([2, 0, 3, 1])
     mixed = apply(params, x[order], c[order], cond[order], drop[order])
@@ -152,7 +176,9 @@ def test_gradients_reach_every_parameter_and_the_input_once_it_has_moved(name):
     assert (np.asarray(grads[1]) != 0).all()  # every pixel counts
     assert not np.asarray(grads[3])[np.asarray(drop)].any()
     new = quick(jax.grad(loss))(net.init(KEY)[0], x, c, cond)
-    assert any(np.abs(leaf).max() > 1e-6 for leaf in jax.tree.leaves(new["last"]))  # and training can begin
+    assert any(
+        np.abs(leaf).max() > 1e-6 for leaf in jax.tree.leaves(new["last"])
+    )  # and training can begin
 
 
 @pytest.mark.slow
@@ -160,7 +186,9 @@ def test_gradients_reach_every_parameter_and_the_input_once_it_has_moved(name):
 def test_networks_under_vmap_are_networks_one_by_one(x64, name):
     net = functional(partial(NETS[name], (8, 8, 1), cond_size=3, guided=True))
     many, (x, c, cond) = [random(net, seed) for seed in (0, 50)], inputs()
-    step = lambda params: jax.value_and_grad(lambda p: jnp.sum(net.apply(p, {}, x, c, cond)[0] ** 2))(params)  # noqa: E731
+    step = lambda params: jax.value_and_grad(
+        lambda p: jnp.sum(net.apply(p, {}, x, c, cond)[0] ** 2)
+    )(params)  # noqa: E731
     together, alone = quick(jax.vmap(step))(stack(many)), quick(step)
     for index, params in enumerate(many):
         assert_close(member(together, index), alone(params), rtol=1e-9)
@@ -173,7 +201,9 @@ def test_bfloat16_keeps_parameters_and_outputs_in_float32(name):
     net, apply = guided_net(name)
     params, (x, c, cond) = random(net, size=0.2), inputs()
     c = jnp.round(4 * c) / 4  # a noise level that bfloat16 has
-    assert {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(narrow.init, KEY))} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(narrow.init, KEY))} == {
+        jnp.dtype("float32")
+    }
     loss = lambda p: jnp.sum(narrow.apply(p, {}, x, c, cond)[0] ** 2)  # noqa: E731
     y, grads = quick(lambda p: (narrow.apply(p, {}, x, c, cond)[0], jax.grad(loss)(p)))(params)
     assert {leaf.dtype for leaf in jax.tree.leaves((y, grads))} == {jnp.dtype("float32")}
@@ -182,13 +212,17 @@ def test_bfloat16_keeps_parameters_and_outputs_in_float32(name):
     assert np.linalg.norm(y - wanted) < 0.05 * np.linalg.norm(wanted)  # eight bits
 
 
-# --- the perceptron -----------------------------------------------------------------------------------------------------
+# --- the perceptron -------------------------------------------------------------------------------
 
 
 def test_the_perceptron_is_its_formula(x64):
     net = functional(partial(DenoiserMlp, (3, 2), (5, 5), 2, False, 4))
     p, x, c, cond = random(net), normal(60, 4, 3, 2), normal(61, 4), normal(62, 4, 2)
-    e = np.asarray(functional(partial(Embedding, 4, 2)).apply(p["embed"], {}, jnp.asarray(c), jnp.asarray(cond))[0])
+    e = np.asarray(
+        functional(partial(Embedding, 4, 2)).apply(
+            p["embed"], {}, jnp.asarray(c), jnp.asarray(cond)
+        )[0]
+    )
     h = x.reshape(4, 6)
     for index in (0, 1):
         scale, shift = np.split(linear(e, p["modulations"][index]), 2, -1)
@@ -204,7 +238,7 @@ def test_a_perceptron_without_a_layer_is_refused(hidden):
         functional(partial(DenoiserMlp, (2,), hidden))
 
 
-# --- the U-Net ----------------------------------------------------------------------------------------------------------
+# --- the U-Net ------------------------------------------------------------------------------------
 
 
 def standard(x, groups):
@@ -227,12 +261,31 @@ def test_group_normalisation_is_its_formula(x64):
         wanted = standard(x, groups) * scale[:, None, None] + shift[:, None, None]
         np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-9)
     with jax.numpy_rank_promotion("allow"):
-        flax = nnx.GroupNorm(12, num_groups=3, epsilon=EPSILON, use_fast_variance=False, rngs=nnx.Rngs(0))
+        flax = nnx.GroupNorm(
+            12, num_groups=3, epsilon=EPSILON, use_fast_variance=False, rngs=nnx.Rngs(0)
+        )
         wanted = flax(jnp.asarray(x, jnp.float32))
-    found = normalised(jnp.asarray(x, jnp.float32), 3, jnp.ones((4, 12), jnp.float32), jnp.zeros((4, 12), jnp.float32))
+    found = normalised(
+        jnp.asarray(x, jnp.float32),
+        3,
+        jnp.ones((4, 12), jnp.float32),
+        jnp.zeros((4, 12), jnp.float32),
+    )
     np.testing.assert_allclose(found, wanted, atol=1e-4)
-    assert [n_groups(d) for d in (1, 3, 4, 7, 8, 24, 48, 128, 256)] == [1, 1, 1, 1, 2, 6, 12, 32, 32]
-    assert np.isfinite(group_norm(jnp.zeros((1, 2, 2, 4)), 1, jnp.ones((1, 4)), jnp.zeros((1, 4)))).all()
+    assert [n_groups(d) for d in (1, 3, 4, 7, 8, 24, 48, 128, 256)] == [
+        1,
+        1,
+        1,
+        1,
+        2,
+        6,
+        12,
+        32,
+        32,
+    ]
+    assert np.isfinite(
+        group_norm(jnp.zeros((1, 2, 2, 4)), 1, jnp.ones((1, 4)), jnp.zeros((1, 4)))
+    ).all()
 
 
 def test_group_normalisation_scaled_by_the_embedding_is_its_formula(x64):
@@ -241,7 +294,9 @@ def test_group_normalisation_scaled_by_the_embedding_is_its_formula(x64):
     scale, shift = np.split(linear(e, p["parameters"])[:, None, None], 2, -1)
     found = net.apply(p, {}, jnp.asarray(x), jnp.asarray(e))[0]
     np.testing.assert_allclose(found, (1 + scale) * standard(x, 2) + shift, rtol=1e-9)
-    np.testing.assert_allclose(modulate(jnp.asarray(x), jnp.asarray(linear(e, p["parameters"]))), (1 + scale) * x + shift)
+    np.testing.assert_allclose(
+        modulate(jnp.asarray(x), jnp.asarray(linear(e, p["parameters"]))), (1 + scale) * x + shift
+    )
     at_first = net.apply(jax.tree.map(jnp.zeros_like, p), {}, jnp.asarray(x), jnp.asarray(e))[0]
     np.testing.assert_allclose(at_first, standard(x, 2), rtol=1e-9)
 
@@ -254,7 +309,9 @@ def test_a_residual_block_is_its_formula(x64, d_out):
 
     def conv(x, p):
         names = ("NHWC", "HWIO", "NHWC")
-        y = jax.lax.conv_general_dilated(jnp.asarray(x), p["kernel"], (1, 1), "SAME", dimension_numbers=names)
+        y = jax.lax.conv_general_dilated(
+            jnp.asarray(x), p["kernel"], (1, 1), "SAME", dimension_numbers=names
+        )
         return np.asarray(y) + np.asarray(p["bias"])
 
     def norm(x, p, groups):
@@ -265,7 +322,9 @@ def test_a_residual_block_is_its_formula(x64, d_out):
     h = conv(silu(norm(h, p["norms"][1], n_groups(d_out))), p["two"])
     wanted = h + (x if d_out == 8 else conv(x, p["short"]))
     assert ("short" in p) == (d_out != 8)
-    np.testing.assert_allclose(net.apply(p, {}, jnp.asarray(x), jnp.asarray(e))[0], wanted, rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(
+        net.apply(p, {}, jnp.asarray(x), jnp.asarray(e))[0], wanted, rtol=1e-8, atol=1e-8
+    )
 
 
 @pytest.mark.slow
@@ -280,9 +339,14 @@ def test_the_sizes_that_a_unet_takes_are_those_that_it_names():
     ):
         net = build(shape, most, patch)
         params = jax.eval_shape(net.init, KEY)[0]
-        y = jax.eval_shape(lambda p, net=net, shape=shape: net.apply(p, {}, jnp.ones((2, *shape)), jnp.ones(2))[0], params)
+        y = jax.eval_shape(
+            lambda p, net=net, shape=shape: net.apply(p, {}, jnp.ones((2, *shape)), jnp.ones(2))[0],
+            params,
+        )
         assert y.shape == (2, *shape)
-        with pytest.raises(ConfigError, match=rf"multiples of {patch * 2**most}; got .*at most {most} entries"):
+        with pytest.raises(
+            ConfigError, match=rf"multiples of {patch * 2**most}; got .*at most {most} entries"
+        ):
             build(shape, most + 1, patch)
     with pytest.raises(ConfigError, match="Give another patch"):
         build((28, 28, 1), 1, 3)
@@ -301,7 +365,9 @@ def test_the_sizes_that_a_unet_takes_are_those_that_it_names():
 
 @pytest.mark.slow
 def test_a_unet_is_its_parts_put_together(x64):
-    """Two resolutions of patches: down, attention, up, and the sum with what was there on the way down."""
+    """Two resolutions of patches: down, attention, up, and the sum with what was there on the way
+    down.
+    """
     shape, d = (8, 8, 1), 16
     net = functional(partial(UNet, shape, (4, 8), patch=2, n_blocks=2, n_heads=2))
     p, x, c = random(net), array(0, 2, *shape), array(1, 2)
@@ -312,7 +378,9 @@ def test_a_unet_is_its_parts_put_together(x64):
     @quick
     def by_hand(p, x, c):
         e = part(partial(Embedding, d), p["embed"], c)
-        block = lambda p, h: part(partial(ResidualBlock, h.shape[-1], p["two"]["kernel"].shape[-1], d), p, h, e)  # noqa: E731
+        block = lambda p, h: part(
+            partial(ResidualBlock, h.shape[-1], p["two"]["kernel"].shape[-1], d), p, h, e
+        )  # noqa: E731
         norm = lambda p, h: part(partial(AdaptiveGroupNorm, h.shape[-1], d), p, h, e)  # noqa: E731
         fine = part(partial(Conv, 4, 4, (3, 3)), p["first"], to_patches(x, 2))
         for index in (0, 1):
@@ -320,22 +388,38 @@ def test_a_unet_is_its_parts_put_together(x64):
         h = (fine[:, ::2, ::2] + fine[:, 1::2, ::2] + fine[:, ::2, 1::2] + fine[:, 1::2, 1::2]) / 4
         for index in (0, 1):
             h = block(p["down"][1][index], h)
-        h = h + part(partial(SelfAttention, 8, 2), p["attention"], norm(p["norm"], h).reshape(2, 4, 8)).reshape(h.shape)
+        h = h + part(
+            partial(SelfAttention, 8, 2), p["attention"], norm(p["norm"], h).reshape(2, 4, 8)
+        ).reshape(h.shape)
         for index in (0, 1):
             h = block(p["up"][1][index], h)
-        h = fine + jnp.repeat(jnp.repeat(part(partial(Conv, 8, 4, (1, 1)), p["narrow"][0], h), 2, axis=1), 2, axis=2)
+        h = fine + jnp.repeat(
+            jnp.repeat(part(partial(Conv, 8, 4, (1, 1)), p["narrow"][0], h), 2, axis=1), 2, axis=2
+        )
         for index in (0, 1):
             h = block(p["up"][0][index], h)
-        return from_patches(part(partial(Conv, 4, 4, (3, 3)), p["last"], jax.nn.silu(norm(p["last_norm"], h))), 2)
+        return from_patches(
+            part(partial(Conv, 4, 4, (3, 3)), p["last"], jax.nn.silu(norm(p["last_norm"], h))), 2
+        )
 
     found = quick(lambda p, x, c: net.apply(p, {}, x, c)[0])(p, x, c)
     np.testing.assert_allclose(found, by_hand(p, x, c), rtol=1e-8, atol=1e-10)
-    assert set(p) == {"embed", "first", "down", "norm", "attention", "narrow", "up", "last_norm", "last"}
+    assert set(p) == {
+        "embed",
+        "first",
+        "down",
+        "norm",
+        "attention",
+        "narrow",
+        "up",
+        "last_norm",
+        "last",
+    }
     plain = jax.eval_shape(functional(partial(UNet, shape, (4,), n_heads=0)).init, KEY)[0]
     assert {"norm", "attention"}.isdisjoint(plain)
 
 
-# --- patches, attention and the DiT -------------------------------------------------------------------------------------
+# --- patches, attention and the DiT ---------------------------------------------------------------
 
 
 def test_patches_are_a_bijection_and_hold_neighbours():
@@ -380,7 +464,9 @@ def test_positions_tell_patches_apart_and_their_products_depend_on_the_distance_
 def test_a_block_of_the_dit_is_its_formula(x64):
     net = functional(partial(Block, 8, 2, 12))
     p, h, e = random(net), normal(0, 2, 3, 8), normal(1, 2, 8)
-    scale_1, shift_1, scale_2, shift_2, gate_1, gate_2 = np.split(linear(e, p["parameters"])[:, None], 6, -1)
+    scale_1, shift_1, scale_2, shift_2, gate_1, gate_2 = np.split(
+        linear(e, p["parameters"])[:, None], 6, -1
+    )
     attention = functional(partial(SelfAttention, 8, 2))
     norm = lambda h: (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + EPSILON)  # noqa: E731
     attend = quick(lambda h: attention.apply(p["attention"], {}, h)[0])
@@ -394,7 +480,9 @@ def test_a_block_of_the_dit_is_its_formula(x64):
 
 
 def test_a_dit_knows_where_its_patches_are():
-    """Patches in another order come out in that order only if the network does not know of positions."""
+    """Patches in another order come out in that order only if the network does not know of
+    positions.
+    """
     net, apply = guided_net("dit")
     params, (x, c, cond) = random(net), inputs()
     swap = lambda y: jnp.roll(y, 2, axis=1)  # noqa: E731

@@ -1,7 +1,8 @@
-"""Several real processes on this machine that train one model: the values of one process, what each holds, kills and restarts.
+"""Several real processes on this machine that train one model: the values of one process, what each
+holds, kills and restarts.
 
-What jax does with the others when a process dies is in `genjax/learning/distributed.py`. No test waits for it: every process that a test
-has started is killed when the test is done with it.
+What jax does with the others when a process dies is in `genjax/learning/distributed.py`. No test
+waits for it: every process that a test has started is killed when the test is done with it.
 """
 
 import functools
@@ -40,14 +41,18 @@ pytestmark = pytest.mark.both_ends
 
 LIMIT = 600  # seconds; on a machine with nothing else to do everything here takes a few
 TRAIN = shlex.split(
-    "train vae --hidden 8 --latent-dim 2 --batch-size 16 --steps 100 --steps-per-call 5 --log-every 10 --evaluate-every 50 "
+    "train vae --hidden 8 --latent-dim 2 --batch-size 16 --steps 100 --steps-per-call 5 "
+    "--log-every 10 --evaluate-every 50 "
     "--sample-every 0 --checkpoint-every 10 --mesh data=2,fsdp=2 --distributed --out run"
 )
 
 
 @contextmanager
-def cluster(args: Sequence[str], cwd: Path, devices: int = 2, n: int = 2) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """A command as n processes with some devices each, joined on the loopback; none is left at the end.
+def cluster(
+    args: Sequence[str], cwd: Path, devices: int = 2, n: int = 2
+) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """A command as n processes with some devices each, joined on the loopback; none is left at the
+    end.
 
     What each says is in out0, out1, ... of the folder.
     """
@@ -64,7 +69,11 @@ def cluster(args: Sequence[str], cwd: Path, devices: int = 2, n: int = 2) -> Ite
             with (cwd / f"out{i}").open("wb") as out:
                 env = common | {"JAX_PROCESS_ID": str(i)}
                 command = [sys.executable, *args]
-                started.append(subprocess.Popen(command, cwd=cwd, env=env, stdout=out, stderr=subprocess.STDOUT))
+                started.append(
+                    subprocess.Popen(
+                        command, cwd=cwd, env=env, stdout=out, stderr=subprocess.STDOUT
+                    )
+                )
         yield started
     finally:
         for process in started:
@@ -100,17 +109,25 @@ def bits(folder: Path) -> list[tuple[str, bytes]]:
     assert restored is not None
     assert restored.passed_over == {}
     state = restored.state._replace(key=jax.random.key_data(restored.state.key))
-    return [(jax.tree_util.keystr(path), np.asarray(leaf).tobytes()) for path, leaf in jax.tree.leaves_with_path(state)]
+    return [
+        (jax.tree_util.keystr(path), np.asarray(leaf).tobytes())
+        for path, leaf in jax.tree.leaves_with_path(state)
+    ]
 
 
 def lines(folder: Path) -> list[dict[str, float]]:
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in pictures.read_metrics(folder / "metrics.jsonl")]
+    return [
+        {k: v for k, v in line.items() if k != "seconds"}
+        for line in pictures.read_metrics(folder / "metrics.jsonl")
+    ]
 
 
 def assert_same_run(folder: Path, expected: Path) -> None:
     assert lines(folder) == lines(expected)
     assert bits(folder) == bits(expected)
-    assert Checkpoints(folder / "checkpoints").steps() == Checkpoints(expected / "checkpoints").steps()
+    assert (
+        Checkpoints(folder / "checkpoints").steps() == Checkpoints(expected / "checkpoints").steps()
+    )
     assert not list((folder / "checkpoints").glob("*.part*"))
 
 
@@ -124,8 +141,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does_and_process_0_alone_speaks(trained: Path, tmp_path: Path) -> None:
-    """To rounding: 1e-4 of the largest entry of each array, after 100 steps; the sums over devices have another order."""
+def test_two_processes_train_as_one_does_and_process_0_alone_speaks(
+    trained: Path, tmp_path: Path
+) -> None:
+    """To rounding: 1e-4 of the largest entry of each array, after 100 steps; the sums over devices
+    have another order.
+    """
     folder = trained / "run"
     recipe = from_dict(run.read_config(folder), ZOO)
     alone = run.train(recipe, tmp_path / "alone")
@@ -137,7 +158,9 @@ def test_two_processes_train_as_one_does_and_process_0_alone_speaks(trained: Pat
     for mine, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(list(other.values()), list(mine.values()), rtol=1e-4)
     assert int(alone.step) == 100
-    assert {path.name for path in folder.iterdir()} == {path.name for path in (tmp_path / "alone").iterdir()}
+    assert {path.name for path in folder.iterdir()} == {
+        path.name for path in (tmp_path / "alone").iterdir()
+    }
     assert len(list((folder / "tensorboard").iterdir())) == 1
     assert "trained to step 100" in said(trained, 0)
     assert "step 100/100" in said(trained, 0)
@@ -157,8 +180,12 @@ def test_a_process_goes_on_alone_with_what_two_have_saved(trained: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_killed_processes_go_on_bitwise_as_if_they_had_never_stopped(trained: Path, tmp_path: Path) -> None:
-    """kill -9 of process 1 (the other waits for it), later of process 0 (jax ends the other), each followed by a restart."""
+def test_killed_processes_go_on_bitwise_as_if_they_had_never_stopped(
+    trained: Path, tmp_path: Path
+) -> None:
+    """kill -9 of process 1 (the other waits for it), later of process 0 (jax ends the other), each
+    followed by a restart.
+    """
     folder = tmp_path / "run"
     for victim, step in ((1, 20), (0, 60)):
         with cluster(["-m", "genjax", *TRAIN], tmp_path) as processes:
@@ -189,7 +216,9 @@ def test_a_signal_to_one_process_stops_all_after_saving(trained: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_each_process_reads_its_own_rows_and_holds_its_own_part_of_the_state(tmp_path: Path) -> None:
+def test_each_process_reads_its_own_rows_and_holds_its_own_part_of_the_state(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "only0").touch()
     member = Path(__file__).with_name("distributed_member.py")
     with cluster([str(member), str(tmp_path)], tmp_path) as processes:
@@ -208,28 +237,43 @@ def test_each_process_reads_its_own_rows_and_holds_its_own_part_of_the_state(tmp
         assert one["equal"]
         assert one["told"] == {"from": 0}
         mesh, batch, told, shared = one["complaints"]
-        assert mesh.startswith("ConfigError: The mesh data=2 takes 2 devices; the 2 processes have 4 between them")
-        assert batch.startswith("ConfigError: A batch of 6 does not divide over the 4 devices of the mesh's fsdp")
+        assert mesh.startswith(
+            "ConfigError: The mesh data=2 takes 2 devices; the 2 processes have 4 between them"
+        )
+        assert batch.startswith(
+            "ConfigError: A batch of 6 does not divide over the 4 devices of the mesh's fsdp"
+        )
         assert told == "DataError: no data on process 0"
         assert (shared == "none") == (i == 0)
     assert found[0]["sum"] == found[1]["sum"]
     assert "Process 1 does not see" in found[1]["complaints"][3]
 
 
-# --- bad input ------------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_no_cluster_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith(("JAX_COORD", "JAX_NUM_", "JAX_PROC", "SLURM_", "OMPI_"))]:
+    for name in [
+        name
+        for name in os.environ
+        if name.startswith(("JAX_COORD", "JAX_NUM_", "JAX_PROC", "SLURM_", "OMPI_"))
+    ]:
         monkeypatch.delenv(name)
     _, err = program(["train", "vae", "--distributed", "--processes", "2"], tmp_path, 2)
-    assert "no cluster that jax recognises; give --coordinator HOST:PORT, --process I too, or set" in err
+    assert (
+        "no cluster that jax recognises; give --coordinator HOST:PORT, --process I too, or set"
+        in err
+    )
     assert not list(tmp_path.iterdir())
 
 
-def test_flags_that_do_not_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "give --distributed as well" in refused(["train", "vae", "--coordinator", "localhost:1234"], capsys)
+def test_flags_that_do_not_fit(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "give --distributed as well" in refused(
+        ["train", "vae", "--coordinator", "localhost:1234"], capsys
+    )
     for wrong, text in {
         ("localhost", 2, 0): "written as host:port, such as 10.0.0.1:1234; got 'localhost'",
         ("localhost:1", 0, 0): "at least 1 process; got --processes 0",
@@ -254,7 +298,10 @@ def test_rows_that_are_put_on_a_mesh_are_those_of_the_batch() -> None:
     source = ZOO["cvae"].source()
     t = ZOO["cvae"].training(source.spec)
     choose = functools.partial(choose_feed, t, source, source.load().train, 16, 3, "host")
-    plain, rows = choose().payload(7, 3), choose(mesh=make_mesh({"data": 2, "fsdp": 2, "tensor": 2})).payload(7, 3)
+    plain, rows = (
+        choose().payload(7, 3),
+        choose(mesh=make_mesh({"data": 2, "fsdp": 2, "tensor": 2})).payload(7, 3),
+    )
     assert jax.tree.structure(rows) == jax.tree.structure(plain)
     for leaf, wanted in zip(jax.tree.leaves(rows), jax.tree.leaves(plain), strict=True):
         np.testing.assert_array_equal(leaf, wanted)

@@ -37,7 +37,8 @@ jitted = SimpleNamespace(
     }
 )
 LEVELS = (2, 17, 256)
-# 4 standard errors for a mean; a p-value this small is as rare (two-sided) and is used for whole distributions.
+# 4 standard errors for a mean; a p-value this small is as rare (two-sided) and is used for whole
+# distributions.
 RARE = 2 * scipy.stats.norm.sf(4.0)
 
 
@@ -49,10 +50,13 @@ def x64():
 
 def grid(*axes):
     """Every combination of some values, as float64 columns."""
-    return [column.ravel() for column in np.meshgrid(*[np.asarray(axis, np.float64) for axis in axes], indexing="ij")]
+    return [
+        column.ravel()
+        for column in np.meshgrid(*[np.asarray(axis, np.float64) for axis in axes], indexing="ij")
+    ]
 
 
-# --- helpers of the rest --------------------------------------------------------------------------------------------
+# --- helpers of the rest --------------------------------------------------------------------------
 
 
 def test_softplus_is_ln_one_plus_exp_with_the_logistic_function_as_derivative(x64):
@@ -69,7 +73,9 @@ def test_softplus_is_ln_one_plus_exp_with_the_logistic_function_as_derivative(x6
 def test_sum_event_sums_the_last_axes_only(x64):
     values = np.random.default_rng(0).normal(size=(2, 3, 4, 5))
     np.testing.assert_allclose(jitted.sum_event(jnp.asarray(values)), values.sum(-1), rtol=1e-13)
-    np.testing.assert_allclose(jitted.sum_event(jnp.asarray(values), 3), values.sum((1, 2, 3)), rtol=1e-13)
+    np.testing.assert_allclose(
+        jitted.sum_event(jnp.asarray(values), 3), values.sum((1, 2, 3)), rtol=1e-13
+    )
     np.testing.assert_array_equal(jitted.sum_event(jnp.asarray(values), 0), values)
 
 
@@ -77,26 +83,38 @@ def test_sum_event_sums_the_last_axes_only(x64):
 def test_log_mean_exp_is_the_log_of_the_mean(x64, axis):
     values = np.random.default_rng(0).normal(size=(3, 4, 5))
     want = np.log(np.mean(np.exp(values), axis=axis))
-    np.testing.assert_allclose(jitted.log_mean_exp(jnp.asarray(values), axis=axis), want, rtol=1e-12)
+    np.testing.assert_allclose(
+        jitted.log_mean_exp(jnp.asarray(values), axis=axis), want, rtol=1e-12
+    )
     # The same at a distance where exp alone is infinite or 0.
     for shift in (-1e4, 1e4):
-        np.testing.assert_allclose(jitted.log_mean_exp(jnp.asarray(values + shift), axis=axis), want + shift, rtol=1e-12)
+        np.testing.assert_allclose(
+            jitted.log_mean_exp(jnp.asarray(values + shift), axis=axis), want + shift, rtol=1e-12
+        )
 
 
 def test_log_mean_exp_of_equal_values_is_the_value_and_of_minus_infinity_too():
     assert float(jitted.log_mean_exp(jnp.full((7,), -3.25))) == pytest.approx(-3.25, abs=1e-6)
     assert float(jitted.log_mean_exp(jnp.full((7,), -jnp.inf))) == -math.inf
-    assert float(jitted.log_mean_exp(jnp.array([0.0, -jnp.inf]))) == pytest.approx(-math.log(2), abs=1e-6)
+    assert float(jitted.log_mean_exp(jnp.array([0.0, -jnp.inf]))) == pytest.approx(
+        -math.log(2), abs=1e-6
+    )
 
 
-# --- normal -----------------------------------------------------------------------------------------------------------
+# --- normal ---------------------------------------------------------------------------------------
 
 
 def test_normal_log_prob_is_scipys(x64):
-    x, mean, log_scale = grid([-30.0, -1.0, 0.0, 0.3, 5.0], [-2.0, 0.0, 4.0], [-7.0, -1.0, 0.0, 3.0])
+    x, mean, log_scale = grid(
+        [-30.0, -1.0, 0.0, 0.3, 5.0], [-2.0, 0.0, 4.0], [-7.0, -1.0, 0.0, 3.0]
+    )
     want = scipy.stats.norm.logpdf(x, mean, np.exp(log_scale))
-    np.testing.assert_allclose(jitted.normal_log_prob(*map(jnp.asarray, (x, mean, log_scale))), want, rtol=1e-12)
-    np.testing.assert_allclose(jitted.normal_log_prob(jnp.asarray(x), 0.0, 0.0), scipy.stats.norm.logpdf(x), rtol=1e-12)
+    np.testing.assert_allclose(
+        jitted.normal_log_prob(*map(jnp.asarray, (x, mean, log_scale))), want, rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        jitted.normal_log_prob(jnp.asarray(x), 0.0, 0.0), scipy.stats.norm.logpdf(x), rtol=1e-12
+    )
 
 
 def test_normal_sample_has_the_law_and_the_reparametrised_gradient(x64):
@@ -104,31 +122,46 @@ def test_normal_sample_has_the_law_and_the_reparametrised_gradient(x64):
     z = jitted.normal_sample(jax.random.key(0), mean, log_scale)
     assert scipy.stats.kstest(np.asarray(z), scipy.stats.norm(1.5, np.exp(-0.7)).cdf).pvalue > RARE
     # z = mean + s eps, so dz/dmean = 1 and dz/dlog_scale = z - mean, element by element.
-    by_mean, by_log_scale = jax.grad(lambda m, s: jnp.sum(jitted.normal_sample(jax.random.key(0), m, s)), (0, 1))(
-        mean, log_scale
-    )
+    by_mean, by_log_scale = jax.grad(
+        lambda m, s: jnp.sum(jitted.normal_sample(jax.random.key(0), m, s)), (0, 1)
+    )(mean, log_scale)
     np.testing.assert_allclose(by_mean, 1.0)
     np.testing.assert_allclose(by_log_scale, z - mean, rtol=1e-12, atol=1e-15)
 
 
 def test_normal_kl_is_the_integral_of_its_definition(x64):
-    for m, s, m2, s2 in [(0.0, 0.0, 0.0, 0.0), (1.0, -1.0, 0.0, 0.0), (-0.5, 0.7, 2.0, 0.2), (3.0, 0.0, -1.0, -0.5)]:
+    for m, s, m2, s2 in [
+        (0.0, 0.0, 0.0, 0.0),
+        (1.0, -1.0, 0.0, 0.0),
+        (-0.5, 0.7, 2.0, 0.2),
+        (3.0, 0.0, -1.0, -0.5),
+    ]:
         p, q = scipy.stats.norm(m, np.exp(s)), scipy.stats.norm(m2, np.exp(s2))
         want, _ = scipy.integrate.quad(
-            lambda x: p.pdf(x) * (p.logpdf(x) - q.logpdf(x)), *p.interval(1 - 1e-15), epsabs=1e-12, epsrel=1e-12
+            lambda x: p.pdf(x) * (p.logpdf(x) - q.logpdf(x)),
+            *p.interval(1 - 1e-15),
+            epsabs=1e-12,
+            epsrel=1e-12,
         )
         got = jitted.normal_kl(*map(jnp.asarray, (m, s, m2, s2)))
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-10)
 
 
 def test_normal_kl_equals_the_monte_carlo_kl(x64):
-    mean, log_scale, mean_2, log_scale_2 = map(jnp.asarray, ([0.5, -1.0], [-1.0, 0.3], [0.0, 0.5], [0.0, 0.6]))
+    mean, log_scale, mean_2, log_scale_2 = map(
+        jnp.asarray, ([0.5, -1.0], [-1.0, 0.3], [0.0, 0.5], [0.0, 0.6])
+    )
     n = 40_000
-    z = jitted.normal_sample(jax.random.key(1), jnp.broadcast_to(mean, (n, 2)), jnp.broadcast_to(log_scale, (n, 2)))
+    z = jitted.normal_sample(
+        jax.random.key(1), jnp.broadcast_to(mean, (n, 2)), jnp.broadcast_to(log_scale, (n, 2))
+    )
     p = jitted.normal_log_prob(z, mean[None], log_scale[None])
     for closed, q in [
         (jitted.normal_kl(mean, log_scale), jitted.normal_log_prob(z, 0.0, 0.0)),
-        (jitted.normal_kl(mean, log_scale, mean_2, log_scale_2), jitted.normal_log_prob(z, mean_2[None], log_scale_2[None])),
+        (
+            jitted.normal_kl(mean, log_scale, mean_2, log_scale_2),
+            jitted.normal_log_prob(z, mean_2[None], log_scale_2[None]),
+        ),
     ]:
         ratio = np.asarray(p - q)
         assert np.all(np.abs(ratio.mean(0) - closed) < 4 * ratio.std(0, ddof=1) / math.sqrt(n))
@@ -142,7 +175,7 @@ def test_normal_kl_of_identical_distributions_is_zero_and_of_others_positive(x64
     assert np.all(jitted.normal_kl(mean, log_scale, mean, log_scale + 1e-3) > 0)
 
 
-# --- Bernoulli and categorical ------------------------------------------------------------------------------------------
+# --- Bernoulli and categorical --------------------------------------------------------------------
 
 
 def test_bernoulli_log_prob_is_scipys(x64):
@@ -150,7 +183,10 @@ def test_bernoulli_log_prob_is_scipys(x64):
     want = -np.logaddexp(0, np.where(x == 1, -logits, logits))
     # x logits and softplus(logits) are up to 30 and cancel, to rounding of numbers of that size.
     np.testing.assert_allclose(
-        jitted.bernoulli_log_prob(jnp.asarray(x), jnp.asarray(logits)), want, rtol=1e-12, atol=30 * 2**-52
+        jitted.bernoulli_log_prob(jnp.asarray(x), jnp.asarray(logits)),
+        want,
+        rtol=1e-12,
+        atol=30 * 2**-52,
     )
     small = np.abs(logits) < 5
     scipys = scipy.stats.bernoulli.logpmf(x[small], scipy.special.expit(logits[small]))
@@ -188,19 +224,26 @@ def test_categorical_log_prob_is_log_softmax_at_the_value(x64):
         got = jitted.categorical_log_prob(jnp.asarray(x, dtype), jnp.asarray(logits))
         assert got.shape == (2, 3)
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14)
-    everything = jitted.categorical_log_prob(jnp.arange(5), jnp.broadcast_to(jnp.asarray(logits[0, 0]), (5, 5)))
+    everything = jitted.categorical_log_prob(
+        jnp.arange(5), jnp.broadcast_to(jnp.asarray(logits[0, 0]), (5, 5))
+    )
     np.testing.assert_allclose(np.exp(everything).sum(), 1.0, rtol=1e-12)
 
 
-# --- discretised logistic -----------------------------------------------------------------------------------------------
+# --- discretised logistic -------------------------------------------------------------------------
 
 MEANS = (-40.0, -3.0, -1.01, -0.999, -0.3, 0.0, 0.123, 0.9, 1.0, 1.5, 40.0)
 LOG_SCALES = (-7.0, -5.0, -3.0, -1.0, 0.0, 2.0, 6.0)
 
 
 def all_levels(levels, means=MEANS, log_scales=LOG_SCALES, dtype=np.float64):
-    """ln P of every level [levels] for every mean and log-scale: [n, levels], with its arguments."""
-    mean, log_scale, x = (column.astype(dtype).reshape(-1, levels) for column in grid(means, log_scales, np.arange(levels)))
+    """ln P of every level [levels] for every mean and log-scale: [n, levels], with its
+    arguments.
+    """
+    mean, log_scale, x = (
+        column.astype(dtype).reshape(-1, levels)
+        for column in grid(means, log_scales, np.arange(levels))
+    )
     value = jitted.discretized_logistic_log_prob(*map(jnp.asarray, (x, mean, log_scale)), levels)
     return np.asarray(value), x, mean, log_scale
 
@@ -229,13 +272,16 @@ def test_discretized_logistic_is_the_difference_of_cdfs_where_that_is_accurate(x
 
 
 def test_discretized_logistic_keeps_its_digits_far_in_the_tail(x64):
-    # Far below the location, sigma(a) = exp(a) to relative exp(a): ln P = a + ln(1 - exp(-w/s)), where the naive form is ln 0.
+    # Far below the location, sigma(a) = exp(a) to relative exp(a): ln P = a + ln(1 - exp(-w/s)),
+    # where the naive form is ln 0.
     levels, mean, log_scale = 256, 5.0, -5.0
     x = np.arange(1.0, 255.0)
     width, scale = 2 / 255, math.exp(log_scale)
     upper = (x * width - 1 + width / 2 - mean) / scale
     want = upper + math.log(-math.expm1(-width / scale))
-    got = jitted.discretized_logistic_log_prob(jnp.asarray(x), jnp.full(254, mean), jnp.full(254, log_scale), levels)
+    got = jitted.discretized_logistic_log_prob(
+        jnp.asarray(x), jnp.full(254, mean), jnp.full(254, log_scale), levels
+    )
     assert np.all(want < -500)
     np.testing.assert_allclose(got, want, rtol=1e-12)
 
@@ -243,7 +289,9 @@ def test_discretized_logistic_keeps_its_digits_far_in_the_tail(x64):
 @pytest.mark.parametrize("levels", LEVELS)
 def test_discretized_logistic_is_finite_with_finite_gradients_in_float32(levels):
     # Sampled levels are enough for the gradients, and always hold both edges.
-    mean, log_scale, x = grid(MEANS, LOG_SCALES, sorted({0, 1, levels // 2, levels - 2, levels - 1}))
+    mean, log_scale, x = grid(
+        MEANS, LOG_SCALES, sorted({0, 1, levels // 2, levels - 2, levels - 1})
+    )
     arguments = tuple(jnp.asarray(a, jnp.float32) for a in (x, mean, log_scale))
     log_prob = lambda x, m, s: jitted.discretized_logistic_log_prob(x, m, s, levels)  # noqa: E731
     both = jax.jit(jax.vmap(jax.value_and_grad(log_prob, (1, 2))))
@@ -253,11 +301,13 @@ def test_discretized_logistic_is_finite_with_finite_gradients_in_float32(levels)
     with jax.enable_x64(True):
         wide = tuple(jnp.asarray(np.asarray(a), jnp.float64) for a in arguments)
         want, want_slopes = jax.tree.map(np.asarray, both(*wide))
-    # The edges y +- w/2 - mean are rounded to eps (1 + |mean|) and then multiplied by 1/s: no float32 code can do better.
+    # The edges y +- w/2 - mean are rounded to eps (1 + |mean|) and then multiplied by 1/s: no
+    # float32 code can do better.
     reach = (2 + np.abs(mean)) * np.exp(-log_scale)
     eps = np.finfo(np.float32).eps
     assert np.all(np.abs(value - want) < 8 * eps * (10 + reach))
-    # The slope in the mean is of order 1/s, the one in log-scale of order reach, and each changes by 1/s per unit of an edge.
+    # The slope in the mean is of order 1/s, the one in log-scale of order reach, and each changes
+    # by 1/s per unit of an edge.
     for got, exact, size in zip(slopes, want_slopes, (np.exp(-log_scale), 10 + reach), strict=True):
         assert np.all(np.abs(got - exact) < 8 * eps * (10 + reach) * (size + 10))
 
@@ -266,7 +316,9 @@ def test_discretized_logistic_is_finite_with_finite_gradients_in_float32(levels)
 @pytest.mark.parametrize(("mean", "log_scale"), [(0.1, -1.5), (-0.9, 0.0), (1.3, -0.5)])
 def test_discretized_logistic_sample_has_the_law(levels, mean, log_scale):
     n = 20_000
-    x = jitted.discretized_logistic_sample(jax.random.key(5), jnp.full((n,), mean), jnp.full((n,), log_scale), levels)
+    x = jitted.discretized_logistic_sample(
+        jax.random.key(5), jnp.full((n,), mean), jnp.full((n,), log_scale), levels
+    )
     assert x.dtype == jnp.float32
     x = np.asarray(x)
     assert np.all(x == np.round(x))
@@ -280,7 +332,9 @@ def test_discretized_logistic_sample_has_the_law(levels, mean, log_scale):
 
 
 def check_counts(counts, p):
-    """A chi-square test of counts against probabilities, rare levels pooled so that every cell expects at least 10."""
+    """A chi-square test of counts against probabilities, rare levels pooled so that every cell
+    expects at least 10.
+    """
     n = counts.sum()
     order = np.argsort(-np.asarray(p))
     counts, expected = counts[order], np.asarray(p)[order] * n
@@ -295,15 +349,18 @@ def check_counts(counts, p):
 
 def test_discretized_logistic_sample_survives_extreme_scales():
     for log_scale in (-7.0, 20.0):
-        x = jitted.discretized_logistic_sample(jax.random.key(6), jnp.zeros(1000), jnp.full((1000,), log_scale), 17)
+        x = jitted.discretized_logistic_sample(
+            jax.random.key(6), jnp.zeros(1000), jnp.full((1000,), log_scale), 17
+        )
         assert np.all(np.isfinite(x))
-        # A tiny scale gives the level at the location, a huge one only the two edges (in equal shares).
+        # A tiny scale gives the level at the location, a huge one only the two edges (in equal
+        # shares).
         assert set(np.unique(x)) == ({8.0} if log_scale < 0 else {0.0, 16.0})
         if log_scale > 0:
             assert abs(np.mean(np.asarray(x) == 0) - 0.5) < 4 * math.sqrt(0.25 / 1000)
 
 
-# --- scales and likelihood records --------------------------------------------------------------------------------------
+# --- scales and likelihood records ----------------------------------------------------------------
 
 
 def test_bounded_log_scale_has_a_floor_and_is_the_identity_far_above_it(x64):
@@ -312,7 +369,8 @@ def test_bounded_log_scale_has_a_floor_and_is_the_identity_far_above_it(x64):
     np.testing.assert_allclose(got, -7 + np.logaddexp(0, raw + 7), rtol=1e-13)
     assert np.all(got >= -7)
     assert np.all(np.diff(got) >= 0)
-    # raw + ln(1 + exp(-(raw - min))): the difference from raw is known, and is nothing 37 nats above the floor.
+    # raw + ln(1 + exp(-(raw - min))): the difference from raw is known, and is nothing 37 nats
+    # above the floor.
     np.testing.assert_allclose(got[4:] - raw[4:], np.log1p(np.exp(-(raw[4:] + 7))), atol=1e-14)
     assert got[-1] == 30.0
     np.testing.assert_allclose(jitted.bounded_log_scale(jnp.asarray(-50.0), -2.0), -2.0, atol=1e-15)
@@ -344,13 +402,20 @@ def test_likelihood_records_say_what_the_functions_say(x64, name, per_element):
     outputs = jnp.asarray(rng.normal(size=(4, 2, 3, like.n_outputs)))
     shared = -0.4
     mean = np.asarray(outputs[..., 0])
-    log_scale = -7 + np.logaddexp(0, np.asarray(outputs[..., 1]) + 7) if like.n_outputs == 2 else np.full(mean.shape, shared)
+    log_scale = (
+        -7 + np.logaddexp(0, np.asarray(outputs[..., 1]) + 7)
+        if like.n_outputs == 2
+        else np.full(mean.shape, shared)
+    )
     if name == "gaussian":
         x = rng.normal(size=mean.shape)
         want, want_mean = scipy.stats.norm.logpdf(x, mean, np.exp(log_scale)), mean
     elif name == "bernoulli":
         x = rng.integers(0, 2, size=mean.shape).astype(np.float64)
-        want, want_mean = scipy.stats.bernoulli.logpmf(x, scipy.special.expit(mean)), scipy.special.expit(mean)
+        want, want_mean = (
+            scipy.stats.bernoulli.logpmf(x, scipy.special.expit(mean)),
+            scipy.special.expit(mean),
+        )
     else:
         x = rng.integers(0, 5, size=mean.shape).astype(np.float64)
         cdf = scipy.stats.logistic(mean, np.exp(log_scale)).cdf
@@ -359,7 +424,8 @@ def test_likelihood_records_say_what_the_functions_say(x64, name, per_element):
         want_mean = np.clip((mean + 1) * 2, 0, 4)
     np.testing.assert_allclose(like.log_prob(jnp.asarray(x), outputs, shared), want, rtol=1e-10)
     np.testing.assert_allclose(like.mean(outputs, shared), want_mean, rtol=1e-12)
-    # A different shared scale changes the answer exactly where the likelihood has a scale and the decoder does not give it.
+    # A different shared scale changes the answer exactly where the likelihood has a scale and the
+    # decoder does not give it.
     changed = not np.allclose(like.log_prob(jnp.asarray(x), outputs, shared + 0.5), want)
     assert changed == (like.scaled and not per_element)
 
@@ -368,7 +434,9 @@ def test_likelihood_records_say_what_the_functions_say(x64, name, per_element):
 def test_likelihood_samples_have_their_law(name):
     like, n = ds.LIKELIHOODS[name](SPECS[name], True), 20_000
     outputs = jnp.array([0.3, -0.8][: like.n_outputs])
-    x = np.asarray(like.sample(jax.random.key(8), jnp.broadcast_to(outputs, (n, like.n_outputs)), 0.0))
+    x = np.asarray(
+        like.sample(jax.random.key(8), jnp.broadcast_to(outputs, (n, like.n_outputs)), 0.0)
+    )
     assert x.shape == (n,)
     assert x.dtype == np.float32
     if name == "gaussian":
@@ -376,7 +444,9 @@ def test_likelihood_samples_have_their_law(name):
         assert scipy.stats.kstest(x, scipy.stats.norm(0.3, math.exp(log_scale)).cdf).pvalue > RARE
     else:
         levels = SPECS[name].levels or 2
-        log_p = like.log_prob(jnp.arange(float(levels)), jnp.broadcast_to(outputs, (levels, like.n_outputs)), 0.0)
+        log_p = like.log_prob(
+            jnp.arange(float(levels)), jnp.broadcast_to(outputs, (levels, like.n_outputs)), 0.0
+        )
         check_counts(np.bincount(x.astype(int), minlength=levels), np.exp(log_p))
 
 
@@ -401,7 +471,13 @@ def test_what_goes_in_as_float64_or_float32_comes_out_as_it(x64, dtype):
             for per_element in (False, True):
                 like = ds.LIKELIHOODS[name](spec, per_element)
                 outputs = jnp.zeros((3, like.n_outputs), dtype)
-                values += [like.log_prob(a, outputs, 0.0), like.sample(key, outputs, 0.0), like.mean(outputs, 0.0)]
+                values += [
+                    like.log_prob(a, outputs, 0.0),
+                    like.sample(key, outputs, 0.0),
+                    like.mean(outputs, 0.0),
+                ]
         return values
 
-    assert {value.dtype for value in jax.eval_shape(everything, jax.random.key(9), a)} == {jnp.dtype(dtype)}
+    assert {value.dtype for value in jax.eval_shape(everything, jax.random.key(9), a)} == {
+        jnp.dtype(dtype)
+    }

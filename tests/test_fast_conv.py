@@ -1,4 +1,6 @@
-"""Convolutions as matrix products against XLA's own: values, derivatives of two orders, batches of kernels, other platforms."""
+"""Convolutions as matrix products against XLA's own: values, derivatives of two orders, batches of
+kernels, other platforms.
+"""
 
 import re
 from functools import partial
@@ -17,9 +19,18 @@ from genjax.nets.functional import functional
 from genjax.nets.gan import DCGANFeatures, DCGANGenerator, ResidualFeatures, ResidualGenerator
 
 NHWC = ("NHWC", "HWIO", "NHWC")
-# Few channels in, few out, and about as many: each is computed in another way where the stride allows it.
+# Few channels in, few out, and about as many: each is computed in another way where the stride
+# allows it.
 CHANNELS = ((1, 5), (5, 1), (2, 3))
-WINDOWS = (((1, 1), 1), ((1, 1), 2), ((3, 3), 1), ((3, 3), 2), ((4, 4), 1), ((4, 4), 2), ((3, 4), 2))
+WINDOWS = (
+    ((1, 1), 1),
+    ((1, 1), 2),
+    ((3, 3), 1),
+    ((3, 3), 2),
+    ((4, 4), 1),
+    ((4, 4), 2),
+    ((3, 4), 2),
+)
 
 
 def xla_convolve(x, kernel, stride):
@@ -38,7 +49,9 @@ def normal(*shape, seed=0):
 
 
 def derivatives(function, stride, x, kernel, dx, dkernel):
-    """Values, gradients, and second derivatives both ways: along a direction, and of a gradient's squared norm."""
+    """Values, gradients, and second derivatives both ways: along a direction, and of a gradient's
+    squared norm.
+    """
 
     def loss(x, kernel):
         return jnp.sum(jnp.sin(function(x, kernel, stride)))
@@ -71,16 +84,25 @@ def test_values_and_derivatives_are_those_of_xla(x64, size, stride, name):
     found, wanted = jit(both)(inputs)
     assert wanted[0]["values"].dtype == jnp.float64
     assert all(np.abs(leaf).max() > 0.1 for leaf in jax.tree.leaves(wanted))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), found, wanted)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), found, wanted
+    )
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_several_kernels_at_once_are_one_after_the_other(x64, name):
     ours, xlas = PAIRS[name]
     for shared in (True, False):
-        x, kernels = normal(2, 6, 6, 3) if shared else normal(3, 2, 6, 6, 3), normal(3, 4, 4, 3, 2, seed=1)
-        gradient = lambda f, x, k: jax.grad(lambda x, k: jnp.sum(jnp.sin(f(x, k, 2))), argnums=(0, 1))(x, k)  # noqa: E731
-        found = jit(jax.vmap(partial(gradient, ours), in_axes=(None if shared else 0, 0)))(x, kernels)
+        x, kernels = (
+            normal(2, 6, 6, 3) if shared else normal(3, 2, 6, 6, 3),
+            normal(3, 4, 4, 3, 2, seed=1),
+        )
+        gradient = lambda f, x, k: jax.grad(
+            lambda x, k: jnp.sum(jnp.sin(f(x, k, 2))), argnums=(0, 1)
+        )(x, k)  # noqa: E731
+        found = jit(jax.vmap(partial(gradient, ours), in_axes=(None if shared else 0, 0)))(
+            x, kernels
+        )
         one = jit(partial(gradient, xlas))
         for i in range(3):
             wanted = one(x if shared else x[i], kernels[i])
@@ -92,8 +114,14 @@ def test_several_kernels_at_once_are_one_after_the_other(x64, name):
     ("ours", "flaxs"),
     [
         (partial(Conv, 3, 4, (3, 3), 2), partial(nnx.Conv, 3, 4, (3, 3), strides=2)),
-        (partial(Conv, 3, 4, (4, 4), use_bias=False), partial(nnx.Conv, 3, 4, (4, 4), use_bias=False)),
-        (partial(ConvTranspose, 3, 4, (4, 4), 2), partial(nnx.ConvTranspose, 3, 4, (4, 4), strides=2)),
+        (
+            partial(Conv, 3, 4, (4, 4), use_bias=False),
+            partial(nnx.Conv, 3, 4, (4, 4), use_bias=False),
+        ),
+        (
+            partial(ConvTranspose, 3, 4, (4, 4), 2),
+            partial(nnx.ConvTranspose, 3, 4, (4, 4), strides=2),
+        ),
     ],
     ids=["stride", "no bias", "transpose"],
 )
@@ -150,19 +178,26 @@ def test_only_a_cpu_gets_products_and_every_platform_has_a_program(name):
         exported = jax.export.export(jax.jit(gradient), platforms=platforms)(*args)
         assert exported.platforms == tuple(platforms)
         counts[" ".join(platforms)] = convolutions(exported.mlir_module())
-    n_kernels = sum(path.endswith("kernel") and leaf.ndim == 4 for path, leaf in named_shapes(params).items())
+    n_kernels = sum(
+        path.endswith("kernel") and leaf.ndim == 4 for path, leaf in named_shapes(params).items()
+    )
     assert counts["cpu"] == 0
-    # Forward, with respect to the input and with respect to the kernel; a program for several platforms may repeat itself.
+    # Forward, with respect to the input and with respect to the kernel; a program for several
+    # platforms may repeat itself.
     assert counts["cuda"] == counts["tpu"] == 3 * n_kernels
     assert counts["cpu cuda tpu"] >= 3 * n_kernels
 
 
 def convolutions(module):
     """How many one run does: a function that is traced once may be called more than once."""
-    bodies = dict(re.findall(r"func\.func [^@]*@([\w.]+)(.*?)(?=func\.func |\Z)", module, re.DOTALL))
+    bodies = dict(
+        re.findall(r"func\.func [^@]*@([\w.]+)(.*?)(?=func\.func |\Z)", module, re.DOTALL)
+    )
 
     def within(name):
-        return bodies[name].count("stablehlo.convolution") + sum(map(within, re.findall(r"call @([\w.]+)", bodies[name])))
+        return bodies[name].count("stablehlo.convolution") + sum(
+            map(within, re.findall(r"call @([\w.]+)", bodies[name]))
+        )
 
     return within("main")
 

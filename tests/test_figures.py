@@ -1,4 +1,6 @@
-"""Pictures: that every pixel, point and line is where it should be, and that a file is written whole or not at all."""
+"""Pictures: that every pixel, point and line is where it should be, and that a file is written
+whole or not at all.
+"""
 
 import errno
 import json
@@ -22,7 +24,9 @@ def canvas(figure) -> np.ndarray:
 
 
 def numbered(n: int) -> np.ndarray:
-    """Images whose pixels all differ: image i holds i, i + 1/8, ... in reading order (to be scaled to the range)."""
+    """Images whose pixels all differ: image i holds i, i + 1/8, ... in reading order (to be scaled
+    to the range).
+    """
     return (np.arange(n)[:, None] + np.arange(6) / 8).reshape(n, 2, 3, 1)
 
 
@@ -36,9 +40,14 @@ def test_every_image_lands_where_it_should() -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize(("n", "shape"), [(1, (1, 1)), (4, (2, 2)), (5, (2, 3)), (64, (8, 8)), (7, (3, 3))])
+@pytest.mark.parametrize(
+    ("n", "shape"), [(1, (1, 1)), (4, (2, 2)), (5, (2, 3)), (64, (8, 8)), (7, (3, 3))]
+)
 def test_a_grid_is_about_square(n: int, shape: tuple[int, int]) -> None:
-    assert canvas(pictures.image_grid(numbered(n), GREY)).shape == (shape[0] * 3 + 1, shape[1] * 4 + 1)
+    assert canvas(pictures.image_grid(numbered(n), GREY)).shape == (
+        shape[0] * 3 + 1,
+        shape[1] * 4 + 1,
+    )
 
 
 @pytest.mark.parametrize(
@@ -50,14 +59,20 @@ def test_a_grid_is_about_square(n: int, shape: tuple[int, int]) -> None:
         (DataSpec((2, 3, 1), "continuous"), -3.5, 2.0),
     ],
 )
-def test_black_is_the_lowest_value_and_white_the_highest(spec: DataSpec, low: float, high: float) -> None:
+def test_black_is_the_lowest_value_and_white_the_highest(
+    spec: DataSpec, low: float, high: float
+) -> None:
     x = np.linspace(low, high, 6).reshape(1, 2, 3, 1)
-    np.testing.assert_allclose(canvas(pictures.image_grid(x, spec))[1:3, 1:4].ravel(), np.linspace(0, 1, 6), atol=1e-12)
+    np.testing.assert_allclose(
+        canvas(pictures.image_grid(x, spec))[1:3, 1:4].ravel(), np.linspace(0, 1, 6), atol=1e-12
+    )
 
 
 def test_values_outside_the_range_and_equal_values_are_drawn() -> None:
     assert canvas(pictures.image_grid(np.full((1, 2, 3, 1), 99.0), GREY))[1, 1] == 1
-    assert np.isfinite(canvas(pictures.image_grid(np.full((1, 2, 3, 1), 5.0), DataSpec((2, 3, 1), "continuous")))).all()
+    assert np.isfinite(
+        canvas(pictures.image_grid(np.full((1, 2, 3, 1), 5.0), DataSpec((2, 3, 1), "continuous")))
+    ).all()
 
 
 def test_colour() -> None:
@@ -125,21 +140,36 @@ def test_a_film_has_a_row_for_each_sample_and_a_column_for_each_time() -> None:
     expected = np.ones((3 * 3 + 1, 3 * 4 + 1))
     for step in range(3):
         for row in range(3):
-            expected[3 * row + 1 : 3 * row + 3, 4 * step + 1 : 4 * step + 4] = x[step, row, :, :, 0] / 16
+            expected[3 * row + 1 : 3 * row + 3, 4 * step + 1 : 4 * step + 4] = (
+                x[step, row, :, :, 0] / 16
+            )
     np.testing.assert_allclose(found, expected, rtol=1e-12)
     axes = figure.axes[0]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b", "c"]
     assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "1", "2"]
-    assert list(axes.get_xticks()) == [2, 6, 10]  # the middle of each column: pixel c covers c - 0.5 to c + 0.5
+    assert list(axes.get_xticks()) == [
+        2,
+        6,
+        10,
+    ]  # the middle of each column: pixel c covers c - 0.5 to c + 0.5
     assert axes.get_xlabel() == "step of 2"
 
 
 def test_a_long_film_shows_some_times_the_first_and_the_last_among_them() -> None:
     figure = pictures.film(np.zeros((51, 2, 2, 3, 1)), GREY, at_most=6)
     assert figure is not None
-    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["0", "10", "20", "30", "40", "50"]
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == [
+        "0",
+        "10",
+        "20",
+        "30",
+        "40",
+        "50",
+    ]
     points = np.random.default_rng(0).normal(size=(31, 40, 2))
-    figure = pictures.film(points, DataSpec((2,), "continuous"), "points", lambda x: -np.square(x).sum(-1), at_most=4)
+    figure = pictures.film(
+        points, DataSpec((2,), "continuous"), "points", lambda x: -np.square(x).sum(-1), at_most=4
+    )
     assert figure is not None
     assert [axes.get_xlabel() for axes in figure.axes] == ["0", "10", "20", "30"]
     for axes, index in zip(figure.axes, (0, 10, 20, 30), strict=True):
@@ -150,23 +180,39 @@ def test_a_long_film_shows_some_times_the_first_and_the_last_among_them() -> Non
 
 def test_metrics_of_one_kind_share_a_panel() -> None:
     lines = [
-        {"step": s, "seconds": 0.1, "gen/loss": s, "disc/loss": -s, "gen/elbo": s, "valid/bound": s, "skipped": 0.0}
+        {
+            "step": s,
+            "seconds": 0.1,
+            "gen/loss": s,
+            "disc/loss": -s,
+            "gen/elbo": s,
+            "valid/bound": s,
+            "skipped": 0.0,
+        }
         for s in (10, 20, 30)
     ]
     lines.append({"step": 40, "valid/bound": 99.0})
     figure = pictures.curves(lines, "all")
     by_title = {axes.get_title(): axes for axes in figure.axes}
     assert set(by_title) == {"loss", "log-probability (nats)", "skipped"}
-    drawn = {line.get_label(): line for line in by_title["loss"].get_lines() if not line.get_label().startswith("_")}
+    drawn = {
+        line.get_label(): line
+        for line in by_title["loss"].get_lines()
+        if not line.get_label().startswith("_")
+    }
     assert set(drawn) == {"gen/loss", "disc/loss"}
     assert len({line.get_color() for line in drawn.values()}) == 2
-    shared = [line for line in by_title["log-probability (nats)"].get_lines() if len(line.get_xdata())]
+    shared = [
+        line for line in by_title["log-probability (nats)"].get_lines() if len(line.get_xdata())
+    ]
     assert sorted(line.get_xdata().tolist() for line in shared) == [[10, 20, 30], [10, 20, 30, 40]]
     assert "seconds" not in str(list(by_title))
 
 
 def test_members_are_a_line_each_and_nan_is_a_gap() -> None:
-    lines = [{"step": s, "a/loss": [s, 2 * s, float("nan") if s > 10 else 1.0]} for s in (10, 20, 30)]
+    lines = [
+        {"step": s, "a/loss": [s, 2 * s, float("nan") if s > 10 else 1.0]} for s in (10, 20, 30)
+    ]
     axes = pictures.curves(lines).axes[0]
     drawn = [line for line in axes.get_lines() if len(line.get_xdata())]
     assert [line.get_ydata().tolist() for line in drawn[:2]] == [[10, 20, 30], [20, 40, 60]]
@@ -211,7 +257,9 @@ def test_a_saved_picture_shows_the_grid(tmp_path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == ["grid.png"]
 
 
-def test_a_picture_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = pictures.save(pictures.image_grid(numbered(1), GREY), tmp_path / "grid.png")
     before = path.read_bytes()
 
@@ -220,14 +268,21 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(FigureCanvasAgg, "print_figure", fail)
-    with pytest.raises(CheckpointError, match=r"Could not write .*grid\.png: No space left on device\. Check the disk's space"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"Could not write .*grid\.png: No space left on device\. Check the disk's space",
+    ):
         pictures.save(pictures.image_grid(numbered(4), GREY), path)
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["grid.png"]
 
 
 def test_reading_metrics_leaves_out_a_last_line_that_was_cut(tmp_path: Path) -> None:
-    lines = [{"step": 1, "a/loss": 0.1}, {"step": 2, "a/loss": float("nan")}, {"step": 3, "a/loss": [1.0, 2.0]}]
+    lines = [
+        {"step": 1, "a/loss": 0.1},
+        {"step": 2, "a/loss": float("nan")},
+        {"step": 3, "a/loss": [1.0, 2.0]},
+    ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     path = tmp_path / "metrics.jsonl"
     path.write_text(text)

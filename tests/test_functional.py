@@ -114,7 +114,10 @@ def test_parameters_and_state_are_plain_dicts_of_arrays(graph_mode, build):
     params, state = functional(build).init(jax.random.key(0))
     for node in (*nodes(params), *nodes(state)):
         assert type(node) is dict or isinstance(node, jax.Array), type(node)
-    assert {type(leaf).__module__.split(".")[0] for leaf in jax.tree.leaves((params, state))} <= {"jaxlib", "jax"}
+    assert {type(leaf).__module__.split(".")[0] for leaf in jax.tree.leaves((params, state))} <= {
+        "jaxlib",
+        "jax",
+    }
     assert "flax" not in str(jax.tree.structure((params, state)))
 
 
@@ -125,7 +128,9 @@ def test_apply_is_the_formula_of_the_module(graph_mode):
     one, two = (jax.tree.map(np.asarray, params["blocks"][i]) for i in (0, 1))
     hidden = X @ one["kernel"] + one["bias"]
     y, after = net.apply(params, state, jnp.asarray(X))
-    np.testing.assert_allclose(y, np.tanh(hidden) @ two["kernel"] + two["bias"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        y, np.tanh(hidden) @ two["kernel"] + two["bias"], rtol=1e-5, atol=1e-6
+    )
     assert after == {}
     # Another method, with an argument by name.
     y, _ = net.apply(params, state, jnp.asarray(X), method="first", double=True)
@@ -145,10 +150,16 @@ def test_init_and_apply_are_pure(graph_mode):
 
 def test_init_is_a_function_of_the_key(graph_mode):
     init = functional(Plain).init
-    one, same, other = init(jax.random.key(2))[0], init(jax.random.key(2))[0], init(jax.random.key(3))[0]
+    one, same, other = (
+        init(jax.random.key(2))[0],
+        init(jax.random.key(2))[0],
+        init(jax.random.key(3))[0],
+    )
     jax.tree.map(np.testing.assert_array_equal, one, same)
     for i in (0, 1):
-        assert np.all(np.asarray(one["blocks"][i]["kernel"]) != np.asarray(other["blocks"][i]["kernel"]))
+        assert np.all(
+            np.asarray(one["blocks"][i]["kernel"]) != np.asarray(other["blocks"][i]["kernel"])
+        )
     # The layers have streams of their own.
     assert not np.isclose(np.std(one["blocks"][0]["kernel"]), 0)
     # A jitted init rounds differently in the last bit at most.
@@ -167,21 +178,31 @@ def test_init_and_apply_can_be_vmapped(graph_mode):
         solo = net.init(key)
         many = jax.tree.map(lambda leaf: leaf[i], (params, state))
         assert jax.tree.structure(solo) == jax.tree.structure(many)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), solo, many)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-5), (y, after), call(*solo))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), solo, many
+        )
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-5),
+            (y, after),
+            call(*solo),
+        )
 
 
 def test_gradients_are_taken_of_parameters_only(graph_mode):
     net = functional(Normalised)
     params, state = net.init(jax.random.key(5))
     weight = jnp.asarray(X[:, :1])
-    loss = lambda p: (net.apply(p, state, jnp.asarray(X), train=True)[0] * weight[:, :1].repeat(4, 1)).sum()  # noqa: E731
+    loss = lambda p: (
+        net.apply(p, state, jnp.asarray(X), train=True)[0] * weight[:, :1].repeat(4, 1)
+    ).sum()  # noqa: E731
     grads = jax.jit(jax.grad(loss))(params)
     assert jax.tree.structure(grads) == jax.tree.structure(params)
-    # Batch statistics remove a shift of the input, so the linear layer's bias has no gradient but its kernel has.
+    # Batch statistics remove a shift of the input, so the linear layer's bias has no gradient but
+    # its kernel has.
     assert np.abs(grads["linear"]["kernel"]).max() > 1e-2
     np.testing.assert_allclose(grads["linear"]["bias"], 0, atol=1e-5)
-    # A shift and a scale after the normalisation: the sum of weights, and of weighted normalised inputs.
+    # A shift and a scale after the normalisation: the sum of weights, and of weighted normalised
+    # inputs.
     np.testing.assert_allclose(grads["norm"]["bias"], X[:, 0].sum(), rtol=1e-4)
 
 
@@ -197,7 +218,9 @@ def test_batch_statistics_flow_out_and_are_used_in_evaluation(graph_mode):
         y, state = call(state, jnp.asarray(X + step))
         shifted = h + step * np.asarray(params["linear"]["kernel"]).sum(0)
         # In training the batch's own statistics.
-        np.testing.assert_allclose(y, (shifted - shifted.mean(0)) / np.sqrt(shifted.var(0) + 1e-3), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(
+            y, (shifted - shifted.mean(0)) / np.sqrt(shifted.var(0) + 1e-3), rtol=1e-3, atol=1e-4
+        )
         mean, var = 0.9 * mean + 0.1 * shifted.mean(0), 0.9 * var + 0.1 * shifted.var(0)
         np.testing.assert_allclose(state["norm"]["mean"], mean, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(state["norm"]["var"], var, rtol=1e-4, atol=1e-6)
@@ -237,7 +260,10 @@ def test_modules_that_are_no_pure_functions_are_refused(graph_mode, build, match
 
 
 def test_shared_variables_are_named():
-    with nnx.set_graph_mode(True), pytest.raises(ConfigError, match=r"between one\.kernel and two\.kernel"):
+    with (
+        nnx.set_graph_mode(True),
+        pytest.raises(ConfigError, match=r"between one\.kernel and two\.kernel"),
+    ):
         functional(SharedParameter)
     with nnx.set_graph_mode(True), pytest.raises(ConfigError, match="between one and two"):
         functional(SharedModule)
@@ -248,7 +274,10 @@ def test_sow_is_refused_at_the_first_call(graph_mode):
     net = functional(Sowing)
     params, state = net.init(jax.random.key(8))
     for apply in (net.apply, jax.jit(net.apply)):
-        with pytest.raises(ConfigError, match=r"Sowing changed the structure of its state .*sow.*return the value instead"):
+        with pytest.raises(
+            ConfigError,
+            match=r"Sowing changed the structure of its state .*sow.*return the value instead",
+        ):
             apply(params, state, jnp.asarray(X))
 
 
@@ -265,12 +294,15 @@ def test_bfloat16_is_for_arithmetic_only(graph_mode):
     assert ours["count"].dtype == jnp.int32
     exact, _ = jax.jit(wide.apply)(params, state, jnp.asarray(X), count)
     assert Seen.dtypes[1][:3] == (jnp.dtype("float32"),) * 3
-    # 8 bits of mantissa: rounding of the input, the weights, the sum and the output, each 2^-9 of what goes into the sum.
+    # 8 bits of mantissa: rounding of the input, the weights, the sum and the output, each 2^-9 of
+    # what goes into the sum.
     size = np.abs(X) @ np.abs(np.asarray(params["linear"]["kernel"]))
     error = np.abs(np.asarray(ours["h"]) - np.asarray(exact["h"]))
     assert np.all(error <= 6 * 2.0**-9 * size)
     assert error.max() > 0
-    grads = jax.jit(jax.grad(lambda p: narrow.apply(p, state, jnp.asarray(X), count)[0]["h"].sum()))(params)
+    grads = jax.jit(
+        jax.grad(lambda p: narrow.apply(p, state, jnp.asarray(X), count)[0]["h"].sum())
+    )(params)
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
 
 
@@ -278,8 +310,12 @@ def test_bfloat16_keeps_batch_statistics_in_float32(graph_mode):
     narrow, wide = functional(Normalised, "bfloat16"), functional(Normalised)
     params, state = narrow.init(jax.random.key(10))
     for train in (True, False):
-        y, after = jax.jit(narrow.apply, static_argnames="train")(params, state, jnp.asarray(X), train=train)
-        want, want_after = jax.jit(wide.apply, static_argnames="train")(params, state, jnp.asarray(X), train=train)
+        y, after = jax.jit(narrow.apply, static_argnames="train")(
+            params, state, jnp.asarray(X), train=train
+        )
+        want, want_after = jax.jit(wide.apply, static_argnames="train")(
+            params, state, jnp.asarray(X), train=train
+        )
         assert {leaf.dtype for leaf in (y, *jax.tree.leaves(after))} == {jnp.dtype("float32")}
         assert jax.tree.structure(after) == jax.tree.structure(state)
         # The input of the layer has a relative error of 2^-8 or so.

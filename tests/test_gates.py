@@ -1,9 +1,11 @@
-"""The gates that every row of the zoo has to pass, G1 to G14. To cover a new row, add it to the zoo and do nothing here.
+"""The gates that every row of the zoo has to pass, G1 to G14. To cover a new row, add it to the zoo
+and do nothing here.
 
-A new *family* adds one entry to `known_losses.ANALYTIC`, and to the tables below where they apply. Models are `Recipe.tiny`
-ones, on short sequences. Programs are compiled once per row and shared between gates. Those whose speed and last bit say
-nothing are compiled without optimisation (`quick`), which halves the time; where the bits of two programs are compared, they
-are compiled as users do.
+A new *family* adds one entry to `known_losses.ANALYTIC`, and to the tables below where they apply.
+Models are `Recipe.tiny` ones, on short sequences. Programs are compiled once per row and shared
+between gates. Those whose speed and last bit say nothing are compiled without optimisation
+(`quick`), which halves the time; where the bits of two programs are compared, they are compiled as
+users do.
 """
 
 import dataclasses
@@ -17,10 +19,34 @@ import numpy as np
 import optax
 import pytest
 import rows
-from gates import assert_close, assert_same, by_hand, differ, member, named, optimised, quick, stack, structure
+from gates import (
+    assert_close,
+    assert_same,
+    by_hand,
+    differ,
+    member,
+    named,
+    optimised,
+    quick,
+    stack,
+    structure,
+)
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from known_losses import ANALYTIC
-from rows import RATE, B, batch, every_row, one_device, one_row_quick, optimizer, plain, real, run, setup, widen
+from rows import (
+    RATE,
+    B,
+    batch,
+    every_row,
+    one_device,
+    one_row_quick,
+    optimizer,
+    plain,
+    real,
+    run,
+    setup,
+    widen,
+)
 
 from genjax.data import example_batch
 from genjax.families.diffusion import diffusion
@@ -40,25 +66,34 @@ pytestmark = pytest.mark.both_ends
 PARTS = 4
 RATES = np.asarray([RATE, RATE / 4, RATE / 8], np.float32)
 WEIGHT = np.asarray([1, 0, 2, 0.5, 0, 1, 3, 1], np.float32)
-# Rows whose losses depend on the rest of the batch by design (batch statistics), which G6 then wants to see.
+# Rows whose losses depend on the rest of the batch by design (batch statistics), which G6 then
+# wants to see.
 BATCH_COUPLED = {"dcgan-mnist"}
-# Losses that need not look at an example, only at its condition: a generator may be judged by the discriminator alone.
+# Losses that need not look at an example, only at its condition: a generator may be judged by the
+# discriminator alone.
 DATA_FREE = {gan: {"generator"}}
-# Rows whose scanned steps equal single ones to rounding only, and to how much of it: in a loop, XLA sums the gradient of a
-# convolution, or of a table of tokens, in another order. Two players that Adam moves by nearly the sign of a gradient pass
-# more of it on (2e-6 to 5e-6).
-SCANNED_TO_ROUNDING = {"vae-conv": 1e-6, "dcgan-mnist": 2e-5, "r3gan-mnist": 2e-5, "gru-markov": 1e-5}
-# Families whose gradient is, by design, not the derivative of the loss for fixed noise: builder arguments that make it so.
-# (The estimators themselves are tested with the family.) Gradient penalties jump where a leaky ReLU has its kink, so they
-# have no difference quotient there.
+# Rows whose scanned steps equal single ones to rounding only, and to how much of it: in a loop, XLA
+# sums the gradient of a convolution, or of a table of tokens, in another order. Two players that
+# Adam moves by nearly the sign of a gradient pass more of it on (2e-6 to 5e-6).
+SCANNED_TO_ROUNDING = {
+    "vae-conv": 1e-6,
+    "dcgan-mnist": 2e-5,
+    "r3gan-mnist": 2e-5,
+    "gru-markov": 1e-5,
+}
+# Families whose gradient is, by design, not the derivative of the loss for fixed noise: builder
+# arguments that make it so. (The estimators themselves are tested with the family.) Gradient
+# penalties jump where a leaky ReLU has its kink, so they have no difference quotient there.
 PLAIN_GRADIENT = {
     vae: {"gradient": "pathwise"},
     gan: {"r1": 0.0, "r2": 0.0, "gradient_penalty": 0.0},
     diffusion: {"schedule_gradient": "bound"},
 }
-# Families whose steps are vectors of independent values, given the past: the first step has no past to be told apart by.
+# Families whose steps are vectors of independent values, given the past: the first step has no past
+# to be told apart by.
 INDEPENDENT = {rnn, transformer}
-# Builder arguments that make a family's score tight enough for G7, and that spare it time or noise there.
+# Builder arguments that make a family's score tight enough for G7, and that spare it time or noise
+# there.
 TIGHT = {
     vae: {"n_bound_samples": 32},
     diffusion: {"n_bound_samples": 32, "n_likelihood_steps": 20},
@@ -77,13 +112,15 @@ ROOMY = {
 }
 
 
-# --- G1: the loss where its value is known ---------------------------------------------------------------------------
+# --- G1: the loss where its value is known --------------------------------------------------------
 
 
 @every_row
 def test_g1_loss_equals_the_analytic_value(name):
     row = setup(name)
-    assert row.recipe.family in ANALYTIC, f"add the family {row.recipe.family.__name__} to known_losses.ANALYTIC"
+    assert row.recipe.family in ANALYTIC, (
+        f"add the family {row.recipe.family.__name__} to known_losses.ANALYTIC"
+    )
     params, known = ANALYTIC[row.recipe.family](row)
     assert known.keys() == row.losses.keys()
     for player, wanted in known.items():
@@ -91,7 +128,7 @@ def test_g1_loss_equals_the_analytic_value(name):
         np.testing.assert_allclose(value, wanted(batch(name)), rtol=1e-5)
 
 
-# --- G2, G3, G9, skipping: the row's own training procedure ---------------------------------------------------------
+# --- G2, G3, G9, skipping: the row's own training procedure ---------------------------------------
 
 
 @one_row_quick
@@ -114,7 +151,9 @@ def test_g3_scanned_steps_are_the_same_steps(name):
     batches = [batch(name, seed) for seed in range(3)]
     t = real(name)
     wanted, metrics = run(t.step, t.init(jax.random.key(0)), batches)
-    got, scanned = optimised(scan_steps(t.t).step, donate_argnums=0)(t.init(jax.random.key(0)), stack(batches))
+    got, scanned = optimised(scan_steps(t.t).step, donate_argnums=0)(
+        t.init(jax.random.key(0)), stack(batches)
+    )
     rounding = SCANNED_TO_ROUNDING.get(name)
     compare = functools.partial(assert_close, rtol=rounding) if rounding else assert_same
     compare(got, wanted)
@@ -145,7 +184,10 @@ def test_a_step_that_is_not_finite_is_skipped(name):
     if jnp.issubdtype(good.x.dtype, jnp.floating):
         bad = good._replace(x=good.x.at[(0,) * good.x.ndim].set(jnp.nan))
     else:  # another program, as the other batches of this row have no weights
-        bad, step = good._replace(weight=jnp.ones(B).at[0].set(jnp.nan)), quick(t.t.step, donate_argnums=0)
+        bad, step = (
+            good._replace(weight=jnp.ones(B).at[0].set(jnp.nan)),
+            quick(t.t.step, donate_argnums=0),
+        )
     ts, metrics = step(ts, bad)
     assert float(metrics["skipped"]) == 1
     assert_same(ts, kept._replace(step=kept.step + 1))
@@ -154,7 +196,7 @@ def test_a_step_that_is_not_finite_is_skipped(name):
     assert differ(ts.params, kept.params)
 
 
-# --- G4, G5: transforms against solo runs -----------------------------------------------------------------------------
+# --- G4, G5: transforms against solo runs ---------------------------------------------------------
 
 
 def assert_members(name, t, rates, check_init):
@@ -163,7 +205,9 @@ def assert_members(name, t, rates, check_init):
     if check_init:
         assert_close(quick(t.init)(jax.random.split(jax.random.key(7), len(rates))), first)
     with jax.enable_x64(True):
-        many, metrics = run(quick(t.step), widen(first), [widen(batch(name, seed)) for seed in range(4)])
+        many, metrics = run(
+            quick(t.step), widen(first), [widen(batch(name, seed)) for seed in range(4)]
+        )
     for index, (wanted, wanted_metrics) in enumerate(solos):
         got = member(many._replace(step=np.repeat(many.step, len(rates))), index)
         assert_close(got, wanted, rtol=1e-9)
@@ -222,24 +266,38 @@ def test_g5_data_parallel_over_8_devices_equals_one(name):
 def test_padding_of_weight_zero_changes_nothing(name):
     start = plain(name).init(jax.random.key(0))
     good, other, masked = batch(name), batch(name, 1), WEIGHT == 0
-    cond = None if good.cond is None else jnp.where(masked.reshape(-1, *[1] * (good.cond.ndim - 1)), other.cond, good.cond)
+    cond = (
+        None
+        if good.cond is None
+        else jnp.where(masked.reshape(-1, *[1] * (good.cond.ndim - 1)), other.cond, good.cond)
+    )
     rows = masked.reshape(-1, *[1] * (good.x.ndim - 1))
-    fillings = [other.x, *([jnp.nan, jnp.inf] if jnp.issubdtype(good.x.dtype, jnp.floating) else [])]
+    fillings = [
+        other.x,
+        *([jnp.nan, jnp.inf] if jnp.issubdtype(good.x.dtype, jnp.floating) else []),
+    ]
     wanted = accumulating(name)(start, good._replace(weight=jnp.asarray(WEIGHT)))
     for filling in fillings:
-        got = accumulating(name)(start, Batch(jnp.where(rows, filling, good.x), cond, jnp.asarray(WEIGHT), good.length))
+        got = accumulating(name)(
+            start, Batch(jnp.where(rows, filling, good.x), cond, jnp.asarray(WEIGHT), good.length)
+        )
         assert_same(got, wanted)
 
 
-# --- G6: no example sees another --------------------------------------------------------------------------------------
+# --- G6: no example sees another ------------------------------------------------------------------
 
 
 @every_row
 def test_g6_an_example_changes_its_own_loss_and_no_other(name):
-    """Noise belongs to a position in the batch, so instead of permuting examples one of them is exchanged."""
+    """Noise belongs to a position in the batch, so instead of permuting examples one of them is
+    exchanged.
+    """
     row, key = setup(name), jax.random.key(3)
     params = rows.grown(row.params)
-    values = {player: lambda batch, loss=loss: loss(params, row.state, batch, key)[0] for player, loss in row.losses.items()}
+    values = {
+        player: lambda batch, loss=loss: loss(params, row.state, batch, key)[0]
+        for player, loss in row.losses.items()
+    }
     if row.score:
         values["score"] = lambda batch: row.score(params, row.state, batch, key)
     good, other = batch(name), batch(name, 1)
@@ -251,37 +309,53 @@ def test_g6_an_example_changes_its_own_loss_and_no_other(name):
             changed = np.flatnonzero(before != after).tolist()
             data_free = what in DATA_FREE.get(row.recipe.family, ())
             if name in BATCH_COUPLED and not data_free:
-                assert len(changed) > 1, "no example sees another: take the row out of BATCH_COUPLED"
+                assert len(changed) > 1, (
+                    "no example sees another: take the row out of BATCH_COUPLED"
+                )
                 continue
-            assert changed == [j] or (data_free and not row.spec.conditional and not changed), (what, j)
+            assert changed == [j] or (data_free and not row.spec.conditional and not changed), (
+                what,
+                j,
+            )
         if row.spec.conditional:
             changed = good.cond + 1 if row.spec.cond_dim else (good.cond + 1) % row.spec.n_classes
-            assert (np.asarray(value(good._replace(cond=changed))) != before).all(), f"{what} does not depend on the condition"
+            assert (np.asarray(value(good._replace(cond=changed))) != before).all(), (
+                f"{what} does not depend on the condition"
+            )
 
 
-# --- G7: memorising 8 examples ----------------------------------------------------------------------------------------
+# --- G7: memorising 8 examples --------------------------------------------------------------------
 
 
 def independent_entropy(x):
-    """What 8 first steps cost at least if the values within a step are independent: Σ_k H of the values at place k, in nats."""
+    """What 8 first steps cost at least if the values within a step are independent: Σ_k H of the
+    values at place k, in nats.
+    """
     shares = [np.unique(column, return_counts=True)[1] / len(column) for column in x.T]
     return float(sum(-(p * np.log(p)).sum() for p in shares))
 
 
 @rows.slow_rows
 def test_g7_eight_examples_are_memorised_down_to_the_floor(name):
-    """No model codes 8 distinct examples in fewer than ln 8 nats on average, ln (how many share what is given, a condition or a
-    length) otherwise: Σ p <= 1. A bound that gets below is broken; a model that stays far above cannot learn. Densities have
-    no such floor."""
+    """No model codes 8 distinct examples in fewer than ln 8 nats on average, ln (how many share
+    what is given, a condition or a length) otherwise: Σ p <= 1. A bound that gets below is broken;
+    a model that stays far above cannot learn. Densities have no such floor.
+    """
     row, spec, n = ZOO[name], setup(name).spec, 8
-    if row.family in COPIES and spec.kind == "discrete":  # 784 bytes to the last bit would take many more steps
+    if (
+        row.family in COPIES and spec.kind == "discrete"
+    ):  # 784 bytes to the last bit would take many more steps
         spec = dataclasses.replace(spec, shape=(4, 4, 1), levels=17)
     model = row.build(spec, **ROOMY.get(row.family, {}))  # not the tiny one, which has no room
     eight = example_batch(spec, jax.random.key(5), n)
     counted = np.ones(eight.x.shape, bool)
     if spec.step:
-        counted &= np.asarray(step_mask(spec, eight)).reshape(*eight.x.shape[:2], *[1] * (eight.x.ndim - 2))
-    given = [np.asarray(leaf).reshape(n, -1) for leaf in (eight.cond, eight.length) if leaf is not None]
+        counted &= np.asarray(step_mask(spec, eight)).reshape(
+            *eight.x.shape[:2], *[1] * (eight.x.ndim - 2)
+        )
+    given = [
+        np.asarray(leaf).reshape(n, -1) for leaf in (eight.cond, eight.length) if leaf is not None
+    ]
     given = np.concatenate([np.zeros((n, 1)), *given], axis=1)
     events = np.concatenate([given, np.where(counted, eight.x, -1).reshape(n, -1)], axis=1)
     alike = lambda rows: (rows[:, None] == rows[None]).all(-1).sum(1)  # noqa: E731
@@ -291,15 +365,25 @@ def test_g7_eight_examples_are_memorised_down_to_the_floor(name):
         floor = max(floor, independent_entropy(np.asarray(eight.x[:, 0]).reshape(n, -1)))
     tight = row.build(spec, **ROOMY.get(row.family, {}), **TIGHT.get(row.family, {}))
     score = tight.log_prob or tight.bound
-    keys = jax.random.split(jax.random.key(9), 1 if tight.log_prob else 8)  # exact, or a mean of draws
+    keys = jax.random.split(
+        jax.random.key(9), 1 if tight.log_prob else 8
+    )  # exact, or a mean of draws
 
     @jax.jit
     def nats(params, state):  # means over the examples, one for each key
         return jax.lax.map(lambda key: -score(params, state, eight, key).mean(), keys)
 
-    # Fitting 8 examples is a stiff problem: without the clipping, single gradients throw weights far off.
-    t = training(model, optax.chain(optax.adaptive_grad_clip(0.05), optax.adam(optax.cosine_decay_schedule(5e-3, 2000))))
-    fast = (optimised if score is None or row.family in COPIES else jax.jit)(scan_steps(t, 200).step, donate_argnums=0)
+    # Fitting 8 examples is a stiff problem: without the clipping, single gradients throw weights
+    # far off.
+    t = training(
+        model,
+        optax.chain(
+            optax.adaptive_grad_clip(0.05), optax.adam(optax.cosine_decay_schedule(5e-3, 2000))
+        ),
+    )
+    fast = (optimised if score is None or row.family in COPIES else jax.jit)(
+        scan_steps(t, 200).step, donate_argnums=0
+    )
     many = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * COPIES.get(row.family, 1)), eight)
     ts = t.init(jax.random.key(0))
     before = after = None if score is None else np.asarray(nats(ts.params, ts.state)).mean()
@@ -313,25 +397,36 @@ def test_g7_eight_examples_are_memorised_down_to_the_floor(name):
         if spec.kind != "continuous":
             assert after >= floor - 4 * values.std() / math.sqrt(len(values))
         print(f"step {int(ts.step)}: {before:.2f} -> {after:.2f} nats, floor {floor:.2f}")
-        near = after < before - 2 if spec.kind == "continuous" else after - floor <= 0.1 * (before - floor)
+        near = (
+            after < before - 2
+            if spec.kind == "continuous"
+            else after - floor <= 0.1 * (before - floor)
+        )
         if near:
             return
-    pytest.fail(f"from {before:.2f} nats only to {after:.2f} in {int(ts.step)} steps; the floor is {floor:.2f}")
+    pytest.fail(
+        f"from {before:.2f} nats only to {after:.2f} in {int(ts.step)} steps; the floor is "
+        f"{floor:.2f}"
+    )
 
 
-# --- G8, G10: gradients -----------------------------------------------------------------------------------------------
+# --- G8, G10: gradients ---------------------------------------------------------------------------
 
 
 @functools.cache
 def gradient(name, player):
-    """In float64: (parameters, state, own -> batch -> mean loss and its gradient with respect to `own`), compiled."""
+    """In float64: (parameters, state, own -> batch -> mean loss and its gradient with respect to
+    `own`), compiled.
+    """
     row = setup(name)
     model = row.recipe.build(row.spec, **PLAIN_GRADIENT.get(row.recipe.family, {}))
     with jax.enable_x64(True):
         params, state = widen((rows.grown(row.params), row.state))
 
         def mean_loss(own, batch):
-            return model.losses[player]({**params, player: own}, state, batch, jax.random.key(2))[0].mean()
+            return model.losses[player]({**params, player: own}, state, batch, jax.random.key(2))[
+                0
+            ].mean()
 
         return params[player], quick(jax.value_and_grad(mean_loss))
 
@@ -347,10 +442,17 @@ def test_g8_gradients_equal_finite_differences(name):
             size = math.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(grads)))
             for _ in range(3):
                 # Of equal length in every leaf, so that a scalar counts as much as a matrix.
-                direction = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape) / math.sqrt(leaf.size), own)
+                direction = jax.tree.map(
+                    lambda leaf: rng.normal(size=leaf.shape) / math.sqrt(leaf.size), own
+                )
                 move = lambda t: jax.tree.map(lambda p, d: p + t * d, own, direction)  # noqa: E731
-                numeric = float(value_and_grad(move(h), example)[0] - value_and_grad(move(-h), example)[0]) / (2 * h)
-                exact = sum(np.sum(g * d) for g, d in zip(*map(jax.tree.leaves, (grads, direction)), strict=True))
+                numeric = float(
+                    value_and_grad(move(h), example)[0] - value_and_grad(move(-h), example)[0]
+                ) / (2 * h)
+                exact = sum(
+                    np.sum(g * d)
+                    for g, d in zip(*map(jax.tree.leaves, (grads, direction)), strict=True)
+                )
                 np.testing.assert_allclose(numeric, exact, rtol=1e-5, atol=1e-7 * size)
 
 
@@ -380,7 +482,7 @@ def test_g10_a_turn_changes_its_own_players_parameters_only(name):
         assert {path.split("/")[0] for path in differ(after.params, start.params)} == {player}
 
 
-# --- G11 to G14 -------------------------------------------------------------------------------------------------------
+# --- G11 to G14 -----------------------------------------------------------------------------------
 
 
 @one_row_quick
@@ -395,7 +497,9 @@ def test_g11_bfloat16_arithmetic_keeps_float32_parameters(name):
     assert structure(jax.eval_shape(t.init, jax.random.key(0))) == structure(start)
     _, wanted = plain(name).step(start, batches[0])
     for player in row.losses:
-        np.testing.assert_allclose(metrics[0][f"{player}/loss"], wanted[f"{player}/loss"], rtol=0.05)
+        np.testing.assert_allclose(
+            metrics[0][f"{player}/loss"], wanted[f"{player}/loss"], rtol=0.05
+        )
         assert all(np.isfinite(one[f"{player}/loss"]) for one in metrics)
 
 
@@ -412,7 +516,10 @@ def test_g12_everything_lowers_for_cpu_cuda_and_tpu(name):
         ),
     }
     if row.score:
-        programs["score"] = (row.model.log_prob or row.model.bound, (row.params, row.state, batch(name), key))
+        programs["score"] = (
+            row.model.log_prob or row.model.bound,
+            (row.params, row.state, batch(name), key),
+        )
     for fun, args in programs.values():
         exported = jax.export.export(jax.jit(fun), platforms=["cpu", "cuda", "tpu"])(*args)
         assert exported.platforms == ("cpu", "cuda", "tpu")
@@ -420,7 +527,9 @@ def test_g12_everything_lowers_for_cpu_cuda_and_tpu(name):
 
 @one_row_quick
 def test_g13_no_key_is_used_twice(name):
-    """One program with everything that takes a key, each part with its own; the check is of the traced program."""
+    """One program with everything that takes a key, each part with its own; the check is of the
+    traced program.
+    """
     row, example = setup(name), batch(name)
     t = training(row.model, optimizer())
 
@@ -429,14 +538,20 @@ def test_g13_no_key_is_used_twice(name):
         keys = iter(jax.random.split(key, 8 + len(row.losses)))
         params, state = row.model.init(next(keys))
         found = [loss(params, state, batch, next(keys))[0] for loss in row.model.losses.values()]
-        found += [score(params, state, batch, next(keys)) for score in (row.model.log_prob, row.model.bound) if score]
+        found += [
+            score(params, state, batch, next(keys))
+            for score in (row.model.log_prob, row.model.bound)
+            if score
+        ]
         found.append(row.model.sample(params, state, next(keys), B, batch.cond))
         return found, t.step(t.init(next(keys)), batch)
 
     with jax.debug_key_reuse(True):
         jax.eval_shape(everything, jax.random.key(0), example)
         with pytest.raises(jax.errors.KeyReuseError):
-            jax.eval_shape(lambda key: (everything(key, example), jax.random.split(key)), jax.random.key(0))
+            jax.eval_shape(
+                lambda key: (everything(key, example), jax.random.split(key)), jax.random.key(0)
+            )
 
 
 @every_row
@@ -446,23 +561,36 @@ def test_g14_arguments_are_called_what_the_contract_calls_them(name):
     inner = inspect.getclosurevars(model.init).nonlocals["model"]
     assert inner.losses.keys() == model.losses.keys()
     for one in (model, inner):
-        functions = [(one.init, InitFn), (one.sample, SampleFn), (one.log_prob, ScoreFn), (one.bound, ScoreFn)]
+        functions = [
+            (one.init, InitFn),
+            (one.sample, SampleFn),
+            (one.log_prob, ScoreFn),
+            (one.bound, ScoreFn),
+        ]
         functions += [(loss, LossFn) for loss in one.losses.values()]
         for function, contract in functions:
             if function is not None:
-                wanted = [p for p in inspect.signature(contract.__call__).parameters.values() if p.name != "self"]
+                wanted = [
+                    p
+                    for p in inspect.signature(contract.__call__).parameters.values()
+                    if p.name != "self"
+                ]
                 got = list(inspect.signature(function).parameters.values())
-                assert [(p.name, p.default, p.kind) for p in got] == [(p.name, p.default, p.kind) for p in wanted], function
+                assert [(p.name, p.default, p.kind) for p in got] == [
+                    (p.name, p.default, p.kind) for p in wanted
+                ], function
 
 
-# --- Samples and scores -----------------------------------------------------------------------------------------------
+# --- Samples and scores ---------------------------------------------------------------------------
 
 
 @every_row
 def test_samples_are_of_the_kind_that_the_spec_says(name):
     row, n = setup(name), 16
     spec, cond = row.spec, batch(name, 0, 16).cond
-    draw = lambda key, cond=cond: np.asarray(row.sample(rows.grown(row.params), row.state, key, n=n, cond=cond))  # noqa: E731
+    draw = lambda key, cond=cond: np.asarray(
+        row.sample(rows.grown(row.params), row.state, key, n=n, cond=cond)
+    )  # noqa: E731
     x = draw(jax.random.key(0))
     assert x.shape == (n, *spec.shape)
     assert x.dtype == spec.dtype

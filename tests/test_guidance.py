@@ -1,4 +1,6 @@
-"""Guidance of Gaussian data, of which every score is known: what each wrapper claims, held in float64 against closed forms."""
+"""Guidance of Gaussian data, of which every score is known: what each wrapper claims, held in
+float64 against closed forms.
+"""
 
 import itertools
 
@@ -10,7 +12,16 @@ import scipy.integrate
 
 from genjax.errors import ConfigError
 from genjax.parts import paths, solvers
-from genjax.parts.guidance import autoguidance, classifier, guided, inpaint, interval, negative, product, rescale
+from genjax.parts.guidance import (
+    autoguidance,
+    classifier,
+    guided,
+    inpaint,
+    interval,
+    negative,
+    product,
+    rescale,
+)
 
 PATHS = {"cosine": paths.cosine(), "conditional_ot": paths.conditional_ot(), "edm": paths.edm()}
 TIMES = {"cosine": (0.05, 0.5, 0.95), "conditional_ot": (0.05, 0.5, 0.95), "edm": (0.01, 1.0, 30.0)}
@@ -28,7 +39,9 @@ def covariance(seed, size=1.0):
 
 
 def gaussian(path, mean, cov):
-    """E[x0 | x_t] for x0 ~ N(mean, cov): mean + alpha cov (alpha² cov + sigma² I)^-1 (x_t - alpha mean)."""
+    """E[x0 | x_t] for x0 ~ N(mean, cov): mean + alpha cov (alpha² cov + sigma² I)^-1 (x_t - alpha
+    mean).
+    """
     values, vectors = map(jnp.asarray, np.linalg.eigh(cov))
 
     def denoise(x, t):
@@ -46,23 +59,33 @@ def noisy(path, t, mean, cov):
 
 
 def power(path, t, parts):
-    """Mean and precision of the normal that is proportional to the product of the noisy N(mean, cov)^weight."""
+    """Mean and precision of the normal that is proportional to the product of the noisy N(mean,
+    cov)^weight.
+    """
     of = [(*noisy(path, t, mean, cov), weight) for mean, cov, weight in parts]
     precision = sum(weight * np.linalg.inv(cov) for _, cov, weight in of)
     assert np.linalg.eigvalsh(precision).min() > 0  # it is a density
-    return np.linalg.solve(precision, sum(weight * np.linalg.solve(cov, mean) for mean, cov, weight in of)), precision
+    return np.linalg.solve(
+        precision, sum(weight * np.linalg.solve(cov, mean) for mean, cov, weight in of)
+    ), precision
 
 
 def assert_scores(name, make, all_weights, keys, rtol=1e-9):
-    """For each of the weights, the score of the denoiser make(weights) is that of the product of powers, early and late."""
+    """For each of the weights, the score of the denoiser make(weights) is that of the product of
+    powers, early and late.
+    """
     path, x = PATHS[name], jnp.asarray(normal(9, 5, D))
     score = jax.jit(lambda x, t, weights: paths.score_of(path, make(weights)(x, t), x, t))
     for t, weights in itertools.product(map(jnp.asarray, TIMES[name]), all_weights):
-        mean, precision = power(path, t, [(*PAIRS[key], weight) for key, weight in zip(keys, weights, strict=True)])
+        mean, precision = power(
+            path, t, [(*PAIRS[key], weight) for key, weight in zip(keys, weights, strict=True)]
+        )
         wanted = -(np.asarray(x) - mean) @ precision
         found = score(x, t, jnp.asarray(weights))
         # The score is a difference of two numbers of the size of x / sigma².
-        np.testing.assert_allclose(found, wanted, rtol=0, atol=rtol * (np.abs(wanted).max() + 1 / path.sigma(t) ** 2))
+        np.testing.assert_allclose(
+            found, wanted, rtol=0, atol=rtol * (np.abs(wanted).max() + 1 / path.sigma(t) ** 2)
+        )
 
 
 PAIRS = {  # the first is the unconditional one
@@ -78,23 +101,32 @@ def of(x64, name):
     return {key: gaussian(PATHS[name], *pair) for key, pair in PAIRS.items()}
 
 
-# --- two denoisers ------------------------------------------------------------------------------------------------------
+# --- two denoisers --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("name", "wrapper"), [*((name, guided) for name in PATHS), ("conditional_ot", autoguidance), ("conditional_ot", negative)]
+    ("name", "wrapper"),
+    [
+        *((name, guided) for name in PATHS),
+        ("conditional_ot", autoguidance),
+        ("conditional_ot", negative),
+    ],
 )
 def test_the_guided_score_of_gaussians_is_that_of_a_product_of_powers(of, name, wrapper):
     """(1-s) u + s c of x0 is the score of the normal proportional to p_t(x)^(1-s) p_t(x|c)^s."""
     all_weights = [(1 - scale, scale) for scale in (0.3, 1.0, 2.5)]
-    assert_scores(name, lambda w: wrapper(of["narrow"], of["wide"], w[1]), all_weights, ("wide", "narrow"))
+    assert_scores(
+        name, lambda w: wrapper(of["narrow"], of["wide"], w[1]), all_weights, ("wide", "narrow")
+    )
 
 
 @pytest.mark.parametrize("wrapper", [guided, autoguidance, negative])
 def test_scale_one_is_the_first_and_zero_the_second_denoiser_bit_for_bit(wrapper):
     c, u = (jnp.asarray(normal(seed, 4, D), jnp.float32) for seed in (0, 1))
     c, u = c.at[0, 0].set(-0.0), u.at[0, 1].set(jnp.inf).at[1, 0].set(jnp.nan)
-    run = lambda scale: wrapper(lambda x, t: c, lambda x, t: u, scale)(jnp.zeros((4, D)), jnp.asarray(0.5))  # noqa: E731
+    run = lambda scale: wrapper(lambda x, t: c, lambda x, t: u, scale)(
+        jnp.zeros((4, D)), jnp.asarray(0.5)
+    )  # noqa: E731
     for one, zero in ((1, 0), (1.0, 0.0), (jnp.asarray(1.0), jnp.asarray(0.0))):
         assert np.asarray(run(one)).tobytes() == np.asarray(c).tobytes()
         assert np.asarray(run(zero)).tobytes() == np.asarray(u).tobytes()
@@ -105,12 +137,14 @@ def test_scale_one_is_the_first_and_zero_the_second_denoiser_bit_for_bit(wrapper
 
 def test_a_scale_may_be_traced_in_another_precision_than_the_events(x64):
     x = jnp.asarray(normal(0, 4, D), jnp.float32)
-    y = jax.jit(lambda s: guided(lambda x, t: x, lambda x, t: 2 * x, s)(x, jnp.asarray(0.5)))(jnp.asarray(3.0, jnp.float64))
+    y = jax.jit(lambda s: guided(lambda x, t: x, lambda x, t: 2 * x, s)(x, jnp.asarray(0.5)))(
+        jnp.asarray(3.0, jnp.float64)
+    )
     assert y.dtype == jnp.float32
     np.testing.assert_allclose(y, -x, rtol=1e-6)
 
 
-# --- interval -----------------------------------------------------------------------------------------------------------
+# --- interval -------------------------------------------------------------------------------------
 
 
 def test_an_interval_switches_at_its_ends_exactly(x64):
@@ -128,7 +162,9 @@ def test_an_interval_switches_at_its_ends_exactly(x64):
     ):
         np.testing.assert_array_equal(run(x, jnp.asarray(t)), x if inside else 2 * x)
     # sigma / alpha, not sigma: on a straight line it is 1 at t = 1/2 and infinite at the start.
-    straight = jax.jit(interval(PATHS["conditional_ot"], lambda x, t: x, lambda x, t: 2 * x, 1.0, 3.0))
+    straight = jax.jit(
+        interval(PATHS["conditional_ot"], lambda x, t: x, lambda x, t: 2 * x, 1.0, 3.0)
+    )
     for t, inside in ((0.49, False), (0.5, True), (0.74, True), (0.76, False), (1.0, False)):
         np.testing.assert_array_equal(straight(x, jnp.asarray(t)), x if inside else 2 * x)
 
@@ -139,7 +175,9 @@ def test_a_solver_that_guides_in_an_interval_is_a_loop_with_an_if(x64):
     cond, plain = gaussian(path, *PAIRS["narrow"]), gaussian(path, *PAIRS["wide"])
     guide, times = guided(cond, plain, 2.0), solvers.grid("karras")(path, 8)
     x = jnp.asarray(80.0 * normal(3, 4, D))
-    found = jax.jit(lambda x: solvers.solver("ddim")(interval(path, guide, cond, 0.1, 4.0), path, x, times))(x)
+    found = jax.jit(
+        lambda x: solvers.solver("ddim")(interval(path, guide, cond, 0.1, 4.0), path, x, times)
+    )(x)
     inside = 0
     for t, s in itertools.pairwise(times):
         within = bool(0.1 <= t <= 4.0)
@@ -149,12 +187,14 @@ def test_a_solver_that_guides_in_an_interval_is_a_loop_with_an_if(x64):
     np.testing.assert_allclose(found, x, rtol=1e-10)
 
 
-# --- classifiers and products -------------------------------------------------------------------------------------------
+# --- classifiers and products ---------------------------------------------------------------------
 
 
 @every_path
 def test_the_exact_classifier_at_scale_one_gives_the_conditional_denoiser(of, name):
-    """Two classes, one Gaussian each: the denoiser of the mixture, guided by Bayes' rule, is that of the class."""
+    """Two classes, one Gaussian each: the denoiser of the mixture, guided by Bayes' rule, is that
+    of the class.
+    """
     path, share, classes = PATHS[name], (0.3, 0.7), ("narrow", "other")
 
     def log_posterior(x, t):
@@ -173,7 +213,10 @@ def test_the_exact_classifier_at_scale_one_gives_the_conditional_denoiser(of, na
     @jax.jit
     def all_of(x, t):
         towards = [lambda x, t, index=index: log_posterior(x, t)[:, index] for index in (0, 1)]
-        of_scale = [[classifier(mixture, path, f, scale)(x, t) for scale in (0.0, 1.0, 2.0)] for f in towards]
+        of_scale = [
+            [classifier(mixture, path, f, scale)(x, t) for scale in (0.0, 1.0, 2.0)]
+            for f in towards
+        ]
         return of_scale, [of[key](x, t) for key in classes], mixture(x, t)
 
     for t in map(jnp.asarray, TIMES[name]):
@@ -189,19 +232,29 @@ def test_the_exact_classifier_at_scale_one_gives_the_conditional_denoiser(of, na
 
 
 def test_at_pure_noise_a_classifier_adds_nothing():
-    y = classifier(lambda x, t: x, PATHS["conditional_ot"], lambda x, t: x.sum(1), 3.0)(jnp.ones((2, D)), jnp.asarray(1.0))
+    y = classifier(lambda x, t: x, PATHS["conditional_ot"], lambda x, t: x.sum(1), 3.0)(
+        jnp.ones((2, D)), jnp.asarray(1.0)
+    )
     np.testing.assert_array_equal(y, jnp.ones((2, D)))
 
 
 @every_path
 def test_a_product_of_gaussian_experts_is_the_product_gaussian(of, name):
     path, experts = PATHS[name], [of["narrow"], of["other"]]
-    assert_scores(name, lambda w: product(path, experts, w), [(1.0, 1.0), (1.0, 0.5)], ("narrow", "other"), 1e-8)
+    assert_scores(
+        name,
+        lambda w: product(path, experts, w),
+        [(1.0, 1.0), (1.0, 0.5)],
+        ("narrow", "other"),
+        1e-8,
+    )
     based = lambda w: product(path, experts, w[:2], of["wide"])  # noqa: E731
     assert_scores(name, based, [(1.0, 1.0, -1.0), (0.5, 1.0, -0.5)], ("narrow", "other", "wide"))
     x, t = jnp.asarray(normal(9, 5, D)), jnp.asarray(TIMES[name][1])
     one = product(path, experts[:1], (2.0,), of["wide"])(x, t)
-    np.testing.assert_allclose(one, guided(of["narrow"], of["wide"], 2.0)(x, t), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(
+        one, guided(of["narrow"], of["wide"], 2.0)(x, t), rtol=1e-9, atol=1e-12
+    )
 
 
 def test_products_need_one_weight_for_each_expert_and_are_finite_at_pure_noise():
@@ -209,16 +262,20 @@ def test_products_need_one_weight_for_each_expert_and_are_finite_at_pure_noise()
     for experts, weights in (([same], (1.0, 2.0)), ([], ()), ([same, same], jnp.ones(3))):
         with pytest.raises(ConfigError, match=rf"got {len(experts)} and {len(weights)}"):
             product(path, experts, weights)
-    assert np.isfinite(product(path, [same, same], (1.0, 1.0))(jnp.ones((2, D)), jnp.asarray(1.0))).all()
+    assert np.isfinite(
+        product(path, [same, same], (1.0, 1.0))(jnp.ones((2, D)), jnp.asarray(1.0))
+    ).all()
 
 
-# --- inpainting ---------------------------------------------------------------------------------------------------------
+# --- inpainting -----------------------------------------------------------------------------------
 
 LEFT = np.asarray([True, False])
 
 
 def painted(rho, name, solver, n_steps=200):
-    """A pair of standard normals with correlation rho, the first known to be 1.5: x as an affine function of the noise."""
+    """A pair of standard normals with correlation rho, the first known to be 1.5: x as an affine
+    function of the noise.
+    """
     path = {"edm": paths.edm(0.0, 80.0)}.get(name) or paths.PATHS[name]()
     pair = gaussian(path, np.zeros(2), np.asarray([[1, rho], [rho, 1]]))
     denoise = inpaint(pair, jnp.asarray([1.5, 7.0]), LEFT)
@@ -229,30 +286,43 @@ def painted(rho, name, solver, n_steps=200):
 
 
 def replaced_mean(rho, start, known=1.5):
-    """What the ODE with replaced pixels makes of the unknown one: with z = x / alpha and q = 1 + (sigma / alpha)²,
+    """What the ODE with replaced pixels makes of the unknown one: with z = x / alpha and q = 1 +
+    (sigma / alpha)²,
 
-    dz/dq = (q z - rho (known + noise)) / (2 (q² - rho²)), solved by variation of constants from z = noise at q = ∞ to q = 1.
-    A path that ends at sigma / alpha = `start` begins without the known value, so that its noise makes up for it there.
+    dz/dq = (q z - rho (known + noise)) / (2 (q² - rho²)), solved by variation of constants from z =
+    noise at q = ∞ to q = 1. A path that ends at sigma / alpha = `start` begins without the known
+    value, so that its noise makes up for it there.
     """
     share = lambda q: (1 - np.sqrt(q - 1) / start) * (q**2 - rho**2) ** -1.25  # noqa: E731
-    integral = scipy.integrate.quad(share, 1, np.inf if start == np.inf else 1 + start**2, limit=500)[0]
+    integral = scipy.integrate.quad(
+        share, 1, np.inf if start == np.inf else 1 + start**2, limit=500
+    )[0]
     return 0.5 * rho * known * (1 - rho**2) ** 0.25 * integral
 
 
-@pytest.mark.parametrize(("name", "solver"), [("conditional_ot", "heun"), ("edm", "heun"), ("variance_preserving", "ddim")])
+@pytest.mark.parametrize(
+    ("name", "solver"),
+    [("conditional_ot", "heun"), ("edm", "heun"), ("variance_preserving", "ddim")],
+)
 def test_known_pixels_come_out_as_given_and_independent_ones_are_not_touched(x64, name, solver):
     known, mean, var = painted(0.0, name, solver)
     np.testing.assert_allclose(known, 1.5, atol=1e-12)
     np.testing.assert_allclose(mean, 0, atol=1e-12)
-    np.testing.assert_allclose(var, 1, atol=1e-3 if solver == "heun" else 2e-2)  # the solver's own error, of order 2 and 1
+    np.testing.assert_allclose(
+        var, 1, atol=1e-3 if solver == "heun" else 2e-2
+    )  # the solver's own error, of order 2 and 1
 
 
 @pytest.mark.parametrize("name", ["conditional_ot", "variance_preserving", "edm"])
 def test_the_bias_of_replacement_is_the_known_one(x64, name):
-    """The law of the unknown given the known is N(rho known, 1 - rho²); the mean falls short by as much on every path."""
+    """The law of the unknown given the known is N(rho known, 1 - rho²); the mean falls short by as
+    much on every path.
+    """
     for rho in (0.5, 0.9):
         _, mean, var = painted(rho, name, "heun")
-        np.testing.assert_allclose(mean, replaced_mean(rho, 80.0 if name == "edm" else np.inf), rtol=3e-3)
+        np.testing.assert_allclose(
+            mean, replaced_mean(rho, 80.0 if name == "edm" else np.inf), rtol=3e-3
+        )
         assert 0 < mean < rho * 1.5
         assert 1 - rho**2 < var < 1
 
@@ -260,18 +330,24 @@ def test_the_bias_of_replacement_is_the_known_one(x64, name):
 @pytest.mark.slow
 def test_langevin_steps_take_the_bias_of_replacement_away(x64):
     path, rho, n = paths.conditional_ot(), 0.5, 4_000
-    denoise = inpaint(gaussian(path, np.zeros(2), np.asarray([[1, rho], [rho, 1]])), jnp.asarray([1.5, 0.0]), LEFT)
+    denoise = inpaint(
+        gaussian(path, np.zeros(2), np.asarray([[1, rho], [rho, 1]])), jnp.asarray([1.5, 0.0]), LEFT
+    )
     times, x = solvers.grid("uniform")(path, 40), jnp.asarray(normal(0, n, 2))
     gaps = []
     for n_steps in (0, 5, 60):
         ddim = solvers.solver("ddim")
         run = solvers.corrected(ddim, n_steps) if n_steps else ddim
-        y = np.asarray(jax.jit(lambda x, key, run=run: run(denoise, path, x, times, key))(x, jax.random.key(0)))
+        y = np.asarray(
+            jax.jit(lambda x, key, run=run: run(denoise, path, x, times, key))(x, jax.random.key(0))
+        )
         np.testing.assert_allclose(y[:, 0], 1.5, atol=1e-12)
         gaps.append(rho * 1.5 - y[:, 1].mean())
     assert gaps[0] > 0.4
     assert gaps[1] < 0.7 * gaps[0]
-    assert abs(gaps[2]) < 0.2 * gaps[0]  # what is left is the noise of the last step, 1 / 40, and that 60 steps are not all
+    assert (
+        abs(gaps[2]) < 0.2 * gaps[0]
+    )  # what is left is the noise of the last step, 1 / 40, and that 60 steps are not all
     np.testing.assert_allclose(y[:, 1].var(), 1 - rho**2, atol=0.03)
 
 
@@ -279,9 +355,15 @@ def test_masks_and_known_values_may_be_of_one_event_or_of_all(x64):
     known, x, t = normal(0, 4, 2, 3), jnp.asarray(normal(1, 4, 2, 3)), jnp.asarray(0.5)
     mask = np.random.default_rng(0).random((4, 2, 3)) < 0.5
     estimate = lambda x, t: 10 * x  # noqa: E731
-    np.testing.assert_array_equal(inpaint(estimate, known, mask)(x, t), np.where(mask, known, 10 * x))
-    np.testing.assert_array_equal(inpaint(estimate, known, mask[0])(x, t), np.where(mask[:1], known, 10 * x))
-    np.testing.assert_array_equal(inpaint(estimate, known[0], mask)(x, t), np.where(mask, known[:1], 10 * x))
+    np.testing.assert_array_equal(
+        inpaint(estimate, known, mask)(x, t), np.where(mask, known, 10 * x)
+    )
+    np.testing.assert_array_equal(
+        inpaint(estimate, known, mask[0])(x, t), np.where(mask[:1], known, 10 * x)
+    )
+    np.testing.assert_array_equal(
+        inpaint(estimate, known[0], mask)(x, t), np.where(mask, known[:1], 10 * x)
+    )
 
 
 @pytest.mark.parametrize("shape", [(3, 2), (3,), (2,), (5, 2, 3), (1, 2, 3), (2, 3, 1)])
@@ -299,17 +381,23 @@ def test_a_mask_of_numbers_is_refused():
         inpaint(lambda x, t: x, jnp.zeros(3), jnp.ones(3))
 
 
-# --- rescaling ----------------------------------------------------------------------------------------------------------
+# --- rescaling ------------------------------------------------------------------------------------
 
 
 def test_rescaling_gives_the_standard_deviation_of_the_conditional(x64):
-    c, g, t = jnp.asarray(normal(0, 5, 4, 3)), jnp.asarray(1 + 3 * normal(1, 5, 4, 3)), jnp.asarray(0.5)
+    c, g, t = (
+        jnp.asarray(normal(0, 5, 4, 3)),
+        jnp.asarray(1 + 3 * normal(1, 5, 4, 3)),
+        jnp.asarray(0.5),
+    )
     of = lambda phi: np.asarray(rescale(lambda x, t: g, lambda x, t: c, phi)(g, t))  # noqa: E731
     std = lambda y: np.asarray(y).reshape(5, -1).std(1)  # noqa: E731
     np.testing.assert_allclose(std(of(1.0)), std(c), rtol=1e-12)
     np.testing.assert_array_equal(of(0.0), g)
     np.testing.assert_allclose(std(of(0.25)), 0.25 * std(c) + 0.75 * std(g), rtol=1e-12)
-    np.testing.assert_allclose(of(0.5), (of(0.0) + of(1.0)) / 2, rtol=1e-12)  # in between, and in the direction of g
+    np.testing.assert_allclose(
+        of(0.5), (of(0.0) + of(1.0)) / 2, rtol=1e-12
+    )  # in between, and in the direction of g
     same = rescale(lambda x, t: jnp.ones_like(x), lambda x, t: c, 1.0)(g, t)
     np.testing.assert_array_equal(same, jnp.ones_like(g))  # nothing to stretch
 
@@ -321,11 +409,15 @@ def test_wrappers_compose_under_jit_and_vmap(x64):
     def run(scale, phi, x):
         guide = rescale(guided(cond, plain, scale), cond, phi)
         inner = interval(path, guide, cond, 0.2, 5.0)
-        return solvers.solver("heun")(inpaint(inner, jnp.ones(D), np.asarray([True, False, False])), path, x, times)
+        return solvers.solver("heun")(
+            inpaint(inner, jnp.ones(D), np.asarray([True, False, False])), path, x, times
+        )
 
     times, x = solvers.grid("uniform")(path, 6), jnp.asarray(normal(3, 4, D))
     scales, shares = jnp.asarray([1.0, 3.0]), jnp.asarray([0.3, 0.7])
     many = jax.jit(jax.vmap(run, (0, 0, None)))(scales, shares, x)
     for index in range(2):
-        np.testing.assert_allclose(many[index], jax.jit(run)(scales[index], shares[index], x), rtol=1e-9)
+        np.testing.assert_allclose(
+            many[index], jax.jit(run)(scales[index], shares[index], x), rtol=1e-9
+        )
     assert np.abs(many[0] - many[1]).max() > 0.01

@@ -13,7 +13,10 @@ import pytest
 import genjax
 
 ROOT = Path(genjax.__file__).parent
-FILES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in sorted(ROOT.rglob("*.py"))}
+FILES = {
+    path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
+    for path in sorted(ROOT.rglob("*.py"))
+}
 # Rooms on one level do not know of each other.
 ORDER = (
     {"errors"},
@@ -86,7 +89,9 @@ def test_families_know_of_no_optimiser():
 
 
 def test_flax_is_imported_under_nets_only():
-    assert [name for name in FILES if "flax" in packages(name) and not name.startswith("nets.")] == []
+    assert [
+        name for name in FILES if "flax" in packages(name) and not name.startswith("nets.")
+    ] == []
 
 
 def test_diffrax_is_imported_by_solvers_only_and_only_when_it_is_used():
@@ -99,16 +104,22 @@ def test_the_command_line_imports_nothing_heavy():
     light = [name for name in FILES if room_of(name) == "cli" and name != "cli.progress"]
     for name in (*light, "errors", "__init__", "__main__"):
         modules = set(imports(FILES[name], top_level=True))
-        assert {module.split(".")[0] for module in modules} <= sys.stdlib_module_names | {"genjax"}, name
+        assert {module.split(".")[0] for module in modules} <= sys.stdlib_module_names | {
+            "genjax"
+        }, name
     for name in light:
-        found = {module for module in imports(FILES[name], top_level=True) if module.startswith("genjax")}
+        found = {
+            module for module in imports(FILES[name], top_level=True) if module.startswith("genjax")
+        }
         assert {module.split(".")[1] for module in found} <= {"errors", "cli"}, name
 
 
 @pytest.mark.parametrize("flag", ["--help", "--version"])
 def test_help_does_not_import_jax(flag):
     code = f"import sys; from genjax.cli import main; main(['{flag}']); print('jax' in sys.modules, 'numpy' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent
+    )
     assert done.stdout.splitlines()[-1] == "False False"
 
 

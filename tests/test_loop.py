@@ -1,4 +1,6 @@
-"""`fit` with a toy model whose every number is known: feeds, intervals, resume, signals, losses that are not finite."""
+"""`fit` with a toy model whose every number is known: feeds, intervals, resume, signals, losses
+that are not finite.
+"""
 
 import os
 import signal
@@ -30,7 +32,9 @@ FLAG = 1000.0  # a first coordinate above this makes a gradient NaN though the l
 
 
 def toy() -> Model:
-    """Two players that each fit one coordinate with noise; "a" counts its steps, and "count" is a metric known exactly."""
+    """Two players that each fit one coordinate with noise; "a" counts its steps, and "count" is a
+    metric known exactly.
+    """
 
     def init(key):
         a, b = jax.random.split(key)
@@ -42,7 +46,8 @@ def toy() -> Model:
             x, w = batch.x[:, column], params[player]["w"]
             noise = jax.random.normal(key, x.shape)
             value = jnp.square(x + 0.1 * noise - jnp.mean(w))
-            # √ of 0 is finite and has an infinite slope, times 0 is NaN: only where an example is flagged.
+            # √ of 0 is finite and has an infinite slope, times 0 is NaN: only where an example is
+            # flagged.
             flagged = (batch.x[:, 0] > FLAG).astype(jnp.float32)
             value = jnp.where(flagged > 0, 0.0, value)
             value = value + jnp.sqrt(jnp.square(w[0] - jax.lax.stop_gradient(w[0])) + 1 - flagged)
@@ -60,7 +65,9 @@ def toy() -> Model:
 
 
 def toy_training() -> Training:
-    return training(toy(), {"a": optax.chain(optax.adam(0.05), track_ema(0.9)), "b": optax.sgd(0.01)})
+    return training(
+        toy(), {"a": optax.chain(optax.adam(0.05), track_ema(0.9)), "b": optax.sgd(0.01)}
+    )
 
 
 def data(spoiled: tuple[int, int, float] | None = None) -> tuple[Source, Batch]:
@@ -73,7 +80,11 @@ def data(spoiled: tuple[int, int, float] | None = None) -> tuple[Source, Batch]:
 
 
 @cache
-def toy_feed(make: Callable[..., Feed] = device_feed, wrap: Callable[[Training], Training] = lambda t: t, spoiled=None) -> Feed:
+def toy_feed(
+    make: Callable[..., Feed] = device_feed,
+    wrap: Callable[[Training], Training] = lambda t: t,
+    spoiled=None,
+) -> Feed:
     """A feed whose trainings are made once, so that each is compiled once for the whole file."""
     feed = make(wrap(toy_training()), *data(spoiled), BATCH, SEED)
     return feed._replace(training=cache(feed.training))
@@ -84,10 +95,18 @@ def visit(row: int, after: int = 0) -> int:
     return next(step for step in range(after, 100) if row in batch_indices(N, BATCH, SEED, step))
 
 
-def run(feed: Feed, steps: int = 23, per_call: int = 5, key=None, **kwargs: Any) -> tuple[TrainState, list[dict[str, Any]]]:
+def run(
+    feed: Feed, steps: int = 23, per_call: int = 5, key=None, **kwargs: Any
+) -> tuple[TrainState, list[dict[str, Any]]]:
     lines: list[dict[str, Any]] = []
     kwargs = {"log_every": 5, "log": lines.append, **kwargs}
-    state = fit(feed, key=jax.random.key(0) if key is None else key, steps=steps, steps_per_call=per_call, **kwargs)
+    state = fit(
+        feed,
+        key=jax.random.key(0) if key is None else key,
+        steps=steps,
+        steps_per_call=per_call,
+        **kwargs,
+    )
     return state, lines
 
 
@@ -121,7 +140,9 @@ def test_auto_puts_small_data_on_the_device_and_large_data_on_the_host() -> None
     choose = partial(choose_feed, toy_training(), source, batch_size=BATCH, seed=SEED)
     assert not choose(arrays).prefetch
     assert choose(arrays, place="host").prefetch
-    huge = Batch(np.broadcast_to(np.zeros(2, np.float32), (DEVICE_LIMIT // 8 + 1, 2)))  # strides of 0: no memory
+    huge = Batch(
+        np.broadcast_to(np.zeros(2, np.float32), (DEVICE_LIMIT // 8 + 1, 2))
+    )  # strides of 0: no memory
     assert huge.x.nbytes > DEVICE_LIMIT
     assert choose(huge).prefetch
 
@@ -133,7 +154,9 @@ def test_a_batch_larger_than_the_data_is_refused_before_anything_happens() -> No
 
 
 @pytest.mark.slow
-def test_lines_and_hooks_come_at_the_first_boundary_at_or_after_a_multiple_of_their_interval() -> None:
+def test_lines_and_hooks_come_at_the_first_boundary_at_or_after_a_multiple_of_their_interval() -> (
+    None
+):
     seen: dict[int, list[int]] = {10: [], 20: [], 0: []}
 
     def hook(every: int) -> Hook:
@@ -169,19 +192,31 @@ def test_progress_is_told_after_every_dispatch() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("make", [device_feed, host_feed])
-def test_a_signal_saves_and_going_on_is_bitwise_equal_to_never_having_stopped(tmp_path: Path, number: int, make) -> None:
-    """Stopped in the middle of a log window, so that what the window held so far has to come back too."""
+def test_a_signal_saves_and_going_on_is_bitwise_equal_to_never_having_stopped(
+    tmp_path: Path, number: int, make
+) -> None:
+    """Stopped in the middle of a log window, so that what the window held so far has to come back
+    too.
+    """
     settings = {"steps": 43, "log_every": 20, "checkpoint_every": 30}
     expected, expected_lines = run(toy_feed(make), **settings)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     began: list[int] = []
     lines: list[dict[str, Any]] = []
-    common = {**settings, "log": lines.append, "on_restore": began.append, "checkpoints": Checkpoints(tmp_path)}
+    common = {
+        **settings,
+        "log": lines.append,
+        "on_restore": began.append,
+        "checkpoints": Checkpoints(tmp_path),
+    }
     with pytest.raises(Interrupted) as stopped:
         run(toy_feed(make), **common, hooks=[at(35, lambda: os.kill(os.getpid(), number))])
     assert stopped.value.signal == number
     name = signal.Signals(number).name
-    assert str(stopped.value) == f"{name}: saved at step 35 of 43; run the same command again to go on."
+    assert (
+        str(stopped.value)
+        == f"{name}: saved at step 35 of 43; run the same command again to go on."
+    )
     assert Checkpoints(tmp_path).steps() == [30, 35]
     assert {s: signal.getsignal(s) for s in handlers} == handlers
 
@@ -195,9 +230,13 @@ def test_a_signal_saves_and_going_on_is_bitwise_equal_to_never_having_stopped(tm
 
 
 def test_going_on_from_every_checkpoint_gives_the_same_run(tmp_path: Path) -> None:
-    """As after a crash at any moment: whatever was done after the checkpoint is done again, to the same bits."""
+    """As after a crash at any moment: whatever was done after the checkpoint is done again, to the
+    same bits.
+    """
     settings = {"steps": 23, "log_every": 10, "checkpoint_every": 5}
-    expected, expected_lines = run(toy_feed(), checkpoints=Checkpoints(tmp_path / "all", keep=10), **settings)
+    expected, expected_lines = run(
+        toy_feed(), checkpoints=Checkpoints(tmp_path / "all", keep=10), **settings
+    )
     for step in Checkpoints(tmp_path / "all").steps():
         folder = tmp_path / f"from_{step}"
         folder.mkdir()
@@ -230,7 +269,9 @@ def test_a_second_sigint_interrupts_at_once(tmp_path: Path) -> None:
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        run(toy_feed(), checkpoints=Checkpoints(tmp_path), checkpoint_every=5, hooks=[at(10, twice)])
+        run(
+            toy_feed(), checkpoints=Checkpoints(tmp_path), checkpoint_every=5, hooks=[at(10, twice)]
+        )
     assert Checkpoints(tmp_path).steps() == [5]
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -253,8 +294,12 @@ def test_fit_works_outside_the_main_thread_where_signals_cannot_be_caught() -> N
 
 @pytest.mark.parametrize("column", [0, 1])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_with_its_step_and_player(tmp_path: Path, column: int, value: float) -> None:
-    row = next(row for row in range(N) if visit(row) in (3, 4))  # in the middle of a dispatch, and of the first epoch
+def test_a_loss_that_is_not_finite_stops_with_its_step_and_player(
+    tmp_path: Path, column: int, value: float
+) -> None:
+    row = next(
+        row for row in range(N) if visit(row) in (3, 4)
+    )  # in the middle of a dispatch, and of the first epoch
     # The flag must stay off, so an infinite first coordinate is a negative one.
     feed = toy_feed(spoiled=(row, column, -value))
     with pytest.raises(NonFiniteError) as stopped:
@@ -287,18 +332,27 @@ def test_the_member_of_an_ensemble_is_named() -> None:
     with pytest.raises(NonFiniteError, match="At step 0 the loss of player 'b', member 1 is nan"):
         run(toy_feed(wrap=one_bad), key=keys)
     _, lines = run(toy_feed(wrap=one_bad), key=keys, stop_on_nonfinite=False)
-    assert [np.isfinite(line["b/loss"]).tolist() for line in lines] == [[True, False, True]] * len(lines)
+    assert [np.isfinite(line["b/loss"]).tolist() for line in lines] == [[True, False, True]] * len(
+        lines
+    )
 
 
 @pytest.mark.slow
 def test_skipped_steps_are_counted_and_leave_the_rest_finite() -> None:
-    """The bad row comes once an epoch; its steps change nothing but the step, and the others go on."""
+    """The bad row comes once an epoch; its steps change nothing but the step, and the others go
+    on.
+    """
     row = 7
     bad = [step for step in range(23) if row in batch_indices(N, BATCH, SEED, step)]
     assert len(bad) >= 4
-    state, lines = run(toy_feed(wrap=skip_nonfinite, spoiled=(row, 1, float("nan"))), stop_on_nonfinite=False)
+    state, lines = run(
+        toy_feed(wrap=skip_nonfinite, spoiled=(row, 1, float("nan"))), stop_on_nonfinite=False
+    )
     ends = [line["step"] for line in lines]
-    counts = [sum(start <= step < end for step in bad) for start, end in zip([0, *ends], ends, strict=False)]
+    counts = [
+        sum(start <= step < end for step in bad)
+        for start, end in zip([0, *ends], ends, strict=False)
+    ]
     assert [line["skipped"] for line in lines] == counts
     assert int(state.step) == 23
     assert int(state.state["a"]["count"]) == 23 - len(bad)
@@ -306,11 +360,15 @@ def test_skipped_steps_are_counted_and_leave_the_rest_finite() -> None:
 
 
 def test_parameters_that_are_not_finite_are_never_saved_even_if_the_loss_is(tmp_path: Path) -> None:
-    """The gradient of a flagged example is NaN and its loss is not: the loss would only tell one step later."""
+    """The gradient of a flagged example is NaN and its loss is not: the loss would only tell one
+    step later.
+    """
     step = visit(7)
     assert step > 0
     feed = toy_feed(spoiled=(7, 0, 2 * FLAG))
-    with pytest.raises(NonFiniteError, match=f"At step {step + 1} the parameters are not finite") as stopped:
+    with pytest.raises(
+        NonFiniteError, match=f"At step {step + 1} the parameters are not finite"
+    ) as stopped:
         run(feed, per_call=1, checkpoints=Checkpoints(tmp_path), checkpoint_every=1)
     assert f"The last good checkpoint is that of step {step}." in str(stopped.value)
     assert Checkpoints(tmp_path).steps()[-1] == step
@@ -334,13 +392,20 @@ def test_nothing_is_compiled_after_the_first_dispatches(tmp_path: Path) -> None:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert len(counts) == 8
     assert counts[0] > 0, "the listener hears nothing"
-    assert counts[1:] == [counts[1]] * 7  # the first save, between the first two, compiles its check for finite values
+    assert (
+        counts[1:] == [counts[1]] * 7
+    )  # the first save, between the first two, compiles its check for finite values
 
 
-def test_a_damaged_newest_checkpoint_is_trained_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_newest_checkpoint_is_trained_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     settings = {"steps": 23, "checkpoint_every": 5, "checkpoints": Checkpoints(tmp_path)}
     expected, expected_lines = run(toy_feed(), **settings)
-    biggest = max((path for path in (tmp_path / "23").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    biggest = max(
+        (path for path in (tmp_path / "23").rglob("*") if path.is_file()),
+        key=lambda path: path.stat().st_size,
+    )
     biggest.write_bytes(biggest.read_bytes()[:-7])
     began: list[int] = []
     state, lines = run(toy_feed(), on_restore=began.append, **settings)

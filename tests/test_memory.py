@@ -1,4 +1,6 @@
-"""What a train step keeps: the state is updated in place, and what is computed again gives the same with less memory."""
+"""What a train step keeps: the state is updated in place, and what is computed again gives the same
+with less memory.
+"""
 
 import functools
 
@@ -21,7 +23,9 @@ QUICK = {"xla_backend_optimization_level": 0}  # which changes no figure of memo
 
 @first_rows
 def test_the_new_state_is_written_over_the_donated_one(name):
-    """The compiled program reuses every byte of the state, in one step and in a loop of steps: nothing of it is there twice."""
+    """The compiled program reuses every byte of the state, in one step and in a loop of steps:
+    nothing of it is there twice.
+    """
     spec = setup(name).spec
     t = setup(name).recipe.training(spec)
     state, batch = step_shapes(t, spec, B)
@@ -35,8 +39,16 @@ AGAIN = {
     "vanilla": (functools.partial(rnn, cell="vanilla", d_embed=4, d_hidden=16, n_layers=2), {}),
     "lstm": (functools.partial(rnn, cell="lstm", d_embed=4, d_hidden=16), {}),
     "vrnn": (functools.partial(vrnn, latent_dim=2, d_hidden=16, hidden=(16,)), {}),
-    "fivo": (functools.partial(vrnn, latent_dim=2, d_hidden=16, hidden=(16,), objective="fivo", n_samples=4), {}),
-    "transformer": (functools.partial(transformer, d_model=16, n_layers=4, n_heads=4), {"scan_layers": True}),
+    "fivo": (
+        functools.partial(
+            vrnn, latent_dim=2, d_hidden=16, hidden=(16,), objective="fivo", n_samples=4
+        ),
+        {},
+    ),
+    "transformer": (
+        functools.partial(transformer, d_model=16, n_layers=4, n_heads=4),
+        {"scan_layers": True},
+    ),
 }
 
 
@@ -61,7 +73,9 @@ def test_computing_again_gives_the_same_in_less_memory(name):
 
     assert_close(losses(again)(params), losses(plain)(params), 1e-5)
     needed = [
-        step_program(training(model, optax.sgd(0.1)), spec, N, QUICK).memory_analysis().temp_size_in_bytes
+        step_program(training(model, optax.sgd(0.1)), spec, N, QUICK)
+        .memory_analysis()
+        .temp_size_in_bytes
         for model in (plain, again)
     ]
     assert needed[1] < 0.9 * needed[0]

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genjax.evaluation.estimates import Estimate, bits_per_dim, count, estimate, padded, score_examples, scorer
+from genjax.evaluation.estimates import (
+    Estimate,
+    bits_per_dim,
+    count,
+    estimate,
+    padded,
+    score_examples,
+    scorer,
+)
 from genjax.profiling.measure import cost_of, loop_flops, matmul_peak, seconds_per_call, stepper
 from genjax.protocol import Batch, DataSpec
 
@@ -36,8 +44,12 @@ def test_one_value_has_no_standard_error() -> None:
 
 def test_the_standard_error_covers_the_truth_as_often_as_it_should() -> None:
     draws = np.random.default_rng(0).exponential(2.0, size=(2000, 400))
-    covered = [abs(found.mean - 2.0) < 1.96 * found.standard_error for found in map(estimate, draws)]
-    assert np.mean(covered) == pytest.approx(0.95, abs=4 * math.sqrt(0.05 * 0.95 / 2000) + 0.005)  # 0.005: a skewed mean
+    covered = [
+        abs(found.mean - 2.0) < 1.96 * found.standard_error for found in map(estimate, draws)
+    ]
+    assert np.mean(covered) == pytest.approx(
+        0.95, abs=4 * math.sqrt(0.05 * 0.95 / 2000) + 0.005
+    )  # 0.005: a skewed mean
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 1), (3,), ()])
@@ -48,7 +60,9 @@ def test_uniform_bytes_cost_eight_bits_per_dimension(shape: tuple[int, ...]) -> 
 
 
 def test_a_fair_coin_costs_one_bit() -> None:
-    assert bits_per_dim(-64 * math.log(2), DataSpec((8, 8, 1), "binary")) == pytest.approx(1.0, rel=1e-15)
+    assert bits_per_dim(-64 * math.log(2), DataSpec((8, 8, 1), "binary")) == pytest.approx(
+        1.0, rel=1e-15
+    )
 
 
 def test_padded_repeats_row_0_with_weight_0() -> None:
@@ -65,7 +79,9 @@ def test_padded_repeats_row_0_with_weight_0() -> None:
 
 
 def run_on(n: int, batch_size: int, seen: list | None = None) -> np.ndarray:
-    """Score n examples with their own first number plus that of their condition; the weight must never be 0 for a real one."""
+    """Score n examples with their own first number plus that of their condition; the weight must
+    never be 0 for a real one.
+    """
 
     def score(params, state, batch, key):
         return params * batch.x[:, 0] + batch.cond
@@ -74,14 +90,25 @@ def run_on(n: int, batch_size: int, seen: list | None = None) -> np.ndarray:
         return batch._replace(x=batch.x.astype(jnp.float32), cond=batch.cond.astype(jnp.float32))
 
     run = scorer(score, prepare)
-    arrays = Batch(np.stack([np.arange(n), np.zeros(n)], axis=1).astype(np.uint8), np.arange(n, dtype=np.int32) * 100)
-    progress = (lambda done, total: None) if seen is None else lambda done, total: seen.append((done, total))
-    values = score_examples(run, jnp.float32(2.0), {}, arrays, jax.random.key(0), batch_size, progress)
+    arrays = Batch(
+        np.stack([np.arange(n), np.zeros(n)], axis=1).astype(np.uint8),
+        np.arange(n, dtype=np.int32) * 100,
+    )
+    progress = (
+        (lambda done, total: None)
+        if seen is None
+        else lambda done, total: seen.append((done, total))
+    )
+    values = score_examples(
+        run, jnp.float32(2.0), {}, arrays, jax.random.key(0), batch_size, progress
+    )
     assert run._cache_size() == 1, "a partial last batch must not compile again"
     return values
 
 
-@pytest.mark.parametrize(("n", "batch_size"), [(10, 5), (10, 4), (10, 3), (10, 10), (10, 64), (1, 8), (7, 1)])
+@pytest.mark.parametrize(
+    ("n", "batch_size"), [(10, 5), (10, 4), (10, 3), (10, 10), (10, 64), (1, 8), (7, 1)]
+)
 def test_every_example_is_scored_exactly_once_and_in_order(n: int, batch_size: int) -> None:
     seen: list[tuple[int, int]] = []
     np.testing.assert_array_equal(run_on(n, batch_size, seen), np.arange(n) * 102.0)
@@ -109,12 +136,23 @@ def test_members_of_a_sweep_are_scored_side_by_side() -> None:
         return batch.x[:, 0][:, None] * params[None, :]
 
     arrays = Batch(np.arange(5, dtype=np.float32)[:, None])
-    values = score_examples(scorer(score, lambda key, batch: batch), jnp.asarray([1.0, 10.0]), {}, arrays, jax.random.key(0), 2)
+    values = score_examples(
+        scorer(score, lambda key, batch: batch),
+        jnp.asarray([1.0, 10.0]),
+        {},
+        arrays,
+        jax.random.key(0),
+        2,
+    )
     np.testing.assert_array_equal(values, np.arange(5.0)[:, None] * [1, 10])
 
 
 def test_count_takes_arrays_and_shapes() -> None:
-    tree = {"a": jnp.zeros((2, 3)), "b": {"c": jax.ShapeDtypeStruct((4,), jnp.float32), "d": np.zeros(())}, "e": {}}
+    tree = {
+        "a": jnp.zeros((2, 3)),
+        "b": {"c": jax.ShapeDtypeStruct((4,), jnp.float32), "d": np.zeros(())},
+        "e": {},
+    }
     assert count(tree) == 11
 
 

@@ -1,4 +1,6 @@
-"""Networks against formulas written out: multilayer perceptrons and convolutional encoders and decoders."""
+"""Networks against formulas written out: multilayer perceptrons and convolutional encoders and
+decoders.
+"""
 
 from functools import partial
 
@@ -34,12 +36,16 @@ def test_an_mlp_is_its_formula_and_does_not_care_how_rows_are_arranged(x64):
 def test_flatten_with_appends_the_condition_last():
     x, cond = jnp.arange(12.0).reshape(2, 3, 2), jnp.full((2, 1), 9.0)
     np.testing.assert_array_equal(flatten_with(x, 2, None), x.reshape(2, 6))
-    np.testing.assert_array_equal(flatten_with(x, 2, cond), np.concatenate([x.reshape(2, 6), cond], 1))
+    np.testing.assert_array_equal(
+        flatten_with(x, 2, cond), np.concatenate([x.reshape(2, 6), cond], 1)
+    )
     np.testing.assert_array_equal(flatten_with(x[..., 0], 1, None), x[..., 0])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "channels"), [((8, 8, 1), (2,)), ((8, 4, 3), (4, 3)), ((8, 8, 2), (2, 3, 4))])
+@pytest.mark.parametrize(
+    ("shape", "channels"), [((8, 8, 1), (2,)), ((8, 4, 3), (4, 3)), ((8, 8, 2), (2, 3, 4))]
+)
 def test_convolutional_nets_halve_and_double_once_per_entry(shape, channels):
     encoder = functional(partial(ConvEncoder, shape, channels, 5, cond_size=2))
     decoder = functional(partial(ConvDecoder, 6, shape, channels[::-1], 7))
@@ -47,7 +53,9 @@ def test_convolutional_nets_halve_and_double_once_per_entry(shape, channels):
     side = [size // 2 ** len(channels) for size in shape[:2]]
     assert ep["last"]["kernel"].shape == (side[0] * side[1] * channels[-1] + 2, 5)
     assert dp["first"]["kernel"].shape == (6, side[0] * side[1] * channels[-1])
-    assert jax.eval_shape(encoder.apply, ep, es, jnp.ones((3, *shape)), jnp.ones((3, 2)))[0].shape == (3, 5)
+    assert jax.eval_shape(encoder.apply, ep, es, jnp.ones((3, *shape)), jnp.ones((3, 2)))[
+        0
+    ].shape == (3, 5)
     assert jax.eval_shape(decoder.apply, dp, ds, jnp.ones((3, 6)))[0].shape == (3, *shape[:2], 7)
 
 
@@ -69,5 +77,6 @@ def test_a_decoder_with_unit_kernels_repeats_and_an_encoder_with_them_picks_ever
     }
     x = jnp.arange(16.0).reshape(1, 4, 4, 1)
     features = encoder.apply(params, {}, x)[0]
-    # "SAME" padding of an even side with stride 2 adds nothing before and one row after, so kernels centre on odd pixels.
+    # "SAME" padding of an even side with stride 2 adds nothing before and one row after, so kernels
+    # centre on odd pixels.
     np.testing.assert_array_equal(features[0], x[0, 1::2, 1::2, 0].ravel())

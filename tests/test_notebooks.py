@@ -1,4 +1,6 @@
-"""Every notebook runs from top to bottom, with small settings in place of those in its cell tagged `parameters`."""
+"""Every notebook runs from top to bottom, with small settings in place of those in its cell tagged
+`parameters`.
+"""
 
 import os
 from pathlib import Path
@@ -33,8 +35,11 @@ def test_every_notebook_has_small_settings() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # One device, and pictures in the notebook, as a reader has it; but compiled as fast as the other tests.
-    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", ""))
+    # One device, and pictures in the notebook, as a reader has it; but compiled as fast as the
+    # other tests.
+    monkeypatch.setenv(
+        "XLA_FLAGS", os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
+    )
     monkeypatch.delenv("MPLBACKEND")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     notebook = nbformat.read(FOLDER / name, as_version=4)
@@ -42,7 +47,12 @@ def test_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(settings) == 1
     settings[0].source = SMALL[name]
     NotebookClient(notebook, timeout=300, kernel_name="python3").execute(cwd=str(tmp_path))
-    pictures = [out for cell in notebook.cells for out in cell.get("outputs", []) if "image/png" in out.get("data", {})]
+    pictures = [
+        out
+        for cell in notebook.cells
+        for out in cell.get("outputs", [])
+        if "image/png" in out.get("data", {})
+    ]
     assert len(pictures) == SHOWS[name]
 
 

@@ -10,9 +10,19 @@ import optax
 import pytest
 
 from genjax.errors import ConfigError
-from genjax.learning.optim import ALGORITHMS, SCHEDULES, Optimizer, TrackEmaState, averaged, track_ema
+from genjax.learning.optim import (
+    ALGORITHMS,
+    SCHEDULES,
+    Optimizer,
+    TrackEmaState,
+    averaged,
+    track_ema,
+)
 
-PARAMS = {"kernel": np.array([[1.0, -2.0], [0.5, 3.0]], np.float32), "bias": np.array([1.0, -1.0], np.float32)}
+PARAMS = {
+    "kernel": np.array([[1.0, -2.0], [0.5, 3.0]], np.float32),
+    "bias": np.array([1.0, -1.0], np.float32),
+}
 
 
 def tree(value=PARAMS):
@@ -35,7 +45,7 @@ def zeros():
     return jax.tree.map(jnp.zeros_like, tree())
 
 
-# --- track_ema ----------------------------------------------------------------------------------------------------------
+# --- track_ema ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.99])
@@ -47,17 +57,23 @@ def test_track_ema_is_the_loop(decay):
     for count in range(30):
         grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
         params, opt = run(grads, opt, params)
-        # The warm-up: 1/10, 2/11, 3/12, ... until it passes the decay. The average sees the parameters after the update.
+        # The warm-up: 1/10, 2/11, 3/12, ... until it passes the decay. The average sees the
+        # parameters after the update.
         d = min(decay, (1 + count) / (10 + count))
         want = jax.tree.map(lambda e, p, d=d: d * e + (1 - d) * np.float64(p), want, params)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), averaged(opt, params), want)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+            averaged(opt, params),
+            want,
+        )
     assert opt[-1].count == 30
     assert opt[-1].count.dtype == jnp.int32
     assert (decay == 0) == bool(np.array_equal(opt[-1].ema["bias"], params["bias"]))
 
 
 def test_the_decay_warms_up_as_its_formula_says():
-    # With parameters at 0 and an average that starts at 1, the average is the product of the decays.
+    # With parameters at 0 and an average that starts at 1, the average is the product of the
+    # decays.
     tx = track_ema(0.6)
     opt = tx.init({"w": jnp.ones(())})
     run, zero, product = jax.jit(tx.update), {"w": jnp.zeros(())}, 1.0
@@ -103,7 +119,9 @@ def test_the_average_is_a_copy_that_can_be_donated():
             updates, opt = tx.update(jax.tree.map(jnp.ones_like, params), opt, params)
         return optax.apply_updates(params, updates), opt
 
-    params, opt = jax.jit(both, donate_argnums=(0, 1))(params, opt)  # an alias: "attempt to donate the same buffer twice"
+    params, opt = jax.jit(both, donate_argnums=(0, 1))(
+        params, opt
+    )  # an alias: "attempt to donate the same buffer twice"
     assert np.isfinite(params["bias"]).all()
 
 
@@ -116,17 +134,25 @@ def test_averaged_finds_the_average_anywhere_in_a_chain():
         optax.chain(optax.clip(1.0), optax.chain(optax.adam(0.1), optax.chain(track))),
         optax.masked(track, {"kernel": True, "bias": True}),
         optax.MultiSteps(optax.chain(optax.sgd(0.1), track), 2).gradient_transformation(),
-        optax.multi_transform({"all": optax.chain(optax.sgd(0.1), track)}, {"kernel": "all", "bias": "all"}),
+        optax.multi_transform(
+            {"all": optax.chain(optax.sgd(0.1), track)}, {"kernel": "all", "bias": "all"}
+        ),
     ):
         opt = tx.init(jax.tree.map(lambda p: p + 7, params))
-        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.asarray(b) + 7), averaged(opt, params), params)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_array_equal(a, np.asarray(b) + 7),
+            averaged(opt, params),
+            params,
+        )
     # Two in one chain: the last, which sees the final update.
     two = optax.chain(track_ema(0.1), track_ema(0.9)).init(params)
     two = (two[0], two[1]._replace(ema={"found": jnp.zeros(())}))
     assert set(averaged(two, params)) == {"found"}
 
 
-@pytest.mark.parametrize("tx", [optax.adam(1e-3), optax.identity(), optax.chain(optax.clip(1.0), optax.sgd(1.0))])
+@pytest.mark.parametrize(
+    "tx", [optax.adam(1e-3), optax.identity(), optax.chain(optax.clip(1.0), optax.sgd(1.0))]
+)
 def test_averaged_without_an_average_is_the_parameters(tx):
     params = tree()
     assert averaged(tx.init(params), params) is params
@@ -148,7 +174,9 @@ def test_track_ema_inside_vmap_is_each_members_own():
     assert isinstance(opt[-1], TrackEmaState)
     assert opt[-1].count.shape == (3,)
     solo = jax.jit(run)(members[1])
-    np.testing.assert_allclose(averaged(opt, params)["w"][1], averaged(solo[1], solo[0])["w"], rtol=1e-6)
+    np.testing.assert_allclose(
+        averaged(opt, params)["w"][1], averaged(solo[1], solo[0])["w"], rtol=1e-6
+    )
     # Everything is proportional to the start, and so is the average.
     ema = np.asarray(averaged(opt, params)["w"])
     np.testing.assert_allclose(ema / np.asarray(members), ema[0], rtol=1e-5)
@@ -160,7 +188,7 @@ def test_track_ema_without_parameters_says_what_it_needs():
         tx.update(zeros(), tx.init(tree()))
 
 
-# --- the settings of an optimiser ---------------------------------------------------------------------------------------
+# --- the settings of an optimiser -----------------------------------------------------------------
 
 
 def first_update(optimizer, grads, steps=100):
@@ -170,17 +198,26 @@ def first_update(optimizer, grads, steps=100):
     return jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), after, params)
 
 
-GRADS = {"kernel": np.array([[0.5, -0.25], [2.0, -1.0]], np.float32), "bias": np.array([-4.0, 0.125], np.float32)}
+GRADS = {
+    "kernel": np.array([[0.5, -0.25], [2.0, -1.0]], np.float32),
+    "bias": np.array([-4.0, 0.125], np.float32),
+}
 
 
 @pytest.mark.parametrize(
     ("algorithm", "rule"),
     [
-        ("adam", lambda g: -np.sign(g)),  # both moments are corrected for their start, so the first step is g / |g|
+        (
+            "adam",
+            lambda g: -np.sign(g),
+        ),  # both moments are corrected for their start, so the first step is g / |g|
         ("adamw", lambda g: -np.sign(g)),
         ("lion", lambda g: -np.sign(g)),
         ("sgd", lambda g: -g),
-        ("rmsprop", lambda g: -g / np.sqrt((1 - 0.96) * g * g)),  # a second moment that starts at 0, uncorrected
+        (
+            "rmsprop",
+            lambda g: -g / np.sqrt((1 - 0.96) * g * g),
+        ),  # a second moment that starts at 0, uncorrected
     ],
 )
 def test_the_first_step_of_every_algorithm_is_its_formula(algorithm, rule):
@@ -252,17 +289,31 @@ def rates(optimizer, steps):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules_at_the_start_the_middle_and_the_end(schedule, final, warmup):
     steps, peak = 24, 0.5
-    got = rates(Optimizer(schedule=schedule, learning_rate=peak, final_fraction=final, warmup_steps=warmup), steps)
-    fall = {"constant": lambda t: 0 * t, "linear": lambda t: t, "cosine": lambda t: (1 - np.cos(np.pi * t)) / 2}[schedule]
+    got = rates(
+        Optimizer(schedule=schedule, learning_rate=peak, final_fraction=final, warmup_steps=warmup),
+        steps,
+    )
+    fall = {
+        "constant": lambda t: 0 * t,
+        "linear": lambda t: t,
+        "cosine": lambda t: (1 - np.cos(np.pi * t)) / 2,
+    }[schedule]
     count = np.arange(steps + 5)
     done = np.clip((count - warmup) / (steps - warmup), 0, 1)
-    want = peak * (1 - (1 - final) * fall(done)) * (np.minimum(1, (count + 1) / warmup) if warmup else 1)
+    want = (
+        peak
+        * (1 - (1 - final) * fall(done))
+        * (np.minimum(1, (count + 1) / warmup) if warmup else 1)
+    )
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
-    # The same in words: the first step, the peak, half way down, and what is left at the end of the run and after it.
+    # The same in words: the first step, the peak, half way down, and what is left at the end of the
+    # run and after it.
     low = peak * (1 if schedule == "constant" else final)
     assert got[0] == pytest.approx(peak / warmup if warmup else peak)
     if warmup:
-        np.testing.assert_allclose(got[:warmup], peak * np.arange(1, warmup + 1) / warmup, rtol=1e-6)
+        np.testing.assert_allclose(
+            got[:warmup], peak * np.arange(1, warmup + 1) / warmup, rtol=1e-6
+        )
     assert got[warmup] == pytest.approx(peak)
     assert got[(steps + warmup) // 2] == pytest.approx((peak + low) / 2, rel=1e-5)
     np.testing.assert_allclose(got[steps:], low, rtol=1e-5, atol=1e-7)
@@ -273,10 +324,15 @@ def test_clipping_bounds_the_global_norm_and_leaves_small_gradients_alone():
     norm = math.sqrt(sum(float((g**2).sum()) for g in GRADS.values()))
     for bound, factor in ((norm / 3, 1 / 3), (norm * 2, 1.0)):
         got = first_update(dataclasses.replace(sgd, clip_norm=bound), tree(GRADS))
-        jax.tree.map(lambda u, g, f=factor: np.testing.assert_allclose(u, -f * g, rtol=1e-5), got, GRADS)
-    # Adam's first step does not depend on the size of the gradient: clipping comes before it, not after.
+        jax.tree.map(
+            lambda u, g, f=factor: np.testing.assert_allclose(u, -f * g, rtol=1e-5), got, GRADS
+        )
+    # Adam's first step does not depend on the size of the gradient: clipping comes before it, not
+    # after.
     got = first_update(Optimizer(learning_rate=0.5, clip_norm=1e-2), tree(GRADS))
-    jax.tree.map(lambda u, g: np.testing.assert_allclose(u, -0.5 * np.sign(g), rtol=1e-3), got, GRADS)
+    jax.tree.map(
+        lambda u, g: np.testing.assert_allclose(u, -0.5 * np.sign(g), rtol=1e-3), got, GRADS
+    )
 
 
 @pytest.mark.parametrize("algorithm", ["adamw", "lion"])
@@ -291,7 +347,12 @@ def test_weight_decay_is_decoupled_and_skips_vectors(algorithm):
 
 @pytest.mark.slow
 def test_float_settings_may_be_traced():
-    settings = {"learning_rate": [0.1, 0.2], "clip_norm": [1.0, 2.0], "ema_decay": [0.05, 0.01], "final_fraction": [0.5, 0.1]}
+    settings = {
+        "learning_rate": [0.1, 0.2],
+        "clip_norm": [1.0, 2.0],
+        "ema_decay": [0.05, 0.01],
+        "final_fraction": [0.5, 0.1],
+    }
 
     def run(hyper):
         tx = Optimizer(algorithm="sgd", b1=0.0, schedule="linear", **hyper).build(2)
@@ -322,7 +383,10 @@ def test_only_what_is_asked_for_is_in_the_chain():
     ("settings", "match"),
     [
         ({"algorithm": "adm"}, "no optimiser called 'adm'. Did you mean"),
-        ({"algorithm": "newton"}, "no optimiser called 'newton'. There are: adam, adamw, sgd, rmsprop, lion"),
+        (
+            {"algorithm": "newton"},
+            "no optimiser called 'newton'. There are: adam, adamw, sgd, rmsprop, lion",
+        ),
         ({"schedule": "cosin"}, "no schedule called 'cosin'. Did you mean cosine"),
         ({"warmup_steps": 10}, "warmup_steps must be below the run's 10 steps; got 10"),
         ({"warmup_steps": 11}, "warmup_steps must be below the run's 10 steps; got 11"),

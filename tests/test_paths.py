@@ -1,4 +1,6 @@
-"""Paths from data to noise: known log-SNRs, the marginals and posteriors of normal data, and every conversion."""
+"""Paths from data to noise: known log-SNRs, the marginals and posteriors of normal data, and every
+conversion.
+"""
 
 import itertools
 import math
@@ -21,7 +23,10 @@ def bent(t):
     return -13.3 + 18.3 * (0.3 * t + 0.7 * t**3)
 
 
-ALL = PATHS | {"log_snr": lambda: from_log_snr(bent), "discrete": lambda: paths.discretize(paths.cosine(), 10)}
+ALL = PATHS | {
+    "log_snr": lambda: from_log_snr(bent),
+    "discrete": lambda: paths.discretize(paths.cosine(), 10),
+}
 CONTINUOUS = [name for name in ALL if name != "discrete"]
 
 
@@ -34,7 +39,7 @@ def sample(shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
 
 
-# --- the schedules ------------------------------------------------------------------------------------------------------
+# --- the schedules --------------------------------------------------------------------------------
 
 
 def test_the_schedules_are_what_their_papers_write():
@@ -70,7 +75,10 @@ def test_log_snr_falls_from_data_to_noise_and_its_inverse_finds_the_time(name):
 
 
 def test_the_ends_are_data_and_noise():
-    ends = {name: [float(paths.log_snr(make(), end)) for end in (make().end, make().start)] for name, make in ALL.items()}
+    ends = {
+        name: [float(paths.log_snr(make(), end)) for end in (make().end, make().start)]
+        for name, make in ALL.items()
+    }
     tangent = 2 * math.log(math.tan(math.pi / 2 * 1e-3))
     np.testing.assert_allclose(ends["cosine"], [-tangent, tangent], rtol=1e-9)
     np.testing.assert_allclose(ends["edm"], [-2 * math.log(0.002), -2 * math.log(80)], rtol=1e-12)
@@ -80,8 +88,13 @@ def test_the_ends_are_data_and_noise():
     assert 9 < ends["linear"][0] < 9.2
     np.testing.assert_allclose(ends["linear"][1], -math.log(math.expm1(10.05)), rtol=1e-9)
     for name, make in ALL.items():
-        np.testing.assert_allclose(paths.prior(make()), make().sigma(jnp.asarray(make().start)), err_msg=name)
-    for dtype in (jnp.float32, jnp.float64):  # no rounding left at the very ends, where it would be divided by
+        np.testing.assert_allclose(
+            paths.prior(make()), make().sigma(jnp.asarray(make().start)), err_msg=name
+        )
+    for dtype in (
+        jnp.float32,
+        jnp.float64,
+    ):  # no rounding left at the very ends, where it would be divided by
         path = paths.variance_preserving()
         assert float(path.alpha(jnp.ones((), dtype))) == 0
         assert float(path.sigma(jnp.zeros((), dtype))) == 0
@@ -98,9 +111,13 @@ def test_a_learned_log_snr_gets_gradients_and_may_bring_its_own_inverse():
     t = jnp.asarray(0.3)
     alpha = lambda slope: from_log_snr(lambda t: -5 + slope * t).alpha(t)  # noqa: E731
     weight = jax.nn.sigmoid(5 - 3.0)
-    np.testing.assert_allclose(jax.grad(alpha)(10.0), -0.5 * math.sqrt(weight) * (1 - weight) * 0.3, rtol=1e-10)
+    np.testing.assert_allclose(
+        jax.grad(alpha)(10.0), -0.5 * math.sqrt(weight) * (1 - weight) * 0.3, rtol=1e-10
+    )
     line = from_log_snr(lambda t: -5 + 10 * t, inverse=lambda gamma: (gamma + 5) / 10)
-    np.testing.assert_allclose(line.time_of_log_snr(jnp.asarray([-4.0, 0.0, 4.5])), [0.9, 0.5, 0.05], rtol=1e-12)
+    np.testing.assert_allclose(
+        line.time_of_log_snr(jnp.asarray([-4.0, 0.0, 4.5])), [0.9, 0.5, 0.05], rtol=1e-12
+    )
     # beyond its range the search ends at the ends
     found = from_log_snr(lambda t: -5 + 10 * t).time_of_log_snr(jnp.asarray([99.0, -99.0]))
     np.testing.assert_allclose(found, [0, 1], atol=1e-12)
@@ -110,30 +127,46 @@ def test_a_learned_log_snr_gets_gradients_and_may_bring_its_own_inverse():
 
 
 @pytest.mark.parametrize(
-    "name", ["edm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("linear", "log_snr", "discrete"))]
+    "name",
+    [
+        "edm",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("linear", "log_snr", "discrete")),
+    ],
 )
 def test_everything_keeps_the_dtype_of_its_data_and_takes_times_of_both_shapes(name):
     path = ALL[name]()
 
     def everything(x0, x, t):
         s = (t + path.end) / 2
-        whole = {kind: p.to_x0(path, p.from_x0(path, x0, x, t), x, t) for kind, p in PREDICTIONS.items()}
+        whole = {
+            kind: p.to_x0(path, p.from_x0(path, x0, x, t), x, t) for kind, p in PREDICTIONS.items()
+        }
         mean, std = paths.posterior(path, x0, x, s, t)
-        return whole | {"diffuse": paths.diffuse(path, x0, x, t), "mean": mean, "std": std + jnp.zeros_like(x)}
+        return whole | {
+            "diffuse": paths.diffuse(path, x0, x, t),
+            "mean": mean,
+            "std": std + jnp.zeros_like(x),
+        }
 
     one_by_one = lambda *args: everything(*(arg if arg.ndim == 0 else arg[None] for arg in args))  # noqa: E731
     both = jit(lambda *args: (everything(*args), jax.vmap(one_by_one)(*args)))
     for dtype in (jnp.float32, jnp.float64):
-        x0, x, t = sample((3, 2, 2)).astype(dtype), sample((3, 2, 2), 1).astype(dtype), inside(path, 3).astype(dtype)
+        x0, x, t = (
+            sample((3, 2, 2)).astype(dtype),
+            sample((3, 2, 2), 1).astype(dtype),
+            inside(path, 3).astype(dtype),
+        )
         whole, single = both(x0, x, t)
         assert {value.dtype for value in jax.tree.leaves(whole)} == {jnp.dtype(dtype)}
         for what, value in whole.items():
-            np.testing.assert_allclose(single[what][:, 0], value, rtol=1e-4, atol=1e-4, err_msg=what)
+            np.testing.assert_allclose(
+                single[what][:, 0], value, rtol=1e-4, atol=1e-4, err_msg=what
+            )
     assert paths.expand(0.5, x).shape == ()
     assert paths.expand(t, x).shape == (3, 1, 1)
 
 
-# --- conversions --------------------------------------------------------------------------------------------------------
+# --- conversions ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -144,7 +177,9 @@ def test_every_prediction_is_what_it_says_and_every_conversion_goes_round(name):
     alpha, sigma = (part(t)[:, None] for part in (path.alpha, path.sigma))
     x_t = paths.diffuse(path, x0, epsilon, t)
     np.testing.assert_allclose(x_t, alpha * x0 + sigma * epsilon, rtol=1e-14)
-    alpha_rate, sigma_rate = (jax.vmap(jax.grad(part))(t)[:, None] for part in (path.alpha, path.sigma))
+    alpha_rate, sigma_rate = (
+        jax.vmap(jax.grad(part))(t)[:, None] for part in (path.alpha, path.sigma)
+    )
     expected = {
         "x0": x0,
         "epsilon": epsilon,
@@ -155,14 +190,21 @@ def test_every_prediction_is_what_it_says_and_every_conversion_goes_round(name):
     assert set(expected) == set(PREDICTIONS)
 
     def convert(expected, x_t):
-        backs = {kind: PREDICTIONS[kind].to_x0(path, value, x_t, t) for kind, value in expected.items()}
-        return backs, {k: {o: p.from_x0(path, back, x_t, t) for o, p in PREDICTIONS.items()} for k, back in backs.items()}
+        backs = {
+            kind: PREDICTIONS[kind].to_x0(path, value, x_t, t) for kind, value in expected.items()
+        }
+        return backs, {
+            k: {o: p.from_x0(path, back, x_t, t) for o, p in PREDICTIONS.items()}
+            for k, back in backs.items()
+        }
 
     backs, converted = jit(convert)(expected, x_t)
     for kind, back in backs.items():
         np.testing.assert_allclose(back, x0, rtol=1e-8, atol=1e-8, err_msg=kind)
         for other, value in expected.items():
-            np.testing.assert_allclose(converted[kind][other], value, rtol=1e-7, atol=1e-7, err_msg=f"{kind} to {other}")
+            np.testing.assert_allclose(
+                converted[kind][other], value, rtol=1e-7, atol=1e-7, err_msg=f"{kind} to {other}"
+            )
 
 
 def test_derivatives_of_a_path_in_discrete_time_are_those_of_the_path_at_the_rounded_time():
@@ -181,16 +223,22 @@ def test_the_score_and_velocity_of_normal_data(name):
         x = 2 * sample((5, 2))
         mean, covariance = marginal(path, t)
         score = -np.linalg.solve(covariance, (np.asarray(x) - mean).T).T
-        np.testing.assert_allclose(paths.score_of(path, denoise(x, t), x, t), score, rtol=1e-8, atol=1e-9)
+        np.testing.assert_allclose(
+            paths.score_of(path, denoise(x, t), x, t), score, rtol=1e-8, atol=1e-9
+        )
         # d/dt of mean and covariance: the marginal velocity is alpha' mu + ½ V' V^-1 (x - alpha mu)
         alpha, sigma = (float(part(t)) for part in (path.alpha, path.sigma))
         alpha_rate, sigma_rate = (float(jax.grad(part)(t)) for part in (path.alpha, path.sigma))
         change = alpha * alpha_rate * COVARIANCE + sigma * sigma_rate * np.eye(2)
-        velocity = alpha_rate * MEAN + np.linalg.solve(covariance, (np.asarray(x) - mean).T).T @ change
-        np.testing.assert_allclose(paths.velocity_of(path, denoise(x, t), x, t), velocity, rtol=1e-7, atol=1e-8)
+        velocity = (
+            alpha_rate * MEAN + np.linalg.solve(covariance, (np.asarray(x) - mean).T).T @ change
+        )
+        np.testing.assert_allclose(
+            paths.velocity_of(path, denoise(x, t), x, t), velocity, rtol=1e-7, atol=1e-8
+        )
 
 
-# --- transitions --------------------------------------------------------------------------------------------------------
+# --- transitions ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -236,12 +284,19 @@ def test_the_posterior_at_the_ends_has_no_noise_and_no_nan():
 def test_neighbours_in_discrete_time_are_ddpm():
     """Ho 2020, equations 6 and 7, in the paper's own letters."""
     path = paths.discretize(paths.linear(), 10)
-    x0, x_t, times = sample((2, 3)), sample((2, 3), 1), path.end + (1 - path.end) * jnp.arange(11.0) / 10
+    x0, x_t, times = (
+        sample((2, 3)),
+        sample((2, 3), 1),
+        path.end + (1 - path.end) * jnp.arange(11.0) / 10,
+    )
     bar = np.asarray(path.alpha(times)) ** 2
     for i in range(2, 11):
         kept = bar[i] / bar[i - 1]
         beta = 1 - kept
-        mean = np.sqrt(bar[i - 1]) * beta / (1 - bar[i]) * x0 + np.sqrt(kept) * (1 - bar[i - 1]) / (1 - bar[i]) * x_t
+        mean = (
+            np.sqrt(bar[i - 1]) * beta / (1 - bar[i]) * x0
+            + np.sqrt(kept) * (1 - bar[i - 1]) / (1 - bar[i]) * x_t
+        )
         found, std = paths.posterior(path, x0, x_t, times[i - 1], times[i])
         np.testing.assert_allclose(found, mean, rtol=1e-10)
         np.testing.assert_allclose(std**2, (1 - bar[i - 1]) / (1 - bar[i]) * beta, rtol=1e-10)
@@ -252,15 +307,19 @@ def test_discrete_time_takes_the_nearest_of_its_steps():
     discrete = paths.discretize(path, 4)  # 1, 3, 5, 7, 9
     times = jnp.asarray([1.0, 1.9, 2.1, 5.5, 8.2, 9.0])
     np.testing.assert_allclose(discrete.sigma(times), [1, 1, 3, 5, 9, 9], rtol=1e-14)
-    np.testing.assert_allclose(discrete.time_of_log_snr(-2 * jnp.log(times)), [1, 1, 3, 5, 9, 9], rtol=1e-14)
+    np.testing.assert_allclose(
+        discrete.time_of_log_snr(-2 * jnp.log(times)), [1, 1, 3, 5, 9, 9], rtol=1e-14
+    )
 
 
-# --- bad input ----------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 
 
 def test_bad_input():
     assert paths.prediction("v") is PREDICTIONS["v"]
-    with pytest.raises(ConfigError, match=r"There is no prediction called 'epsilo'\. Did you mean epsilon\?"):
+    with pytest.raises(
+        ConfigError, match=r"There is no prediction called 'epsilo'\. Did you mean epsilon\?"
+    ):
         paths.prediction("epsilo")
     for n_steps in (0, -3):
         with pytest.raises(ConfigError, match=rf"n_steps must be at least 1; got {n_steps}\."):

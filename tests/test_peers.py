@@ -1,4 +1,6 @@
-"""The PyTorch twins of the benchmarks are the same models, and where there is no PyTorch the report says so."""
+"""The PyTorch twins of the benchmarks are the same models, and where there is no PyTorch the report
+says so.
+"""
 
 import json
 import os
@@ -27,11 +29,15 @@ def test_a_case_is_plain_data_and_its_medium_size_is_wider(name: str) -> None:
 
 
 def test_every_family_has_a_case() -> None:
-    assert {peers.recipe_of(name, "small").family for name in peers.CASES} == {row.family for row in peers.ZOO.values()}
+    assert {peers.recipe_of(name, "small").family for name in peers.CASES} == {
+        row.family for row in peers.ZOO.values()
+    }
 
 
 @pytest.mark.slow
-def test_without_pytorch_the_report_says_what_was_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pytorch_the_report_says_what_was_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("GENJAX_TORCH_PYTHON", raising=False)
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr(peers, "CASES", {"vae": {"hidden": (8,), "latent_dim": 2, "batch_size": 4}})
@@ -49,7 +55,9 @@ def test_without_pytorch_the_report_says_what_was_skipped(tmp_path: Path, monkey
 @pytest.mark.skipif(not TORCH, reason=peers.NO_TORCH)
 @pytest.mark.parametrize("name", peers.CASES)
 def test_a_twin_has_the_same_parameters_loss_and_gradient(name: str) -> None:
-    """A twin counts its parameters when it starts; the rest is at equal parameters, data and noise."""
+    """A twin counts its parameters when it starts; the rest is at equal parameters, data and
+    noise.
+    """
     recipe = peers.recipe_of(name, "small")
     case = peers.case_of(recipe)
     twin = peers.Twin(TORCH, case)

@@ -1,4 +1,6 @@
-"""No family's train step grows unnoticed: FLOPs, bytes accessed and instructions of the compiled program against a baseline."""
+"""No family's train step grows unnoticed: FLOPs, bytes accessed and instructions of the compiled
+program against a baseline.
+"""
 
 import jax
 import pytest
@@ -8,11 +10,15 @@ from benchmarks import programs
 pytestmark = pytest.mark.both_ends
 
 
-@pytest.mark.parametrize("name", [n if n == "vae" else pytest.param(n, marks=pytest.mark.slow) for n in programs.ROWS])
+@pytest.mark.parametrize(
+    "name", [n if n == "vae" else pytest.param(n, marks=pytest.mark.slow) for n in programs.ROWS]
+)
 def test_the_compiled_step_has_not_grown(name: str) -> None:
     was = programs.baseline()
     if not was:
-        pytest.skip(f"no baseline for jax {programs.version()}: python -m benchmarks programs makes one")
+        pytest.skip(
+            f"no baseline for jax {programs.version()}: python -m benchmarks programs makes one"
+        )
     assert name in was, f"{name} has no baseline: run python -m benchmarks programs"
     grown = programs.growth(was[name], programs.measured(name, quick=True))
     assert not grown, "\n".join(grown)
@@ -27,7 +33,14 @@ def test_growth_is_said_with_what_was_and_is() -> None:
         "vae: FLOPs of its train step were 1,000 and are 1,100 (+10.0 %, allowed +3 %). "
         "If meant, run python -m benchmarks programs."
     )
-    assert len(programs.growth(was, {"recipe": "vae", "flops": 2e3, "bytes_accessed": 4e2, "instructions": 99})) == 3
+    assert (
+        len(
+            programs.growth(
+                was, {"recipe": "vae", "flops": 2e3, "bytes_accessed": 4e2, "instructions": 99}
+            )
+        )
+        == 3
+    )
 
 
 def test_a_baseline_keeps_those_of_other_versions(tmp_path, monkeypatch) -> None:
@@ -44,7 +57,9 @@ def test_a_baseline_keeps_those_of_other_versions(tmp_path, monkeypatch) -> None
 
 @pytest.mark.slow
 def test_the_size_does_not_depend_on_the_flags_of_the_suite() -> None:
-    """The suite has eight devices and switches parts of the compiler off; the options undo that, but for `quick`."""
+    """The suite has eight devices and switches parts of the compiler off; the options undo that,
+    but for `quick`.
+    """
     assert len(jax.devices()) == 8
     fields = list(programs.CHECKED)
     quick, full = programs.measured("gan-ring", quick=True), programs.measured("gan-ring")

@@ -1,4 +1,6 @@
-"""The contract's part about sequences: what a spec may say of them, which steps count, and what a batch must bring."""
+"""The contract's part about sequences: what a spec may say of them, which steps count, and what a
+batch must bring.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,17 @@ ROLLS = DataSpec((4, 2), "binary", step="frame", lengths=True)
         ({"shape": (3,), "kind": "tokens", "levels": 3, "end": 0}, "step='character'"),
         ({"shape": (3,), "kind": "tokens", "levels": 3, "end": 3, "step": "token"}, "end=3"),
         ({"shape": (3, 2), "kind": "binary", "end": 0, "step": "frame"}, "end=0"),
-        ({"shape": (3,), "kind": "tokens", "levels": 3, "end": 0, "lengths": True, "step": "token"}, "lengths=True"),
+        (
+            {
+                "shape": (3,),
+                "kind": "tokens",
+                "levels": 3,
+                "end": 0,
+                "lengths": True,
+                "step": "token",
+            },
+            "lengths=True",
+        ),
         ({"shape": (), "kind": "continuous", "lengths": True, "step": "row"}, "sequences"),
     ],
 )
@@ -48,7 +60,11 @@ def test_a_batch_brings_its_lengths_exactly_where_the_spec_says_so():
     check_batch(ROLLS, Batch(x, length=jnp.asarray([1, 2, 4], jnp.int32)))
     for spec, batch, message in (
         (ROLLS, Batch(x), "missing"),
-        (DataSpec((4, 2), "binary", step="frame"), Batch(x, length=jnp.asarray([1, 2, 4])), "given"),
+        (
+            DataSpec((4, 2), "binary", step="frame"),
+            Batch(x, length=jnp.asarray([1, 2, 4])),
+            "given",
+        ),
         (ROLLS, Batch(x, length=jnp.asarray([1, 2])), r"int \[3\]"),
         (ROLLS, Batch(x, length=jnp.ones(3)), "float32"),
     ):
@@ -68,7 +84,9 @@ def test_lengths_travel_with_their_examples():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tokens", "discrete", "binary", "continuous"])
 def test_an_emission_is_a_distribution_that_samples_follow(kind, x64):
-    """Discrete ones sum to 1 over all events and frequencies agree; a mixture of Gaussians has the moments of its parts."""
+    """Discrete ones sum to 1 over all events and frequencies agree; a mixture of Gaussians has the
+    moments of its parts.
+    """
     shape = (1,) if kind == "tokens" else (1, 2)
     spec = DataSpec(shape, kind, levels=3 if kind in ("tokens", "discrete") else None, step="step")
     of = emission(spec, 2)
@@ -88,10 +106,18 @@ def test_an_emission_is_a_distribution_that_samples_follow(kind, x64):
         density = of.log_prob(grid, jnp.broadcast_to(outputs[None], (len(grid), of.n_outputs)))
         np.testing.assert_allclose(np.exp(density).sum() * (line[1] - line[0]) ** 2, 1, atol=1e-6)
         return
-    values = {"tokens": [(v,) for v in range(3)], "discrete": np.ndindex(3, 3), "binary": np.ndindex(2, 2)}[kind]
+    values = {
+        "tokens": [(v,) for v in range(3)],
+        "discrete": np.ndindex(3, 3),
+        "binary": np.ndindex(2, 2),
+    }[kind]
     events = np.asarray(list(values), spec.dtype).reshape(-1, *shape[1:])
     events = events if kind == "tokens" else events.astype(np.float64)
-    probability = np.exp(of.log_prob(jnp.asarray(events), jnp.broadcast_to(outputs[None], (len(events), of.n_outputs))))
+    probability = np.exp(
+        of.log_prob(
+            jnp.asarray(events), jnp.broadcast_to(outputs[None], (len(events), of.n_outputs))
+        )
+    )
     np.testing.assert_allclose(probability.sum(), 1, rtol=1e-12)
     same = np.asarray(x)[:, None] == events[None]
     found = same.all(axis=tuple(range(2, same.ndim))).mean(0)

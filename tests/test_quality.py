@@ -1,4 +1,6 @@
-"""Figures about samples of a run: that real data get what real data must get, that the judge is good, and what is kept."""
+"""Figures about samples of a run: that real data get what real data must get, that the judge is
+good, and what is kept.
+"""
 
 import json
 import math
@@ -16,7 +18,14 @@ from genjax.runs.sweeps import run_sweep
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import replace
 
-SHORT = {"steps": 40, "steps_per_call": 10, "log_every": 20, "sample_every": 40, "checkpoint_every": 20, "batch_size": 16}
+SHORT = {
+    "steps": 40,
+    "steps_per_call": 10,
+    "log_every": 20,
+    "sample_every": 40,
+    "checkpoint_every": 20,
+    "batch_size": 16,
+}
 STEPS = 150  # of the judge: enough for a good one of digits, if not the best
 
 
@@ -43,7 +52,9 @@ def test_points_of_the_truth_score_as_the_truth() -> None:
 
     def truth(key: jax.Array, cond: np.ndarray | None, n: int) -> np.ndarray:
         assert cond is None
-        return (source.modes[fresh.integers(8, size=n)] + 0.02 * fresh.standard_normal((n, 2))).astype(np.float32)
+        return (
+            source.modes[fresh.integers(8, size=n)] + 0.02 * fresh.standard_normal((n, 2))
+        ).astype(np.float32)
 
     found = by_name(quality.figures_of(ZOO["gan-ring"], truth))
     assert set(found) == {"high-quality share", "modes covered", "FD[raw]", "sliced Wasserstein"}
@@ -56,8 +67,16 @@ def test_points_of_the_truth_score_as_the_truth() -> None:
         assert found[name].value < 3 * found[name].real + 1e-3
 
     # One mode only: seven are missing, and what is there is good.
-    one = by_name(quality.figures_of(ZOO["gan-ring"], lambda key, cond, n: np.tile(np.float32([[1, 0]]), (n, 1)), n=500))
-    assert (one["modes covered"].value, one["high-quality share"].value, one["FD[raw]"].n) == (1, 1, 500)
+    one = by_name(
+        quality.figures_of(
+            ZOO["gan-ring"], lambda key, cond, n: np.tile(np.float32([[1, 0]]), (n, 1)), n=500
+        )
+    )
+    assert (one["modes covered"].value, one["high-quality share"].value, one["FD[raw]"].n) == (
+        1,
+        1,
+        500,
+    )
     assert one["FD[raw]"].value > 0.5
 
 
@@ -78,9 +97,19 @@ def test_real_digits_score_as_real_digits_and_shuffled_labels_do_not() -> None:
     assert next(iter(good)) == "class agreement"
     assert good["class agreement"].value > 0.9
     assert by_name(quality.figures_of(ZOO["cgan"], like(1)))["class agreement"].value < 0.1
-    assert {"FD[cnn-v1]", "MMD²[cnn-v1]", "precision", "recall", "density", "coverage", "FD[raw]"} <= set(good)
+    assert {
+        "FD[cnn-v1]",
+        "MMD²[cnn-v1]",
+        "precision",
+        "recall",
+        "density",
+        "coverage",
+        "FD[raw]",
+    } <= set(good)
     assert good["recall"].value > 0.8
-    noise = lambda key, cond, n: np.random.default_rng(0).integers(0, 17, (n, 8, 8, 1)).astype(np.float32)  # noqa: E731
+    noise = lambda key, cond, n: (
+        np.random.default_rng(0).integers(0, 17, (n, 8, 8, 1)).astype(np.float32)
+    )  # noqa: E731
     bad = by_name(quality.figures_of(ZOO["cgan"], noise))
     assert bad["FD[cnn-v1]"].value > 3 * good["FD[cnn-v1]"].value
     assert bad["precision"].value < 0.2
@@ -108,7 +137,9 @@ def test_the_judge_is_good_and_is_trained_once(cache: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     monkeypatch.setenv("GENJAX_CACHE", str(blocked))
@@ -145,19 +176,27 @@ def test_a_likelihood_stays_the_headline_beside_figures_about_samples(tmp_path: 
     run.train(recipe, tmp_path / "vae")
     report = run.evaluate(run.load(tmp_path / "vae"), "valid", n=50, about_samples=True)
     assert report["kind"] == "lower bound on the log-probability"
-    assert [figure["name"] for figure in report["figures"]][:2] == ["high-quality share", "modes covered"]
+    assert [figure["name"] for figure in report["figures"]][:2] == [
+        "high-quality share",
+        "modes covered",
+    ]
     assert "figures" not in run.evaluate(run.load(tmp_path / "vae"), "valid", n=50)
 
 
 @pytest.mark.slow
-def test_members_of_a_sweep_without_a_likelihood_are_compared_by_their_samples(tmp_path: Path) -> None:
+def test_members_of_a_sweep_without_a_likelihood_are_compared_by_their_samples(
+    tmp_path: Path,
+) -> None:
     recipe = replace(ZOO["gan-ring"], hidden=(8,), **SHORT)
     results = run_sweep(recipe, {"r1": [0.1, 1.0]}, 2, tmp_path / "sweep")
     assert (results["metric"], results["unit"]) == ("valid/high-quality share", "of samples")
     for line in results["results"]:
         assert len(line["figures"]) == 2
         assert line["members"] == [member["high-quality share"] for member in line["figures"]]
-    assert json.loads((tmp_path / "sweep" / "results.json").read_text())["results"] == results["results"]
+    assert (
+        json.loads((tmp_path / "sweep" / "results.json").read_text())["results"]
+        == results["results"]
+    )
 
 
 @pytest.mark.slow

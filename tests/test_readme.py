@@ -1,4 +1,6 @@
-"""The README does what it says: its composition example runs, and its table is what was measured."""
+"""The README does what it says: its composition example runs, and its table is what was
+measured.
+"""
 
 import re
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""Recurrent cells and layers against their equations, against Flax, and whole sequences against one step at a time."""
+"""Recurrent cells and layers against their equations, against Flax, and whole sequences against one
+step at a time.
+"""
 
 import functools
 
@@ -23,7 +25,9 @@ def sigmoid(a):
 
 
 def written(cell, x, carry, w, b, u, c):
-    """The equations, gate by gate: W, b, U are lists over the gates, c is the GRU's bias of its recurrent product."""
+    """The equations, gate by gate: W, b, U are lists over the gates, c is the GRU's bias of its
+    recurrent product.
+    """
     carry = tuple(map(np.asarray, carry))
     h = carry[0]
     gate = lambda k: x @ w[k] + b[k] + h @ u[k]  # noqa: E731
@@ -38,7 +42,9 @@ def written(cell, x, carry, w, b, u, c):
 
 
 def flax_cell(cell, w, b, u, c):
-    """Flax's own cell with the same weights, and how to call it on our carries. Its GRU has no bias c."""
+    """Flax's own cell with the same weights, and how to call it on our carries. Its GRU has no bias
+    c.
+    """
     kinds = {"vanilla": nnx.SimpleCell, "lstm": nnx.LSTMCell, "gru": nnx.GRUCell}
     module = kinds[cell](D_IN, D, dtype=jnp.float64, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
     if cell == "lstm":
@@ -48,7 +54,10 @@ def flax_cell(cell, w, b, u, c):
             getattr(module, "h" + name).bias[...] = b[k]
         # Flax carries (c, h), and a call gives the carry and h.
         return lambda carry, x: module(carry[::-1], x)[0][::-1]
-    module.dense_i.kernel[...], module.dense_i.bias[...] = np.concatenate(w, axis=1), np.concatenate(b)
+    module.dense_i.kernel[...], module.dense_i.bias[...] = (
+        np.concatenate(w, axis=1),
+        np.concatenate(b),
+    )
     module.dense_h.kernel[...] = np.concatenate(u, axis=1)
     assert c is None or not c.any()
     return lambda carry, x: (module(carry[0], x)[0],)
@@ -66,7 +75,8 @@ def setup(cell, n_layers, seed=0):
     rng = np.random.default_rng(seed)
     x = jnp.asarray(rng.normal(size=(B, T, D_IN)))
     carry = tuple(
-        tuple(jnp.asarray(0.5 * rng.normal(size=(B, D))) for _ in range(CELLS[cell].n_carry)) for _ in range(n_layers)
+        tuple(jnp.asarray(0.5 * rng.normal(size=(B, D))) for _ in range(CELLS[cell].n_carry))
+        for _ in range(n_layers)
     )
     return params, x, carry
 
@@ -91,7 +101,11 @@ def test_a_cell_is_its_equations_and_that_of_flax(cell, other, x64):
         params["layers"][0]["bias"] = jnp.zeros_like(params["layers"][0]["bias"])
     y, (last,) = quick(functools.partial(call, cell, 1))(params, x, (carry,))
     parts = weights(cell, params)
-    step = flax_cell(cell, *parts) if other is flax_cell else lambda carry, x: written(cell, np.asarray(x), carry, *parts)
+    step = (
+        flax_cell(cell, *parts)
+        if other is flax_cell
+        else lambda carry, x: written(cell, np.asarray(x), carry, *parts)
+    )
     for t in range(T):
         carry = step(carry, x[:, t])
         np.testing.assert_allclose(y[:, t], carry[0], rtol=0, atol=1e-13)
@@ -115,15 +129,20 @@ def test_whole_sequences_equal_a_python_loop_of_single_steps_with_their_gradient
         return jnp.stack(ys, axis=1), carry
 
     def with_gradients(run):
-        # Weights that differ everywhere, so that no two parts of the gradient can be mistaken for each other.
+        # Weights that differ everywhere, so that no two parts of the gradient can be mistaken for
+        # each other.
         def value(*args):
             out = run(*args)
             leaves = jax.tree.leaves(out)
-            return sum((leaf * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape)).sum() for leaf in leaves), out
+            return sum(
+                (leaf * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape)).sum() for leaf in leaves
+            ), out
 
         return quick(jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True))
 
-    assert_close(with_gradients(whole)(params, x, carry), with_gradients(loop)(params, x, carry), rtol=1e-12)
+    assert_close(
+        with_gradients(whole)(params, x, carry), with_gradients(loop)(params, x, carry), rtol=1e-12
+    )
 
 
 # It multiplies a and u, so that du is not da.
@@ -131,7 +150,9 @@ PRODUCT = Cell(lambda a, u, carry: (jnp.tanh(a * u + a),), 1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", [CELLS["vanilla"], CELLS["lstm"], PRODUCT], ids=["vanilla", "lstm", "product"])
+@pytest.mark.parametrize(
+    "cell", [CELLS["vanilla"], CELLS["lstm"], PRODUCT], ids=["vanilla", "lstm", "product"]
+)
 def test_the_way_back_with_one_product_for_all_steps_has_every_derivative(cell, x64):
     layer = functional(functools.partial(RecurrentLayer, cell, D_IN, D))
     params, rng = widen(grown(layer.init(jax.random.key(0))[0])), np.random.default_rng(0)
@@ -140,7 +161,9 @@ def test_the_way_back_with_one_product_for_all_steps_has_every_derivative(cell, 
     along = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), params)
 
     def whole(params):
-        return sum((leaf**3).sum() for leaf in jax.tree.leaves(layer.apply(params, {}, x, carry)[0]))
+        return sum(
+            (leaf**3).sum() for leaf in jax.tree.leaves(layer.apply(params, {}, x, carry)[0])
+        )
 
     def loop(params):
         after, ys = carry, []
@@ -155,13 +178,17 @@ def test_the_way_back_with_one_product_for_all_steps_has_every_derivative(cell, 
             return jax.jvp(loss, (params,), (along,))[1]
 
         forward_over_reverse = lambda params: jax.jvp(jax.grad(loss), (params,), (along,))[1]  # noqa: E731
-        return quick(lambda params: (first(params), jax.grad(first)(params), forward_over_reverse(params)))(params)
+        return quick(
+            lambda params: (first(params), jax.grad(first)(params), forward_over_reverse(params))
+        )(params)
 
     assert_close(derivatives(whole), derivatives(loop), rtol=1e-11)
 
 
 def test_only_cells_whose_gates_add_their_products_say_so():
-    """d step / da = d step / du for those; a cell that says so and is not would have a wrong gradient of U."""
+    """d step / da = d step / du for those; a cell that says so and is not would have a wrong
+    gradient of U.
+    """
     for name, cell in {**CELLS, "product": PRODUCT}.items():
         rng = np.random.default_rng(0)
         a, u = (jnp.asarray(rng.normal(size=(1, cell.n_gates * D)), jnp.float32) for _ in range(2))
@@ -199,7 +226,9 @@ def test_the_first_weights_and_the_first_carry(cell):
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_forget_bias_is_how_much_of_the_past_a_new_cell_keeps(cell, x64):
-    """Without anything to see, and with U = 0, the last entry of the carry is multiplied by σ(bias) at every step."""
+    """Without anything to see, and with U = 0, the last entry of the carry is multiplied by σ(bias)
+    at every step.
+    """
     biased = functional(functools.partial(Recurrent, cell_of(cell, 2.0), D_IN, D))
     params = widen(biased.init(jax.random.key(0))[0])
     layer = params["layers"][0]
@@ -218,11 +247,16 @@ def test_dropout_is_between_layers_only_and_unbiased():
     plain = call("gru", 1, params, x, carry)
     assert_close(call("gru", 1, params, x, carry, key, 0.5), plain, rtol=0)
     params, x, carry = setup("vanilla", 2)
-    # With a small gain the second layer is linear in what it is fed, and its mean is that without dropout.
-    params["layers"][1]["inputs"] = jax.tree.map(lambda leaf: 1e-3 * leaf, params["layers"][1]["inputs"])
+    # With a small gain the second layer is linear in what it is fed, and its mean is that without
+    # dropout.
+    params["layers"][1]["inputs"] = jax.tree.map(
+        lambda leaf: 1e-3 * leaf, params["layers"][1]["inputs"]
+    )
     carry = (carry[0], jax.tree.map(jnp.zeros_like, carry[1]))
     wanted = call("vanilla", 2, params, x, carry)[0][:, 0]
-    run = quick(jax.vmap(lambda key: call("vanilla", 2, params, x[:, :1], carry, key, 0.3)[0][:, 0]))
+    run = quick(
+        jax.vmap(lambda key: call("vanilla", 2, params, x[:, :1], carry, key, 0.3)[0][:, 0])
+    )
     values = np.asarray(run(jax.random.split(key, 4000)))
     error = (values.mean(0) - wanted) / (values.std(0) / np.sqrt(len(values)))
     assert values.std(0).min() > 0
@@ -237,5 +271,7 @@ def test_a_cell_cannot_be_summed_and_biased_twice():
 def test_a_cell_that_does_not_exist():
     with pytest.raises(ConfigError, match=r"no cell called 'lsmt'\. Did you mean lstm"):
         functional(functools.partial(Recurrent, "lsmt", D_IN, D))
-    with pytest.raises(ConfigError, match="a gate that keeps the past, as lstm and gru have; got 1"):
+    with pytest.raises(
+        ConfigError, match="a gate that keeps the past, as lstm and gru have; got 1"
+    ):
         cell_of("vanilla", 1.0)

@@ -1,4 +1,6 @@
-"""The recurrent family: probabilities that sum to one, causality, padding, windows of long streams, and what is sampled."""
+"""The recurrent family: probabilities that sum to one, causality, padding, windows of long streams,
+and what is sampled.
+"""
 
 import functools
 import itertools
@@ -52,7 +54,10 @@ def test_probabilities_of_all_sequences_sum_to_one(spec, cell, x64):
     model, params, state = setup(spec, cell=cell, n_layers=2)
     x = every(3, 4)
     if spec.end is not None:  # sequences that differ in their padding are one and the same
-        padded = [np.where(np.cumsum([0, *(row[:-1] == spec.end)]) > 0, spec.end, row) for row in np.asarray(x)]
+        padded = [
+            np.where(np.cumsum([0, *(row[:-1] == spec.end)]) > 0, spec.end, row)
+            for row in np.asarray(x)
+        ]
         x = jnp.asarray(np.unique(padded, axis=0))
         assert len(x) == 31  # 1 + 2 + 4 + 8 that end, and 16 that go on
     score = quick(model.log_prob)
@@ -67,7 +72,9 @@ def test_probabilities_of_all_sequences_sum_to_one(spec, cell, x64):
 def test_discrete_rows_sum_to_one(x64):
     model, params, state = setup(DataSpec((2, 2), "discrete", levels=3, step="row"))
     x = every(3, 4).reshape(-1, 2, 2).astype(jnp.float64)
-    np.testing.assert_allclose(np.exp(model.log_prob(params, state, Batch(x), KEY)).sum(), 1, rtol=1e-12)
+    np.testing.assert_allclose(
+        np.exp(model.log_prob(params, state, Batch(x), KEY)).sum(), 1, rtol=1e-12
+    )
 
 
 @pytest.mark.slow
@@ -82,7 +89,9 @@ def test_a_mixture_of_gaussians_integrates_to_one_and_one_component_is_a_gaussia
     batch = wide_batch(CURVES, 3)
     outputs, _ = model.extras["begin"](params, state, 3, batch.cond)
     mean, raw = outputs[:, 1:3], outputs[:, 3:]
-    wanted = scipy.stats.norm.logpdf(batch.x[:, 0], mean, np.exp(-7 + np.log1p(np.exp(raw + 7)))).sum(-1)
+    wanted = scipy.stats.norm.logpdf(
+        batch.x[:, 0], mean, np.exp(-7 + np.log1p(np.exp(raw + 7)))
+    ).sum(-1)
     got = model.extras["step_log_prob"](params, state, batch)[:, 0]
     np.testing.assert_allclose(got, wanted, rtol=1e-12)
 
@@ -90,11 +99,14 @@ def test_a_mixture_of_gaussians_integrates_to_one_and_one_component_is_a_gaussia
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", [WORDS, LABELLED, ROLLS, CURVES, ROWS], ids=lambda spec: spec.name)
 def test_one_step_at_a_time_equals_the_whole_sequence(spec, x64):
-    """What `begin` and `advance` say of each next event is what `log_prob` adds up, with and without the condition."""
+    """What `begin` and `advance` say of each next event is what `log_prob` adds up, with and
+    without the condition.
+    """
     model, params, state = setup(spec, n_layers=2, n_components=2, cond_dropout=1 - 1e-9)
     batch, n = wide_batch(spec, 4), 4
     begin, advance = (
-        quick(model.extras[name], static_argnums=(2,) if name == "begin" else ()) for name in ("begin", "advance")
+        quick(model.extras[name], static_argnums=(2,) if name == "begin" else ())
+        for name in ("begin", "advance")
     )
     log_prob = quick(model.extras["step_log_prob"])(params, state, batch)
     emit = quick(emission(spec, 2).log_prob)
@@ -108,11 +120,17 @@ def test_one_step_at_a_time_equals_the_whole_sequence(spec, x64):
         return np.where(log_prob == 0, 0, np.stack(nats, axis=1))
 
     np.testing.assert_allclose(walk(None), log_prob, rtol=0, atol=1e-12)
-    np.testing.assert_allclose(np.sum(log_prob, 1), quick(model.log_prob)(params, state, batch, KEY), rtol=1e-13)
+    np.testing.assert_allclose(
+        np.sum(log_prob, 1), quick(model.log_prob)(params, state, batch, KEY), rtol=1e-13
+    )
     without = walk(jnp.ones(n, bool))
     loss, aux = quick(model.losses["rnn"])(params, state, batch, KEY)  # all conditions are dropped
     np.testing.assert_allclose(loss, -without.sum(1), rtol=1e-12)
-    np.testing.assert_allclose(aux.metrics["nats_per_step"], np.asarray(loss) / np.asarray(log_prob != 0).sum(1), rtol=1e-12)
+    np.testing.assert_allclose(
+        aux.metrics["nats_per_step"],
+        np.asarray(loss) / np.asarray(log_prob != 0).sum(1),
+        rtol=1e-12,
+    )
     assert spec.conditional == bool(np.abs(without - log_prob).max() > 1e-3)
 
 
@@ -120,7 +138,9 @@ def test_one_step_at_a_time_equals_the_whole_sequence(spec, x64):
 def test_no_step_sees_its_future(x64):
     model, params, state = setup(DataSpec((5, 3), "binary", step="frame"), n_layers=2)
     x = wide_batch(model.spec, 1).x
-    jacobian = quick(jax.jacrev(lambda x: model.extras["step_log_prob"](params, state, Batch(x))[0]))(x)[:, 0]
+    jacobian = quick(
+        jax.jacrev(lambda x: model.extras["step_log_prob"](params, state, Batch(x))[0])
+    )(x)[:, 0]
     size = np.abs(jacobian).max(-1)  # of the derivative of step t with respect to event s
     np.testing.assert_array_equal(size[np.triu_indices(5, 1)], 0)
     assert size[np.tril_indices(5)].min() > 0
@@ -137,18 +157,25 @@ def test_padding_changes_neither_values_nor_gradients(spec, x64):
         batch = wide_batch(spec, 3)._replace(length=jnp.asarray([2, 5, 1]))
         counts = jnp.arange(5)[None] < batch.length[:, None]
         other = batch._replace(x=jnp.where(counts[..., None], batch.x, 1e6))
-    value = quick(jax.value_and_grad(lambda p, batch: model.losses["rnn"](p, state, batch, KEY)[0].sum()))
+    value = quick(
+        jax.value_and_grad(lambda p, batch: model.losses["rnn"](p, state, batch, KEY)[0].sum())
+    )
     assert_same(value(params, other), value(params, batch))
-    assert_same(model.extras["step_log_prob"](params, state, other), model.extras["step_log_prob"](params, state, batch))
+    assert_same(
+        model.extras["step_log_prob"](params, state, other),
+        model.extras["step_log_prob"](params, state, batch),
+    )
     if spec.end is None:  # nor does their amount: the same sequences cut to 2 steps
-        short, _, _ = setup(DataSpec((2, 3), "binary", step="frame", lengths=True, name="short rolls"), n_layers=2)
+        short, _, _ = setup(
+            DataSpec((2, 3), "binary", step="frame", lengths=True, name="short rolls"), n_layers=2
+        )
         keep = jnp.asarray([0, 2])
         cut = Batch(batch.x[keep, :2], length=batch.length[keep])
         whole = model.log_prob(params, state, batch, KEY)[keep]
         np.testing.assert_allclose(short.log_prob(params, state, cut, KEY), whole, rtol=1e-13)
 
 
-# --- windows of long streams ------------------------------------------------------------------------------------------
+# --- windows of long streams ----------------------------------------------------------------------
 
 LONG = DataSpec((12,), "tokens", levels=3, step="character")
 WINDOW = DataSpec((4,), "tokens", levels=3, step="character")
@@ -179,15 +206,24 @@ def test_the_gradient_of_one_window_is_the_full_one_and_stops_at_its_edge(x64):
     whole, _, nothing = setup(WINDOW)
     long, _, _ = setup(LONG)
     x = example_batch(LONG, jax.random.key(3), 2).x
-    gradient = quick(jax.grad(lambda p, state, x: model.losses["rnn"](p, state, Batch(x), KEY)[0].sum()))
-    full = jax.grad(lambda p: whole.losses["rnn"](p, nothing, Batch(x[:, :4]), KEY)[0].sum())(params)
+    gradient = quick(
+        jax.grad(lambda p, state, x: model.losses["rnn"](p, state, Batch(x), KEY)[0].sum())
+    )
+    full = jax.grad(lambda p: whole.losses["rnn"](p, nothing, Batch(x[:, :4]), KEY)[0].sum())(
+        params
+    )
     assert_close(gradient(params, start, x[:, :4]), full, rtol=1e-12)
-    # Over two windows, the gradient is that of the second with its carry held fixed: not that of the long sequence.
+    # Over two windows, the gradient is that of the second with its carry held fixed: not that of
+    # the long sequence.
     state = model.losses["rnn"](params, start, Batch(x[:, :4]), KEY)[1].state
     cut = gradient(params, state, x[:, 4:8])
-    fixed = jax.grad(lambda p: -model.extras["stream"](p, state["rnn"], Batch(x[:, 4:8]))[0].sum())(params)
+    fixed = jax.grad(lambda p: -model.extras["stream"](p, state["rnn"], Batch(x[:, 4:8]))[0].sum())(
+        params
+    )
     assert_close(cut, fixed, rtol=1e-12)
-    through = jax.grad(lambda p: -long.extras["step_log_prob"](p, nothing, Batch(x))[:, 4:8].sum())(params)
+    through = jax.grad(lambda p: -long.extras["step_log_prob"](p, nothing, Batch(x))[:, 4:8].sum())(
+        params
+    )
     kernel = lambda tree: tree["rnn"]["layers"]["layers"][0]["kernel"]  # noqa: E731
     assert np.abs(kernel(cut) - kernel(through)).max() > 1e-3
 
@@ -205,11 +241,13 @@ def test_a_restarted_stream_begins_afresh():
     assert abs(afresh.mean() - 0.3) < 3 * math.sqrt(0.3 * 0.7 / 2000)
 
 
-# --- sampling ---------------------------------------------------------------------------------------------------------
+# --- sampling -------------------------------------------------------------------------------------
 
 
 def chi_square(x, x_all, p, levels):
-    """The p-value of how often each sequence came, given its probability; rare ones are counted together."""
+    """The p-value of how often each sequence came, given its probability; rare ones are counted
+    together.
+    """
     code = lambda x: (np.asarray(x) * levels ** np.arange(x.shape[1])).sum(1)  # noqa: E731
     values, counts = np.unique(code(x), return_counts=True)
     observed = np.zeros(len(p))
@@ -227,7 +265,10 @@ def chi_square(x, x_all, p, levels):
 def test_samples_follow_the_enumerated_law_and_a_prompt_its_conditional_law():
     spec = DataSpec((3,), "tokens", levels=3, step="character", end=2)
     model, params, state = setup(spec, wide=False, cell="gru")
-    x_all = np.unique([np.where(np.cumsum([0, *(row[:-1] == 2)]) > 0, 2, row) for row in np.asarray(every(3, 3))], axis=0)
+    x_all = np.unique(
+        [np.where(np.cumsum([0, *(row[:-1] == 2)]) > 0, 2, row) for row in np.asarray(every(3, 3))],
+        axis=0,
+    )
     p = np.exp(model.log_prob(params, state, Batch(jnp.asarray(x_all)), KEY))
     n = 20_000
     generate = quick(model.extras["generate"], static_argnums=3)
@@ -254,7 +295,7 @@ def test_guidance_of_scale_1_is_the_conditional_and_0_the_unconditional_model():
     assert (np.asarray(without) != np.asarray(plain)).any()
 
 
-# --- training mode ----------------------------------------------------------------------------------------------------
+# --- training mode --------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -263,8 +304,15 @@ def test_dropout_is_for_losses_only():
     plain, _, _ = setup(ROLLS, wide=False)
     batch = example_batch(ROLLS, jax.random.key(1), 4)
     score = quick(model.log_prob)
-    assert_same(score(params, state, batch, jax.random.key(0)), score(params, state, batch, jax.random.key(1)))
-    assert_close(score(params, state, batch, KEY), -plain.losses["rnn"](params, state, batch, KEY)[0], rtol=1e-6)
+    assert_same(
+        score(params, state, batch, jax.random.key(0)),
+        score(params, state, batch, jax.random.key(1)),
+    )
+    assert_close(
+        score(params, state, batch, KEY),
+        -plain.losses["rnn"](params, state, batch, KEY)[0],
+        rtol=1e-6,
+    )
     loss = quick(lambda key: model.losses["rnn"](params, state, batch, key)[0])
     assert (loss(jax.random.key(0)) != loss(jax.random.key(1))).all()
 
@@ -281,7 +329,7 @@ def test_conditions_are_dropped_at_the_rate_that_was_asked_for():
     assert abs(rate - 0.2) < 3 * math.sqrt(0.2 * 0.8 / n)
 
 
-# --- bad input --------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -307,5 +355,7 @@ def test_settings_that_do_not_exist_or_do_not_fit(spec, settings, match):
 @pytest.mark.slow
 def test_a_batch_that_does_not_fill_the_lanes():
     model, params, state = setup(WINDOW, wide=False, lanes=2)
-    with pytest.raises(ConfigError, match="carries the state of 2 streams, so a batch must hold 2 examples; got 3"):
+    with pytest.raises(
+        ConfigError, match="carries the state of 2 streams, so a batch must hold 2 examples; got 3"
+    ):
         model.losses["rnn"](params, state, example_batch(WINDOW, KEY, 3), KEY)

@@ -1,4 +1,6 @@
-"""Run folders: what is in one, that it is never overwritten, and what sample, evaluate and sweeps make of it."""
+"""Run folders: what is in one, that it is never overwritten, and what sample, evaluate and sweeps
+make of it.
+"""
 
 import json
 import math
@@ -24,11 +26,20 @@ from genjax.zoo.recipe import Recipe, config_hash, from_dict, replace, to_dict
 
 pytestmark = pytest.mark.both_ends
 
-SHORT = {"steps": 40, "steps_per_call": 10, "log_every": 20, "evaluate_every": 30, "sample_every": 20, "checkpoint_every": 20}
+SHORT = {
+    "steps": 40,
+    "steps_per_call": 10,
+    "log_every": 20,
+    "evaluate_every": 30,
+    "sample_every": 20,
+    "checkpoint_every": 20,
+}
 
 
 def tiny(name: str, **changes: Any) -> Recipe:
-    return replace(ZOO[name], **{"hidden": (8,), "latent_dim": 2, "batch_size": 16, **SHORT, **changes})
+    return replace(
+        ZOO[name], **{"hidden": (8,), "latent_dim": 2, "batch_size": 16, **SHORT, **changes}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +58,9 @@ def loaded(folder: Path) -> run.Loaded:
 
 
 def events(folder: Path) -> list[Event]:
-    """The TensorBoard events of a run, read as TensorBoard does: length, checksum, event, checksum."""
+    """The TensorBoard events of a run, read as TensorBoard does: length, checksum, event,
+    checksum.
+    """
     found = []
     for path in sorted((folder / "tensorboard").iterdir()):
         assert path.name.startswith("events.out.tfevents.")
@@ -60,7 +73,11 @@ def events(folder: Path) -> list[Event]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_a_run_folder_is_what_the_documentation_says(folder: Path) -> None:
@@ -78,14 +95,21 @@ def test_a_run_folder_is_what_the_documentation_says(folder: Path) -> None:
     assert config == to_dict(tiny("cvae"))
     assert to_dict(from_dict(config, ZOO)) == config
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["20", "40"]
-    assert sorted(path.name for path in (folder / "samples").iterdir()) == ["step_00000020.png", "step_00000040.png"]
+    assert sorted(path.name for path in (folder / "samples").iterdir()) == [
+        "step_00000020.png",
+        "step_00000040.png",
+    ]
     for picture in [folder / "curves.png", *(folder / "samples").iterdir()]:
         assert matplotlib.image.imread(picture).std() > 0.01
 
     lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [20, 30, 40]
     window = {"step", "seconds", "vae/loss", "vae/elbo", "vae/kl", "vae/log_likelihood"}
-    assert [set(line) for line in lines] == [window, {"step", "seconds", "valid/bound"}, window | {"valid/bound"}]
+    assert [set(line) for line in lines] == [
+        window,
+        {"step", "seconds", "valid/bound"},
+        window | {"valid/bound"},
+    ]
     assert lines[0]["seconds"] <= lines[1]["seconds"] <= lines[2]["seconds"]
     assert lines[0]["vae/loss"] == -lines[0]["vae/elbo"]
 
@@ -94,10 +118,17 @@ def test_tensorboard_shows_the_same_numbers(folder: Path) -> None:
     found = events(folder)
     assert found[0].file_version == "brain.Event:2"
     assert (found[1].step, found[1].session_log.status) == (1, SessionLog.START)
-    scalars = {(event.step, value.tag): value.simple_value for event in found for value in event.summary.value}
+    scalars = {
+        (event.step, value.tag): value.simple_value
+        for event in found
+        for value in event.summary.value
+    }
     lines = pictures.read_metrics(folder / "metrics.jsonl")
     assert scalars == {
-        (line["step"], name): float(np.float32(value)) for line in lines for name, value in line.items() if name != "step"
+        (line["step"], name): float(np.float32(value))
+        for line in lines
+        for name, value in line.items()
+        if name != "step"
     }
     assert all(abs(event.wall_time - time.time()) < 86400 for event in found if event.summary.value)
 
@@ -135,7 +166,9 @@ def test_a_run_is_sampled_with_its_averaged_weights(folder: Path, loaded: run.Lo
     restored = Checkpoints(folder / "checkpoints").restore(like)
     assert restored is not None
     same = jax.tree.map(lambda a, b: bool((a == b).all()), loaded.params, restored.state.params)
-    assert not all(jax.tree.leaves(same)), "ema_decay is set, so the averages must differ from the weights themselves"
+    assert not all(jax.tree.leaves(same)), (
+        "ema_decay is set, so the averages must differ from the weights themselves"
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,13 +187,21 @@ def test_conditions_that_do_not_fit(loaded: run.Loaded, cond: Any, message: str)
 
 def test_means_of_a_family_without_them(loaded: run.Loaded) -> None:
     without = loaded._replace(model=loaded.model._replace(extras={}))
-    with pytest.raises(ConfigError, match=r"has no means of p\(x\|z\) to show; sample without --means"):
+    with pytest.raises(
+        ConfigError, match=r"has no means of p\(x\|z\) to show; sample without --means"
+    ):
         run.sample(without, jax.random.key(0), 1, np.zeros(1, np.int32), means=True)
 
 
 def test_a_report_says_what_its_figure_is(folder: Path, loaded: run.Loaded) -> None:
     told: list[tuple[int, int]] = []
-    report = run.evaluate(loaded, "test", seed=3, batch_size=77, progress=lambda done, total: told.append((done, total)))
+    report = run.evaluate(
+        loaded,
+        "test",
+        seed=3,
+        batch_size=77,
+        progress=lambda done, total: told.append((done, total)),
+    )
     source = loaded.recipe.source()
     arrays = source.load().test
     assert loaded.model.bound is not None
@@ -171,7 +212,18 @@ def test_a_report_says_what_its_figure_is(folder: Path, loaded: run.Loaded) -> N
     assert report["value"] == report["mean"]
     assert report["bits_per_dim"] == pytest.approx(-expected.mean / (64 * math.log(2)), rel=1e-12)
     assert told[-1] == (360, 360)
-    fixed = ("recipe", "data", "unit", "kind", "estimator", "split", "seed", "step", "training_seed", "config_hash")
+    fixed = (
+        "recipe",
+        "data",
+        "unit",
+        "kind",
+        "estimator",
+        "split",
+        "seed",
+        "step",
+        "training_seed",
+        "config_hash",
+    )
     assert [report[name] for name in fixed] == [
         "cvae",
         "digits",
@@ -195,7 +247,9 @@ def test_part_of_a_split_and_other_splits(loaded: run.Loaded) -> None:
     assert (report["n"], report["split"]) == (5, "valid")
     with pytest.raises(ConfigError, match="There is no split 'dev'; there are: train, valid, test"):
         run.evaluate(loaded, "dev")
-    with pytest.raises(ConfigError, match="--n must be at least 2, so that there is a standard error; got 0"):
+    with pytest.raises(
+        ConfigError, match="--n must be at least 2, so that there is a standard error; got 0"
+    ):
         run.evaluate(loaded, n=0)
 
 
@@ -222,9 +276,13 @@ def test_another_run_in_the_folder_is_refused_with_a_readable_difference(folder:
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     for place in (tmp_path, tmp_path / "thesis.txt"):
-        with pytest.raises(ConfigError, match="exists and is not a run folder; nothing was written"):
+        with pytest.raises(
+            ConfigError, match="exists and is not a run folder; nothing was written"
+        ):
             run.open_folder(place, {})
-    with pytest.raises(CheckpointError, match=r"Could not write .*config\.json: (Not a directory|File exists)"):
+    with pytest.raises(
+        CheckpointError, match=r"Could not write .*config\.json: (Not a directory|File exists)"
+    ):
         run.open_folder(tmp_path / "thesis.txt" / "below", {})
     assert contents(tmp_path) == {"thesis.txt": b"mine"}
     with pytest.raises(ConfigError, match=r"is not a run folder: it has no config\.json"):
@@ -281,11 +339,23 @@ def test_a_log_is_cut_back_to_the_step_that_training_goes_on_from(tmp_path: Path
     assert lines[1]["a/loss"] == 1 / 20
     assert lines[2]["seconds"] >= lines[1]["seconds"]
     found = events(tmp_path)
-    tags = [(event.step, [value.tag for value in event.summary.value]) for event in found if event.summary.value]
+    tags = [
+        (event.step, [value.tag for value in event.summary.value])
+        for event in found
+        if event.summary.value
+    ]
     members = ["seconds", "a/loss", "b/loss/0", "b/loss/1"]
-    assert sorted(tags) == [(10, members), (20, members), (25, ["seconds", "a/loss"]), (30, members)]
+    assert sorted(tags) == [
+        (10, members),
+        (20, members),
+        (25, ["seconds", "a/loss"]),
+        (30, members),
+    ]
     # TensorBoard drops what an earlier process logged from the step of a START event on.
-    assert [event.step for event in found if event.session_log.status == SessionLog.START] == [1, 21]
+    assert [event.step for event in found if event.session_log.status == SessionLog.START] == [
+        1,
+        21,
+    ]
 
 
 def test_a_log_that_cannot_be_written_names_its_file(tmp_path: Path) -> None:
@@ -302,7 +372,9 @@ def test_a_log_that_cannot_be_written_names_its_file(tmp_path: Path) -> None:
         run.Log(tmp_path / "other").restore(0)
 
 
-def test_curves_are_drawn_however_a_run_ends_and_hide_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_curves_are_drawn_however_a_run_ends_and_hide_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(log: run.Log) -> None:
         log.restore(0)
         log({"step": 1, "a/loss": 1.0})
@@ -318,7 +390,10 @@ def test_curves_are_drawn_however_a_run_ends_and_hide_no_error(tmp_path: Path, m
     monkeypatch.setattr(pictures, "save", full)
     with pytest.raises(KeyError, match="what went wrong"), run.logging_in(tmp_path, "title"):
         raise KeyError("what went wrong")
-    with pytest.raises(CheckpointError, match="the disk is full"), run.logging_in(tmp_path, "title"):
+    with (
+        pytest.raises(CheckpointError, match="the disk is full"),
+        run.logging_in(tmp_path, "title"),
+    ):
         pass
 
 
@@ -347,7 +422,9 @@ def test_folders_of_other_data_of_sweeps_and_of_many_settings() -> None:
     row = ZOO["cvae"]
     ring = row.on("ring")
     assert run.default_folder(ring, row) == Path("runs/cvae,data=ring")
-    assert run.default_folder(replace(ring, conditional=False), row) == Path("runs/cvae,conditional=False,data=ring")
+    assert run.default_folder(replace(ring, conditional=False), row) == Path(
+        "runs/cvae,conditional=False,data=ring"
+    )
     assert run.default_folder(row, row, "sweep-", learning_rate=[1e-3, 3e-4], seeds=2) == Path(
         "runs/sweep-cvae,learning-rate=0.001_0.0003,seeds=2"
     )
@@ -361,35 +438,54 @@ def test_folders_of_other_data_of_sweeps_and_of_many_settings() -> None:
         "beta": 0.123456,
         "learning_rate": 0.000123456,
     }
-    names = {run.default_folder(replace(row, **many), row), run.default_folder(replace(row, **{**many, "seed": 2}), row)}
+    names = {
+        run.default_folder(replace(row, **many), row),
+        run.default_folder(replace(row, **{**many, "seed": 2}), row),
+    }
     assert len(names) == 2
-    assert all(len(name.name) < 60 for name in names), "a long list of settings is replaced by a hash of it"
+    assert all(len(name.name) < 60 for name in names), (
+        "a long list of settings is replaced by a hash of it"
+    )
 
 
 @pytest.mark.slow
 def test_a_sweep_compares_its_members_on_the_validation_split(tmp_path: Path) -> None:
-    """A step size of 0 learns nothing, a reasonable one something, and a huge one nothing finite."""
-    recipe = tiny("vae-ring", n_samples=1, sample_every=0, algorithm="sgd", schedule="constant", ema_decay=0.0)
+    """A step size of 0 learns nothing, a reasonable one something, and a huge one nothing
+    finite.
+    """
+    recipe = tiny(
+        "vae-ring", n_samples=1, sample_every=0, algorithm="sgd", schedule="constant", ema_decay=0.0
+    )
     axes = {"learning_rate": [0.0, 3e-3, 1e30]}
     results = run_sweep(recipe, axes, 2, tmp_path / "sweep", say=lambda text: None)
     assert json.loads((tmp_path / "sweep" / "results.json").read_text()) == results
-    assert (results["metric"], results["split"], results["seeds"], results["steps"]) == ("valid/bound", "valid", [0, 1], 40)
+    assert (results["metric"], results["split"], results["seeds"], results["steps"]) == (
+        "valid/bound",
+        "valid",
+        [0, 1],
+        40,
+    )
     none, some, huge = results["results"]
-    assert [line["settings"]["learning_rate"] for line in results["results"]] == axes["learning_rate"]
+    assert [line["settings"]["learning_rate"] for line in results["results"]] == axes[
+        "learning_rate"
+    ]
     assert some["mean"] == pytest.approx(np.mean(some["members"]), rel=1e-12)
     assert some["sd"] == pytest.approx(np.std(some["members"], ddof=1), rel=1e-12)
     assert none["not_finite"] == some["not_finite"] == 0
     assert some["mean"] > none["mean"] + 0.1
     assert (huge["not_finite"], huge["mean"], huge["sd"]) == (2, None, None)
 
-    # Members are ordered by settings, then seeds, and an untrained member is the model as its seed initialises it.
+    # Members are ordered by settings, then seeds, and an untrained member is the model as its seed
+    # initialises it.
     source = recipe.source()
     model = recipe.build(source.spec)
     assert model.bound is not None
     score, valid = scorer(model.bound, source.prepare), source.load().valid
     for seed, found in enumerate(none["members"]):
         start = recipe.training(source.spec).init(jax.random.key(seed))
-        solo = score_examples(score, start.params, start.state, valid, jax.random.key(run.VALID_SEED)).mean()
+        solo = score_examples(
+            score, start.params, start.state, valid, jax.random.key(run.VALID_SEED)
+        ).mean()
         assert found == pytest.approx(solo, rel=1e-5)
 
     lines = pictures.read_metrics(tmp_path / "sweep" / "metrics.jsonl")
@@ -407,7 +503,10 @@ def test_a_sweep_compares_its_members_on_the_validation_split(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        ({"latent_dim": [2.0, 4.0]}, r"--latent-dim cannot be swept in one program: only real-valued .*learning_rate"),
+        (
+            {"latent_dim": [2.0, 4.0]},
+            r"--latent-dim cannot be swept in one program: only real-valued .*learning_rate",
+        ),
         ({"lerning_rate": [1.0]}, "--lerning-rate cannot be swept"),
         ({"learning_rate": []}, "--learning-rate has no values"),
     ],

@@ -1,4 +1,6 @@
-"""What samples become: decoded sequences, text, pictures and music; and runs of models that go step by step."""
+"""What samples become: decoded sequences, text, pictures and music; and runs of models that go step
+by step.
+"""
 
 import functools
 import json
@@ -25,8 +27,19 @@ from genjax.zoo.recipe import replace
 
 pytestmark = pytest.mark.both_ends
 
-STREAM = DataSpec((6,), "tokens", levels=3, vocabulary=("a", "b", "\n"), step="character", name="letters")
-LINES = DataSpec((6,), "tokens", levels=3, vocabulary=("\n", "a", "b"), step="character", end=0, n_classes=2, name="lines")
+STREAM = DataSpec(
+    (6,), "tokens", levels=3, vocabulary=("a", "b", "\n"), step="character", name="letters"
+)
+LINES = DataSpec(
+    (6,),
+    "tokens",
+    levels=3,
+    vocabulary=("\n", "a", "b"),
+    step="character",
+    end=0,
+    n_classes=2,
+    name="lines",
+)
 ROLLS = DataSpec((9, 88), "binary", step="frame", lengths=True, name="rolls")
 
 
@@ -95,7 +108,9 @@ def test_rules_are_for_tokens_and_steps() -> None:
     key = jax.random.key(0)
     model = rnn(ROLLS, d_embed=2, d_hidden=2)
     params, state = model.init(key)
-    with pytest.raises(ConfigError, match="--temperature: rules and beams are for tokens; rolls is binary"):
+    with pytest.raises(
+        ConfigError, match="--temperature: rules and beams are for tokens; rolls is binary"
+    ):
         samples.draw(model, params, state, key, 2, None, Decoding(temperature=0.5))
     with pytest.raises(ConfigError, match="--prompt takes text"):
         samples.draw(model, params, state, key, 2, None, Decoding(prompt="a"))
@@ -110,7 +125,11 @@ def squares():
     model = flow_matching(spec, hidden=(4,), cond_dropout=0.5, n_steps=3)
     params, state = model.init(jax.random.key(0))
     rng = np.random.default_rng(0)
-    return model, jax.tree.map(lambda leaf: leaf + rng.normal(size=leaf.shape).astype(leaf.dtype), params), state
+    return (
+        model,
+        jax.tree.map(lambda leaf: leaf + rng.normal(size=leaf.shape).astype(leaf.dtype), params),
+        state,
+    )
 
 
 @pytest.mark.slow
@@ -136,7 +155,10 @@ def test_a_solver_its_steps_and_guidance_are_what_a_model_from_noise_to_data_tak
             {"temperature": 0.5, "solver": "heun"},
             r"--temperature: for models that make a sequence .* --solver, --n-steps, --grid",
         ),
-        ({"prompt": "a", "beams": 2}, "--prompt, --beams: for models that make a sequence step by step"),
+        (
+            {"prompt": "a", "beams": 2},
+            "--prompt, --beams: for models that make a sequence step by step",
+        ),
         ({"solver": "huen"}, r"no solver called 'huen'\. Did you mean heun\?"),
         ({"grid": "karas"}, r"no grid called 'karas'\. Did you mean karras\?"),
     ],
@@ -144,44 +166,84 @@ def test_a_solver_its_steps_and_guidance_are_what_a_model_from_noise_to_data_tak
 def test_settings_that_do_not_fit_a_model_from_noise_to_data_are_refused(how, message) -> None:
     model, params, state = squares()
     with pytest.raises(ConfigError, match=message):
-        samples.draw(model, params, state, jax.random.key(0), 2, np.zeros(2, np.int32), Decoding(**how))
+        samples.draw(
+            model, params, state, jax.random.key(0), 2, np.zeros(2, np.int32), Decoding(**how)
+        )
 
 
 def test_solvers_and_films_are_for_models_from_noise_to_data_only() -> None:
     with pytest.raises(
-        ConfigError, match=r"--solver, --n-steps: for models that go from noise to data \(diffusion, flow matching\)"
+        ConfigError,
+        match=r"--solver, --n-steps: for models that go from noise to data \(diffusion, flow matching\)",
     ):
         draw(solver="heun", n_steps=3, temperature=0.5)
     model, params, state = letters()
-    with pytest.raises(ConfigError, match=r"--film shows the way from noise to data .*letters has none"):
+    with pytest.raises(
+        ConfigError, match=r"--film shows the way from noise to data .*letters has none"
+    ):
         samples.film(model, params, state, jax.random.key(0), 2, None, Decoding())
     plain = vae(DataSpec((2,), "continuous"), hidden=(2,), latent_dim=1)
     with pytest.raises(ConfigError, match=r"--n-steps: for models that make samples step by step"):
-        samples.draw(plain, *plain.init(jax.random.key(0)), jax.random.key(0), 2, None, Decoding(n_steps=3))
+        samples.draw(
+            plain, *plain.init(jax.random.key(0)), jax.random.key(0), 2, None, Decoding(n_steps=3)
+        )
 
 
 def test_guidance_of_a_model_that_was_never_trained_without_its_condition_is_refused() -> None:
     model = flow_matching(squares()[0].spec, hidden=(4,))
-    with pytest.raises(ConfigError, match=r"never trained without its condition: build it with cond_dropout"):
-        samples.draw(model, *model.init(jax.random.key(0)), jax.random.key(0), 2, np.zeros(2, np.int32), Decoding(guidance=2.0))
+    with pytest.raises(
+        ConfigError, match=r"never trained without its condition: build it with cond_dropout"
+    ):
+        samples.draw(
+            model,
+            *model.init(jax.random.key(0)),
+            jax.random.key(0),
+            2,
+            np.zeros(2, np.int32),
+            Decoding(guidance=2.0),
+        )
 
 
 @pytest.fixture(scope="module")
 def flow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few steps of flow matching of digits."""
     where = tmp_path_factory.mktemp("flow") / "run"
-    recipe = replace(ZOO["flow-matching"], hidden=(8,), steps=4, steps_per_call=2, evaluate_every=4, n_likelihood_steps=1)
+    recipe = replace(
+        ZOO["flow-matching"],
+        hidden=(8,),
+        steps=4,
+        steps_per_call=2,
+        evaluate_every=4,
+        n_likelihood_steps=1,
+    )
     run.train(recipe, where, say=lambda text: None)
     return where
 
 
 @pytest.mark.slow
-def test_a_run_is_sampled_by_the_solver_asked_for_and_filmed(flow: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--solver", "heun", "--n-steps", "4", "--grid", "karras", "--guidance", "2", "--cond", "3", "--n", "5"]
+def test_a_run_is_sampled_by_the_solver_asked_for_and_filmed(
+    flow: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [
+        "--solver",
+        "heun",
+        "--n-steps",
+        "4",
+        "--grid",
+        "karras",
+        "--guidance",
+        "2",
+        "--cond",
+        "3",
+        "--n",
+        "5",
+    ]
     genjax.cli.main(["sample", str(flow), *flags])
     genjax.cli.main(["sample", str(flow), *flags, "--film"])
     stem = "sample_n5_seed0_cond3{}_guidance2.0_solverheun_n_steps4_gridkarras"
-    plain, film = (arrays_in(flow / "samples" / f"{stem.format(part)}.npz") for part in ("", "_film"))
+    plain, film = (
+        arrays_in(flow / "samples" / f"{stem.format(part)}.npz") for part in ("", "_film")
+    )
     assert film["film"].shape == (5, 5, 8, 8, 1)
     np.testing.assert_array_equal(film["x"], plain["x"])
     np.testing.assert_array_equal(film["film"][-1], plain["x"])
@@ -200,7 +262,9 @@ def test_a_run_is_sampled_by_the_solver_asked_for_and_filmed(flow: Path, capsys:
 def test_text_is_written_as_text_and_names_its_classes(tmp_path: Path) -> None:
     x = np.asarray([[1, 2, 0, 0, 0, 0], [2, 2, 2, 2, 2, 2]])
     assert samples.texts(x, LINES) == ["ab", "bbbbbb"]
-    named = DataSpec(**{**json.loads(json.dumps(LINES.__dict__)), "class_names": ["LATIN", "GREEK"]})
+    named = DataSpec(
+        **{**json.loads(json.dumps(LINES.__dict__)), "class_names": ["LATIN", "GREEK"]}
+    )
     (path,) = samples.show(x, named, tmp_path / "s", "", cond=np.asarray([1, 0]))
     assert path == tmp_path / "s.txt"
     assert path.read_text() == "GREEK: ab\nLATIN: bbbbbb\n"
@@ -241,7 +305,10 @@ def test_values_per_step_are_a_ratio_with_its_error() -> None:
         return per_step(2.0 * steps + rng.normal(size=n) * np.sqrt(steps), steps)
 
     found = [once(200) for _ in range(400)]
-    means, errors = np.asarray([f.mean for f in found]), np.asarray([f.standard_error for f in found])
+    means, errors = (
+        np.asarray([f.mean for f in found]),
+        np.asarray([f.standard_error for f in found]),
+    )
     assert abs(means.mean() - 2) < 4 * means.std() / 20
     assert abs(errors.mean() / means.std(ddof=1) - 1) < 0.15  # four of its own errors, 1/√(2 · 400)
     assert per_step(np.asarray([3.0, 5.0]), np.asarray([1, 3]))[::2] == (2.0, 4)
@@ -253,7 +320,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("text")
     (where / "book.txt").write_text("the cat sat on the mat. " * 60)
     recipe = replace(
-        ZOO["lstm"].__class__(**{**ZOO["lstm"].__dict__, "data": str(where / "book.txt"), "data_options": {"context": 16}}),
+        ZOO["lstm"].__class__(
+            **{
+                **ZOO["lstm"].__dict__,
+                "data": str(where / "book.txt"),
+                "data_options": {"context": 16},
+            }
+        ),
         d_embed=4,
         d_hidden=8,
         lanes=0,
@@ -267,12 +340,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_of_text_shows_text_and_needs_no_data_to_sample(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_of_text_shows_text_and_needs_no_data_to_sample(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (shown,) = (folder / "samples").glob("step_*.txt")
     assert set(shown.read_text()) <= set("the cat sat on the mat. -\n")
     (folder.parent / "book.txt").rename(folder.parent / "gone.txt")
     try:
-        genjax.cli.main(["sample", str(folder), "--n", "2", "--prompt", "the", "--temperature", "0.5", "--length", "40"])
+        genjax.cli.main(
+            [
+                "sample",
+                str(folder),
+                "--n",
+                "2",
+                "--prompt",
+                "the",
+                "--temperature",
+                "0.5",
+                "--length",
+                "40",
+            ]
+        )
     finally:
         (folder.parent / "gone.txt").rename(folder.parent / "book.txt")
     out = capsys.readouterr().out
@@ -283,7 +371,9 @@ def test_a_run_of_text_shows_text_and_needs_no_data_to_sample(folder: Path, caps
     assert x.shape == (2, 40)
 
 
-def test_a_report_on_text_counts_in_characters(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_on_text_counts_in_characters(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     genjax.cli.main(["evaluate", str(folder)])
     report = json.loads((folder / "report.json").read_text())
     per = report["per_step"]
@@ -300,7 +390,9 @@ def test_changed_data_are_noticed(folder: Path, tmp_path: Path) -> None:
     assert spec is not None
     assert spec.vocabulary == tuple(sorted(set("the cat sat on the mat. ")))
     run.keep_spec(folder, spec)
-    changed = DataSpec((16,), "tokens", levels=2, vocabulary=("a", "b"), step="character", name=spec.name)
+    changed = DataSpec(
+        (16,), "tokens", levels=2, vocabulary=("a", "b"), step="character", name=spec.name
+    )
     with pytest.raises(ConfigError, match=r"levels, vocabulary changed since"):
         run.keep_spec(folder, changed)
     (tmp_path / "spec.json").write_text("{}")

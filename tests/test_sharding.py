@@ -1,4 +1,6 @@
-"""Sharded training on 8 virtual devices: the values of one device, the layout asked for, and the collectives that it takes."""
+"""Sharded training on 8 virtual devices: the values of one device, the layout asked for, and the
+collectives that it takes.
+"""
 
 import functools
 import re
@@ -50,20 +52,28 @@ def program(t, spec=PLANE, key=KEY, n=16):
 
 
 def collectives(compiled):
-    return set(re.findall(r"\b(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\b", compiled.as_text()))
+    return set(
+        re.findall(
+            r"\b(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\b",
+            compiled.as_text(),
+        )
+    )
 
 
 def share(tree):
     """The part of a tree's bytes that the first device holds, from the arrays' own shards."""
     leaves = [
-        jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf for leaf in jax.tree.leaves(tree)
+        jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        for leaf in jax.tree.leaves(tree)
     ]
     first = jax.devices()[0]
-    held = sum(s.data.nbytes for leaf in leaves for s in leaf.addressable_shards if s.device == first)
+    held = sum(
+        s.data.nbytes for leaf in leaves for s in leaf.addressable_shards if s.device == first
+    )
     return held / sum(leaf.nbytes for leaf in leaves)
 
 
-# --- values -------------------------------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------
 
 
 @first_rows
@@ -73,12 +83,16 @@ def test_a_step_with_a_split_state_equals_one_device(name):
     with jax.enable_x64(True):
         data = [widen(batch(name, seed)) for seed in range(3)]
         first = jax.device_put(widen(start), layout(start, mesh))
-        assert_close(run(quick(shard(plain(name).t, mesh).step), first, data), tuple(wanted), rtol=1e-9)
+        assert_close(
+            run(quick(shard(plain(name).t, mesh).step), first, data), tuple(wanted), rtol=1e-9
+        )
 
 
 @functools.cache
 def whole(name):
-    """A start, the compiled step of one device in float64, two batches, and the state and metrics after them."""
+    """A start, the compiled step of one device in float64, two batches, and the state and metrics
+    after them.
+    """
     model, spec = SPLIT[name]
     t = training(model, optimizer())
     start = t.init(KEY)
@@ -122,8 +136,13 @@ def test_members_over_devices_equal_members_on_one_and_never_speak():
 @pytest.mark.slow
 def test_members_with_batches_of_their_own_and_weights():
     t = ensemble(VAE, batch_axis=0)
-    sharded = shard(t, make_mesh({"member": 2, "data": 4}), batch_spec=PartitionSpec("member", "data"))
-    keys, weight = jax.random.split(KEY, 4), jnp.asarray(np.random.default_rng(0).integers(0, 3, (4, 16)), jnp.float32)
+    sharded = shard(
+        t, make_mesh({"member": 2, "data": 4}), batch_spec=PartitionSpec("member", "data")
+    )
+    keys, weight = (
+        jax.random.split(KEY, 4),
+        jnp.asarray(np.random.default_rng(0).integers(0, 3, (4, 16)), jnp.float32),
+    )
     data = [example_batch(PLANE, jax.random.key(seed), 64) for seed in (1, 2)]
     data = [Batch(one.x.reshape(4, 16, 2), weight=weight) for one in data]
     got = run(jax.jit(sharded.step), jax.jit(sharded.init)(keys), data)
@@ -133,7 +152,9 @@ def test_members_with_batches_of_their_own_and_weights():
 
 @pytest.mark.slow
 def test_a_weighted_batch_is_averaged_over_all_devices():
-    weight = jnp.asarray([1, 0, 2, 0.5, 0, 1, 3, 1] * 2, jnp.float32)  # not the same sum on every device
+    weight = jnp.asarray(
+        [1, 0, 2, 0.5, 0, 1, 3, 1] * 2, jnp.float32
+    )  # not the same sum on every device
     data = [batch._replace(weight=weight) for batch in batches()]
     got = run(jax.jit(shard(VAE, make_mesh({"data": 8})).step), jax.jit(VAE.init)(KEY), data)
     assert_close(got, run(jax.jit(VAE.step), jax.jit(VAE.init)(KEY), data), rtol=1e-5)
@@ -151,7 +172,7 @@ def test_sharding_composes_with_the_other_transforms():
     assert share(got.params) < 1 / 3
 
 
-# --- layout -------------------------------------------------------------------------------------------------------------
+# --- layout ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -170,7 +191,10 @@ def test_data_parallel_steps_replicate_the_state_and_sum_over_devices():
     assert "all-reduce" in collectives(program(t))
     assert "all-gather" not in collectives(program(t))
     ts, _ = jax.jit(t.step)(jax.jit(t.init)(KEY), batches()[0])
-    assert {(len(leaf.sharding.device_set), leaf.sharding.is_fully_replicated) for leaf in jax.tree.leaves(ts)} == {(8, True)}
+    assert {
+        (len(leaf.sharding.device_set), leaf.sharding.is_fully_replicated)
+        for leaf in jax.tree.leaves(ts)
+    } == {(8, True)}
 
 
 def test_rules_name_the_last_dimensions_and_optimisers_follow_their_parameters():
@@ -187,13 +211,26 @@ def test_rules_name_the_last_dimensions_and_optimisers_follow_their_parameters()
     assert found[f"params/{block}attention/out/kernel"] == PartitionSpec("tensor", None)
     assert found[f"params/{block}feed_forward/down/kernel"] == PartitionSpec(None, "tensor")
     assert not any(found["params/transformer/readout/norm/scale"])
-    moments = [spec for name, spec in found.items() if name.startswith("opt/") and name.endswith("1/attention/qkv/kernel")]
+    moments = [
+        spec
+        for name, spec in found.items()
+        if name.startswith("opt/") and name.endswith("1/attention/qkv/kernel")
+    ]
     assert moments == [PartitionSpec(None, "tensor")] * 3  # two of Adam and the average
 
 
 def test_the_longest_dimension_that_can_be_divided_is_split():
-    tree = {"a": jnp.zeros((8, 24)), "b": jnp.zeros((16, 9)), "c": jnp.zeros((3, 5)), "d": jnp.zeros(())}
-    found = jax.tree.map(lambda s: tuple(s.spec), layout(tree, make_mesh({"fsdp": 8})), is_leaf=lambda x: hasattr(x, "spec"))
+    tree = {
+        "a": jnp.zeros((8, 24)),
+        "b": jnp.zeros((16, 9)),
+        "c": jnp.zeros((3, 5)),
+        "d": jnp.zeros(()),
+    }
+    found = jax.tree.map(
+        lambda s: tuple(s.spec),
+        layout(tree, make_mesh({"fsdp": 8})),
+        is_leaf=lambda x: hasattr(x, "spec"),
+    )
     assert found == {"a": (None, "fsdp"), "b": ("fsdp", None), "c": (None, None), "d": ()}
 
 
@@ -218,7 +255,14 @@ def test_a_checkpoint_of_one_mesh_is_restored_on_another(tmp_path):
 @pytest.mark.slow
 def test_a_run_trains_on_a_mesh_and_goes_on_with_another(tmp_path):
     recipe = replace(
-        ZOO["vae"], hidden=(8,), latent_dim=2, batch_size=16, steps=20, steps_per_call=5, checkpoint_every=10, sample_every=0
+        ZOO["vae"],
+        hidden=(8,),
+        latent_dim=2,
+        batch_size=16,
+        steps=20,
+        steps_per_call=5,
+        checkpoint_every=10,
+        sample_every=0,
     )
     straight = train(recipe, tmp_path / "one")
     on_mesh = train(recipe, tmp_path / "mesh", mesh={"data": 2, "fsdp": 4})
@@ -230,21 +274,28 @@ def test_a_run_trains_on_a_mesh_and_goes_on_with_another(tmp_path):
     assert_close(again.params, straight.params, rtol=1e-4)
 
 
-# --- bad input ------------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 
 
 def test_a_mesh_that_does_not_exist():
-    with pytest.raises(ConfigError, match=r"no axis 'model'. There are: member \(the members of an ensemble\), data"):
+    with pytest.raises(
+        ConfigError,
+        match=r"no axis 'model'. There are: member \(the members of an ensemble\), data",
+    ):
         make_mesh({"model": 2})
     with pytest.raises(ConfigError, match=r"takes 16 devices; there are 8\. XLA_FLAGS"):
         make_mesh({"data": 4, "fsdp": 4})
     with pytest.raises(ConfigError, match="at least 1 device; got 0"):
         make_mesh({"data": 0})
-    with pytest.raises(ConfigError, match="an axis 'x'; those of a training are member, data, fsdp, tensor"):
+    with pytest.raises(
+        ConfigError, match="an axis 'x'; those of a training are member, data, fsdp, tensor"
+    ):
         shard(VAE, Mesh(np.asarray(jax.devices()), ("x",)))
 
 
-@pytest.mark.parametrize("text", ["data", "data=", "data=two", "data=2;fsdp=4", "data=2,data=4", "", "data=-1"])
+@pytest.mark.parametrize(
+    "text", ["data", "data=", "data=two", "data=2;fsdp=4", "data=2,data=4", "", "data=-1"]
+)
 def test_a_mesh_that_cannot_be_read(text):
     with pytest.raises(ConfigError, match="written as data=4,fsdp=2"):
         parse_mesh(text)
@@ -258,18 +309,28 @@ def test_a_mesh_in_words_and_back():
 def test_batches_members_and_rules_that_do_not_fit():
     ts = jax.eval_shape(VAE.init, KEY)
     six = Batch(jnp.zeros((6, 2)))
-    with pytest.raises(ConfigError, match="batch of 6 does not divide over the 8 devices of the mesh's data x fsdp"):
+    with pytest.raises(
+        ConfigError, match="batch of 6 does not divide over the 8 devices of the mesh's data x fsdp"
+    ):
         jax.eval_shape(shard(VAE, make_mesh({"data": 2, "fsdp": 4})).step, ts, six)
     with pytest.raises(ConfigError, match="8 devices to share members; key has the shape"):
         jax.eval_shape(shard(VAE, make_mesh({"member": 8})).init, KEY)
     with pytest.raises(ConfigError, match=r"key has the shape \[6\]"):
-        jax.eval_shape(shard(ensemble(VAE), make_mesh({"member": 8})).init, jax.random.split(KEY, 6))
+        jax.eval_shape(
+            shard(ensemble(VAE), make_mesh({"member": 8})).init, jax.random.split(KEY, 6)
+        )
     mesh = make_mesh({"tensor": 8})
-    with pytest.raises(ConfigError, match=r"'nothing' matches no parameter. There are, among others: params/vae/decoder"):
+    with pytest.raises(
+        ConfigError,
+        match=r"'nothing' matches no parameter. There are, among others: params/vae/decoder",
+    ):
         layout(ts, mesh, [("nothing", PartitionSpec("tensor"))])
     with pytest.raises(ConfigError, match=r"'nothing' matches no parameter"):
         layout(ts, mesh, {"nothing": PartitionSpec("tensor")})
     with pytest.raises(ConfigError, match=r"splits over 'tensor'; the mesh is data=8"):
         layout(ts, make_mesh({"data": 8}), TENSOR_RULES)
-    with pytest.raises(ConfigError, match=r"of shape \[2\], as \('tensor',\) over a mesh tensor=8, which does not divide it"):
+    with pytest.raises(
+        ConfigError,
+        match=r"of shape \[2\], as \('tensor',\) over a mesh tensor=8, which does not divide it",
+    ):
         layout(ts, mesh, [("decoder/.*bias", PartitionSpec("tensor"))])

@@ -1,4 +1,6 @@
-"""Solvers against normal data, whose probability-flow ODE has a solution in closed form; grids, corrector, likelihood."""
+"""Solvers against normal data, whose probability-flow ODE has a solution in closed form; grids,
+corrector, likelihood.
+"""
 
 import itertools
 import math
@@ -8,7 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from path_oracles import COVARIANCE, MEAN, TURN, VARIANCES, denoise_of, flow, jit, marginal, model_log_prob, root
+from path_oracles import (
+    COVARIANCE,
+    MEAN,
+    TURN,
+    VARIANCES,
+    denoise_of,
+    flow,
+    jit,
+    marginal,
+    model_log_prob,
+    root,
+)
 
 from genjax.errors import ConfigError
 from genjax.parts import paths, solvers
@@ -19,14 +32,16 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 STOCHASTIC = {"ancestral"}
 DETERMINISTIC = sorted(set(SOLVERS) - STOCHASTIC)
-ALL = PATHS | {"log_snr": lambda: paths.from_log_snr(lambda t: -13.3 + 18.3 * (0.3 * t + 0.7 * t**3))}
+ALL = PATHS | {
+    "log_snr": lambda: paths.from_log_snr(lambda t: -13.3 + 18.3 * (0.3 * t + 0.7 * t**3))
+}
 
 
 def sample(shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
 
 
-# --- solvers ------------------------------------------------------------------------------------------------------------
+# --- solvers --------------------------------------------------------------------------------------
 
 ORDERS = {"ddim": 1, "euler": 1, "heun": 2, "midpoint": 2, "dpmpp_2m": 2, "rk4": 4}
 
@@ -40,10 +55,14 @@ def test_every_fixed_deterministic_solver_has_an_order():
     [
         *((name, "cosine", (0.85, 0.15), order) for name, order in ORDERS.items()),
         # all the way from alpha = 0 to sigma = 0, where a step of another kind takes over
-        *((name, "conditional_ot", (1.0, 0.0), ORDERS[name]) for name in ("ddim", "euler", "heun", "rk4")),
+        *(
+            (name, "conditional_ot", (1.0, 0.0), ORDERS[name])
+            for name in ("ddim", "euler", "heun", "rk4")
+        ),
         ("midpoint", "variance_preserving", (1.0, 0.0), 2),
-        # dx/dt = a (x - m) with a = V' / 2V, and where V is quadratic in t the midpoint rule's leading error,
-        # a'' / 24 + a a' / 4 + a³ / 6, is exactly zero: one order more, on straight lines and on EDM's path
+        # dx/dt = a (x - m) with a = V' / 2V, and where V is quadratic in t the midpoint rule's
+        # leading error, a'' / 24 + a a' / 4 + a³ / 6, is exactly zero: one order more, on straight
+        # lines and on EDM's path
         ("midpoint", "conditional_ot", (1.0, 0.0), 3),
         ("midpoint", "edm", (5.0, 0.2), 3),
         ("dpmpp_2m", "edm", (5.0, 0.2), 2),
@@ -56,7 +75,9 @@ def test_the_order_of_convergence_to_the_exact_solution(name, path_name, ends, o
     counts = (48, 96, 192) if path_name == "edm" or name == "dpmpp_2m" else (24, 48, 96)
 
     def errors(x):
-        runs = (SOLVERS[name](denoise_of(path), path, x, jnp.linspace(*ends, n + 1)) for n in counts)
+        runs = (
+            SOLVERS[name](denoise_of(path), path, x, jnp.linspace(*ends, n + 1)) for n in counts
+        )
         return [jnp.sqrt(jnp.mean((run - exact) ** 2)) for run in runs]
 
     found = np.array(jit(errors)(x))
@@ -81,9 +102,13 @@ def test_the_adaptive_solver_is_exact_to_its_tolerance_and_saves_where_it_is_tol
         np.testing.assert_allclose(run(1e-4, False)(x), every[-1], atol=5e-3)
 
 
-@pytest.mark.parametrize("name", [*DETERMINISTIC[1:], *STOCHASTIC, pytest.param("adaptive", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", [*DETERMINISTIC[1:], *STOCHASTIC, pytest.param("adaptive", marks=pytest.mark.slow)]
+)
 def test_every_keeps_all_of_the_way_and_a_last_time_without_noise_works(name):
-    """`denoise` is never asked where sigma = 0: it would be NaN there. Here with images, float32, and an odd grid."""
+    """`denoise` is never asked where sigma = 0: it would be NaN there. Here with images, float32,
+    and an odd grid.
+    """
     path = paths.conditional_ot()
     seen = jit(lambda t: path.sigma(t))
 
@@ -102,7 +127,8 @@ def test_every_keeps_all_of_the_way_and_a_last_time_without_noise_works(name):
     assert float(seen(times[-1])) == 0
     for before, after in itertools.pairwise(np.asarray(way)):
         assert np.abs(before - after).max() > 1e-3
-    # each example goes its own way, whatever is beside it (the adaptive step and the noise look at the whole batch)
+    # each example goes its own way, whatever is beside it (the adaptive step and the noise look at
+    # the whole batch)
     if name not in STOCHASTIC | {"adaptive"}:
         np.testing.assert_allclose(jit(run(False))(x[::-1])[::-1], last, rtol=1e-5, atol=1e-6)
 
@@ -128,15 +154,21 @@ def test_one_step_by_hand():
     at_half = 0.5 * first + 0.5 * (2 - 0.2 * first) / 0.8
     plain = 0.25 * at_half
     x0 = plain + math.log(7 / 3) / (2 * math.log(4)) * (plain - first)
-    assert to("dpmpp_2m", 0.8, 0.5, 0.3) == pytest.approx(0.7 * x0 + 0.3 * (at_half - 0.5 * x0) / 0.5)
+    assert to("dpmpp_2m", 0.8, 0.5, 0.3) == pytest.approx(
+        0.7 * x0 + 0.3 * (at_half - 0.5 * x0) / 0.5
+    )
     # Kutta's classical step against the exact series of e^z, where the field is linear
     linear = lambda x, t: x - t * x  # noqa: E731  (velocity x)
     stepped = solvers.rk4(linear, path, x, jnp.asarray([1.0, 0.6]))[0, 0]
-    assert float(stepped) == pytest.approx(2 * sum((-0.4) ** k / math.factorial(k) for k in range(5)))
+    assert float(stepped) == pytest.approx(
+        2 * sum((-0.4) ** k / math.factorial(k) for k in range(5))
+    )
 
 
 def test_translations_take_one_step():
-    """Noise tied to data by a translation, x0 = epsilon + c: straight lines that never cross, and any step is exact."""
+    """Noise tied to data by a translation, x0 = epsilon + c: straight lines that never cross, and
+    any step is exact.
+    """
     path, shift = paths.conditional_ot(), jnp.asarray([[3.0, -1.0]])
     denoise = lambda x, t: x + t * shift  # noqa: E731
     x = sample((5, 2))
@@ -147,7 +179,9 @@ def test_translations_take_one_step():
 
 
 def test_the_best_denoiser_of_finite_data_flows_to_the_data():
-    """E[x0 | x_t] of K points is their softmax-weighted mean, and the ODE ends in one of them: which, is a matter of x."""
+    """E[x0 | x_t] of K points is their softmax-weighted mean, and the ODE ends in one of them:
+    which, is a matter of x.
+    """
     points = jnp.asarray([[1.0, 1.0], [-1.0, 0.5], [0.2, -1.2]])
     path = paths.edm(0.002, 20.0)
 
@@ -158,7 +192,9 @@ def test_the_best_denoiser_of_finite_data_flows_to_the_data():
     # Bayes by hand at one place
     x = jnp.asarray([[0.3, 0.4]])
     density = scipy.stats.norm(np.asarray(points), 0.7).pdf(np.asarray(x)).prod(1)
-    np.testing.assert_allclose(denoise(x, jnp.asarray(0.7))[0], density @ points / density.sum(), rtol=1e-12)
+    np.testing.assert_allclose(
+        denoise(x, jnp.asarray(0.7))[0], density @ points / density.sum(), rtol=1e-12
+    )
     x = 20 * sample((300, 2))
     got = jit(lambda x: solvers.heun(denoise, path, x, GRIDS["karras"](path, 40)))(x)
     distance = np.linalg.norm(np.asarray(got)[:, None] - np.asarray(points)[None], axis=2)
@@ -178,7 +214,9 @@ def assert_normal(x, mean, covariance):
 
 
 def ancestral_law(path, times):
-    """Mean and variance, along the axes of Sigma, of ancestral sampling: a chain of affine steps with normal noise."""
+    """Mean and variance, along the axes of Sigma, of ancestral sampling: a chain of affine steps
+    with normal noise.
+    """
     mean, variance = np.zeros(2), np.full(2, float(paths.prior(path)) ** 2)
     target = MEAN @ TURN
     levels = zip(np.asarray(path.alpha(times)), np.asarray(path.sigma(times)), strict=True)
@@ -208,7 +246,7 @@ def test_ancestral_sampling_has_the_law_that_its_chain_must_have_and_tends_to_th
     assert_normal(got, *law)
 
 
-# --- Langevin corrector -------------------------------------------------------------------------------------------------
+# --- Langevin corrector ---------------------------------------------------------------------------
 
 
 def langevin_law(path, t, snr):
@@ -225,12 +263,15 @@ def test_langevin_steps_keep_their_known_normal_and_pull_a_wrong_start_to_it():
     biased = langevin_law(path, t, snr)
     assert np.abs(biased - exact).max() > 0.02  # the bias is more than what the test can miss
     run = lambda steps: jit(  # noqa: E731
-        lambda x: solvers.langevin(path, steps, snr)(denoise_of(path), x, jnp.asarray(t), jax.random.key(6))
+        lambda x: solvers.langevin(path, steps, snr)(
+            denoise_of(path), x, jnp.asarray(t), jax.random.key(6)
+        )
     )
     invariant = jnp.asarray(mean + np.asarray(sample((n, 2), 7)) @ np.linalg.cholesky(biased).T)
     assert_normal(run(1)(invariant), mean, biased)
     assert_normal(run(40)(jnp.full((n, 2), 2.5)), mean, biased)
-    # what is the law to the eye of one step is also the formula: mean after k steps is contracted k times
+    # what is the law to the eye of one step is also the formula: mean after k steps is contracted k
+    # times
     eta = 2 * (snr * float(path.sigma(jnp.asarray(t)))) ** 2
     contraction = np.eye(2) - eta * np.linalg.inv(exact)
     after = np.asarray(run(3)(jnp.full((n, 2), 2.5))).mean(0)
@@ -240,7 +281,9 @@ def test_langevin_steps_keep_their_known_normal_and_pull_a_wrong_start_to_it():
 
 @pytest.mark.slow
 def test_a_corrected_solver_makes_good_for_steps_that_are_too_long():
-    """Four steps of DDIM are far off at the third; corrected, the law there is the corrector's own, with its known bias."""
+    """Four steps of DDIM are far off at the third; corrected, the law there is the corrector's own,
+    with its known bias.
+    """
     path, n, snr = paths.cosine(), 20_000, 0.5
     times = GRIDS["uniform"](path, 4)
     solver = solvers.corrected(solvers.ddim, n_steps=40, snr=snr)
@@ -263,23 +306,32 @@ def test_a_corrector_leaves_what_has_no_noise_alone():
     assert np.all(np.isfinite(got))
 
 
-# --- grids --------------------------------------------------------------------------------------------------------------
+# --- grids ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GRIDS)
 def test_grids_go_down_from_start_to_end_evenly_in_what_they_say(name):
     made = {path_name: make() for path_name, make in ALL.items()}
-    grids = jit(lambda: {of: {n: GRIDS[name](path, n) for n in (1, 2, 9)} for of, path in made.items()})()
-    ratios = jit(lambda g: {of: jnp.exp(-paths.log_snr(path, g[of][9]) / 2) for of, path in made.items()})(grids)
+    grids = jit(
+        lambda: {of: {n: GRIDS[name](path, n) for n in (1, 2, 9)} for of, path in made.items()}
+    )()
+    ratios = jit(
+        lambda g: {of: jnp.exp(-paths.log_snr(path, g[of][9]) / 2) for of, path in made.items()}
+    )(grids)
     for of, path in made.items():
         for n_steps, times in grids[of].items():
             assert times.shape == (n_steps + 1,)
             assert (times[0], times[-1]) == (path.start, path.end), of
             assert np.all(np.diff(times) < 0), (of, times)
-        spaced = {"karras": lambda r: r ** (1 / 7), "cosine": np.arctan, "log_snr": np.log}.get(name)
+        spaced = {"karras": lambda r: r ** (1 / 7), "cosine": np.arctan, "log_snr": np.log}.get(
+            name
+        )
         ratio = np.asarray(ratios[of])
-        if of in ("conditional_ot", "variance_preserving"):  # their ends are no noise levels to space
+        if of in (
+            "conditional_ot",
+            "variance_preserving",
+        ):  # their ends are no noise levels to space
             ratio = ratio[1:-1]
         steps = np.diff(spaced(ratio) if spaced else grids[of][9])
         np.testing.assert_allclose(steps, steps.mean(), rtol=1e-6, err_msg=of)
@@ -294,7 +346,7 @@ def test_the_grid_of_karras_is_the_papers():
     np.testing.assert_allclose(GRIDS["karras"](paths.edm(), n - 1), paper, rtol=1e-9)
 
 
-# --- likelihood ---------------------------------------------------------------------------------------------------------
+# --- likelihood -----------------------------------------------------------------------------------
 
 LIKELIHOODS = [
     *((path_name, "rk4") for path_name in ("edm", "linear", "cosine")),
@@ -308,7 +360,9 @@ LIKELIHOODS = [
 def test_the_likelihood_of_normal_data_is_the_normal_density(path_name, name):
     path = paths.cosine(1e-6) if path_name == "cosine" else PATHS[path_name]()
     x = jnp.asarray(MEAN + 1.5 * np.asarray(sample((5, 2))) @ np.linalg.cholesky(COVARIANCE).T)
-    n_steps, atol = {"euler": (2000, 4e-3), "heun": (200, 1e-4), "midpoint": (200, 1e-4)}.get(name, (120, 1e-5))
+    n_steps, atol = {"euler": (2000, 4e-3), "heun": (200, 1e-4), "midpoint": (200, 1e-4)}.get(
+        name, (120, 1e-5)
+    )
     times = GRIDS["uniform" if path_name == "conditional_ot" else "cosine"](path, n_steps)
     if path_name in ("edm", "linear"):
         times = GRIDS["karras"](path, n_steps)
@@ -318,7 +372,10 @@ def test_the_likelihood_of_normal_data_is_the_normal_density(path_name, name):
 
     got = jit(log_prob)(x)
     np.testing.assert_allclose(got, model_log_prob(path, x), rtol=0, atol=atol)
-    if path_name in ("conditional_ot", "cosine"):  # begins in noise altogether, so the model's law is that of the data
+    if path_name in (
+        "conditional_ot",
+        "cosine",
+    ):  # begins in noise altogether, so the model's law is that of the data
         exact = scipy.stats.multivariate_normal(MEAN, COVARIANCE).logpdf(np.asarray(x))
         np.testing.assert_allclose(got, exact, rtol=0, atol=max(atol, 2e-5))
 
@@ -342,7 +399,9 @@ def test_probes_estimate_the_likelihood_without_bias():
 
 
 def test_the_likelihood_of_images_is_that_of_their_pixels():
-    """Independent pixels, each N(0.3, 0.5²): the event's shape does not matter, and float32 stays float32."""
+    """Independent pixels, each N(0.3, 0.5²): the event's shape does not matter, and float32 stays
+    float32.
+    """
     path, x = paths.cosine(), (0.3 + 0.5 * sample((3, 2, 2, 1))).astype(jnp.float32)
 
     def denoise(x, t):
@@ -351,7 +410,9 @@ def test_the_likelihood_of_images_is_that_of_their_pixels():
 
     got = jit(lambda x: solvers.ode_log_prob(denoise, path, x, GRIDS["uniform"](path, 60)))(x)
     assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, scipy.stats.norm(0.3, 0.5).logpdf(np.asarray(x)).sum((1, 2, 3)), atol=2e-2)
+    np.testing.assert_allclose(
+        got, scipy.stats.norm(0.3, 0.5).logpdf(np.asarray(x)).sum((1, 2, 3)), atol=2e-2
+    )
 
 
 def test_the_flow_map_of_the_oracle_carries_the_prior_to_the_data():
@@ -360,7 +421,7 @@ def test_the_flow_map_of_the_oracle_carries_the_prior_to_the_data():
     np.testing.assert_allclose(carried @ carried.T, COVARIANCE, rtol=1e-12)
 
 
-# --- bad input ----------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 
 
 def test_bad_input():
@@ -368,9 +429,14 @@ def test_bad_input():
     times, denoise = GRIDS["uniform"](path, 2), denoise_of(path)
     assert solvers.solver("heun") is SOLVERS["heun"]
     assert solvers.grid("karras") is GRIDS["karras"]
-    with pytest.raises(ConfigError, match=r"There is no solver called 'huen'\. Did you mean heun\?"):
+    with pytest.raises(
+        ConfigError, match=r"There is no solver called 'huen'\. Did you mean heun\?"
+    ):
         solvers.solver("huen")
-    with pytest.raises(ConfigError, match=r"There is no grid called 'spaced'\. There are: uniform, karras, cosine, log_snr\."):
+    with pytest.raises(
+        ConfigError,
+        match=r"There is no grid called 'spaced'\. There are: uniform, karras, cosine, log_snr\.",
+    ):
         solvers.grid("spaced")
     for name, n_steps in itertools.product(GRIDS, (0, -1)):
         with pytest.raises(ConfigError, match=rf"n_steps must be at least 1; got {n_steps}\."):
@@ -382,7 +448,10 @@ def test_bad_input():
     with pytest.raises(ConfigError, match=r"A corrected solver draws noise and needs a key"):
         solvers.corrected(solvers.heun)(denoise, path, x, times)
     for name in sorted(set(SOLVERS) - set(LIKELIHOOD_SOLVERS)):
-        with pytest.raises(ConfigError, match=rf"'{name}' has no likelihood; .*euler, midpoint, heun, rk4, adaptive\."):
+        with pytest.raises(
+            ConfigError,
+            match=rf"'{name}' has no likelihood; .*euler, midpoint, heun, rk4, adaptive\.",
+        ):
             solvers.ode_log_prob(denoise, path, x, times, solver=name)
     with pytest.raises(ConfigError, match=r"There is no solver called 'rk5'\. Did you mean rk4\?"):
         solvers.ode_log_prob(denoise, path, x, times, solver="rk5")

@@ -1,4 +1,5 @@
-"""The train step against updates worked out by hand, and every transform and composition against runs without it.
+"""The train step against updates worked out by hand, and every transform and composition against
+runs without it.
 
 What is trained is the game of `toy.py`.
 """
@@ -13,7 +14,22 @@ import numpy as np
 import optax
 import pytest
 from gates import assert_close, assert_same, differ, member, stack, structure
-from toy import RATES, STEPS, TIGHT, TRAIN, TURNS, B, batches, by_hand, game, jitted, run, sgd, start, toy
+from toy import (
+    RATES,
+    STEPS,
+    TIGHT,
+    TRAIN,
+    TURNS,
+    B,
+    batches,
+    by_hand,
+    game,
+    jitted,
+    run,
+    sgd,
+    start,
+    toy,
+)
 
 from genjax.errors import ConfigError
 from genjax.learning import step as train
@@ -36,24 +52,34 @@ from genjax.protocol import Batch
 
 pytestmark = pytest.mark.both_ends
 
-# --- One step ---------------------------------------------------------------------------------------------------------
+# --- One step -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weight", [None, np.asarray([1, 0, 2, 0.5, 0, 1, 3, 1], np.float32)], ids=["equal", "weighted"])
-@pytest.mark.parametrize("turns", [TURNS, (("gen", 1), ("disc", 2)), (("disc", 1), ("gen", 3), ("disc", 1)), ()])
+@pytest.mark.parametrize(
+    "weight", [None, np.asarray([1, 0, 2, 0.5, 0, 1, 3, 1], np.float32)], ids=["equal", "weighted"]
+)
+@pytest.mark.parametrize(
+    "turns", [TURNS, (("gen", 1), ("disc", 2)), (("disc", 1), ("gen", 3), ("disc", 1)), ()]
+)
 def test_steps_equal_those_by_hand(turns, weight):
     t = training(toy(turns), sgd())
     data = batches(weight=None if weight is None else jnp.asarray(weight))
     order = turns or (("gen", 1), ("disc", 1))
     got, metrics = run(t, start(), data)
     params, losses = by_hand(start(), data, order)
-    chex.assert_trees_all_close({"gen": got.params["gen"]["w"], "disc": got.params["disc"]["a"]}, params, rtol=TIGHT)
+    chex.assert_trees_all_close(
+        {"gen": got.params["gen"]["w"], "disc": got.params["disc"]["a"]}, params, rtol=TIGHT
+    )
     assert metrics[-1].keys() == {"gen/loss", "gen/first", "disc/loss"}
     for player, loss in losses.items():
         np.testing.assert_allclose(metrics[-1][f"{player}/loss"], loss, rtol=1e-4)
-    np.testing.assert_allclose(metrics[-1]["gen/first"], np.average(data[-1].x[:, 0], weights=weight), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        metrics[-1]["gen/first"], np.average(data[-1].x[:, 0], weights=weight), rtol=1e-4, atol=1e-6
+    )
     assert int(got.step) == STEPS
-    assert float(got.state["disc"]["evaluations"]) == STEPS * sum(times for player, times in order if player == "disc")
+    assert float(got.state["disc"]["evaluations"]) == STEPS * sum(
+        times for player, times in order if player == "disc"
+    )
     assert_same((got.params["frozen"], got.key), (start().params["frozen"], start().key))
 
 
@@ -77,20 +103,31 @@ def test_an_example_of_weight_zero_may_be_anything():
     data = batches(weight=weight)
     wanted = run(TRAIN, start(), data)
     for junk in (1e30, jnp.nan, jnp.inf):
-        assert_same(run(TRAIN, start(), [one._replace(x=one.x.at[-1].set(junk)) for one in data]), wanted)
-    assert differ(run(TRAIN, start(), [one._replace(x=one.x.at[0].set(5.0)) for one in data])[0].params, wanted[0].params)
+        assert_same(
+            run(TRAIN, start(), [one._replace(x=one.x.at[-1].set(junk)) for one in data]), wanted
+        )
+    assert differ(
+        run(TRAIN, start(), [one._replace(x=one.x.at[0].set(5.0)) for one in data])[0].params,
+        wanted[0].params,
+    )
 
 
 def test_one_optimiser_serves_all_players():
     got, _ = run(training(toy(), optax.sgd(0.1)), start(), batches())
-    wanted, _ = run(training(toy(), {"gen": optax.sgd(0.1), "disc": optax.sgd(0.1)}), start(), batches())
+    wanted, _ = run(
+        training(toy(), {"gen": optax.sgd(0.1), "disc": optax.sgd(0.1)}), start(), batches()
+    )
     assert_same(got, wanted)
 
 
 @pytest.mark.parametrize(
     ("tx", "turns", "message"),
     [
-        ({"gen": optax.sgd(0.1)}, TURNS, "one optimiser for each player .gen, disc.; got them for: gen"),
+        (
+            {"gen": optax.sgd(0.1)},
+            TURNS,
+            "one optimiser for each player .gen, disc.; got them for: gen",
+        ),
         ({}, TURNS, "got them for: none"),
         (sgd() | {"frozen": optax.sgd(0.1)}, TURNS, "got them for: gen, disc, frozen"),
         (sgd(), (("gen", 1), ("critic", 1)), "must name a player"),
@@ -113,7 +150,9 @@ def test_arguments_of_the_wrong_kind_are_refused():
 
 
 def test_averages_are_taken_where_an_optimiser_tracks_them():
-    t = training(toy(), {"gen": optax.chain(optax.sgd(0.1), track_ema(0.9)), "disc": optax.sgd(0.05)})
+    t = training(
+        toy(), {"gen": optax.chain(optax.sgd(0.1), track_ema(0.9)), "disc": optax.sgd(0.05)}
+    )
     ts, _ = run(t, jitted(t.init)(jax.random.key(0)), batches())
     found = eval_params(ts)
     assert_same(found["gen"], ts.opt["gen"][-1].ema)
@@ -136,11 +175,13 @@ def test_compiled_steps_are_the_same_and_donate_the_state():
     assert_close(again, run(game(1.0, 2), start(), batches()[:1])[0], TIGHT)
 
 
-# --- Accumulation -----------------------------------------------------------------------------------------------------
+# --- Accumulation ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("parts", [(1,), (2,), (8,), (2, 2), (2, 4)], ids=str)
-@pytest.mark.parametrize("weight", [None, np.asarray([1, 0, 2, 0.5, 0, 1, 3, 1], np.float32)], ids=["equal", "weighted"])
+@pytest.mark.parametrize(
+    "weight", [None, np.asarray([1, 0, 2, 0.5, 0, 1, 3, 1], np.float32)], ids=["equal", "weighted"]
+)
 def test_without_noise_accumulation_equals_the_big_batch(parts, weight):
     t = training(toy(noisy=False), sgd())
     data = batches(weight=None if weight is None else jnp.asarray(weight))
@@ -148,12 +189,18 @@ def test_without_noise_accumulation_equals_the_big_batch(parts, weight):
     for n in parts:
         accumulating = microbatch(accumulating, n)
     got, metrics = run(accumulating, start(), data)
-    assert float(got.state["disc"]["evaluations"]) == np.prod(parts) * float(wanted.state["disc"]["evaluations"])
-    assert_close((got._replace(state=()), metrics), (wanted._replace(state=()), wanted_metrics), TIGHT)
+    assert float(got.state["disc"]["evaluations"]) == np.prod(parts) * float(
+        wanted.state["disc"]["evaluations"]
+    )
+    assert_close(
+        (got._replace(state=()), metrics), (wanted._replace(state=()), wanted_metrics), TIGHT
+    )
 
 
 def test_every_part_has_its_own_noise_and_the_turn_its_own_key():
-    got, _ = run(microbatch(training(toy((("gen", 1), ("disc", 1))), sgd()), 2), start(), batches()[:1])
+    got, _ = run(
+        microbatch(training(toy((("gen", 1), ("disc", 1))), sgd()), 2), start(), batches()[:1]
+    )
     (batch,) = batches()[:1]
     key = jax.random.fold_in(start().key, 0)
     noise = np.concatenate([jax.random.normal(k, (B // 2, 3)) for k in jax.random.split(key, 2)])
@@ -170,7 +217,7 @@ def test_a_batch_that_does_not_divide_into_parts_is_refused():
         microbatch(TRAIN, 0)
 
 
-# --- Many members, many steps -------------------------------------------------------------------------------------------
+# --- Many members, many steps ---------------------------------------------------------------------
 
 MEMBERS = 3
 
@@ -203,7 +250,9 @@ def swap(metrics):
 
 
 def nothing_skipped(run):
-    return run[0], [{name: value for name, value in one.items() if name != "skipped"} for one in run[1]]
+    return run[0], [
+        {name: value for name, value in one.items() if name != "skipped"} for one in run[1]
+    ]
 
 
 STEPWISE = {
@@ -214,19 +263,30 @@ STEPWISE = {
     "microbatch(ensemble, map)": (lambda t: microbatch(ensemble(t, "map"), 2), 2),
     "skip_nonfinite(ensemble)": (lambda t: skip_nonfinite(ensemble(t)), 1),
     "ensemble(skip_nonfinite)": (lambda t: ensemble(skip_nonfinite(t)), 1),
-    "microbatch(ensemble(skip_nonfinite))": (lambda t: microbatch(ensemble(skip_nonfinite(t)), 2), 2),
+    "microbatch(ensemble(skip_nonfinite))": (
+        lambda t: microbatch(ensemble(skip_nonfinite(t)), 2),
+        2,
+    ),
     "shard(ensemble)": (lambda t: shard(ensemble(t), mesh()), 1),
     "ensemble(shard)": (lambda t: ensemble(shard(t, mesh())), 1),
 }
 SCANNED = {
     "scan_steps(ensemble)": (lambda t: scan_steps(ensemble(t)), 1, True),
     "scan_steps(ensemble), map": (lambda t: scan_steps(ensemble(t, "map")), 1, True),
-    "scan_steps(skip_nonfinite(ensemble)), map": (lambda t: scan_steps(skip_nonfinite(ensemble(t, "map"))), 1, True),
+    "scan_steps(skip_nonfinite(ensemble)), map": (
+        lambda t: scan_steps(skip_nonfinite(ensemble(t, "map"))),
+        1,
+        True,
+    ),
     "ensemble(scan_steps)": (lambda t: ensemble(scan_steps(t)), 1, False),
     "ensemble(scan_steps), map": (lambda t: ensemble(scan_steps(t), "map"), 1, False),
     "microbatch(scan_steps(ensemble))": (lambda t: microbatch(scan_steps(ensemble(t)), 2), 2, True),
     "scan_steps(shard(ensemble))": (lambda t: scan_steps(shard(ensemble(t), mesh())), 1, True),
-    "scan_steps(microbatch(shard(ensemble)))": (lambda t: scan_steps(microbatch(shard(ensemble(t), mesh()), 2)), 2, True),
+    "scan_steps(microbatch(shard(ensemble)))": (
+        lambda t: scan_steps(microbatch(shard(ensemble(t), mesh()), 2)),
+        2,
+        True,
+    ),
 }
 
 
@@ -256,23 +316,32 @@ def test_scanned_members_equal_solo_runs(name):
 
 @pytest.mark.parametrize("fed", [False, True], ids=["", "fed"])
 @pytest.mark.parametrize(
-    "make", [lambda: ensemble(TRAIN, "map"), lambda: sweep(lambda s: TRAIN, mode="map", s=[1.0] * MEMBERS)]
+    "make",
+    [lambda: ensemble(TRAIN, "map"), lambda: sweep(lambda s: TRAIN, mode="map", s=[1.0] * MEMBERS)],
 )
 def test_mapped_members_take_all_steps_of_a_dispatch_before_the_next_one(make, fed):
-    """One loop over members around one loop over steps: not a member's state out of the others' at every step."""
+    """One loop over members around one loop over steps: not a member's state out of the others' at
+    every step.
+    """
     t, arrays = make(), stack(batches())
     fed_by = lambda arrays, step: jax.tree.map(lambda leaf: leaf[step], arrays)  # noqa: E731
     t = scan_steps(feed(t, fed_by), STEPS) if fed else scan_steps(t)
     program = jax.make_jaxpr(t.step)(jitted(t.init)(keys()), arrays)
-    assert [(one, [inner for inner, _ in within]) for one, within in loops(program.jaxpr)] == [(MEMBERS, [STEPS])]
+    assert [(one, [inner for inner, _ in within]) for one, within in loops(program.jaxpr)] == [
+        (MEMBERS, [STEPS])
+    ]
 
 
 def loops(jaxpr):
     """The lengths of the loops of a program, each with those inside of it: [(length, [...])]."""
     found = []
     for equation in jaxpr.eqns:
-        inner = [loop for sub in jax.extend.core.jaxprs_in_params(equation.params) for loop in loops(sub)]
-        found += [(equation.params["length"], inner)] if equation.primitive.name == "scan" else inner
+        inner = [
+            loop for sub in jax.extend.core.jaxprs_in_params(equation.params) for loop in loops(sub)
+        ]
+        found += (
+            [(equation.params["length"], inner)] if equation.primitive.name == "scan" else inner
+        )
     return found
 
 
@@ -280,7 +349,10 @@ def loops(jaxpr):
 @pytest.mark.parametrize("axis", [0, 1])
 def test_members_may_have_their_own_batches(mode, axis):
     own = [batches(seed) for seed in range(MEMBERS)]
-    together = [jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *step) for step in zip(*own, strict=True)]
+    together = [
+        jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *step)
+        for step in zip(*own, strict=True)
+    ]
     t = ensemble(TRAIN, mode, batch_axis=axis)
     got, metrics = run(t, jitted(t.init)(keys()), together)
     assert_close((got, swap(stack(metrics))), solo(own=own), TIGHT)
@@ -302,12 +374,18 @@ SCALES = np.asarray([1.0, 0.5], np.float32)
 NESTED = {
     "ensemble(ensemble)": (lambda: ensemble(ensemble(TRAIN)), lambda i, j: 1.0),
     "ensemble(ensemble), map": (lambda: ensemble(ensemble(TRAIN, "map"), "map"), lambda i, j: 1.0),
-    "ensemble(sweep)": (lambda: ensemble(sweep(lambda s: training(toy(), sgd(s)), s=SCALES)), lambda i, j: SCALES[j]),
+    "ensemble(sweep)": (
+        lambda: ensemble(sweep(lambda s: training(toy(), sgd(s)), s=SCALES)),
+        lambda i, j: SCALES[j],
+    ),
     "ensemble(sweep), map": (
         lambda: ensemble(sweep(lambda s: training(toy(), sgd(s)), s=SCALES), "map"),
         lambda i, j: SCALES[j],
     ),
-    "sweep(ensemble)": (lambda: sweep(lambda s: ensemble(training(toy(), sgd(s))), s=SCALES), lambda i, j: SCALES[i]),
+    "sweep(ensemble)": (
+        lambda: sweep(lambda s: ensemble(training(toy(), sgd(s))), s=SCALES),
+        lambda i, j: SCALES[i],
+    ),
 }
 
 
@@ -348,7 +426,9 @@ def test_fed_members_equal_solo_runs(name):
         "feed(ensemble)": lambda t: feed(ensemble(t), batch_at),
         "ensemble(feed)": lambda t: ensemble(feed(t, batch_at)),
         "scan_steps(feed(ensemble), k)": lambda t: scan_steps(feed(ensemble(t), batch_at), STEPS),
-        "scan_steps(feed(ensemble), k), map": lambda t: scan_steps(feed(ensemble(t, "map"), batch_at), STEPS),
+        "scan_steps(feed(ensemble), k), map": lambda t: scan_steps(
+            feed(ensemble(t, "map"), batch_at), STEPS
+        ),
         "ensemble(scan_steps(feed, k))": lambda t: ensemble(scan_steps(feed(t, batch_at), STEPS)),
     }[name]
     for parts in (1, 2):
@@ -399,7 +479,7 @@ def test_skipping_changes_no_good_step_and_nothing_but_the_counter_of_a_bad_one(
     }
 
 
-# --- Which mode is faster -----------------------------------------------------------------------------------------------
+# --- Which mode is faster -------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -446,7 +526,7 @@ def test_auto_trains_without_being_told_how(monkeypatch):
     assert len(train._MEASURED) == 1
 
 
-# --- What a sweep, an ensemble and a mesh refuse ------------------------------------------------------------------------
+# --- What a sweep, an ensemble and a mesh refuse --------------------------------------------------
 
 
 def test_grid_is_the_product_with_the_last_axis_fastest():
@@ -456,7 +536,9 @@ def test_grid_is_the_product_with_the_last_axis_fastest():
     assert axes["a"].dtype == np.float32
 
 
-@pytest.mark.parametrize("axes", [{}, {"a": [1.0, 2.0], "b": [1.0]}, {"a": 1.0}, {"a": [[1.0]]}], ids=str)
+@pytest.mark.parametrize(
+    "axes", [{}, {"a": [1.0, 2.0], "b": [1.0]}, {"a": 1.0}, {"a": [[1.0]]}], ids=str
+)
 def test_a_sweep_needs_vectors_of_one_length(axes):
     with pytest.raises(ConfigError, match="vectors of one length"):
         sweep(lambda **hyper: TRAIN, **axes)

@@ -1,4 +1,6 @@
-"""Flow matching against Gaussian data, whose velocity, density, least loss and reflow are known in closed form."""
+"""Flow matching against Gaussian data, whose velocity, density, least loss and reflow are known in
+closed form.
+"""
 
 import functools
 import math
@@ -36,7 +38,10 @@ CLASSES = DataSpec((2,), "continuous", n_classes=3, name="classes")
 MEAN = np.asarray([0.5, -1.0, 0.2])
 ROOT = np.asarray([[0.6, 0.0, 0.0], [0.3, 0.4, 0.0], [-0.2, 0.1, 0.8]])
 COVARIANCE = ROOT @ ROOT.T
-NODES, WEIGHTS = np.polynomial.legendre.leggauss(80) / np.float64(2) + [[0.5], [0.0]]  # of integrals over t from 0 to 1
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(80) / np.float64(2) + [
+    [0.5],
+    [0.0],
+]  # of integrals over t from 0 to 1
 
 
 def time_of(name, level):
@@ -59,18 +64,27 @@ def closed_form(name, velocity, params=None):
 
 
 def gaussian_velocity(p, path, x, t, mean=MEAN, root=ROOT):
-    """The velocity for data N(mean, Σ), as E[alpha' x0 + sigma' ε | x_t] of jointly normal vectors."""
+    """The velocity for data N(mean, Σ), as E[alpha' x0 + sigma' ε | x_t] of jointly normal
+    vectors.
+    """
     covariance = jnp.asarray(root @ root.T)
-    (alpha, sigma), (da, ds) = (path.alpha(t), path.sigma(t)), (jax.jvp(f, (t,), (jnp.ones_like(t),))[1] for f in path[:2])
+    (alpha, sigma), (da, ds) = (
+        (path.alpha(t), path.sigma(t)),
+        (jax.jvp(f, (t,), (jnp.ones_like(t),))[1] for f in path[:2]),
+    )
     eye = jnp.eye(len(mean))[None]
     total = (alpha * alpha)[..., None] * covariance[None] + (sigma * sigma)[..., None] * eye
     cross = (da * alpha)[..., None] * covariance[None] + (ds * sigma)[..., None] * eye
     centred = x - alpha * jnp.asarray(mean)[None]
-    return da * jnp.asarray(mean)[None] + (cross @ jnp.linalg.solve(total, centred[..., None]))[..., 0]
+    return (
+        da * jnp.asarray(mean)[None] + (cross @ jnp.linalg.solve(total, centred[..., None]))[..., 0]
+    )
 
 
 def gaussian(name, **settings):
-    model = flow_matching(POINTS, probability_path=name, net=closed_form(name, gaussian_velocity), **settings)
+    model = flow_matching(
+        POINTS, probability_path=name, net=closed_form(name, gaussian_velocity), **settings
+    )
     return model, *model.init(jax.random.key(0))
 
 
@@ -82,7 +96,7 @@ def normal_batch(n, seed=0):
 every_path = pytest.mark.parametrize("name", list(PATHS))
 
 
-# --- the velocity -------------------------------------------------------------------------------------------------------
+# --- the velocity ---------------------------------------------------------------------------------
 
 
 @every_path
@@ -109,28 +123,47 @@ def test_velocity_score_and_x0_of_gaussian_data_are_one(name, x64):
         found = model.extras["denoise"](params, state, x, t)
         np.testing.assert_allclose(found, x0, rtol=1e-8, atol=1e-9)
         np.testing.assert_allclose(score_of(path, found, x, t), score, rtol=1e-7, atol=1e-8)
-        np.testing.assert_allclose(PREDICTIONS["score"].to_x0(path, jnp.asarray(score), x, t), x0, rtol=1e-8, atol=1e-9)
-        np.testing.assert_allclose(velocity_of(path, jnp.asarray(x0), x, t), velocity, rtol=1e-7, atol=1e-8)
+        np.testing.assert_allclose(
+            PREDICTIONS["score"].to_x0(path, jnp.asarray(score), x, t), x0, rtol=1e-8, atol=1e-9
+        )
+        np.testing.assert_allclose(
+            velocity_of(path, jnp.asarray(x0), x, t), velocity, rtol=1e-7, atol=1e-8
+        )
 
 
 @every_path
 def test_the_velocity_of_a_line_is_its_derivative(name, x64):
-    path, (x0, epsilon) = PATHS[name](), jnp.asarray(np.random.default_rng(2).normal(size=(2, 5, 2, 2)))
+    path, (x0, epsilon) = (
+        PATHS[name](),
+        jnp.asarray(np.random.default_rng(2).normal(size=(2, 5, 2, 2))),
+    )
     t = jnp.asarray([0.0, 0.1, 0.5, 0.9, 1.0])
     _, wanted = jax.jvp(lambda t: diffuse(path, x0, epsilon, t), (t,), (jnp.ones_like(t),))
     np.testing.assert_allclose(line_velocity(path, x0, epsilon, t), wanted, rtol=1e-12)
 
 
 def least_losses(name, loss, times):
-    """∫ w(t) p(t) trace Cov(alpha' x0 + sigma' ε | x_t) dt: what the best of all networks costs on Gaussian data."""
+    """∫ w(t) p(t) trace Cov(alpha' x0 + sigma' ε | x_t) dt: what the best of all networks costs on
+    Gaussian data.
+    """
     path, variances, total = PATHS[name](), np.linalg.eigvalsh(COVARIANCE), 0.0
     for t, weight in zip(NODES, WEIGHTS, strict=True):
         t = jnp.asarray(t)
-        (a, s), (da, ds) = (path.alpha(t), path.sigma(t)), (jax.grad(path.alpha)(t), jax.grad(path.sigma)(t))
-        left = np.asarray([da * da * v + ds * ds - (a * da * v + s * ds) ** 2 / (a * a * v + s * s) for v in variances]).sum()
+        (a, s), (da, ds) = (
+            (path.alpha(t), path.sigma(t)),
+            (jax.grad(path.alpha)(t), jax.grad(path.sigma)(t)),
+        )
+        left = np.asarray(
+            [
+                da * da * v + ds * ds - (a * da * v + s * ds) ** 2 / (a * a * v + s * s)
+                for v in variances
+            ]
+        ).sum()
         scale = (s / (a * ds - da * s)) ** 2 if loss == "x0" else 1.0
         logit = np.log(float(t) / (1 - float(t)))
-        density = scipy.stats.norm.pdf(logit) / float(t * (1 - t)) if times == "logit_normal" else 1.0
+        density = (
+            scipy.stats.norm.pdf(logit) / float(t * (1 - t)) if times == "logit_normal" else 1.0
+        )
         total += weight * density * float(scale) * left
     return total
 
@@ -140,11 +173,15 @@ def least_losses(name, loss, times):
 @pytest.mark.parametrize("times", list(TIMES))
 @every_path
 def test_the_least_loss_is_the_conditional_variance(name, times, loss, x64):
-    """And any other velocity costs more, by the square of what it is off: the regression finds the conditional mean."""
+    """And any other velocity costs more, by the square of what it is off: the regression finds the
+    conditional mean.
+    """
     batch, key = normal_batch(40_000), jax.random.key(3)
     model, params, state = gaussian(name, loss=loss, times=times)
     value = np.asarray(model.losses["flow"](params, state, batch, key)[0])
-    assert abs(value.mean() - least_losses(name, loss, times)) < 4 * value.std() / math.sqrt(len(value))
+    assert abs(value.mean() - least_losses(name, loss, times)) < 4 * value.std() / math.sqrt(
+        len(value)
+    )
     if loss == "velocity":
         off = closed_form(name, lambda *args: gaussian_velocity(*args) + 0.3)
         other = flow_matching(POINTS, probability_path=name, net=off, times=times)
@@ -157,7 +194,9 @@ def test_the_least_loss_is_the_conditional_variance(name, times, loss, x64):
 def test_a_new_network_costs_what_a_velocity_of_zero_does(net):
     """E‖x0 - ε‖² = ‖x0‖² + D for every example: each is drawn many times with other noise."""
     spec = DataSpec((4, 4, 1), "continuous")
-    model = flow_matching(spec, net=net, hidden=(4,), channels=(4, 4), d_model=8, n_layers=1, n_heads=1)
+    model = flow_matching(
+        spec, net=net, hidden=(4,), channels=(4, 4), d_model=8, n_layers=1, n_heads=1
+    )
     params, state = model.init(jax.random.key(0))
     x = np.random.default_rng(4).normal(size=(2, 4, 4, 1)).astype(np.float32)
     batch = Batch(jnp.asarray(np.repeat(x, 500, axis=0)))
@@ -167,23 +206,41 @@ def test_a_new_network_costs_what_a_velocity_of_zero_does(net):
         assert abs(found.mean() - (np.square(one).sum() + 16)) < 4 * found.std() / math.sqrt(500)
 
 
-# --- samples and densities ----------------------------------------------------------------------------------------------
+# --- samples and densities ------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @every_path
 def test_noise_is_carried_to_its_place_in_the_data(name, x64):
-    """For Gaussian data with a diagonal covariance the flow ends at mean + sd ε, for whatever ε it began with."""
+    """For Gaussian data with a diagonal covariance the flow ends at mean + sd ε, for whatever ε it
+    began with.
+    """
     root = np.diag([0.3, 1.0, 2.0])
     net = closed_form(name, functools.partial(gaussian_velocity, root=root))
     model = flow_matching(POINTS, probability_path=name, net=net, solver="rk4", n_steps=60)
-    generate = jax.jit(model.extras["generate"], static_argnames=("n", "every", "n_steps", "solver", "grid"))
+    generate = jax.jit(
+        model.extras["generate"], static_argnames=("n", "every", "n_steps", "solver", "grid")
+    )
     path = generate({"flow": {}}, {"flow": {}}, jax.random.key(0), n=50, every=True)
     path = np.asarray(path)
     assert path.shape == (61, 50, D)
     np.testing.assert_allclose(path[-1], MEAN + path[0] @ root, atol=2e-5)
-    np.testing.assert_allclose(path[-1], generate({"flow": {}}, {"flow": {}}, jax.random.key(0), n=50), rtol=1e-12, atol=1e-12)
-    few = generate({"flow": {}}, {"flow": {}}, jax.random.key(0), n=50, solver="heun", n_steps=5, grid="cosine", every=True)
+    np.testing.assert_allclose(
+        path[-1],
+        generate({"flow": {}}, {"flow": {}}, jax.random.key(0), n=50),
+        rtol=1e-12,
+        atol=1e-12,
+    )
+    few = generate(
+        {"flow": {}},
+        {"flow": {}},
+        jax.random.key(0),
+        n=50,
+        solver="heun",
+        n_steps=5,
+        grid="cosine",
+        every=True,
+    )
     np.testing.assert_allclose(few[0], path[0], rtol=1e-12)
     assert 1e-4 < np.abs(few[-1] - path[-1]).max() < 0.5
 
@@ -200,7 +257,9 @@ def test_log_prob_is_the_density_and_probes_estimate_it_without_bias(name, x64):
     model, *_ = gaussian(name, n_likelihood_steps=20, n_probes=2)
     few, *_ = gaussian(name, n_likelihood_steps=20)
     keys = jax.random.split(jax.random.key(1), 200)
-    drawn = np.asarray(jax.jit(jax.vmap(lambda key: model.log_prob(params, state, batch, key)))(keys))
+    drawn = np.asarray(
+        jax.jit(jax.vmap(lambda key: model.log_prob(params, state, batch, key)))(keys)
+    )
     exact = np.asarray(few.log_prob(params, state, batch, keys[0]))
     assert (drawn.std(0) > 1e-3).all()
     assert (np.abs(drawn.mean(0) - exact) < 4 * drawn.std(0) / math.sqrt(len(keys))).all()
@@ -208,8 +267,12 @@ def test_log_prob_is_the_density_and_probes_estimate_it_without_bias(name, x64):
 
 
 def test_a_translation_takes_one_euler_step(x64):
-    """Pairs (ε + m, ε): the velocity is -m everywhere, its loss is 0, and one step carries noise all the way."""
-    net = closed_form("conditional_ot", lambda p, path, x, t: jnp.broadcast_to(-jnp.asarray(MEAN), x.shape))
+    """Pairs (ε + m, ε): the velocity is -m everywhere, its loss is 0, and one step carries noise
+    all the way.
+    """
+    net = closed_form(
+        "conditional_ot", lambda p, path, x, t: jnp.broadcast_to(-jnp.asarray(MEAN), x.shape)
+    )
     model = flow_matching(POINTS, net=net, solver="euler", n_steps=1)
     epsilon = np.random.default_rng(5).normal(size=(20, D))
     pairs = jnp.asarray(epsilon + MEAN), jnp.asarray(epsilon)
@@ -219,15 +282,20 @@ def test_a_translation_takes_one_euler_step(x64):
     np.testing.assert_allclose(ends[1], ends[0] + MEAN, atol=1e-14)
 
 
-# --- discrete data ------------------------------------------------------------------------------------------------------
+# --- discrete data --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("kind", "levels", "bits"), [("discrete", 256, 8.0), ("discrete", 17, math.log2(17)), ("binary", None, 1.0)]
+    ("kind", "levels", "bits"),
+    [("discrete", 256, 8.0), ("discrete", 17, math.log2(17)), ("binary", None, 1.0)],
 )
 def test_a_uniform_density_of_dequantised_data_has_the_bits_of_its_levels(kind, levels, bits, x64):
     spec, n = DataSpec((4, 4, 3), kind, levels=levels), levels or 2
-    half = n / (n - 1)  # levels are 2 / (n - 1) wide on the normalised scale, and half of one goes beyond ±1 on each side
+    half = (
+        n / (n - 1)
+        # levels are 2 / (n - 1) wide on the normalised scale, and half of one goes beyond ±1 on
+        # each side
+    )
 
     def uniform(y):
         assert y.shape == (50, 4, 4, 3)
@@ -241,7 +309,9 @@ def test_a_uniform_density_of_dequantised_data_has_the_bits_of_its_levels(kind, 
 
 @pytest.mark.slow
 def test_the_bound_of_discrete_data_is_below_the_probability_of_their_levels(x64):
-    """For a flow onto N(m, s²): its mean is E_u ln p(x + u) in closed form, and less than ln ∫ p(x + u) du = ln P(x)."""
+    """For a flow onto N(m, s²): its mean is E_u ln p(x + u) in closed form, and less than ln ∫ p(x
+    + u) du = ln P(x).
+    """
     spec, name = DataSpec((D,), "discrete", levels=5), "conditional_ot"
     root = np.diag([0.3, 0.5, 0.8])
     net = closed_form(name, functools.partial(gaussian_velocity, root=root))
@@ -251,16 +321,24 @@ def test_the_bound_of_discrete_data_is_below_the_probability_of_their_levels(x64
     y, sd = x * width - 1, np.diag(root)
     squares = ((y - MEAN) ** 2 + width**2 / 12) / sd**2
     wanted = (-0.5 * squares - np.log(sd) - 0.5 * math.log(2 * math.pi) + math.log(width)).sum(1)
-    levels = np.log(np.diff([scipy.stats.norm.cdf(y + e, MEAN, sd) for e in (-width / 2, width / 2)], axis=0)[0]).sum(1)
+    levels = np.log(
+        np.diff([scipy.stats.norm.cdf(y + e, MEAN, sd) for e in (-width / 2, width / 2)], axis=0)[0]
+    ).sum(1)
     batch = Batch(jnp.asarray(np.repeat(x, 1000, axis=0)))
-    found = np.asarray(jax.jit(model.bound)({"flow": {}}, {"flow": {}}, batch, jax.random.key(0))).reshape(2, 1000)
+    found = np.asarray(
+        jax.jit(model.bound)({"flow": {}}, {"flow": {}}, batch, jax.random.key(0))
+    ).reshape(2, 1000)
     error = found.std(1) / math.sqrt(1000)
     assert (np.abs(found.mean(1) - wanted) < 4 * error + 1e-4).all()
     assert (found.mean(1) + 4 * error < levels).all()
     assert model.estimator == "dequantised once, ODE, rk4 in 60 steps, exact divergence"
 
 
-@pytest.mark.parametrize("spec", [DataSpec((3,), "discrete", levels=4), DataSpec((3,), "binary")], ids=["discrete", "binary"])
+@pytest.mark.parametrize(
+    "spec",
+    [DataSpec((3,), "discrete", levels=4), DataSpec((3,), "binary")],
+    ids=["discrete", "binary"],
+)
 def test_samples_of_discrete_data_are_rounded_and_the_way_there_is_not(spec):
     model = flow_matching(spec, hidden=(4,), n_steps=3)
     params, state = model.init(jax.random.key(0))
@@ -271,48 +349,65 @@ def test_samples_of_discrete_data_are_rounded_and_the_way_there_is_not(spec):
     np.testing.assert_array_equal(path[-1], model.sample(params, state, jax.random.key(1), 40))
 
 
-# --- couplings ----------------------------------------------------------------------------------------------------------
+# --- couplings ------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_optimal_pairs_of_a_batch_are_nearly_those_of_the_whole_distribution(x64):
-    """On a line, optimal transport from N(0, 1) to N(m, s²) is m + s ε, whose straight flow then costs next to nothing."""
+    """On a line, optimal transport from N(0, 1) to N(m, s²) is m + s ε, whose straight flow then
+    costs next to nothing.
+    """
     spec, s = DataSpec((1,), "continuous"), 0.5
-    net = closed_form("conditional_ot", lambda p, path, x, t: (1 - s) / ((1 - t) * s + t) * (x - (1 - t)) - 1)
+    net = closed_form(
+        "conditional_ot", lambda p, path, x, t: (1 - s) / ((1 - t) * s + t) * (x - (1 - t)) - 1
+    )
     batch = Batch(jnp.asarray(1 + s * np.random.default_rng(7).normal(size=(200, 1))))
     values = {}
     for coupling in ("independent", "entropic", "optimal"):
         model = flow_matching(spec, net=net, coupling=coupling)
-        values[coupling] = float(optimised(model.losses["flow"])({"flow": {}}, {}, batch, jax.random.key(8))[0].mean())
-    assert values["optimal"] < 0.06 * values["independent"]  # two samples of 200: W2² of one to N(0, 1) is about 0.02
+        values[coupling] = float(
+            optimised(model.losses["flow"])({"flow": {}}, {}, batch, jax.random.key(8))[0].mean()
+        )
+    assert (
+        values["optimal"] < 0.06 * values["independent"]
+    )  # two samples of 200: W2² of one to N(0, 1) is about 0.02
     assert values["optimal"] < values["entropic"] < 0.3 * values["independent"]
 
 
 @pytest.mark.slow
 def test_noise_is_exchanged_within_a_class_only(x64):
-    """Classes far apart would otherwise take the noise on their own side: with a velocity of 0 the loss is ‖x0 - ε‖², whose
-    mean over a class is |m|² + 2 only if its noise is N(0, I) still."""
+    """Classes far apart would otherwise take the noise on their own side: with a velocity of 0 the
+    loss is ‖x0 - ε‖², whose mean over a class is |m|² + 2 only if its noise is N(0, I) still.
+    """
     spec = DataSpec((2,), "continuous", n_classes=2)
     net = closed_form("conditional_ot", lambda p, path, x, t: jnp.zeros_like(x))
     labels = np.arange(100) % 2
     x = jnp.asarray(np.where(labels[:, None] == 1, 10.0, -10.0) * np.ones((1, 2)))
     model = flow_matching(spec, net=net, coupling="optimal")
-    loss = jax.jit(lambda key: model.losses["flow"]({"flow": {}}, {}, Batch(x, jnp.asarray(labels)), key)[0])
-    values = np.stack([loss(key) for key in jax.random.split(jax.random.key(0), 6)])  # an auction of 600 alike takes minutes
+    loss = jax.jit(
+        lambda key: model.losses["flow"]({"flow": {}}, {}, Batch(x, jnp.asarray(labels)), key)[0]
+    )
+    values = np.stack(
+        [loss(key) for key in jax.random.split(jax.random.key(0), 6)]
+    )  # an auction of 600 alike takes minutes
     for label in (0, 1):
         one = values[:, labels == label].ravel()
         assert abs(one.mean() - 202) < 4 * one.std() / math.sqrt(len(one))
 
 
-# --- conditions ---------------------------------------------------------------------------------------------------------
+# --- conditions -----------------------------------------------------------------------------------
 
 
 @functools.cache
 def conditional(cond_dropout=0.25, **settings):
-    model = flow_matching(CLASSES, hidden=(8,), cond_dropout=cond_dropout, solver="euler", n_steps=4, **settings)
+    model = flow_matching(
+        CLASSES, hidden=(8,), cond_dropout=cond_dropout, solver="euler", n_steps=4, **settings
+    )
     params, state = model.init(jax.random.key(0))
     rng = np.random.default_rng(9)
-    params = jax.tree.map(lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape).astype(leaf.dtype), params)
+    params = jax.tree.map(
+        lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape).astype(leaf.dtype), params
+    )
     return model, params, state
 
 
@@ -325,13 +420,18 @@ def test_guidance_of_scale_1_is_the_model_and_of_0_the_unconditional_one_bit_for
     plain = draw()
     np.testing.assert_array_equal(draw(guidance=1.0), plain)
     without = draw(guidance=0.0)
-    np.testing.assert_array_equal(without, model.extras["generate"](params, state, key, 30, (cond + 1) % 3, guidance=0.0))
-    # Euler's steps by hand, of the velocity without a condition and of a guided one: on straight lines, both are linear in x0.
+    np.testing.assert_array_equal(
+        without, model.extras["generate"](params, state, key, 30, (cond + 1) % 3, guidance=0.0)
+    )
+    # Euler's steps by hand, of the velocity without a condition and of a guided one: on straight
+    # lines, both are linear in x0.
     start = np.asarray(model.extras["generate"](params, state, key, 30, cond, every=True))[0]
     for scale, found in ((0.0, without), (2.0, draw(guidance=2.0))):
         x = jnp.asarray(start)
         for t in (1.0, 0.75, 0.5, 0.25):
-            v = lambda dropped: model.extras["velocity"](params, state, x, t, cond, jnp.full(30, dropped))  # noqa: E731
+            v = lambda dropped: model.extras["velocity"](
+                params, state, x, t, cond, jnp.full(30, dropped)
+            )  # noqa: E731
             x = x - 0.25 * (scale * v(False) + (1 - scale) * v(True))
         np.testing.assert_allclose(found, x, atol=1e-9)
     built = conditional(guidance=2.0)[0]
@@ -346,20 +446,27 @@ def test_the_condition_is_dropped_as_often_as_asked():
     assert conditional(0.0)[0].extras["drop"](jax.random.key(0), 5) is None
     # A dropped example's loss is that of any other condition.
     rng = np.random.default_rng(0)
-    x, cond = jnp.asarray(rng.normal(size=(400, 2)), jnp.float32), jnp.asarray(rng.integers(0, 3, 400))
-    loss = lambda cond: np.asarray(model.losses["flow"](params, state, Batch(x, cond), jax.random.key(2))[0])  # noqa: E731
+    x, cond = (
+        jnp.asarray(rng.normal(size=(400, 2)), jnp.float32),
+        jnp.asarray(rng.integers(0, 3, 400)),
+    )
+    loss = lambda cond: np.asarray(
+        model.losses["flow"](params, state, Batch(x, cond), jax.random.key(2))[0]
+    )  # noqa: E731
     same = (loss(cond) == loss((cond + 1) % 3)).mean()
     assert abs(same - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 400)
 
 
-# --- reflow -------------------------------------------------------------------------------------------------------------
+# --- reflow ---------------------------------------------------------------------------------------
 
 SD = 0.4  # of the data of these tests, N(1, SD²) in each dimension
 STRAIGHT = {"straight": np.ones(())}
 
 
 def mixed_velocity(p, path, x, t):
-    """`straight` of the velocity of the straight flow ε -> 1 + SD ε, and the rest of the flow of independent pairs."""
+    """`straight` of the velocity of the straight flow ε -> 1 + SD ε, and the rest of the flow of
+    independent pairs.
+    """
     mean = np.ones(D)
     curved = gaussian_velocity(None, path, x, t, mean=mean, root=SD * np.eye(D))
     straight = (1 - SD) / ((1 - t) * SD + t) * (x - (1 - t)) - 1
@@ -374,14 +481,18 @@ def reflowed():
 
 
 def bend(t):
-    """How far the velocity of independent pairs is from that of the line ε -> 1 + SD ε, over ε, on that line and on its own."""
+    """How far the velocity of independent pairs is from that of the line ε -> 1 + SD ε, over ε, on
+    that line and on its own.
+    """
     v = (1 - t) ** 2 * SD**2 + t**2
     rate = t - (1 - t) * SD**2
     return rate / v * ((1 - t) * SD + t) - (1 - SD), rate / np.sqrt(v) - (1 - SD)
 
 
 @pytest.mark.slow
-def test_reflow_costs_nothing_where_the_flow_is_straight_and_the_square_of_its_bend_where_it_is_not(x64):
+def test_reflow_costs_nothing_where_the_flow_is_straight_and_the_square_of_its_bend_where_it_is_not(
+    x64,
+):
     _, _, state, second = reflowed()
     batch = Batch(jnp.zeros((4000, D)))
     loss = jax.jit(second.losses["flow"])
@@ -406,12 +517,15 @@ def test_reflow_learns_the_straight_flow_and_leaves_its_teacher_alone(x64):
     assert float(metrics["flow/loss"]) < 1e-6
     assert float(ts.params["flow"]["straight"]) == pytest.approx(1, abs=1e-4)
     assert differ(ts.params, second.init(jax.random.key(0))[0]) == ["flow/straight"]
-    # Straightness, E ∫ ‖v(x_t, t) - (x_1 - x_0)‖² dt along the flow's own paths (Liu 2023), and what one Euler step makes.
+    # Straightness, E ∫ ‖v(x_t, t) - (x_1 - x_0)‖² dt along the flow's own paths (Liu 2023), and
+    # what one Euler step makes.
     key, one = jax.random.key(3), {"solver": "euler", "n_steps": 1}
     for p, bent in ((params, D * (WEIGHTS * bend(NODES)[1] ** 2).sum()), ({"flow": STRAIGHT}, 0.0)):
         path = second.extras["generate"](p, state, key, 2000, solver="rk4", n_steps=40, every=True)
         times = np.linspace(1, 0, 41)
-        v = np.stack([second.extras["velocity"](p, state, x, t) for x, t in zip(path, times, strict=True)])
+        v = np.stack(
+            [second.extras["velocity"](p, state, x, t) for x, t in zip(path, times, strict=True)]
+        )
         off = np.square(v - np.asarray(path[0] - path[-1])[None]).sum(-1)  # [times, n]
         each = scipy.integrate.simpson(off, x=-times, axis=0)
         assert abs(each.mean() - bent) < 4 * each.std() / math.sqrt(2000) + 1e-6
@@ -424,7 +538,9 @@ def test_a_guided_teacher_is_followed_where_the_condition_is_there():
     model, params, state = conditional()
     cond = jnp.arange(200) % 3
     rng = np.random.default_rng(3)
-    moved = jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(leaf.dtype), params["flow"])
+    moved = jax.tree.map(
+        lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(leaf.dtype), params["flow"]
+    )
     both = {"flow": moved, "teacher": params["flow"]}
     loss = lambda s: reflow(model, params, state, n_steps=4, guidance=s).losses["flow"]  # noqa: E731
     batch, key = Batch(jnp.zeros((200, 2)), cond), jax.random.key(4)
@@ -434,7 +550,7 @@ def test_a_guided_teacher_is_followed_where_the_condition_is_there():
     assert abs(same - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 200)
 
 
-# --- bad settings -------------------------------------------------------------------------------------------------------
+# --- bad settings ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -445,7 +561,10 @@ def test_a_guided_teacher_is_followed_where_the_condition_is_there():
             r"no probability path called 'straight'.*There are: conditional_ot",
         ),
         ({"coupling": "optima"}, r"no coupling called 'optima'\. Did you mean optimal\?"),
-        ({"times": "logit-normal"}, r"no distribution of times called .* Did you mean logit_normal\?"),
+        (
+            {"times": "logit-normal"},
+            r"no distribution of times called .* Did you mean logit_normal\?",
+        ),
         ({"loss": "epsilon"}, "no loss called 'epsilon'"),
         ({"net": "cnn"}, "no net called 'cnn'"),
         ({"solver": "huen"}, r"no solver called 'huen'\. Did you mean heun\?"),
@@ -453,7 +572,8 @@ def test_a_guided_teacher_is_followed_where_the_condition_is_there():
         ({"dtype": "float16"}, "no dtype called 'float16'"),
         (
             {"likelihood_solver": "ancestral"},
-            "ancestral gives no likelihood; those that do are: euler, midpoint, heun, rk4, adaptive",
+            "ancestral gives no likelihood; those that do are: euler, midpoint, heun, rk4, "
+            "adaptive",
         ),
         ({"likelihood_solver": "rk5"}, r"no likelihood_solver called 'rk5'"),
         ({"n_steps": 0}, "n_steps must be at least 1; got 0"),
@@ -479,7 +599,9 @@ def test_data_and_requests_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match=r"would let noise tell of the condition"):
         flow_matching(DataSpec((2,), "continuous", cond_dim=1), coupling="optimal")
     model, params, state = conditional(0.0)
-    generate = functools.partial(model.extras["generate"], params, state, jax.random.key(0), 3, jnp.arange(3))
+    generate = functools.partial(
+        model.extras["generate"], params, state, jax.random.key(0), 3, jnp.arange(3)
+    )
     with pytest.raises(ConfigError, match="never trained without its condition"):
         generate(guidance=2.0)
     with pytest.raises(ConfigError, match="no solver called 'huen'"):

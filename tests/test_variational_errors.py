@@ -1,4 +1,6 @@
-"""Bad input to the variational autoencoder: settings, batches, keys, conditions and specs that do not fit are refused."""
+"""Bad input to the variational autoencoder: settings, batches, keys, conditions and specs that do
+not fit are refused.
+"""
 
 import functools
 
@@ -22,11 +24,27 @@ IMAGE = DataSpec((8, 8, 1), "binary", name="pictures")
 @pytest.mark.parametrize(
     ("spec", "settings", "match"),
     [
-        (IMAGE, {"likelihood": "bernouli"}, "no likelihood called 'bernouli'. Did you mean bernoulli"),
-        (IMAGE, {"likelihood": "gaussian"}, "pictures is binary, whose likelihood is bernoulli; got gaussian"),
-        (LINE, {"likelihood": "discretized_logistic"}, "pPCA data is continuous, whose likelihood is gaussian"),
+        (
+            IMAGE,
+            {"likelihood": "bernouli"},
+            "no likelihood called 'bernouli'. Did you mean bernoulli",
+        ),
+        (
+            IMAGE,
+            {"likelihood": "gaussian"},
+            "pictures is binary, whose likelihood is bernoulli; got gaussian",
+        ),
+        (
+            LINE,
+            {"likelihood": "discretized_logistic"},
+            "pPCA data is continuous, whose likelihood is gaussian",
+        ),
         (IMAGE, {"prior": "vampp"}, "no prior called 'vampp'. Did you mean vamp"),
-        (IMAGE, {"gradient": "reinforce"}, "no gradient called 'reinforce'. There are: pathwise, stl, dreg"),
+        (
+            IMAGE,
+            {"gradient": "reinforce"},
+            "no gradient called 'reinforce'. There are: pathwise, stl, dreg",
+        ),
         (IMAGE, {"net": "cnv"}, "no net called 'cnv'. Did you mean conv"),
         (IMAGE, {"activation": "rellu"}, "no activation called 'rellu'. Did you mean relu"),
         (IMAGE, {"dtype": "float8"}, "no dtype called 'float8'"),
@@ -36,11 +54,23 @@ IMAGE = DataSpec((8, 8, 1), "binary", name="pictures")
         (LINE, {"latent_dim": 0}, "latent_dim must be at least 1; got 0"),
         (LINE, {"n_samples": 0}, "n_samples must be at least 1; got 0"),
         (LINE, {"n_bound_samples": -3}, "n_bound_samples must be at least 1; got -3"),
-        (LINE, {"prior": "vamp", "n_pseudo_inputs": 0}, "n_pseudo_inputs must be at least 1; got 0"),
+        (
+            LINE,
+            {"prior": "vamp", "n_pseudo_inputs": 0},
+            "n_pseudo_inputs must be at least 1; got 0",
+        ),
         (DataSpec((5,), "tokens", levels=9), {}, "got tokens. Use a sequence family"),
-        (IMAGE, {"net": "conv", "channels": (2, 2, 2, 2)}, "4 halvings need sides that are multiples of 16; got 8 x 8"),
+        (
+            IMAGE,
+            {"net": "conv", "channels": (2, 2, 2, 2)},
+            "4 halvings need sides that are multiples of 16; got 8 x 8",
+        ),
         (IMAGE, {"net": "conv", "channels": ()}, "at least one entry of channels"),
-        (LINE, {"net": "conv"}, r"events of shape \(height, width, channels\); got \(6,\). Use net='mlp'"),
+        (
+            LINE,
+            {"net": "conv"},
+            r"events of shape \(height, width, channels\); got \(6,\). Use net='mlp'",
+        ),
     ],
 )
 def test_settings_that_do_not_exist_or_do_not_fit(spec, settings, match):
@@ -50,7 +80,9 @@ def test_settings_that_do_not_exist_or_do_not_fit(spec, settings, match):
 
 def test_images_that_do_not_halve():
     check_image((8, 4, 1), 2)
-    with pytest.raises(ConfigError, match="3 halvings need sides that are multiples of 8; got 8 x 4"):
+    with pytest.raises(
+        ConfigError, match="3 halvings need sides that are multiples of 8; got 8 x 4"
+    ):
         check_image((8, 4, 1), 3)
     with pytest.raises(ConfigError, match="got 6 x 8"):
         check_image((6, 8, 1), 2)
@@ -68,18 +100,53 @@ X = np.ones((3, 2, 2), np.float32)
 @pytest.mark.parametrize(
     ("condition", "batch", "error", "match"),
     [
-        ({}, Batch(X[:, :1]), ValueError, r"batch.x of squares must have shape \[B, 2, 2\]; got \[3, 1, 2\]"),
+        (
+            {},
+            Batch(X[:, :1]),
+            ValueError,
+            r"batch.x of squares must have shape \[B, 2, 2\]; got \[3, 1, 2\]",
+        ),
         ({}, Batch(X[0]), ValueError, r"must have shape \[B, 2, 2\]; got \[2, 2\]"),
-        ({}, Batch(X.astype(np.uint8)), TypeError, "is binary and must be floating point; got uint8"),
+        (
+            {},
+            Batch(X.astype(np.uint8)),
+            TypeError,
+            "is binary and must be floating point; got uint8",
+        ),
         ({}, X, TypeError, r"Expected a genjax.Batch\(x, cond, weight, length\); got ndarray"),
-        ({}, Batch(X, weight=np.ones((2,), np.float32)), ValueError, r"batch.weight must have shape \[3\]; got \[2\]"),
-        ({}, Batch(X, np.zeros(3, np.int32)), ValueError, "this model of squares is unconditional: leave `cond` out"),
-        ({"n_classes": 4}, Batch(X), ValueError, r"is conditional: give `cond` \(labels 0..3, int \[3\]\)"),
+        (
+            {},
+            Batch(X, weight=np.ones((2,), np.float32)),
+            ValueError,
+            r"batch.weight must have shape \[3\]; got \[2\]",
+        ),
+        (
+            {},
+            Batch(X, np.zeros(3, np.int32)),
+            ValueError,
+            "this model of squares is unconditional: leave `cond` out",
+        ),
+        (
+            {"n_classes": 4},
+            Batch(X),
+            ValueError,
+            r"is conditional: give `cond` \(labels 0..3, int \[3\]\)",
+        ),
         ({"n_classes": 4}, Batch(X, np.array([0, 4, 1])), ValueError, "got labels from 0 to 4"),
         ({"n_classes": 4}, Batch(X, np.array([0, -1, 1])), ValueError, "got labels from -1 to 1"),
-        ({"n_classes": 4}, Batch(X, np.zeros(3, np.float32)), TypeError, r"labels 0..3, int \[3\]; got dtype float32"),
+        (
+            {"n_classes": 4},
+            Batch(X, np.zeros(3, np.float32)),
+            TypeError,
+            r"labels 0..3, int \[3\]; got dtype float32",
+        ),
         ({"n_classes": 4}, Batch(X, np.zeros(2, np.int32)), ValueError, r"got shape \[2\]"),
-        ({"cond_dim": 4}, Batch(X, np.zeros((3, 2), np.float32)), ValueError, r"vectors, float \[3, 4\]; got shape \[3, 2\]"),
+        (
+            {"cond_dim": 4},
+            Batch(X, np.zeros((3, 2), np.float32)),
+            ValueError,
+            r"vectors, float \[3, 4\]; got shape \[3, 2\]",
+        ),
         ({"cond_dim": 4}, Batch(X, np.zeros((3, 4), np.int32)), TypeError, "got dtype int32"),
     ],
 )
@@ -99,7 +166,10 @@ def test_keys_and_numbers_that_do_not_fit():
         lambda: model.bound(params, state, Batch(X), old),
         lambda: model.losses["vae"](params, state, Batch(X), old),
     ):
-        with pytest.raises(TypeError, match=r"typed PRNG key; got an array of uint32\[2\]. Make one with jax.random.key"):
+        with pytest.raises(
+            TypeError,
+            match=r"typed PRNG key; got an array of uint32\[2\]. Make one with jax.random.key",
+        ):
             call()
     with pytest.raises(TypeError, match="typed PRNG key; got a int"):
         model.sample(params, state, 0, 2)
@@ -132,12 +202,24 @@ def test_conditions_of_samples_and_extras_that_do_not_fit():
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"kind": "images"}, "kind must be one of binary, discrete, continuous, tokens; got 'images'"),
+        (
+            {"kind": "images"},
+            "kind must be one of binary, discrete, continuous, tokens; got 'images'",
+        ),
         ({"kind": "binary", "shape": (0, 2)}, r"positive sizes; got \(0, 2\)"),
-        ({"kind": "discrete"}, r"discrete data need levels >= 2 \(256 for bytes\); got levels=None"),
+        (
+            {"kind": "discrete"},
+            r"discrete data need levels >= 2 \(256 for bytes\); got levels=None",
+        ),
         ({"kind": "tokens", "levels": 1}, "tokens data need levels >= 2"),
-        ({"kind": "binary", "levels": 2}, "levels is for discrete or token data; got levels=2 with kind='binary'"),
-        ({"kind": "binary", "n_classes": 2, "cond_dim": 3}, "a label .n_classes. or a vector .cond_dim., not both"),
+        (
+            {"kind": "binary", "levels": 2},
+            "levels is for discrete or token data; got levels=2 with kind='binary'",
+        ),
+        (
+            {"kind": "binary", "n_classes": 2, "cond_dim": 3},
+            "a label .n_classes. or a vector .cond_dim., not both",
+        ),
         ({"kind": "binary", "n_classes": 0}, "n_classes must be at least 1; got 0"),
         ({"kind": "binary", "cond_dim": -1}, "cond_dim must be at least 1; got -1"),
     ],
@@ -147,10 +229,14 @@ def test_specs_that_make_no_sense(settings, match):
         DataSpec(**{"shape": (2, 2), **settings})
 
 
-@pytest.mark.parametrize(("kind", "levels"), [("binary", None), ("discrete", 17), ("continuous", None)])
+@pytest.mark.parametrize(
+    ("kind", "levels"), [("binary", None), ("discrete", 17), ("continuous", None)]
+)
 def test_normalize_maps_the_range_of_the_data_to_minus_one_and_one(x64, kind, levels):
     spec = DataSpec((2,), kind, levels=levels)
     x = np.arange(levels or 2, dtype=np.float64)
     y = np.asarray(spec.normalize(jnp.asarray(x)))
-    np.testing.assert_allclose(y, x if kind == "continuous" else np.linspace(-1, 1, len(x)), atol=1e-15)
+    np.testing.assert_allclose(
+        y, x if kind == "continuous" else np.linspace(-1, 1, len(x)), atol=1e-15
+    )
     np.testing.assert_allclose(spec.denormalize(jnp.asarray(y)), x, atol=1e-14)

@@ -1,4 +1,6 @@
-"""Gradient estimators of the variational autoencoder: those of low variance have the mean of the pathwise one."""
+"""Gradient estimators of the variational autoencoder: those of low variance have the mean of the
+pathwise one.
+"""
 
 import functools
 import math
@@ -27,7 +29,9 @@ POINTS = np.random.default_rng(12).normal(size=(2, 3)) * 2
 
 @functools.cache
 def gradients(gradient, k, beta=1.0, prior="normal", n=20_000):
-    """The gradient of the summed loss for n keys, flattened over all parameters: [n, P], and which are the encoder's."""
+    """The gradient of the summed loss for n keys, flattened over all parameters: [n, P], and which
+    are the encoder's.
+    """
     with jax.enable_x64(True):
         model = vae(
             POINT,
@@ -48,7 +52,8 @@ def gradients(gradient, k, beta=1.0, prior="normal", n=20_000):
         mine = flatten(
             {
                 "vae": {
-                    name: jax.tree.map(lambda a: jnp.full(a.shape, name == "encoder"), p) for name, p in params["vae"].items()
+                    name: jax.tree.map(lambda a: jnp.full(a.shape, name == "encoder"), p)
+                    for name, p in params["vae"].items()
                 }
             }
         )
@@ -56,7 +61,9 @@ def gradients(gradient, k, beta=1.0, prior="normal", n=20_000):
 
 
 def deviations(one, other):
-    """By how many standard errors the means of two gradients differ, parameter by parameter, on the same keys."""
+    """By how many standard errors the means of two gradients differ, parameter by parameter, on the
+    same keys.
+    """
     difference = one - other
     error = difference.std(0, ddof=1) / math.sqrt(len(difference))
     scale = np.abs(one).mean(0)
@@ -79,12 +86,14 @@ def deviations(one, other):
     ],
 )
 def test_low_variance_gradients_have_the_mean_of_the_pathwise_gradient(gradient, k, beta, prior):
-    # In a VampPrior the encoder's parameters are the prior's too, and must not be treated as q's there.
+    # In a VampPrior the encoder's parameters are the prior's too, and must not be treated as q's
+    # there.
     ours, encoder = gradients(gradient, k, beta, prior)
     pathwise, _ = gradients("pathwise", k, beta, prior)
     assert 20 < encoder.sum() < len(encoder)
     assert deviations(ours, pathwise).max() < 4.5
-    # They are not the same estimator; where the prior is fixed only the encoder's part differs, the decoder's is the same.
+    # They are not the same estimator; where the prior is fixed only the encoder's part differs, the
+    # decoder's is the same.
     assert np.abs(ours - pathwise)[:, encoder].max() > 1e-3
     if prior == "normal" and k > 1:
         np.testing.assert_allclose(ours[:, ~encoder], pathwise[:, ~encoder], rtol=1e-9, atol=1e-12)
@@ -101,12 +110,19 @@ def test_the_comparison_of_gradients_sees_a_biased_one():
 @pytest.mark.slow
 def test_the_closed_form_kl_gives_the_same_gradient_in_the_mean():
     # "pathwise" with K = 1 uses the closed form where there is one.
-    assert deviations(gradients("pathwise", 1, 1.0, "normal")[0], gradients("pathwise", 1, 1.0, "open")[0]).max() < 4.5
+    assert (
+        deviations(
+            gradients("pathwise", 1, 1.0, "normal")[0], gradients("pathwise", 1, 1.0, "open")[0]
+        ).max()
+        < 4.5
+    )
 
 
 @pytest.mark.slow
 def test_for_one_sample_dreg_is_stl():
-    np.testing.assert_allclose(gradients("dreg", 1)[0], gradients("stl", 1)[0], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(
+        gradients("dreg", 1)[0], gradients("stl", 1)[0], rtol=1e-9, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(("gradient", "k"), [("stl", 1), ("stl", 4), ("dreg", 1), ("dreg", 4)])
@@ -116,9 +132,17 @@ def test_at_the_exact_posterior_the_low_variance_gradients_of_the_encoder_vanish
     batch, key = Batch(jnp.asarray(p.x[:8])), jax.random.key(14)
 
     def encoder_gradient(model):
-        return jit(jax.grad(lambda q: model.losses["vae"](q, state, batch, key)[0].mean()))(params)["vae"]["encoder"]
+        return jit(jax.grad(lambda q: model.losses["vae"](q, state, batch, key)[0].mean()))(params)[
+            "vae"
+        ]["encoder"]
 
     for leaf in jax.tree.leaves(encoder_gradient(linear_vae(gradient=gradient, n_samples=k))):
         np.testing.assert_allclose(leaf, 0.0, atol=1e-10)
     # While the pathwise gradient, whose mean is 0 as well, is noise.
-    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(encoder_gradient(linear_vae(n_samples=k)))) > 1e-2
+    assert (
+        max(
+            np.abs(leaf).max()
+            for leaf in jax.tree.leaves(encoder_gradient(linear_vae(n_samples=k)))
+        )
+        > 1e-2
+    )

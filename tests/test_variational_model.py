@@ -1,4 +1,6 @@
-"""The variational autoencoder as a model: conditions, samples, what it encodes and decodes, shapes and dtypes."""
+"""The variational autoencoder as a model: conditions, samples, what it encodes and decodes, shapes
+and dtypes.
+"""
 
 import functools
 from functools import partial
@@ -23,13 +25,18 @@ from vae_oracles import (
 from genjax.families.vae import vae
 from genjax.protocol import Batch, DataSpec
 
-# --- conditions ---------------------------------------------------------------------------------------------------------
+# --- conditions -----------------------------------------------------------------------------------
 
 
 def conditional(params, net, effect):
-    """The parameters of a VAE with rows added for a condition: what the condition adds to the first features."""
+    """The parameters of a VAE with rows added for a condition: what the condition adds to the first
+    features.
+    """
     own = jax.tree.map(np.asarray, params["vae"])
-    first = {"mlp": (("encoder", "layers", 0), ("decoder", "layers", 0)), "conv": (("encoder", "last"), ("decoder", "first"))}
+    first = {
+        "mlp": (("encoder", "layers", 0), ("decoder", "layers", 0)),
+        "conv": (("encoder", "last"), ("decoder", "first")),
+    }
     for path in first[net]:
         layer = functools.reduce(lambda node, name: node[name], path, own)
         rows = effect((3, layer["kernel"].shape[1]))
@@ -66,7 +73,10 @@ def test_a_condition_without_effect_or_without_change_is_no_condition(x64, net, 
     shape = (4, 4, 1)
     settings = {"latent_dim": 2, "net": net, "hidden": (5,), "channels": (3,), "n_bound_samples": 3}
     plain = vae(DataSpec(shape, "binary"), **settings)
-    given = vae(DataSpec(shape, "binary", **({"n_classes": 3} if form == "label" else {"cond_dim": 3})), **settings)
+    given = vae(
+        DataSpec(shape, "binary", **({"n_classes": 3} if form == "label" else {"cond_dim": 3})),
+        **settings,
+    )
     params, state = random_params(plain, seed=4)
     params = f64(params)
     rng = np.random.default_rng(26)
@@ -82,7 +92,9 @@ def test_a_condition_without_effect_or_without_change_is_no_condition(x64, net, 
         params = f64({"vae": plain_own})
     given_params = f64({"vae": own})
     expected_tree = jax.eval_shape(given.init, jax.random.key(0))[0]
-    assert jax.tree.map(jnp.shape, given_params) == jax.tree.map(lambda leaf: leaf.shape, expected_tree)
+    assert jax.tree.map(jnp.shape, given_params) == jax.tree.map(
+        lambda leaf: leaf.shape, expected_tree
+    )
 
     x = jnp.asarray(rng.integers(0, 2, size=(4, *shape)), jnp.float64)
     z, key = jnp.asarray(rng.normal(size=(4, 2))), jax.random.key(27)
@@ -114,19 +126,22 @@ def test_labels_are_one_hot_vectors_and_make_a_difference():
     for name, argument in (("decode", z), ("encode", x), ("reconstruct", x)):
         one = jit(by_label.extras[name])(params, state, argument, labels)
         np.testing.assert_array_equal(
-            jax.tree.leaves(one), jax.tree.leaves(jit(by_vector.extras[name])(params, state, argument, jnp.eye(3)))
+            jax.tree.leaves(one),
+            jax.tree.leaves(jit(by_vector.extras[name])(params, state, argument, jnp.eye(3))),
         )
         rows = np.asarray(jax.tree.leaves(one)[0])
         assert min(np.abs(rows[i] - rows[j]).max() for i in range(3) for j in range(i)) > 1e-2
     one, other = (
-        jit(m.bound)(params, state, Batch(x, c), jax.random.key(0)) for m, c in ((by_label, labels), (by_vector, jnp.eye(3)))
+        jit(m.bound)(params, state, Batch(x, c), jax.random.key(0))
+        for m, c in ((by_label, labels), (by_vector, jnp.eye(3)))
     )
     np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("k", [3, 128])
 def test_a_linear_cvae_has_the_evidence_of_its_class(x64, k):
-    # x | c = W z + m + b_c + noise. The posterior mean is gain (x - m - b_c): the encoder's rows for c are -gain b_c.
+    # x | c = W z + m + b_c + noise. The posterior mean is gain (x - m - b_c): the encoder's rows
+    # for c are -gain b_c.
     p = ppca()
     params, state = linear_params(p)
     shift = np.random.default_rng(29).normal(size=(3, 6)) * 2
@@ -136,16 +151,24 @@ def test_a_linear_cvae_has_the_evidence_of_its_class(x64, k):
         [encoder["kernel"], jnp.asarray(np.concatenate([-shift @ p.gain.T, np.zeros((3, 2))], 1))]
     )
     decoder["kernel"] = jnp.concatenate([decoder["kernel"], jnp.asarray(shift)])
-    model = vae(DataSpec((6,), "continuous", n_classes=3), latent_dim=2, hidden=(), n_bound_samples=k)
+    model = vae(
+        DataSpec((6,), "continuous", n_classes=3), latent_dim=2, hidden=(), n_bound_samples=k
+    )
     labels = np.arange(12) % 3
-    value = jit(model.bound)(params, state, Batch(jnp.asarray(p.x[:12]), jnp.asarray(labels)), jax.random.key(30))
+    value = jit(model.bound)(
+        params, state, Batch(jnp.asarray(p.x[:12]), jnp.asarray(labels)), jax.random.key(30)
+    )
     np.testing.assert_allclose(value, p.log_prob(p.x[:12] - shift[labels]), atol=1e-8, rtol=0)
     # Samples of a class have its mean.
-    x = np.asarray(jit(model.sample, static_argnums=3)(params, state, jax.random.key(31), 6000, jnp.full(6000, 1)))
+    x = np.asarray(
+        jit(model.sample, static_argnums=3)(
+            params, state, jax.random.key(31), 6000, jnp.full(6000, 1)
+        )
+    )
     check_moments(x, p.offset + shift[1], p.weights @ p.weights.T + p.noise * np.eye(6))
 
 
-# --- decoding, sampling, units ------------------------------------------------------------------------------------------
+# --- decoding, sampling, units --------------------------------------------------------------------
 
 
 def test_a_linear_decoder_samples_its_gaussian(x64):
@@ -154,10 +177,14 @@ def test_a_linear_decoder_samples_its_gaussian(x64):
     model = linear_vae()
     x = np.asarray(jit(model.sample, static_argnums=3)(params, state, jax.random.key(32), n))
     check_moments(x, p.offset, p.weights @ p.weights.T + p.noise * np.eye(6))
-    whitened = np.linalg.solve(np.linalg.cholesky(p.weights @ p.weights.T + p.noise * np.eye(6)), (x - p.offset).T)
+    whitened = np.linalg.solve(
+        np.linalg.cholesky(p.weights @ p.weights.T + p.noise * np.eye(6)), (x - p.offset).T
+    )
     assert scipy.stats.kstest(whitened.ravel(), scipy.stats.norm.cdf).pvalue > RARE
     # Without the noise of p(x|z) only the span of W is left.
-    means = np.asarray(jit(model.extras["sample_mean"], static_argnums=3)(params, state, jax.random.key(33), n))
+    means = np.asarray(
+        jit(model.extras["sample_mean"], static_argnums=3)(params, state, jax.random.key(33), n)
+    )
     check_moments(means, p.offset, p.weights @ p.weights.T)
     outside = scipy.linalg.null_space(p.weights.T)
     assert np.abs((means - p.offset) @ outside).max() < 1e-10
@@ -169,22 +196,33 @@ def test_encode_decode_and_reconstruct_are_the_linear_maps_of_the_model(x64):
     extras = linear_vae().extras
     mean, log_scale = extras["encode"](params, state, jnp.asarray(p.x))
     np.testing.assert_allclose(mean, (p.x - p.offset) @ p.gain.T, atol=1e-12)
-    np.testing.assert_allclose(log_scale, np.broadcast_to(0.5 * np.log(p.variance), mean.shape), atol=1e-12)
+    np.testing.assert_allclose(
+        log_scale, np.broadcast_to(0.5 * np.log(p.variance), mean.shape), atol=1e-12
+    )
     z = np.random.default_rng(34).normal(size=(3, 2))
-    np.testing.assert_allclose(extras["decode"](params, state, jnp.asarray(z)), z @ p.weights.T + p.offset, atol=1e-12)
+    np.testing.assert_allclose(
+        extras["decode"](params, state, jnp.asarray(z)), z @ p.weights.T + p.offset, atol=1e-12
+    )
     want = (p.x - p.offset) @ p.gain.T @ p.weights.T + p.offset
-    np.testing.assert_allclose(extras["reconstruct"](params, state, jnp.asarray(p.x)), want, atol=1e-12)
+    np.testing.assert_allclose(
+        extras["reconstruct"](params, state, jnp.asarray(p.x)), want, atol=1e-12
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "net"), [("binary", "conv"), ("discrete", "conv"), ("discrete", "mlp"), ("continuous", "mlp")]
+    ("kind", "net"),
+    [("binary", "conv"), ("discrete", "conv"), ("discrete", "mlp"), ("continuous", "mlp")],
 )
 def test_shapes_kinds_and_ranges(kind, net):
     spec = DataSpec((4, 4, 2), kind, levels=5 if kind == "discrete" else None)
-    scale = "element" if net == "conv" else "shared"  # one of each, with a decoder of two outputs for conv
+    scale = (
+        "element" if net == "conv" else "shared"
+    )  # one of each, with a decoder of two outputs for conv
     model = vae(spec, latent_dim=3, net=net, hidden=(6,), channels=(4, 3), scale=scale)
-    params, state = random_params(model, seed=5, size=2.0)  # wild, so that the ends of the range are reached
+    params, state = random_params(
+        model, seed=5, size=2.0
+    )  # wild, so that the ends of the range are reached
     x = jnp.asarray(np.random.default_rng(35).integers(0, 2, size=(6, 4, 4, 2)), jnp.float32)
 
     @jit
@@ -199,7 +237,9 @@ def test_shapes_kinds_and_ranges(kind, net):
             extras["decode"](params, state, extras["encode"](params, state, x)[0]),
         )
 
-    (mean, log_scale), decoded, rebuilt, means, samples, twice = everything(params, jax.random.key(36))
+    (mean, log_scale), decoded, rebuilt, means, samples, twice = everything(
+        params, jax.random.key(36)
+    )
     np.testing.assert_array_equal(rebuilt, twice)
     assert mean.shape == log_scale.shape == (6, 3)
     assert decoded.shape == (7, 4, 4, 2)
@@ -221,11 +261,16 @@ def test_shapes_kinds_and_ranges(kind, net):
 @pytest.mark.parametrize("net", ["mlp", "conv"])
 def test_bfloat16_arithmetic_keeps_float32_parameters_and_losses(net):
     spec = DataSpec((4, 4, 1), "binary")
-    narrow, wide = (vae(spec, latent_dim=2, net=net, hidden=(8,), channels=(4,), dtype=d) for d in ("bfloat16", "float32"))
+    narrow, wide = (
+        vae(spec, latent_dim=2, net=net, hidden=(8,), channels=(4,), dtype=d)
+        for d in ("bfloat16", "float32")
+    )
     params, state = random_params(narrow)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     batch = Batch(jnp.ones((4, 4, 4, 1)))
-    value = lambda p, m: (lambda loss, aux: (loss.sum(), (loss, aux)))(*m.losses["vae"](p, state, batch, jax.random.key(38)))  # noqa: E731
+    value = lambda p, m: (lambda loss, aux: (loss.sum(), (loss, aux)))(
+        *m.losses["vae"](p, state, batch, jax.random.key(38))
+    )  # noqa: E731
     (_, (one, aux)), grads = jit(jax.value_and_grad(partial(value, m=narrow), has_aux=True))(params)
     other, _ = jit(wide.losses["vae"])(params, state, batch, jax.random.key(38))
     assert {one.dtype, *(m.dtype for m in aux.metrics.values())} == {jnp.dtype("float32")}

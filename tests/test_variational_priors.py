@@ -1,4 +1,6 @@
-"""The priors of the variational autoencoder: the VampPrior against a mixture written out, and a prior of one's own."""
+"""The priors of the variational autoencoder: the VampPrior against a mixture written out, and a
+prior of one's own.
+"""
 
 import math
 
@@ -51,10 +53,12 @@ def test_the_vamp_prior_is_the_mixture_of_its_posteriors(x64, shape):
 
 
 @pytest.mark.slow
-# The sum over differences keeps all digits; the expansion into matrix products, taken where it may, loses some.
+# The sum over differences keeps all digits; the expansion into matrix products, taken where it may,
+# loses some.
 @pytest.mark.parametrize(("narrow", "loses"), [(-5.0, 1e-4), (-1.0, 1e-3)])
 def test_the_vamp_prior_keeps_its_digits_in_float32(narrow, loses):
-    # 16 dimensions, means of order 3 and deviations of e^-5: what a well trained encoder of images gives.
+    # 16 dimensions, means of order 3 and deviations of e^-5: what a well trained encoder of images
+    # gives.
     rng = np.random.default_rng(16)
     mean, log_scale = (
         (3 * rng.normal(size=(20, 16))).astype(np.float32),
@@ -62,12 +66,18 @@ def test_the_vamp_prior_keeps_its_digits_in_float32(narrow, loses):
     )
     z = (mean[:8] + np.exp(log_scale[:8]) * rng.normal(size=(8, 16))).astype(np.float32)
     prior = vamp_prior(DataSpec((1,), "continuous"), 20)
-    got = prior.log_prob({"x": jnp.zeros((20, 1))}, lambda x, c: (jnp.asarray(mean), jnp.asarray(log_scale)), jnp.asarray(z))
+    got = prior.log_prob(
+        {"x": jnp.zeros((20, 1))},
+        lambda x, c: (jnp.asarray(mean), jnp.asarray(log_scale)),
+        jnp.asarray(z),
+    )
     want = naive_mixture(*(a.astype(np.float64) for a in (z, mean, log_scale)))
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=loses)
 
 
-@pytest.mark.parametrize("narrow", [0.0, -17.0])  # the expansion into matrix products, and the sum over differences
+@pytest.mark.parametrize(
+    "narrow", [0.0, -17.0]
+)  # the expansion into matrix products, and the sum over differences
 def test_the_vamp_prior_has_the_gradient_of_the_mixture(x64, narrow):
     rng = np.random.default_rng(17)
     mean, log_scale, z = (jnp.asarray(rng.normal(size=size)) for size in ((3, 2), (3, 2), (4, 2)))
@@ -81,18 +91,27 @@ def test_the_vamp_prior_has_the_gradient_of_the_mixture(x64, narrow):
         square = ((z[:, None] - mean[None]) / jnp.exp(log_scale)[None]) ** 2
         return jax.nn.logsumexp((-0.5 * square - log_scale[None]).sum(-1), axis=1).sum()
 
-    for a, b in zip(*(jit(jax.grad(f, (0, 1, 2)))(mean, log_scale, z) for f in (ours, naive)), strict=True):
+    for a, b in zip(
+        *(jit(jax.grad(f, (0, 1, 2)))(mean, log_scale, z) for f in (ours, naive)), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12 * float(jnp.abs(b).max()))
 
 
 def test_samples_of_the_vamp_prior_follow_it():
     prior, n = vamp_prior(DataSpec((2,), "continuous"), 3), 20_000
-    z = np.asarray(jit(lambda key: prior.sample({"x": jnp.asarray(PSEUDO, jnp.float32)}, mixture, key, n))(jax.random.key(18)))
+    z = np.asarray(
+        jit(lambda key: prior.sample({"x": jnp.asarray(PSEUDO, jnp.float32)}, mixture, key, n))(
+            jax.random.key(18)
+        )
+    )
     mean, scale = 3 * PSEUDO, np.exp(-1 + 0.3 * PSEUDO)
     for axis in range(2):
-        cdf = lambda t: np.mean([scipy.stats.norm.cdf(t, mean[m, axis], scale[m, axis]) for m in range(3)], 0)  # noqa: E731
+        cdf = lambda t: np.mean(
+            [scipy.stats.norm.cdf(t, mean[m, axis], scale[m, axis]) for m in range(3)], 0
+        )  # noqa: E731
         assert scipy.stats.kstest(z[:, axis], cdf).pvalue > RARE
-    # The components lie many deviations apart, so the nearest one is the one that was drawn: equal shares.
+    # The components lie many deviations apart, so the nearest one is the one that was drawn: equal
+    # shares.
     nearest = np.argmin((((z[:, None] - mean) / scale) ** 2).sum(-1), axis=1)
     counts = np.bincount(nearest, minlength=3)
     assert scipy.stats.chisquare(counts).pvalue > RARE
@@ -109,10 +128,14 @@ def test_equal_pseudo_inputs_are_one_component(x64):
     one, many = (vamp_prior(DataSpec((2,), "continuous"), m) for m in (1, 6))
     u = jnp.asarray(PSEUDO[:1])
     np.testing.assert_allclose(
-        one.log_prob({"x": u}, mixture, z), many.log_prob({"x": jnp.tile(u, (6, 1))}, mixture, z), rtol=1e-12
+        one.log_prob({"x": u}, mixture, z),
+        many.log_prob({"x": jnp.tile(u, (6, 1))}, mixture, z),
+        rtol=1e-12,
     )
     np.testing.assert_allclose(
-        one.log_prob({"x": u}, mixture, z), scipy.stats.norm.logpdf(z, 3 * u, np.exp(-1 + 0.3 * u)).sum(-1), rtol=1e-12
+        one.log_prob({"x": u}, mixture, z),
+        scipy.stats.norm.logpdf(z, 3 * u, np.exp(-1 + 0.3 * u)).sum(-1),
+        rtol=1e-12,
     )
 
 
@@ -120,15 +143,20 @@ def test_equal_pseudo_inputs_are_one_component(x64):
 def test_a_vae_with_one_pseudo_input_has_the_evidence_of_a_shifted_gaussian(x64):
     # p(z) = q(z|u) = N(a, diag(s^2)), so p(x) = N(W a + m, W diag(s^2) W' + noise I).
     p = ppca()
-    # Widened to s = 1 in both dimensions, so that q covers the posterior and the weights are bounded.
+    # Widened to s = 1 in both dimensions, so that q covers the posterior and the weights are
+    # bounded.
     params, state = linear_params(p, SHIFT, -0.5 * np.log(p.variance))
     u = p.x[7:8]
     params["vae"]["prior"] = {"x": jnp.asarray(u)}
     model = linear_vae(prior="vamp", n_pseudo_inputs=1, n_bound_samples=64)
-    mean, log_scale = (np.asarray(a)[0] for a in model.extras["encode"](params, state, jnp.asarray(u)))
+    mean, log_scale = (
+        np.asarray(a)[0] for a in model.extras["encode"](params, state, jnp.asarray(u))
+    )
     weights = p.weights * np.exp(log_scale)
     want = log_marginal(p.x[:5], weights, p.offset + p.weights @ mean, p.noise)
-    value = over_keys(lambda key: model.bound(params, state, Batch(jnp.asarray(p.x[:5])), key), 20, 2000)
+    value = over_keys(
+        lambda key: model.bound(params, state, Batch(jnp.asarray(p.x[:5])), key), 20, 2000
+    )
     assert_mean(np.exp(value - want), 1.0)
     assert np.all(value.mean(0) < want)
     # Samples have that law too.
@@ -146,20 +174,27 @@ def test_pseudo_inputs_live_on_the_normalised_scale(x64, kind):
     assert params["vae"]["prior"]["x"].shape == (3, 3)
     raw = np.asarray(params["vae"]["prior"]["x"])
     u = raw if kind == "continuous" else np.tanh(raw)
-    # `encode` takes events in the units of the data, and maps them to the scale that the pseudo-inputs are on.
+    # `encode` takes events in the units of the data, and maps them to the scale that the
+    # pseudo-inputs are on.
     seen = np.asarray(model.extras["encode"](params, state, spec.denormalize(jnp.asarray(u)))[0])
     prior = vamp_prior(spec, 3)
     inputs = []
     prior.sample(
-        params["vae"]["prior"], lambda x, c: inputs.append(x) or (jnp.asarray(seen), jnp.zeros((3, 2))), jax.random.key(0), 4
+        params["vae"]["prior"],
+        lambda x, c: inputs.append(x) or (jnp.asarray(seen), jnp.zeros((3, 2))),
+        jax.random.key(0),
+        4,
     )
     np.testing.assert_allclose(inputs[0], u, rtol=1e-12)
-    # As the prior is a mixture over these, tiny posteriors put every sample_mean on one of the decoded pseudo-inputs.
+    # As the prior is a mixture over these, tiny posteriors put every sample_mean on one of the
+    # decoded pseudo-inputs.
     tiny = params["vae"]["encoder"]["layers"][1]
     tiny["kernel"], tiny["bias"] = tiny["kernel"].at[:, 2:].set(0.0), tiny["bias"].at[2:].set(-30.0)
     seen = model.extras["encode"](params, state, spec.denormalize(jnp.asarray(u)))[0]
     decoded = np.asarray(model.extras["decode"](params, state, seen))
-    drawn = np.asarray(jit(model.extras["sample_mean"], static_argnums=3)(params, state, jax.random.key(22), 200))
+    drawn = np.asarray(
+        jit(model.extras["sample_mean"], static_argnums=3)(params, state, jax.random.key(22), 200)
+    )
     distance = np.abs(drawn[:, None] - decoded).max(-1)
     assert distance.min(1).max() < 1e-5  # of the order of the floor of the scale, e^-15
     assert len(set(distance.argmin(1))) == 3
@@ -171,8 +206,12 @@ def test_pseudo_inputs_and_their_conditions_are_learned():
     model = vae(spec, latent_dim=2, hidden=(4,), prior="vamp", n_pseudo_inputs=5)
     np.testing.assert_allclose(vamp_prior(spec, 5).init(jax.random.key(23))["cond"], 0.5)
     params, state = random_params(model)
-    batch = Batch(jnp.ones((4, 3)), jnp.array([0, 1, 0, 1]))  # labels that are constants of the program are checked too
-    grads = jit(jax.grad(lambda p: model.losses["vae"](p, state, batch, jax.random.key(0))[0].sum()))(params)
+    batch = Batch(
+        jnp.ones((4, 3)), jnp.array([0, 1, 0, 1])
+    )  # labels that are constants of the program are checked too
+    grads = jit(
+        jax.grad(lambda p: model.losses["vae"](p, state, batch, jax.random.key(0))[0].sum())
+    )(params)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
 
 
@@ -182,15 +221,23 @@ def test_a_prior_of_ones_own_is_used_for_all_three_things(x64):
     p = ppca()
     prior = Prior(
         init=lambda key: {"mean": jnp.ones(2)},
-        log_prob=lambda own, posterior, z: jnp.sum(jax.scipy.stats.norm.logpdf(z, own["mean"][0], 2.0), -1),
-        sample=lambda own, posterior, key, n: own["mean"][None] + 2 * jax.random.normal(key, (n, 2)),
+        log_prob=lambda own, posterior, z: jnp.sum(
+            jax.scipy.stats.norm.logpdf(z, own["mean"][0], 2.0), -1
+        ),
+        sample=lambda own, posterior, key, n: (
+            own["mean"][None] + 2 * jax.random.normal(key, (n, 2))
+        ),
     )
     params, state = linear_params(p, 0.0, WIDEN)
     model = linear_vae(prior=prior, n_bound_samples=16)
-    assert jax.tree.structure(model.init(jax.random.key(0))[0]["vae"]["prior"]) == jax.tree.structure({"mean": 0})
+    assert jax.tree.structure(
+        model.init(jax.random.key(0))[0]["vae"]["prior"]
+    ) == jax.tree.structure({"mean": 0})
     params["vae"]["prior"] = {"mean": jnp.ones(2)}
     offset = p.offset + p.weights.sum(1)
-    value = over_keys(lambda key: model.bound(params, state, Batch(jnp.asarray(p.x[:5])), key), 24, 2000)
+    value = over_keys(
+        lambda key: model.bound(params, state, Batch(jnp.asarray(p.x[:5])), key), 24, 2000
+    )
     assert_mean(np.exp(value - log_marginal(p.x[:5], 2 * p.weights, offset, p.noise)), 1.0)
     x = np.asarray(jit(model.sample, static_argnums=3)(params, state, jax.random.key(25), 20_000))
     check_moments(x, offset, 4 * p.weights @ p.weights.T + p.noise * np.eye(6))

@@ -1,4 +1,6 @@
-"""Bounds of the VRNN where the truth is known: against a Kalman filter, a VAE, a recurrent network and sums over all x."""
+"""Bounds of the VRNN where the truth is known: against a Kalman filter, a VAE, a recurrent network
+and sums over all x.
+"""
 
 import itertools
 import math
@@ -39,11 +41,12 @@ def standard_error(values):
     return values.std(ddof=1) / math.sqrt(len(values))
 
 
-# --- a linear-Gaussian state space model: the truth is a Gaussian's ---------------------------------------------------
+# --- a linear-Gaussian state space model: the truth is a Gaussian's -------------------------------
 
 
 def smoothing_posterior(x):
-    """p(z_t | z_{t-1}, x_{t..T}) of the state space model as [T, 1, 1] each: its slope in z_{t-1}, its offset, its log-scale.
+    """p(z_t | z_{t-1}, x_{t..T}) of the state space model as [T, 1, 1] each: its slope in z_{t-1},
+    its offset, its log-scale.
 
     From the back, x_{t..T} is worth exp(-½ precision z_t² + shift z_t).
     """
@@ -60,7 +63,9 @@ def smoothing_posterior(x):
         slopes.append(variance * a / q)
         offsets.append(variance * shift)
         log_scales.append(0.5 * math.log(variance))
-    return tuple(jnp.asarray(values[::-1])[:, None, None] for values in (slopes, offsets, log_scales))
+    return tuple(
+        jnp.asarray(values[::-1])[:, None, None] for values in (slopes, offsets, log_scales)
+    )
 
 
 @pytest.mark.slow
@@ -68,14 +73,19 @@ def test_with_the_smoother_as_posterior_the_bound_is_the_kalman_log_likelihood(x
     steps, n = 5, 2000
     x = state_space.draw(steps)
     truth = state_space.log_prob(x[None])
-    a, q, c, r = (jnp.asarray(m) for m in (state_space.A, state_space.Q, state_space.C, state_space.R))
+    a, q, c, r = (
+        jnp.asarray(m) for m in (state_space.A, state_space.Q, state_space.C, state_space.R)
+    )
 
     def log_normal(x, mean, variance):
         return -0.5 * ((x - mean) ** 2 / variance[None] + jnp.log(2 * jnp.pi * variance)[None])
 
     exact = Sequential(
         prior=lambda h: (h @ a.T, jnp.broadcast_to(0.5 * jnp.log(q)[None], h.shape)),
-        posterior=lambda observed, h: (observed[0] * h + observed[1], jnp.broadcast_to(observed[2], h.shape)),
+        posterior=lambda observed, h: (
+            observed[0] * h + observed[1],
+            jnp.broadcast_to(observed[2], h.shape),
+        ),
         log_likelihood=lambda x, z, h: log_normal(x, z @ c.T, r).sum(-1),
         recur=lambda observed, z, carry: (z,),
     )
@@ -132,12 +142,16 @@ def test_bounds_grow_with_the_number_of_particles_towards_the_truth(how, x64):
     assert truth - means[-1][0] < 0.15 * (truth - means[0][0])
 
 
-@pytest.mark.parametrize(("how", "resampling"), [("iwae", "systematic"), ("fivo", "systematic"), ("fivo", "multinomial")])
+@pytest.mark.parametrize(
+    ("how", "resampling"), [("iwae", "systematic"), ("fivo", "systematic"), ("fivo", "multinomial")]
+)
 def test_the_particle_estimate_of_the_likelihood_is_unbiased(how, resampling, x64):
     """With the prior as proposal, the bootstrap filter: mean exp(ln p̂ - ln p) = 1."""
     x = state_space.draw(6)
     model = state_space.model(6, bound_estimator=how, n_bound_samples=16, resampling=resampling)
-    values = estimates(model, *state_space.weights(model, *state_space.bootstrap()), x) - state_space.log_prob(x[None])
+    values = estimates(
+        model, *state_space.weights(model, *state_space.bootstrap()), x
+    ) - state_space.log_prob(x[None])
     ratio = np.exp(values)
     assert standard_error(ratio) < 0.05
     assert abs(ratio.mean() - 1) < 3 * standard_error(ratio)
@@ -160,7 +174,9 @@ def test_particles_are_chosen_in_proportion_to_their_weights(scheme, x64):
     weight = np.asarray([0.5, 0.1, 0.0, 0.4])
     log_weight = jnp.broadcast_to(jnp.log(jnp.asarray(weight))[:, None] + 3.0, (k, n))
     chosen = np.asarray(ancestors(RESAMPLING[scheme](KEY, k, n), log_weight))
-    counts = (chosen[None] == np.arange(k)[:, None, None]).sum(1)  # how often each was chosen, [k, n]
+    counts = (chosen[None] == np.arange(k)[:, None, None]).sum(
+        1
+    )  # how often each was chosen, [k, n]
     error = counts.std(1) / math.sqrt(n)
     assert (np.abs(counts.mean(1) - k * weight) <= 4 * error + 1e-12).all()
     if scheme == "systematic":  # never further than one from its share
@@ -169,7 +185,7 @@ def test_particles_are_chosen_in_proportion_to_their_weights(scheme, x64):
         np.testing.assert_allclose(counts.var(1), k * weight * (1 - weight), rtol=0.05)
 
 
-# --- a hidden Markov model: the truth is the forward algorithm's ------------------------------------------------------
+# --- a hidden Markov model: the truth is the forward algorithm's ----------------------------------
 
 START = np.asarray([0.5, 0.3, 0.2])
 MOVE = np.asarray([[0.8, 0.15, 0.05], [0.1, 0.6, 0.3], [0.3, 0.3, 0.4]])
@@ -177,8 +193,10 @@ EMIT = np.asarray([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [0.05, 0.9, 0.05]])
 
 
 def hidden_markov_model():
-    """It as a model with latent variables: z_t ~ N(0, 1) whatever came before, and the state after s is where Φ(z_t) falls
-    among the cumulated probabilities of moving from s. h_t is the state, 3 before the first; the proposal is off on purpose."""
+    """It as a model with latent variables: z_t ~ N(0, 1) whatever came before, and the state after
+    s is where Φ(z_t) falls among the cumulated probabilities of moving from s. h_t is the state, 3
+    before the first; the proposal is off on purpose.
+    """
     cumulated = jnp.asarray(np.cumsum([*MOVE, START], axis=1)[:, :-1])
     emit = jnp.log(jnp.asarray(EMIT))
 
@@ -200,23 +218,36 @@ def test_the_particle_estimate_of_a_hidden_markov_model_is_unbiased_for_the_forw
     for symbol in x[1:]:
         alpha = alpha @ MOVE * EMIT[:, symbol]
     paths = itertools.product(range(3), repeat=len(x))
-    joint = [START[s[0]] * MOVE[s[:-1], s[1:]].prod() * EMIT[s, x].prod() for s in map(np.asarray, paths)]
+    joint = [
+        START[s[0]] * MOVE[s[:-1], s[1:]].prod() * EMIT[s, x].prod() for s in map(np.asarray, paths)
+    ]
     np.testing.assert_allclose(alpha.sum(), sum(joint), rtol=1e-12)
     xs = jnp.broadcast_to(jnp.asarray(x)[:, None], (len(x), n))
     observed, carry = xs[..., None].astype(float), (jnp.full((n, 1), 3.0),)
     for resampling in (None, *RESAMPLING.values()):
-        values = particle_bound(hidden_markov_model(), xs, observed, jnp.ones(xs.shape, bool), carry, KEY, 32, resampling)
+        values = particle_bound(
+            hidden_markov_model(),
+            xs,
+            observed,
+            jnp.ones(xs.shape, bool),
+            carry,
+            KEY,
+            32,
+            resampling,
+        )
         ratio = np.exp(np.asarray(values)) / alpha.sum()
         assert standard_error(ratio) < 0.01
         assert abs(ratio.mean() - 1) < 3 * standard_error(ratio)
         assert np.log(ratio).mean() < -0.01
 
 
-# --- special cases that are other families ----------------------------------------------------------------------------
+# --- special cases that are other families --------------------------------------------------------
 
 
 def random(spec, **settings):
-    """A model with latent variables that matter, its parameters away from their init; in float64 where the test is."""
+    """A model with latent variables that matter, its parameters away from their init; in float64
+    where the test is.
+    """
     model = vrnn(spec, **{"latent_dim": 2, "d_hidden": 5, "hidden": (6,), **settings})
     params, state = model.init(jax.random.key(0))
     params = jax.tree.map(lambda leaf: 2 * leaf, grown(params))
@@ -231,18 +262,32 @@ CURVES = DataSpec((4, 2), "continuous", step="point", cond_dim=2, name="curves")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("spec", "cell"), [(WORDS, "vanilla"), (LABELLED, "lstm"), (CURVES, "gru")], ids=["words", "labels", "curves"]
+    ("spec", "cell"),
+    [(WORDS, "vanilla"), (LABELLED, "lstm"), (CURVES, "gru")],
+    ids=["words", "labels", "curves"],
 )
 def test_without_latent_variables_it_is_the_recurrent_network(spec, cell, x64):
     plain = rnn(spec, cell=cell, d_embed=5, d_hidden=5)
     params, nothing = plain.init(jax.random.key(0))
     p = widen(grown(params))["rnn"]
-    same = {"vrnn": {"embed": p["embed"], "layer": p["layers"]["layers"][0], "decoder": {"layers": {0: p["readout"]}}}}
+    same = {
+        "vrnn": {
+            "embed": p["embed"],
+            "layer": p["layers"]["layers"][0],
+            "decoder": {"layers": {0: p["readout"]}},
+        }
+    }
     batch = widen(example_batch(spec, KEY, 6))
     wanted = quick(plain.log_prob)({"rnn": p}, nothing, batch, KEY)
     for how in ("elbo", "iwae", "fivo"):
         model = vrnn(
-            spec, cell=cell, latent_dim=0, d_hidden=5, hidden=(), bound_estimator=how, n_bound_samples=1 if how == "elbo" else 3
+            spec,
+            cell=cell,
+            latent_dim=0,
+            d_hidden=5,
+            hidden=(),
+            bound_estimator=how,
+            n_bound_samples=1 if how == "elbo" else 3,
         )
         first, state = model.init(jax.random.key(0))
         assert jax.tree.map(jnp.shape, first) == jax.tree.map(jnp.shape, same)
@@ -251,9 +296,13 @@ def test_without_latent_variables_it_is_the_recurrent_network(spec, cell, x64):
 
 @pytest.mark.slow
 def test_one_step_is_a_conditional_variational_autoencoder(x64):
-    """Linear networks, a standard normal prior: the VRNN of one step has the KL of the VAE, and its mean log-likelihood."""
+    """Linear networks, a standard normal prior: the VRNN of one step has the KL of the VAE, and its
+    mean log-likelihood.
+    """
     d, e, n = 3, 2, 20_000
-    model, params, state = random(DataSpec((1, d), "binary", step="frame", n_classes=e), latent_dim=2, d_hidden=4, hidden=())
+    model, params, state = random(
+        DataSpec((1, d), "binary", step="frame", n_classes=e), latent_dim=2, d_hidden=4, hidden=()
+    )
     other = vae(DataSpec((d,), "binary", n_classes=e), latent_dim=2, hidden=())
     p = params["vrnn"]
     p["prior"] = jax.tree.map(jnp.zeros_like, p["prior"])
@@ -275,19 +324,33 @@ def test_one_step_is_a_conditional_variational_autoencoder(x64):
         wide(p["decoder"]["first"]),
         wide(p["decoder"]["second"]),
     )
-    encoder = {"kernel": jnp.concatenate([embed @ w_x, condition @ w_x + h @ w_h]), "bias": b_embed @ w_x + b_x}
+    encoder = {
+        "kernel": jnp.concatenate([embed @ w_x, condition @ w_x + h @ w_h]),
+        "bias": b_embed @ w_x + b_x,
+    }
     decoder = {"kernel": jnp.concatenate([f_z @ v_z, h @ v_h]), "bias": g_z @ v_z + b_z}
-    vae_params = {"vae": {"encoder": {"layers": {0: encoder}}, "decoder": {"layers": {0: decoder}}, "prior": {}}}
+    vae_params = {
+        "vae": {
+            "encoder": {"layers": {0: encoder}},
+            "decoder": {"layers": {0: decoder}},
+            "prior": {},
+        }
+    }
     x, cond = jnp.asarray([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]]), jnp.asarray([0, 1])
     mean, raw = other.extras["encode"](vae_params, {"vae": {}}, x, cond)
     got = model.extras["encode"](params, state, x[:, None], cond)
     np.testing.assert_allclose(got[0][:, 0], mean, rtol=1e-10)
     np.testing.assert_allclose(got[1][:, 0], np.log(np.log1p(np.exp(raw)) + MIN_SCALE), rtol=1e-10)
-    # The VAE's scale is the exponential of the same output: move its bias so that they agree for the first x.
+    # The VAE's scale is the exponential of the same output: move its bias so that they agree for
+    # the first x.
     many = Batch(jnp.tile(x[:1], (n, 1)), jnp.zeros(n, jnp.int32))
-    vae_params["vae"]["encoder"]["layers"][0]["bias"] += jnp.concatenate([jnp.zeros(2), got[1][0, 0] - raw[0]])
+    vae_params["vae"]["encoder"]["layers"][0]["bias"] += jnp.concatenate(
+        [jnp.zeros(2), got[1][0, 0] - raw[0]]
+    )
     terms = quick(other.losses["vae"])(vae_params, {"vae": {}}, many, KEY)[1].metrics
-    mine = quick(model.losses["vrnn"])(params, state, many._replace(x=many.x[:, None]), jax.random.key(8))[1].metrics
+    mine = quick(model.losses["vrnn"])(
+        params, state, many._replace(x=many.x[:, None]), jax.random.key(8)
+    )[1].metrics
     np.testing.assert_allclose(mine["kl"], terms["kl"], rtol=1e-9)
     difference = mine["log_likelihood"].mean() - terms["log_likelihood"].mean()
     error = math.hypot(*(standard_error(np.asarray(t["log_likelihood"])) for t in (mine, terms)))
@@ -299,7 +362,8 @@ def test_one_step_is_a_conditional_variational_autoencoder(x64):
 def test_estimates_of_the_probabilities_of_all_sequences_sum_to_one(how):
     spec = DataSpec((3,), "tokens", levels=3, step="character", end=2)
     model, params, state = random(spec, bound_estimator=how, n_bound_samples=8)
-    # A posterior near the prior, so that the weights, about p(x|z), have a variance to estimate an error from.
+    # A posterior near the prior, so that the weights, about p(x|z), have a variance to estimate an
+    # error from.
     encoder, prior = params["vrnn"]["encoder"], params["vrnn"]["prior"]["layers"]
     encoder["first"] = {"kernel": 0.1 * encoder["first"]["kernel"], "bias": prior[0]["bias"]}
     encoder["second"]["kernel"], encoder["rest"]["layers"][0] = prior[0]["kernel"], prior[1]
@@ -327,5 +391,11 @@ def test_identical_noise_gives_identical_bounds():
     batch = example_batch(ROLLS, KEY, 3)
     bound = quick(model.bound)
     assert_same(bound(params, state, batch, KEY), bound(params, state, batch, KEY))
-    assert (bound(params, state, batch, KEY) != bound(params, state, batch, jax.random.key(6))).all()
-    assert_close(model.extras["step_bound"](params, state, batch, KEY).sum(1), bound(params, state, batch, KEY), rtol=1e-5)
+    assert (
+        bound(params, state, batch, KEY) != bound(params, state, batch, jax.random.key(6))
+    ).all()
+    assert_close(
+        model.extras["step_bound"](params, state, batch, KEY).sum(1),
+        bound(params, state, batch, KEY),
+        rtol=1e-5,
+    )

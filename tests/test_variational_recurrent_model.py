@@ -1,4 +1,6 @@
-"""The VRNN as a model of sequences: padding, causality, which of prior and posterior is used where, floors, bad input."""
+"""The VRNN as a model of sequences: padding, causality, which of prior and posterior is used where,
+floors, bad input.
+"""
 
 import functools
 import math
@@ -52,7 +54,9 @@ def test_padding_changes_neither_values_nor_gradients(how, x64):
     other = batch._replace(x=jnp.where(counts[..., None], batch.x, 1e6))
 
     def value_of(model):
-        return quick(jax.value_and_grad(lambda p, batch: model.losses["vrnn"](p, state, batch, KEY)[0].sum()))
+        return quick(
+            jax.value_and_grad(lambda p, batch: model.losses["vrnn"](p, state, batch, KEY)[0].sum())
+        )
 
     value = value_of(model)
     wanted = value(params, batch)
@@ -104,15 +108,19 @@ def test_the_loss_is_the_bound_and_beta_weighs_the_divergence(x64):
     three, _, _ = setup(CURVES, beta=3.0)
     metrics = quick(one.losses["vrnn"])(params, state, batch, KEY)[1].metrics
     wanted = 3 * metrics["kl"] - metrics["log_likelihood"]
-    np.testing.assert_allclose(quick(three.losses["vrnn"])(params, state, batch, KEY)[0], wanted, rtol=1e-12)
+    np.testing.assert_allclose(
+        quick(three.losses["vrnn"])(params, state, batch, KEY)[0], wanted, rtol=1e-12
+    )
     assert metrics["kl"].min() > 1e-2
 
 
-# --- prior in free runs, posterior on what is given -------------------------------------------------------------------
+# --- prior in free runs, posterior on what is given -----------------------------------------------
 
 
 def lying(k, g, s):
-    """The same posterior 50 further up: a free run must not notice, and whoever listens to it is far off."""
+    """The same posterior 50 further up: a free run must not notice, and whoever listens to it is
+    far off.
+    """
     model = state_space.model(3)
     params, state = state_space.weights(model, k, g, s)
     moved = jax.tree.map(jnp.copy, params)
@@ -131,14 +139,17 @@ def test_free_runs_use_the_prior_and_given_data_the_posterior(x64):
     assert after[0] < before[0] - 1000
     generate = optimised(model.extras["generate"], static_argnums=3)
     prompt = jnp.tile(x, (50, 1, 1))
-    # The latent variable of a prompt of one step is about 50 up, and the second x is what goes on from there.
+    # The latent variable of a prompt of one step is about 50 up, and the second x is what goes on
+    # from there.
     got = generate(moved, state, KEY, 50, prompt=prompt, prompt_length=jnp.asarray(1))
     assert_same(got[:, 0], prompt[:, 0])
     expected = state_space.C[:, 0] * state_space.A[0, 0] * 50
     assert (np.abs(got[:, 1] - expected[None]) < 10).all()
     free = generate(moved, state, KEY, 50, prompt=prompt, prompt_length=jnp.asarray(0))
     assert_same(free, sample(params, state, KEY, 50))
-    whole = generate(moved, state, KEY, 50, prompt=prompt, prompt_length=jnp.asarray([3] * 25 + [0] * 25))
+    whole = generate(
+        moved, state, KEY, 50, prompt=prompt, prompt_length=jnp.asarray([3] * 25 + [0] * 25)
+    )
     assert_same(whole[:25], prompt[:25])
     assert_same(whole[25:], free[25:])
 
@@ -146,11 +157,15 @@ def test_free_runs_use_the_prior_and_given_data_the_posterior(x64):
 def test_samples_have_the_covariance_of_the_state_space_model(x64):
     n = 40_000
     model = state_space.model(3)
-    x = quick(model.sample, static_argnums=3)(*state_space.weights(model, *state_space.bootstrap()), KEY, n)
+    x = quick(model.sample, static_argnums=3)(
+        *state_space.weights(model, *state_space.bootstrap()), KEY, n
+    )
     x, (covariance, _) = np.asarray(x).reshape(n, -1), state_space.marginal(3)
     variance = np.diag(covariance)
     assert (np.abs(x.mean(0)) < 4.5 * np.sqrt(variance / n)).all()
-    error = np.sqrt((np.outer(variance, variance) + covariance**2) / n)  # of a Gaussian's sample covariance
+    error = np.sqrt(
+        (np.outer(variance, variance) + covariance**2) / n
+    )  # of a Gaussian's sample covariance
     assert (np.abs(x.T @ x / n - covariance) < 4.5 * error).all()
 
 
@@ -175,7 +190,9 @@ def test_conditions_matter_and_are_dropped_at_the_rate_that_was_asked_for():
     loss = [quick(m.losses["vrnn"])(params, state, batch, KEY)[0] for m in (model, never)]
     rate = 1 - np.isclose(*loss, rtol=1e-5).mean()
     assert abs(rate - 0.3) < 3 * math.sqrt(0.3 * 0.7 / n)
-    other = quick(never.losses["vrnn"])(params, state, batch._replace(cond=jnp.zeros(n, jnp.int32)), KEY)[0]
+    other = quick(never.losses["vrnn"])(
+        params, state, batch._replace(cond=jnp.zeros(n, jnp.int32)), KEY
+    )[0]
     assert not np.isclose(other, loss[1], rtol=1e-5).any()
 
 
@@ -184,12 +201,14 @@ def test_dropout_is_for_losses_only():
     model, params, state = setup(ROLLS, dropout=0.4)
     plain, _, _ = setup(ROLLS)
     batch = example_batch(ROLLS, KEY, 4)
-    assert_same(quick(model.bound)(params, state, batch, KEY), quick(plain.bound)(params, state, batch, KEY))
+    assert_same(
+        quick(model.bound)(params, state, batch, KEY), quick(plain.bound)(params, state, batch, KEY)
+    )
     loss, same = (quick(m.losses["vrnn"])(params, state, batch, KEY)[0] for m in (model, plain))
     assert (loss != same).all()
 
 
-# --- numbers that stay finite, bad input ------------------------------------------------------------------------------
+# --- numbers that stay finite, bad input ----------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -239,9 +258,13 @@ def test_prompts_that_do_not_fit():
     generate = functools.partial(model.extras["generate"], params, state, KEY, 2)
     with pytest.raises(ConfigError, match="A prompt of 6 steps does not fit into 5"):
         generate(prompt=jnp.zeros((2, 6, 3)))
-    with pytest.raises(ConfigError, match=r"The prompt must have the shape \[2, steps, 3\]; got \[2, 4, 2\]"):
+    with pytest.raises(
+        ConfigError, match=r"The prompt must have the shape \[2, steps, 3\]; got \[2, 4, 2\]"
+    ):
         generate(prompt=jnp.zeros((2, 4, 2)))
-    with pytest.raises(ConfigError, match="prompt_length must be from 0 to the 4 steps of the prompt; got 5"):
+    with pytest.raises(
+        ConfigError, match="prompt_length must be from 0 to the 4 steps of the prompt; got 5"
+    ):
         generate(prompt=jnp.zeros((2, 4, 3)), prompt_length=5)
     with pytest.raises(ConfigError, match="The length must be at least 1; got 0"):
         generate(length=0)

@@ -1,7 +1,7 @@
 """A toy to train, and its steps by hand.
 
-It is a game of two quadratic losses with noise, whose gradients are written down below; a third entry of its parameters has
-no loss, and its state counts the evaluations of one loss.
+It is a game of two quadratic losses with noise, whose gradients are written down below; a third
+entry of its parameters has no loss, and its state counts the evaluations of one loss.
 """
 
 import functools
@@ -24,12 +24,19 @@ TIGHT = 1e-5
 
 
 def toy(turns=TURNS, noisy=True):
-    """gen: ½ Σ c (w - x)² + w·a + w·ε, so ∂/∂w = c (w - x) + a + ε; disc: ½ |a|² - a·(x - w) + a·ε, so ∂/∂a = a - x + w + ε."""
+    """gen: ½ Σ c (w - x)² + w·a + w·ε, so ∂/∂w = c (w - x) + a + ε; disc: ½ |a|² - a·(x - w) + a·ε,
+    so ∂/∂a = a - x + w + ε.
+    """
 
     def init(key):
         key_gen, key_disc = jax.random.split(key)
-        params = {"gen": {"w": jax.random.normal(key_gen, (3,))}, "disc": {"a": jax.random.normal(key_disc, (3,))}}
-        return params | {"frozen": {"c": jnp.asarray([1.0, 2.0, 3.0])}}, {"disc": {"evaluations": jnp.zeros(())}}
+        params = {
+            "gen": {"w": jax.random.normal(key_gen, (3,))},
+            "disc": {"a": jax.random.normal(key_disc, (3,))},
+        }
+        return params | {"frozen": {"c": jnp.asarray([1.0, 2.0, 3.0])}}, {
+            "disc": {"evaluations": jnp.zeros(())}
+        }
 
     def noise(key, x):
         return jax.random.normal(key, x.shape) if noisy else jnp.zeros(x.shape)
@@ -44,12 +51,23 @@ def toy(turns=TURNS, noisy=True):
         value = 0.5 * a**2 - a * (batch.x - w) + a * noise(key, batch.x)
         return value.sum(-1), Aux({"disc": {"evaluations": state["disc"]["evaluations"] + 1}}, {})
 
-    return checked(Model(SPEC, init, {"gen": gen, "disc": disc}, lambda params, state, key, n, cond=None: None, turns=turns))
+    return checked(
+        Model(
+            SPEC,
+            init,
+            {"gen": gen, "disc": disc},
+            lambda params, state, key, n, cond=None: None,
+            turns=turns,
+        )
+    )
 
 
 def by_hand(ts, batches, turns=TURNS):
     """What the steps must give: parameters in float64, and the mean losses of the last turns."""
-    p = {"gen": np.asarray(ts.params["gen"]["w"], float), "disc": np.asarray(ts.params["disc"]["a"], float)}
+    p = {
+        "gen": np.asarray(ts.params["gen"]["w"], float),
+        "disc": np.asarray(ts.params["disc"]["a"], float),
+    }
     c = np.asarray([1.0, 2.0, 3.0])
     for offset, batch in enumerate(batches):
         x = np.asarray(batch.x, float)
@@ -84,7 +102,9 @@ TRAIN = game(1.0, 1)
 
 def batches(seed=0, weight=None, steps=STEPS):
     rng = np.random.default_rng(seed)
-    return [Batch(jnp.asarray(rng.normal(size=(B, 3)), jnp.float32), None, weight) for _ in range(steps)]
+    return [
+        Batch(jnp.asarray(rng.normal(size=(B, 3)), jnp.float32), None, weight) for _ in range(steps)
+    ]
 
 
 def run(t, ts, batches):

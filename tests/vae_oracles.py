@@ -1,4 +1,6 @@
-"""What the suites of the variational autoencoder hold it against: the linear-Gaussian model, and means within their error."""
+"""What the suites of the variational autoencoder hold it against: the linear-Gaussian model, and
+means within their error.
+"""
 
 import functools
 import math
@@ -15,9 +17,17 @@ from genjax.protocol import DataSpec
 
 RARE = 2 * scipy.stats.norm.sf(4.0)  # the p-value of 4 standard errors
 LINE = DataSpec((6,), "continuous", name="pPCA data")
-# These programs are small and run once or a few times: most of the time is the compiler's, and this takes a third of it.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
-# Shift and widening of a posterior that is not exact, in deviations and as the logarithm of a factor.
+# These programs are small and run once or a few times: most of the time is the compiler's, and this
+# takes a third of it.
+jit = partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
+)
+# Shift and widening of a posterior that is not exact, in deviations and as the logarithm of a
+# factor.
 SHIFT, WIDEN = 0.3, 0.25
 
 
@@ -35,7 +45,9 @@ def assert_mean(values, want, *, slack=0.0):
     error = values.std(0, ddof=1) / math.sqrt(len(values))
     assert np.all(error > 0), "nothing random to average"
     off = np.abs(values.mean(0) - want)
-    assert np.all(off <= 4 * error + slack), f"off by {np.max((off - slack) / error):.1f} standard errors"
+    assert np.all(off <= 4 * error + slack), (
+        f"off by {np.max((off - slack) / error):.1f} standard errors"
+    )
 
 
 def over_keys(function, seed, n):
@@ -50,9 +62,13 @@ def raw_scale(log_scale):
 
 def random_params(model, seed=0, size=0.5):
     """Parameters that are all random, biases too, so that nothing is zero by accident."""
-    params, state = jax.eval_shape(model.init, jax.random.key(seed))  # only shapes, which saves compiling initialisers
+    params, state = jax.eval_shape(
+        model.init, jax.random.key(seed)
+    )  # only shapes, which saves compiling initialisers
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(size * rng.normal(size=leaf.shape), leaf.dtype), params), state
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(size * rng.normal(size=leaf.shape), leaf.dtype), params
+    ), state
 
 
 def check_moments(x, mean, covariance):
@@ -63,11 +79,13 @@ def check_moments(x, mean, covariance):
     assert np.all(np.abs(np.cov(x.T) - covariance) < 4 * error)
 
 
-# --- the linear-Gaussian oracle -----------------------------------------------------------------------------------------
+# --- the linear-Gaussian oracle -------------------------------------------------------------------
 
 
 class Linear(NamedTuple):
-    """x = W z + m + sigma eps: its data, maximum likelihood solution and exact posterior N(gain (x - m), diag(variance))."""
+    """x = W z + m + sigma eps: its data, maximum likelihood solution and exact posterior N(gain (x
+    - m), diag(variance)).
+    """
 
     x: np.ndarray
     weights: np.ndarray
@@ -100,22 +118,38 @@ def ppca(n=500, d=6, q=2):
     noise = values[q:].mean()
     weights = vectors[:, :q] * np.sqrt(values[:q] - noise)
     m = weights.T @ weights + noise * np.eye(q)
-    optimum = -n / 2 * (d * math.log(2 * math.pi) + np.log(values[:q]).sum() + (d - q) * math.log(noise) + d)
-    return Linear(x, weights, x.mean(0), noise, np.linalg.solve(m, weights.T), noise / np.diag(m), optimum)
+    optimum = (
+        -n
+        / 2
+        * (d * math.log(2 * math.pi) + np.log(values[:q]).sum() + (d - q) * math.log(noise) + d)
+    )
+    return Linear(
+        x, weights, x.mean(0), noise, np.linalg.solve(m, weights.T), noise / np.diag(m), optimum
+    )
 
 
 def linear_params(p: Linear, shift=0.0, widen=0.0, noise=None):
-    """Parameters of a linear VAE that is `p` with its exact posterior, moved by `shift` deviations and widened by e^widen."""
+    """Parameters of a linear VAE that is `p` with its exact posterior, moved by `shift` deviations
+    and widened by e^widen.
+    """
     deviation = np.sqrt(p.variance)
     encoder = {
         "kernel": np.concatenate([p.gain.T, np.zeros_like(p.gain.T)], axis=1),
         "bias": np.concatenate(
-            [-p.gain @ p.offset + shift * deviation, np.log(deviation) + np.broadcast_to(widen, deviation.shape)]
+            [
+                -p.gain @ p.offset + shift * deviation,
+                np.log(deviation) + np.broadcast_to(widen, deviation.shape),
+            ]
         ),
     }
     decoder = {"kernel": p.weights.T, "bias": p.offset}
     log_scale = raw_scale(0.5 * math.log(p.noise))
-    own = {"encoder": {"layers": {0: encoder}}, "decoder": {"layers": {0: decoder}}, "log_scale": log_scale, "prior": {}}
+    own = {
+        "encoder": {"layers": {0: encoder}},
+        "decoder": {"layers": {0: decoder}},
+        "log_scale": log_scale,
+        "prior": {},
+    }
     return f64({"vae": own}), {"vae": {}}
 
 

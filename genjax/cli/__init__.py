@@ -1,7 +1,10 @@
-"""The command line: genjax list | train | sample | evaluate | sweep | compile | bench (cli_runs.py has sample and evaluate).
+"""The command line: genjax list | train | sample | evaluate | sweep | compile | bench (cli_runs.py
+has sample and evaluate).
 
-Nothing heavy is imported until a command needs it, so that `genjax --help` answers at once. A command's flags come from
-types: those of `train`, `sweep`, `compile` and `bench` from the signatures of the recipe's builder and data loader.
+Nothing heavy is imported until a command needs it, so that `genjax --help` answers at once. A
+command's flags come from
+types: those of `train`, `sweep`, `compile` and `bench` from the signatures of the recipe's builder
+    and data loader.
 """
 
 import contextlib
@@ -57,11 +60,12 @@ class _Train(_Out):
     """Where to and on what, beside the recipe's own settings.
 
     Attributes:
-        mesh: devices to train on, such as data=8, or data=2,fsdp=4 to split the state as well, or tensor=2 for a Transformer;
-            one device unless given. A run may go on with another mesh.
-        distributed: train over several processes, each of which runs this command with the same settings. On Slurm, Open MPI,
-            Cloud TPU and Kubernetes that is all; elsewhere the three below, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-            JAX_PROCESS_ID in the environment, are needed too.
+        mesh: devices to train on, such as data=8, or data=2,fsdp=4 to split the state as well, or
+            tensor=2 for a Transformer; one device unless given. A run may go on with another mesh.
+        distributed: train over several processes, each of which runs this command with the same
+            settings. On Slurm, Open MPI, Cloud TPU and Kubernetes that is all; elsewhere the three
+            below, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in the
+            environment, are needed too.
         coordinator: host:port of process 0, for --distributed.
         processes: how many processes there are, for --distributed.
         process: which of them this is, from 0, for --distributed.
@@ -80,7 +84,8 @@ class _Sweep(_Out):
 
     Attributes:
         seeds: members per combination of settings, with seeds --seed, --seed + 1, ...
-        mode: one batched program, one member after the other, or whichever is measured to be faster.
+        mode: one batched program, one member after the other, or whichever is measured to be
+            faster.
     """
 
     seeds: int = 4
@@ -103,8 +108,10 @@ class _Compile:
     """What to compile for.
 
     Attributes:
-        topology: TPUs, such as v5e:2x2 (v4, v5e, v5p, v6e), or cuda, for which the step is only lowered.
-        mesh: how to split the work over them, such as data=2,fsdp=2; data parallel over all unless given.
+        topology: TPUs, such as v5e:2x2 (v4, v5e, v5p, v6e), or cuda, for which the step is only
+            lowered.
+        mesh: how to split the work over them, such as data=2,fsdp=2; data parallel over all unless
+            given.
     """
 
     topology: str = "v5e:2x2"
@@ -118,9 +125,13 @@ def _group(title: str, fields: dict[str, tuple[Any, Any, str]]) -> Any:
     made = []
     for name, (hint, default, text) in fields.items():
         flag = (
-            tyro.conf.arg(help=text or None, name=name.replace("_", "-")) if "." in name else tyro.conf.arg(help=text or None)
+            tyro.conf.arg(help=text or None, name=name.replace("_", "-"))
+            if "." in name
+            else tyro.conf.arg(help=text or None)
         )
-        made.append((name.replace(".", "__"), Annotated[hint, flag], dataclasses.field(default=default)))
+        made.append(
+            (name.replace(".", "__"), Annotated[hint, flag], dataclasses.field(default=default))
+        )
     return dataclasses.make_dataclass(title, made, frozen=True, namespace={"__doc__": ""})
 
 
@@ -128,7 +139,8 @@ def _parse_recipe(command: str, args: list[str], options: type) -> "tuple[Recipe
     """Read NAME and flags: the recipe as set, the zoo's row, and the command's own options.
 
     Raises:
-        ConfigError: for a name or data set that does not exist. Unknown and ill-typed flags end in tyro's own message.
+        ConfigError: for a name or data set that does not exist. Unknown and ill-typed flags end in
+            tyro's own message.
     """
     import tyro
 
@@ -139,9 +151,13 @@ def _parse_recipe(command: str, args: list[str], options: type) -> "tuple[Recipe
         if args and args[0] in ("-h", "--help"):
             print(f"usage: genjax {command} NAME [flags]\n")
             print(f"`genjax {command} NAME --help` lists the flags of a recipe. There are:\n")
-            print("\n".join(f"  {name:<20} {row.summary}, on {row.data}" for name, row in ZOO.items()))
+            print(
+                "\n".join(f"  {name:<20} {row.summary}, on {row.data}" for name, row in ZOO.items())
+            )
             raise SystemExit(0)
-        raise ConfigError(f"genjax {command} needs the name of a recipe. There are: {', '.join(ZOO)}.")
+        raise ConfigError(
+            f"genjax {command} needs the name of a recipe. There are: {', '.join(ZOO)}."
+        )
     name, rest = args[0], args[1:]
     if name not in ZOO:
         raise unknown_name("recipe", name, ZOO)
@@ -152,9 +168,21 @@ def _parse_recipe(command: str, args: list[str], options: type) -> "tuple[Recipe
     shown = sections_of(recipe)
     without_prefix = tyro.conf.arg(name="")
     fields: list[Any] = [
-        ("data", Annotated[str, tyro.conf.arg(help="a data set's name, or a file of your own: .npz, .npy, .txt or .mat")], data)
+        (
+            "data",
+            Annotated[
+                str,
+                tyro.conf.arg(
+                    help="a data set's name, or a file of your own: .npz, .npy, .txt or .mat"
+                ),
+            ],
+            data,
+        )
     ]
-    fields += [(section, Annotated[_group(section, entries), without_prefix], None) for section, entries in shown.items()]
+    fields += [
+        (section, Annotated[_group(section, entries), without_prefix], None)
+        for section, entries in shown.items()
+    ]
     fields += [("options", Annotated[options, without_prefix], None)]
     settings_type = dataclasses.make_dataclass(
         "Settings",
@@ -199,13 +227,17 @@ def _train(args: list[str]) -> None:
     if options.distributed:
         distributed.start(*joined)
     elif joined != (None, None, None):
-        raise ConfigError("--coordinator, --processes and --process are for several processes: give --distributed as well.")
+        raise ConfigError(
+            "--coordinator, --processes and --process are for several processes: give "
+            "--distributed as well."
+        )
     folder = options.out or run.default_folder(recipe, row)
     if options.distributed and not distributed.first():  # process 0 speaks for all
         run.train(recipe, folder, mesh=mesh)
         return
     print(
-        f"genjax train {recipe.name}: {row.summary}, on {recipe.data}, for {recipe.schedule.steps} steps, in {folder}",
+        f"genjax train {recipe.name}: {row.summary}, on {recipe.data}, for {recipe.schedule.steps} "
+        f"steps, in {folder}",
         flush=True,
     )
     with console(recipe.name, options.plain or None) as progress:
@@ -237,12 +269,17 @@ def _sweep(args: list[str]) -> None:
     check_axes(recipe, axes)
     folder = options.out or run.default_folder(recipe, row, "sweep-", **axes, seeds=options.seeds)
     settings = math.prod(map(len, axes.values()))
-    print(f"genjax sweep {recipe.name}: {settings} settings x {options.seeds} seeds as one program, in {folder}", flush=True)
+    print(
+        f"genjax sweep {recipe.name}: {settings} settings x {options.seeds} seeds as one program, "
+        f"in {folder}",
+        flush=True,
+    )
     with console(f"sweep {recipe.name}", options.plain or None) as progress:
         results = run_sweep(recipe, axes, options.seeds, folder, options.mode, progress)
     print_table(
         f"{results['metric']} in {results['unit']} ({results['estimator'] or 'as trained'}; "
-        f"{results['split']} split, n={results['n']}, {options.seeds} seeds, {results['steps']} steps)",
+        f"{results['split']} split, n={results['n']}, {options.seeds} seeds, {results['steps']} "
+        "steps)",
         [*axes, "mean", "sd over seeds", "not finite"],
         [
             [
@@ -279,7 +316,8 @@ def _bench(args: list[str]) -> None:
             ["FLOPs per step", f"{cost.flops:.4g} (from the compiled program)"],
             [
                 "share of peak",
-                f"{100 * cost.share_of_peak:.1f} % of {cost.peak_gflops:.0f} GFLOP/s (a 2048 x 2048 float32 product)",
+                f"{100 * cost.share_of_peak:.1f} % of {cost.peak_gflops:.0f} GFLOP/s (a 2048 x "
+                "2048 float32 product)",
             ],
             ["temporary memory", f"{cost.temporary_bytes / 2**20:.2f} MiB"],
         ],
@@ -287,29 +325,46 @@ def _bench(args: list[str]) -> None:
 
 
 def _compile(args: list[str]) -> None:
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: what is compiled for is not here
+    os.environ.setdefault(
+        "JAX_PLATFORMS", "cpu"
+    )  # before jax is imported: what is compiled for is not here
     recipe, _, options = _parse_recipe("compile", args, _Compile)
     from genjax.learning.sharding import describe, parse_mesh
     from genjax.profiling.ahead import compile_for, lowered_for_cuda
 
     if options.topology == "cuda":
         size = lowered_for_cuda(recipe)
-        print(f"a step of {recipe.name} lowers for CUDA: {size} bytes of StableHLO (compiling it takes a GPU)")
+        print(
+            f"a step of {recipe.name} lowers for CUDA: {size} bytes of StableHLO (compiling it "
+            "takes a GPU)"
+        )
         return
-    found = compile_for(recipe, options.topology, parse_mesh(options.mesh) if options.mesh is not None else None)
+    found = compile_for(
+        recipe, options.topology, parse_mesh(options.mesh) if options.mesh is not None else None
+    )
     fits = "fits" if found.memory <= found.capacity else "DOES NOT FIT"
     print_table(
-        f"a step of {recipe.name}, batch {recipe.schedule.batch_size}, compiled for {options.topology} over a mesh "
+        f"a step of {recipe.name}, batch {recipe.schedule.batch_size}, compiled for "
+        f"{options.topology} over a mesh "
         f"{describe(found.mesh)}; nothing was run",
         ["what, on each device", "figure"],
         [
             ["device", found.device],
             ["compile", f"{found.compile_seconds:.2f} s, on this machine"],
-            ["memory", f"{found.memory / 2**20:.1f} MiB of {found.capacity / 2**30:.0f} GiB: {fits}"],
+            [
+                "memory",
+                f"{found.memory / 2**20:.1f} MiB of {found.capacity / 2**30:.0f} GiB: {fits}",
+            ],
             ["FLOPs", f"{found.flops:.4g}"],
             ["bytes accessed", f"{found.bytes_accessed:.4g}"],
-            ["least time", f"{1000 * found.optimal_seconds:.4g} ms, by the compiler's own estimate"],
-            ["share of peak", f"{100 * found.share_of_peak:.2f} % of the bfloat16 peak, in that time"],
+            [
+                "least time",
+                f"{1000 * found.optimal_seconds:.4g} ms, by the compiler's own estimate",
+            ],
+            [
+                "share of peak",
+                f"{100 * found.share_of_peak:.2f} % of the bfloat16 peak, in that time",
+            ],
         ],
     )
 
@@ -319,7 +374,9 @@ def _list(args: list[str]) -> None:
 
     @dataclasses.dataclass(frozen=True)
     class List:
-        """The zoo as a table; expected results and times are those that `python -m benchmarks results` measured."""
+        """The zoo as a table; expected results and times are those that `python -m benchmarks
+        results` measured.
+        """
 
         json: bool = False
         """Print JSON instead of a table."""
@@ -334,7 +391,9 @@ def _list(args: list[str]) -> None:
         print(json.dumps(table, indent=2))
         return
     columns = ("name", "family", "data", "score", "conditional", "parameters", "expected", "time")
-    print_table("the zoo", list(columns), [[str(row[column]) for column in columns] for row in table])
+    print_table(
+        "the zoo", list(columns), [[str(row[column]) for column in columns] for row in table]
+    )
 
 
 def _sample(args: list[str]) -> None:
@@ -361,18 +420,22 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 
 def _keep_compiled_programs() -> None:
-    """Have jax keep what took it long to compile on disk, so that the same command starts faster the next time.
+    """Have jax keep what took it long to compile on disk, so that the same command starts faster
+    the next time.
 
-    In $JAX_COMPILATION_CACHE_DIR, or genjax/xla in the user's cache folder, in a folder for each kind of processor: a home
-    folder may be shared by several, and a program compiled for one need not run on another. JAX_ENABLE_COMPILATION_CACHE=0
-    turns it off. A damaged entry is compiled again, with a warning; where nothing can be written, nothing is kept.
+    In $JAX_COMPILATION_CACHE_DIR, or genjax/xla in the user's cache folder, in a folder for each
+    kind of processor: a home folder may be shared by several, and a program compiled for one need
+    not run on another. JAX_ENABLE_COMPILATION_CACHE=0 turns it off. A damaged entry is compiled
+    again, with a warning; where nothing can be written, nothing is kept.
     """
     if "jax" in sys.modules:  # which has read its settings
         return
     processor = platform.machine() + platform.processor()
     with contextlib.suppress(OSError):  # no such file but on Linux
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor += "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+        processor += "".join(
+            sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+        )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genjax" / "xla"
     cache /= hashlib.sha256(processor.encode()).hexdigest()[:12]
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -381,7 +444,9 @@ def _keep_compiled_programs() -> None:
         except OSError:  # of which jax would warn at every program
             return
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")  # jax's own second skips most steps of a CPU
+    os.environ.setdefault(
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2"
+    )  # jax's own second skips most steps of a CPU
 
 
 def main(argv: Sequence[str] | None = None) -> None:

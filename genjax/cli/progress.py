@@ -13,13 +13,17 @@ PLAIN_SECONDS = 5.0  # between two plain lines
 
 def describe(metrics: dict[str, Any]) -> str:
     """The few numbers of a metrics line that a person wants to watch."""
-    wanted = [name for name in metrics if name.endswith(("/loss", "/bound", "/log_prob", "skipped"))]
+    wanted = [
+        name for name in metrics if name.endswith(("/loss", "/bound", "/log_prob", "skipped"))
+    ]
     shown = []
     for name in wanted[:4]:
         value = metrics[name]
         if isinstance(value, list):  # the members of a sweep
             finite = [v for v in value if math.isfinite(v)]
-            shown.append(f"{name} {min(finite):.3f} .. {max(finite):.3f}" if finite else f"{name} nan")
+            shown.append(
+                f"{name} {min(finite):.3f} .. {max(finite):.3f}" if finite else f"{name} nan"
+            )
         else:
             shown.append(f"{name} {value:.3f}")
     return "  ".join(shown)
@@ -27,7 +31,8 @@ def describe(metrics: dict[str, Any]) -> str:
 
 @contextmanager
 def console(name: str, plain: bool | None = None) -> Iterator[Progress]:
-    """Progress as a bar with rate and time left on a terminal, elsewhere as one plain line every few seconds.
+    """Progress as a bar with rate and time left on a terminal, elsewhere as one plain line every
+    few seconds.
 
     Args:
         plain: True for lines, False for the bar; None looks whether standard error is a terminal.
@@ -39,10 +44,15 @@ def console(name: str, plain: bool | None = None) -> Iterator[Progress]:
             nonlocal last, last_done
             if seconds - last < PLAIN_SECONDS and step < steps:
                 return
-            # The rate since the line before: that of the whole run would count the compilation for a long time.
+            # The rate since the line before: that of the whole run would count the compilation for
+            # a long time.
             rate = (done - last_done) / max(seconds - max(last, 0.0), 1e-9)
             left = f"{(steps - step) / max(rate, 1e-9):.0f} s left"
-            print(f"{name}  step {step}/{steps}  {rate:.1f} steps/s  {left}  {describe(metrics)}", file=sys.stderr, flush=True)
+            print(
+                f"{name}  step {step}/{steps}  {rate:.1f} steps/s  {left}  {describe(metrics)}",
+                file=sys.stderr,
+                flush=True,
+            )
             last, last_done = seconds, done
 
         yield line

@@ -1,4 +1,6 @@
-"""What the commands share on the terminal: tables, counters, and numbers in flags. Nothing heavy is imported here."""
+"""What the commands share on the terminal: tables, counters, and numbers in flags. Nothing heavy is
+imported here.
+"""
 
 import math
 import sys
@@ -8,14 +10,18 @@ from genjax.errors import ConfigError
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table on standard output; wide where nobody sees it, because folded lines cannot be searched."""
+    """A table on standard output; wide where nobody sees it, because folded lines cannot be
+    searched.
+    """
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     # Into a file or a pipe rich would fold at 80 columns, which nobody can grep.
     console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print(title, style="bold", markup=False, highlight=False)  # a table's own title is folded to the table's width
+    console.print(
+        title, style="bold", markup=False, highlight=False
+    )  # a table's own title is folded to the table's width
     table = Table()
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -29,7 +35,12 @@ def counter(name: str) -> Callable[[int, int], None]:
 
     def show(done: int, total: int) -> None:
         if sys.stderr.isatty():
-            print(f"\r{name} {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+            print(
+                f"\r{name} {done}/{total}",
+                end="\n" if done == total else "",
+                file=sys.stderr,
+                flush=True,
+            )
 
     return show
 

@@ -1,7 +1,7 @@
 """Data sets: sources, their loaders, and the order in which they are visited.
 
-`open_source("digits", conditional=True)`, `open_source("mine.npz")` or `open_source("book.txt")` gives a `Source`;
-`batch_at` takes batches from it.
+`open_source("digits", conditional=True)`, `open_source("mine.npz")` or `open_source("book.txt")`
+gives a `Source`; `batch_at` takes batches from it.
 """
 
 import inspect
@@ -16,8 +16,25 @@ from genjax.data.images import digit_rows, digits, fashion_mnist, mnist
 from genjax.data.music import jsb, midi, rolls
 from genjax.data.order import batch_indices, permutation
 from genjax.data.processes import hmm, lgssm, markov
-from genjax.data.source import Source, Splits, batch_at, cast, example_batch, host_batch, prepare_at, validate
-from genjax.data.text import decode, encode, names, shakespeare, text, unicode_classes, unicode_names
+from genjax.data.source import (
+    Source,
+    Splits,
+    batch_at,
+    cast,
+    example_batch,
+    host_batch,
+    prepare_at,
+    validate,
+)
+from genjax.data.text import (
+    decode,
+    encode,
+    names,
+    shakespeare,
+    text,
+    unicode_classes,
+    unicode_names,
+)
 from genjax.errors import ConfigError, unknown_name
 
 SOURCES: dict[str, Callable[..., Source]] = {
@@ -41,11 +58,17 @@ SOURCES: dict[str, Callable[..., Source]] = {
 }
 
 # What makes a source of a user's own file, by the ending of its path.
-FILES: dict[str, Callable[..., Source]] = {".npz": arrays, ".npy": arrays, ".txt": text, ".mat": rolls}
+FILES: dict[str, Callable[..., Source]] = {
+    ".npz": arrays,
+    ".npy": arrays,
+    ".txt": text,
+    ".mat": rolls,
+}
 
 
 def loader(name: str | os.PathLike[str]) -> Callable[..., Source]:
-    """The function that makes the source: one of `SOURCES`, or one of `FILES` for a path with its ending.
+    """The function that makes the source: one of `SOURCES`, or one of `FILES` for a path with its
+    ending.
 
     Raises:
         ConfigError: for a name that is neither.
@@ -55,16 +78,20 @@ def loader(name: str | os.PathLike[str]) -> Callable[..., Source]:
         return next(make for ending, make in FILES.items() if name.endswith(ending))
     if name not in SOURCES:
         *endings, last = FILES
-        raise unknown_name("data set", name, [*SOURCES, f"a path ending in {', '.join(endings)} or {last}"])
+        raise unknown_name(
+            "data set", name, [*SOURCES, f"a path ending in {', '.join(endings)} or {last}"]
+        )
     return SOURCES[name]
 
 
 def open_source(name: str | os.PathLike[str], **options: Any) -> Source:
-    """The source of that name (see `SOURCES`) or of a file (see `FILES`), made with the options that its loader takes.
+    """The source of that name (see `SOURCES`) or of a file (see `FILES`), made with the options
+    that its loader takes.
 
     Raises:
         ConfigError: for an unknown name, or an option that the loader does not take.
-        DataError: for a file of one's own that cannot be used; files of named data sets are read by `Source.load`.
+        DataError: for a file of one's own that cannot be used; files of named data sets are read by
+            `Source.load`.
     """
     name = os.fspath(name)
     make = loader(name)
@@ -72,7 +99,10 @@ def open_source(name: str | os.PathLike[str], **options: Any) -> Source:
     takes = [option for option in inspect.signature(make).parameters if option not in bound]
     for option in options:
         if option not in takes:
-            raise ConfigError(f"The data set {name!r} does not take the option {option!r}. It takes: {', '.join(takes)}.")
+            raise ConfigError(
+                f"The data set {name!r} does not take the option {option!r}. It takes: "
+                f"{', '.join(takes)}."
+            )
     return make(**bound, **options)
 
 

@@ -23,41 +23,57 @@ def arrays(
     valid_fraction: float = 0.1,
     test_fraction: float = 0.1,
 ) -> Source:
-    """Arrays of a .npz file (x [+ y, labels or cond], or x_train, x_valid, x_test [+ y_train, ...]) or a .npy file (x).
+    """Arrays of a .npz file (x [+ y, labels or cond], or x_train, x_valid, x_test [+ y_train, ...])
+    or a .npy file (x).
 
-    x is [N, D], or images [N, H, W, C]; [N, H, W] gets a channel axis. uint8 is discrete with 256 levels, other whole
-    numbers are discrete with max + 1 levels, bool is binary, floats are continuous (float32), unless `kind` says otherwise.
-    Whole-number labels [N] make max + 1 classes, float vectors [N, C] a condition vector. The file is read at once, as
-    the spec depends on it; nothing in it is ever unpickled.
+    x is [N, D], or images [N, H, W, C]; [N, H, W] gets a channel axis. uint8 is discrete with 256
+    levels, other whole numbers are discrete with max + 1 levels, bool is binary, floats are
+    continuous (float32), unless `kind` says otherwise. Whole-number labels [N] make max + 1
+    classes, float vectors [N, C] a condition vector. The file is read at once, as the spec depends
+    on it; nothing in it is ever unpickled.
 
     Args:
         path: the .npz or .npy file.
         conditional: use the labels or vectors in the file as the condition.
         kind: what the values are; "auto" goes by their dtype.
-        valid_fraction: the share of the validation set where the file has none, drawn in a fixed order.
-        test_fraction: the share of the test set where the file has no split at all, drawn in a fixed order.
+        valid_fraction: the share of the validation set where the file has none, drawn in a fixed
+            order.
+        test_fraction: the share of the test set where the file has no split at all, drawn in a
+            fixed order.
 
     Raises:
-        DataError: for a file that is missing, damaged, not an archive of arrays, or whose arrays are not as above.
+        DataError: for a file that is missing, damaged, not an archive of arrays, or whose arrays
+            are not as above.
         ConfigError: for fractions that leave nothing, or an unknown `kind`.
     """
     if kind not in _KINDS:
         raise unknown_name("kind of data", kind, _KINDS)
     if not (valid_fraction > 0 and test_fraction > 0 and valid_fraction + test_fraction < 1):
         raise ConfigError(
-            f"valid_fraction and test_fraction must be positive with a sum below 1; got {valid_fraction} and {test_fraction}."
+            "valid_fraction and test_fraction must be positive with a sum below 1; got "
+            f"{valid_fraction} and {test_fraction}."
         )
     where = os.fspath(path)
     parts = _split(_read(where, conditional), valid_fraction, test_fraction, where)
     xs, kind_found, levels = _values([batch.x for batch in parts], kind, where)
     conds, n_classes, cond_dim = (
-        _conditions([batch.cond for batch in parts], where) if conditional else ([None] * 3, None, None)
+        _conditions([batch.cond for batch in parts], where)
+        if conditional
+        else ([None] * 3, None, None)
     )
     name = os.path.splitext(os.path.basename(where))[0]
     spec = DataSpec(xs[0].shape[1:], kind_found, levels, n_classes, cond_dim, name=name)
-    splits = _compact(validate(Splits(*(Batch(x, cond) for x, cond in zip(xs, conds, strict=True))), spec, where), spec)
+    splits = _compact(
+        validate(Splits(*(Batch(x, cond) for x, cond in zip(xs, conds, strict=True))), spec, where),
+        spec,
+    )
     sizes = " / ".join(f"{len(x):,} {split}" for x, split in zip(xs, Splits._fields, strict=True))
-    return Source(spec, lambda: splits, cast(spec), description=f"{sizes} examples of shape {list(spec.shape)}, from {where}")
+    return Source(
+        spec,
+        lambda: splits,
+        cast(spec),
+        description=f"{sizes} examples of shape {list(spec.shape)}, from {where}",
+    )
 
 
 def _read(path: str, conditional: bool) -> dict[str, Batch]:
@@ -66,7 +82,10 @@ def _read(path: str, conditional: bool) -> dict[str, Batch]:
         with open(path, "rb") as file:
             start = file.read(6)
             if start[:2] != b"PK" and start != b"\x93NUMPY":
-                raise DataError(f"{path}: not a .npz or .npy file: it starts with {start!r}. Write it with numpy.savez.")
+                raise DataError(
+                    f"{path}: not a .npz or .npy file: it starts with {start!r}. Write it with "
+                    "numpy.savez."
+                )
             file.seek(0)
             loaded = np.load(file, allow_pickle=False)
             if isinstance(loaded, np.ndarray):
@@ -78,13 +97,18 @@ def _read(path: str, conditional: bool) -> dict[str, Batch]:
         raise
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file.") from None
-    except Exception as error:  # numpy, zipfile, zlib and tokenize raise a dozen kinds at a damaged file
+    except (
+        Exception
+    ) as error:  # numpy, zipfile, zlib and tokenize raise a dozen kinds at a damaged file
         if "Object arrays" in str(error):
             raise DataError(
-                f"{path}: holds Python objects, which are never unpickled. Save arrays of plain numbers, "
+                f"{path}: holds Python objects, which are never unpickled. Save arrays of plain "
+                "numbers, "
                 "and pad sequences of unequal length to one length."
             ) from error
-        raise DataError(f"{path}: damaged, cannot be read as arrays ({error}). Write it again with numpy.savez.") from error
+        raise DataError(
+            f"{path}: damaged, cannot be read as arrays ({error}). Write it again with numpy.savez."
+        ) from error
 
 
 def _select(keys: list[str], get, conditional: bool, path: str) -> dict[str, Batch]:
@@ -102,29 +126,41 @@ def _select(keys: list[str], get, conditional: bool, path: str) -> dict[str, Bat
         if conditional and label is None:
             wanted = ", ".join(key + suffix for key in _LABELS)
             raise DataError(
-                f"{path}: conditional needs labels: expected one of {wanted}; {found}. Or conditional=False (--no-conditional)."
+                f"{path}: conditional needs labels: expected one of {wanted}; {found}. Or "
+                "conditional=False (--no-conditional)."
             )
         x, cond = get(f"x{suffix}"), get(label) if conditional else None
         for key, array in ((f"x{suffix}", x), (label, cond)):
-            if array is not None and (not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf"):
+            if array is not None and (
+                not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf"
+            ):
                 raise DataError(
-                    f"{path}: {key} must be an array of numbers; found {getattr(array, 'dtype', type(array).__name__)}."
+                    f"{path}: {key} must be an array of numbers; found "
+                    f"{getattr(array, 'dtype', type(array).__name__)}."
                 )
         if x.ndim < 2:
             raise DataError(
-                f"{path}: x{suffix} must be [N, D] or [N, H, W, C]; found shape {list(x.shape)}. Add the missing axis."
+                f"{path}: x{suffix} must be [N, D] or [N, H, W, C]; found shape {list(x.shape)}. "
+                "Add the missing axis."
             )
         if len(x) == 0:
             raise DataError(f"{path}: x{suffix} is empty; expected at least 1 example.")
         if cond is not None and (cond.ndim == 0 or len(cond) != len(x)):
             n = len(cond) if cond.ndim else 1
-            raise DataError(f"{path}: labels of another length: {len(x)} examples in x{suffix} and {n} in {label}.")
+            raise DataError(
+                f"{path}: labels of another length: {len(x)} examples in x{suffix} and {n} in "
+                f"{label}."
+            )
         parts[split] = Batch(x, cond)
     return parts
 
 
-def _split(parts: dict[str, Batch], valid_fraction: float, test_fraction: float, where: str) -> tuple[Batch, Batch, Batch]:
-    """Train, valid and test, in that order; what the file does not split is split in a fixed order."""
+def _split(
+    parts: dict[str, Batch], valid_fraction: float, test_fraction: float, where: str
+) -> tuple[Batch, Batch, Batch]:
+    """Train, valid and test, in that order; what the file does not split is split in a fixed
+    order.
+    """
 
     def rows(batch: Batch, index: np.ndarray) -> Batch:
         return Batch(batch.x[index], None if batch.cond is None else batch.cond[index])
@@ -138,12 +174,21 @@ def _split(parts: dict[str, Batch], valid_fraction: float, test_fraction: float,
     n_test = max(1, round(n * test_fraction)) if "all" in parts else 0
     n_train = n - n_valid - n_test
     if n_train < 1:
-        raise DataError(f"{where}: {n} examples are too few to split; expected at least 1 for each of train, valid and test.")
+        raise DataError(
+            f"{where}: {n} examples are too few to split; expected at least 1 for each of train, "
+            "valid and test."
+        )
     train, valid, test = np.split(permutation(n, seed=0), [n_train, n_train + n_valid])
-    return rows(whole, train), rows(whole, valid), parts["test"] if "all" not in parts else rows(whole, test)
+    return (
+        rows(whole, train),
+        rows(whole, valid),
+        parts["test"] if "all" not in parts else rows(whole, test),
+    )
 
 
-def _values(xs: list[np.ndarray], kind: Literal["auto"] | Kind, where: str) -> tuple[list[np.ndarray], Kind, int | None]:
+def _values(
+    xs: list[np.ndarray], kind: Literal["auto"] | Kind, where: str
+) -> tuple[list[np.ndarray], Kind, int | None]:
     """x with a channel axis, continuous values as float32; its kind; and its levels."""
     shapes = {x.shape[1:] for x in xs}
     if len(shapes) > 1:
@@ -157,18 +202,22 @@ def _values(xs: list[np.ndarray], kind: Literal["auto"] | Kind, where: str) -> t
         raise DataError(f"{where}: the examples are empty: shape {list(xs[0].shape[1:])}.")
     xs = [x[..., None] if x.ndim == 3 else x for x in xs]
     if kind == "continuous":
-        with np.errstate(over="ignore"):  # what does not fit float32 becomes infinite, and `validate` reports it
+        with np.errstate(
+            over="ignore"
+        ):  # what does not fit float32 becomes infinite, and `validate` reports it
             return [x.astype(np.float32) for x in xs], kind, None
     if kind == "binary":
         return xs, kind, None
     if floating:
         raise DataError(
-            f"{where}: discrete data must be whole numbers; found {xs[0].dtype}. Round and cast them, or say continuous."
+            f"{where}: discrete data must be whole numbers; found {xs[0].dtype}. Round and cast "
+            "them, or say continuous."
         )
     top = 255 if all(x.dtype == np.uint8 for x in xs) else max(1, *(int(x.max()) for x in xs))
     if top >= 2**24:
         raise DataError(
-            f"{where}: discrete values must be below 2**24, which float32 holds exactly; found {top}. Say continuous."
+            f"{where}: discrete values must be below 2**24, which float32 holds exactly; found "
+            f"{top}. Say continuous."
         )
     return xs, kind, top + 1
 
@@ -186,10 +235,15 @@ def _conditions(conds: list, where: str) -> tuple[list[np.ndarray], int | None, 
     if all(cond.dtype.kind in "biu" for cond in conds):
         if any(cond.ndim != 1 for cond in conds):
             found = ", ".join(str(list(cond.shape)) for cond in conds)
-            raise DataError(f"{where}: expected whole-number labels [N] or float vectors [N, C]; found whole numbers {found}.")
+            raise DataError(
+                f"{where}: expected whole-number labels [N] or float vectors [N, C]; found whole "
+                f"numbers {found}."
+            )
         low, high = min(int(cond.min()) for cond in conds), max(int(cond.max()) for cond in conds)
         if low < 0 or high >= 2**31 - 1:
-            raise DataError(f"{where}: labels must be in the range 0 to 2**31 - 2; found {low} to {high}.")
+            raise DataError(
+                f"{where}: labels must be in the range 0 to 2**31 - 2; found {low} to {high}."
+            )
         return [cond.astype(np.int32) for cond in conds], high + 1, None
     conds = [cond[:, None] if cond.ndim == 1 else cond for cond in conds]
     lengths = {cond.shape[1:] for cond in conds}

@@ -1,4 +1,6 @@
-"""Files of published data sets: where they are looked for, and whether they are the published ones."""
+"""Files of published data sets: where they are looked for, and whether they are the published
+ones.
+"""
 
 import hashlib
 import os
@@ -9,7 +11,8 @@ from genjax.errors import DataError
 
 
 def read_published(name: str, file: str, sha256: str, path: str | None) -> tuple[bytes, str]:
-    """The decompressed bytes of the one file of a data set, checked against their hash, and where it was found.
+    """The decompressed bytes of the one file of a data set, checked against their hash, and where
+    it was found.
 
     Args:
         name: the data set, for messages.
@@ -37,7 +40,8 @@ def read_published(name: str, file: str, sha256: str, path: str | None) -> tuple
     hashed = hashlib.sha256(data).hexdigest()
     if hashed != sha256:
         raise DataError(
-            f"{found}: not the published file of {name}: expected SHA-256 {sha256} of the decompressed bytes, found {hashed}. "
+            f"{found}: not the published file of {name}: expected SHA-256 {sha256} of the "
+            f"decompressed bytes, found {hashed}. "
             f"Fetch it again; a file of your own is opened by its path in place of the name {name}."
         )
     return data, str(found)

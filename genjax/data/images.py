@@ -1,4 +1,5 @@
-"""Images of digits and clothes: scikit-learn's digits, MNIST and Fashion-MNIST, as grey levels or binarised.
+"""Images of digits and clothes: scikit-learn's digits, MNIST and Fashion-MNIST, as grey levels or
+binarised.
 
 `digit_rows` is scikit-learn's digits once more, as sequences of rows.
 """
@@ -23,8 +24,14 @@ from genjax.protocol import Batch, DataSpec, Key
 
 Binarize = Literal["none", "threshold", "dynamic"]
 
-# The four files of an MNIST-like set, and the SHA-256 of their *decompressed* bytes: the same gzip data come in many wrappings.
-_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+# The four files of an MNIST-like set, and the SHA-256 of their *decompressed* bytes: the same gzip
+# data come in many wrappings.
+_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
 _SHA256 = {
     "mnist": (
         "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -49,25 +56,35 @@ _HOW = {
 
 
 def digits(conditional: bool = False, binarize: Binarize = "none") -> Source:
-    """Scikit-learn's 1797 handwritten digits, 8 x 8 with 17 grey levels: 1257 / 180 / 360, stratified by class.
+    """Scikit-learn's 1797 handwritten digits, 8 x 8 with 17 grey levels: 1257 / 180 / 360,
+    stratified by class.
 
-    The test part of the UCI set "Optical Recognition of Handwritten Digits" (Alpaydin & Kaynak 1998). The split is fixed.
-    With binarize="dynamic" the evaluator draws the validation and test sets with one fixed key.
+    The test part of the UCI set "Optical Recognition of Handwritten Digits" (Alpaydin & Kaynak
+    1998). The split is fixed. With binarize="dynamic" the evaluator draws the validation and test
+    sets with one fixed key.
 
     Args:
         conditional: give the digit as the condition, a label from 0 to 9.
-        binarize: "none" keeps grey levels 0-16; "threshold" is v >= 8; "dynamic" draws 1 with probability v / 16 each time.
+        binarize: "none" keeps grey levels 0-16; "threshold" is v >= 8; "dynamic" draws 1 with
+            probability v / 16 each time.
 
     Raises:
         ConfigError: for an unknown `binarize`.
     """
-    grey = DataSpec((8, 8, 1), "discrete", levels=17, n_classes=10 if conditional else None, name="digits")
+    grey = DataSpec(
+        (8, 8, 1), "discrete", levels=17, n_classes=10 if conditional else None, name="digits"
+    )
 
     def load() -> Splits:
         table = _digits_table()
-        x, label = table[:, :-1].astype(np.uint8).reshape(-1, 8, 8, 1), table[:, -1].astype(np.int32)
+        x, label = (
+            table[:, :-1].astype(np.uint8).reshape(-1, 8, 8, 1),
+            table[:, -1].astype(np.int32),
+        )
         train, valid, test = np.split(_stratified(label), [1257, 1257 + 180])
-        parts = (Batch(x[rows], label[rows] if conditional else None) for rows in (train, valid, test))
+        parts = (
+            Batch(x[rows], label[rows] if conditional else None) for rows in (train, valid, test)
+        )
         return validate(Splits(*parts), grey, "scikit-learn's digits")
 
     about = "1,257 train / 180 valid / 360 test images of 8 x 8, from scikit-learn, no download"
@@ -77,7 +94,8 @@ def digits(conditional: bool = False, binarize: Binarize = "none") -> Source:
 def _digits_table() -> np.ndarray:
     """[1797, 65]: 64 pixels and the label, from scikit-learn's file.
 
-    Without importing scikit-learn where that file is found: the import takes 1.5 s, a quarter of the way to a first step.
+    Without importing scikit-learn where that file is found: the import takes 1.5 s, a quarter of
+    the way to a first step.
     """
     found = importlib.util.find_spec("sklearn")
     for folder in (found and found.submodule_search_locations) or ():
@@ -91,11 +109,13 @@ def _digits_table() -> np.ndarray:
 
 
 def digit_rows(conditional: bool = False, binarize: Binarize = "none") -> Source:
-    """The same 1797 digits as `digits` as sequences, from top to bottom: 8 rows of 8 pixels, with the same splits.
+    """The same 1797 digits as `digits` as sequences, from top to bottom: 8 rows of 8 pixels, with
+    the same splits.
 
     Args:
         conditional: give the digit as the condition, a label from 0 to 9.
-        binarize: "none" keeps grey levels 0-16; "threshold" is v >= 8; "dynamic" draws 1 with probability v / 16 each time.
+        binarize: "none" keeps grey levels 0-16; "threshold" is v >= 8; "dynamic" draws 1 with
+            probability v / 16 each time.
 
     Raises:
         ConfigError: for an unknown `binarize`.
@@ -106,43 +126,66 @@ def digit_rows(conditional: bool = False, binarize: Binarize = "none") -> Source
         return Splits(*(batch._replace(x=batch.x[..., 0]) for batch in source.load()))
 
     spec = dataclasses.replace(source.spec, shape=(8, 8), step="row", name="digit_rows")
-    return source._replace(spec=spec, load=load, description=source.description.replace("images of 8 x 8", "images as 8 rows"))
+    return source._replace(
+        spec=spec,
+        load=load,
+        description=source.description.replace("images of 8 x 8", "images as 8 rows"),
+    )
 
 
-def mnist(conditional: bool = False, binarize: Binarize = "none", path: str | None = None, check_hash: bool = True) -> Source:
-    """MNIST, handwritten digits, 28 x 28 with 256 grey levels: 55,000 / 5,000 / 10,000 (LeCun, Bottou, Bengio & Haffner 1998).
+def mnist(
+    conditional: bool = False,
+    binarize: Binarize = "none",
+    path: str | None = None,
+    check_hash: bool = True,
+) -> Source:
+    """MNIST, handwritten digits, 28 x 28 with 256 grey levels: 55,000 / 5,000 / 10,000 (LeCun,
+    Bottou, Bengio & Haffner 1998).
 
-    The validation set is the last 5,000 of the training files (a twelfth, for variants of another size). With
-    binarize="dynamic" the evaluator draws the validation and test sets with one fixed key.
+    The validation set is the last 5,000 of the training files (a twelfth, for variants of another
+    size). With binarize="dynamic" the evaluator draws the validation and test sets with one fixed
+    key.
 
     Args:
         conditional: give the digit as the condition, a label from 0 to 9.
-        binarize: "none" keeps grey levels 0-255; "threshold" is v >= 128; "dynamic" draws 1 with probability v / 255 each time.
-        path: the folder of the four IDX files, plain or .gz; without it, they are looked for in $GENJAX_DATA.
-        check_hash: refuse files that are not the published ones; turn it off for variants of your own.
+        binarize: "none" keeps grey levels 0-255; "threshold" is v >= 128; "dynamic" draws 1 with
+            probability v / 255 each time.
+        path: the folder of the four IDX files, plain or .gz; without it, they are looked for in
+            $GENJAX_DATA.
+        check_hash: refuse files that are not the published ones; turn it off for variants of your
+            own.
 
     Raises:
-        ConfigError: for an unknown `binarize`. DataError, by `load`: for files that are missing, damaged or not MNIST's.
+        ConfigError: for an unknown `binarize`. DataError, by `load`: for files that are missing,
+            damaged or not MNIST's.
     """
     return _idx_source("mnist", conditional, binarize, path, check_hash)
 
 
 def fashion_mnist(
-    conditional: bool = False, binarize: Binarize = "none", path: str | None = None, check_hash: bool = True
+    conditional: bool = False,
+    binarize: Binarize = "none",
+    path: str | None = None,
+    check_hash: bool = True,
 ) -> Source:
-    """Fashion-MNIST, clothes, 28 x 28 with 256 grey levels: 55,000 / 5,000 / 10,000 (Xiao, Rasul & Vollgraf 2017).
+    """Fashion-MNIST, clothes, 28 x 28 with 256 grey levels: 55,000 / 5,000 / 10,000 (Xiao, Rasul &
+    Vollgraf 2017).
 
-    Split and evaluated as `mnist` is. Without `path` the files are looked for in $GENJAX_DATA and then where the Debian
-    package dataset-fashion-mnist puts them.
+    Split and evaluated as `mnist` is. Without `path` the files are looked for in $GENJAX_DATA and
+    then where the Debian package dataset-fashion-mnist puts them.
 
     Args:
         conditional: give the kind of clothing as the condition, a label from 0 to 9.
-        binarize: "none" keeps grey levels 0-255; "threshold" is v >= 128; "dynamic" draws 1 with probability v / 255 each time.
-        path: the folder of the four IDX files, plain or .gz; without it, $GENJAX_DATA and the Debian package's folder.
-        check_hash: refuse files that are not the published ones; turn it off for variants of your own.
+        binarize: "none" keeps grey levels 0-255; "threshold" is v >= 128; "dynamic" draws 1 with
+            probability v / 255 each time.
+        path: the folder of the four IDX files, plain or .gz; without it, $GENJAX_DATA and the
+            Debian package's folder.
+        check_hash: refuse files that are not the published ones; turn it off for variants of your
+            own.
 
     Raises:
-        ConfigError: for an unknown `binarize`. DataError, by `load`: for files that are missing, damaged or not the real ones.
+        ConfigError: for an unknown `binarize`. DataError, by `load`: for files that are missing,
+            damaged or not the real ones.
     """
     return _idx_source("fashion_mnist", conditional, binarize, path, check_hash)
 
@@ -169,7 +212,9 @@ def _image_source(grey: DataSpec, binarize: str, load: Callable[[], Splits], abo
 
 
 def _stratified(label: np.ndarray) -> np.ndarray:
-    """A fixed order in which every prefix has the classes in proportion: sorted by the relative rank within the class."""
+    """A fixed order in which every prefix has the classes in proportion: sorted by the relative
+    rank within the class.
+    """
     order = permutation(len(label), seed=0)
     rank = np.empty(len(label))
     for c in np.unique(label):
@@ -178,18 +223,29 @@ def _stratified(label: np.ndarray) -> np.ndarray:
     return order[np.argsort(rank[order], kind="stable")]
 
 
-def _idx_source(name: str, conditional: bool, binarize: str, path: str | None, check_hash: bool) -> Source:
-    grey = DataSpec((28, 28, 1), "discrete", levels=256, n_classes=10 if conditional else None, name=name)
+def _idx_source(
+    name: str, conditional: bool, binarize: str, path: str | None, check_hash: bool
+) -> Source:
+    grey = DataSpec(
+        (28, 28, 1), "discrete", levels=256, n_classes=10 if conditional else None, name=name
+    )
 
     def load() -> Splits:
         files = _find_files(name, path)
-        train_x, train_y, test_x, test_y = (_read(name, i, file, check_hash) for i, file in enumerate(files))
+        train_x, train_y, test_x, test_y = (
+            _read(name, i, file, check_hash) for i, file in enumerate(files)
+        )
         n = len(train_x) - len(train_x) // 12  # 55,000 of the real 60,000
         parts = ((train_x[:n], train_y[:n]), (train_x[n:], train_y[n:]), (test_x, test_y))
-        batches = (Batch(x[..., None], y.astype(np.int32) if conditional else None) for x, y in parts)
+        batches = (
+            Batch(x[..., None], y.astype(np.int32) if conditional else None) for x, y in parts
+        )
         for images, labels, file in ((train_x, train_y, files[1]), (test_x, test_y, files[3])):
             if len(images) != len(labels):
-                raise DataError(f"{file}: labels of another length: {len(images)} images and {len(labels)} labels.")
+                raise DataError(
+                    f"{file}: labels of another length: {len(images)} images and {len(labels)} "
+                    "labels."
+                )
         return validate(Splits(*batches), grey, str(files[0].parent))
 
     places = [path] if path is not None else ["$GENJAX_DATA", *map(str, _SYSTEM[name])]
@@ -198,7 +254,9 @@ def _idx_source(name: str, conditional: bool, binarize: str, path: str | None, c
 
 
 def _find_files(name: str, path: str | None) -> list[Path]:
-    """The four files in the first folder that has them all; an explicit path is the only folder that is looked in."""
+    """The four files in the first folder that has them all; an explicit path is the only folder
+    that is looked in.
+    """
     root = os.environ.get("GENJAX_DATA") or None if path is None else path
     roots = [] if root is None else [Path(root)]
     # Sub-folders first: they say which data set it is.
@@ -206,7 +264,10 @@ def _find_files(name: str, path: str | None) -> list[Path]:
     folders += list(_SYSTEM[name]) if path is None else []
     looked = []
     for folder in folders:
-        found = [next((f for f in (folder / file, folder / f"{file}.gz") if f.is_file()), None) for file in _FILES]
+        found = [
+            next((f for f in (folder / file, folder / f"{file}.gz") if f.is_file()), None)
+            for file in _FILES
+        ]
         missing = [file for file, where in zip(_FILES, found, strict=True) if where is None]
         if not missing:
             return [where for where in found if where is not None]
@@ -214,20 +275,27 @@ def _find_files(name: str, path: str | None) -> list[Path]:
         looked.append(f"{folder} ({has_some})")
     places = "; ".join(looked) or "no place, as GENJAX_DATA is not set"
     raise DataError(
-        f"The files of {name} were not found ({', '.join(_FILES)}; plain or .gz). Looked in: {places}. {_HOW[name]}"
+        f"The files of {name} were not found ({', '.join(_FILES)}; plain or .gz). Looked in: "
+        f"{places}. {_HOW[name]}"
     )
 
 
 def _read(name: str, i: int, file: Path, check_hash: bool) -> np.ndarray:
-    """File number i of `_FILES`: checked against its hash, and for being images [N, H, W] or labels [N]."""
+    """File number i of `_FILES`: checked against its hash, and for being images [N, H, W] or labels
+    [N].
+    """
     data = read_bytes(file)
-    array = parse_idx(data, file)  # before the hash, because "cut short" says more than "another hash"
+    array = parse_idx(
+        data, file
+    )  # before the hash, because "cut short" says more than "another hash"
     found = hashlib.sha256(data).hexdigest()
     if check_hash and found != _SHA256[name][i]:
         owner = next((other for other, hashes in _SHA256.items() if found in hashes), None)
         raise DataError(
-            f"{file}: not the published file of {name}: expected SHA-256 {_SHA256[name][i]} of the decompressed bytes, "
-            f"found {found}{f', which is a file of {owner}' if owner else ''}. Fetch it again, or say check_hash=False."
+            f"{file}: not the published file of {name}: expected SHA-256 {_SHA256[name][i]} of the "
+            "decompressed bytes, "
+            f"found {found}{f', which is a file of {owner}' if owner else ''}. Fetch it again, or "
+            "say check_hash=False."
         )
     ndim = 3 if "images" in _FILES[i] else 1
     if array.ndim != ndim:

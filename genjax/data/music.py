@@ -1,4 +1,6 @@
-"""Polyphonic music as piano rolls: which of the 88 keys sound in each frame; and rolls written as MIDI files."""
+"""Polyphonic music as piano rolls: which of the 88 keys sound in each frame; and rolls written as
+MIDI files.
+"""
 
 import io
 import os
@@ -23,13 +25,16 @@ _TICKS = 480  # of a frame, which is written as a quarter note
 
 
 def jsb(path: str | None = None) -> Source:
-    """The four-part chorales of J. S. Bach, 229 / 76 / 77 of 25 to 160 frames (Boulanger-Lewandowski et al. 2012).
+    """The four-part chorales of J. S. Bach, 229 / 76 / 77 of 25 to 160 frames
+    (Boulanger-Lewandowski et al. 2012).
 
-    An event is the 88 keys in one frame, a quarter note, 1 where a key sounds; pieces are padded with zeros to 160 frames, and
-    `length` says how many count. The standard split, in the MATLAB file of Bai, Kolter & Koltun (2018).
+    An event is the 88 keys in one frame, a quarter note, 1 where a key sounds; pieces are padded
+    with zeros to 160 frames, and `length` says how many count. The standard split, in the MATLAB
+    file of Bai, Kolter & Koltun (2018).
 
     Args:
-        path: the file JSB_Chorales.mat or the folder that has it; without it, it is looked for in $GENJAX_DATA.
+        path: the file JSB_Chorales.mat or the folder that has it; without it, it is looked for in
+            $GENJAX_DATA.
 
     Raises:
         DataError, by `load`: for a file that is missing or another one.
@@ -45,10 +50,12 @@ def jsb(path: str | None = None) -> Source:
 
 
 def rolls(path: str) -> Source:
-    """Piano rolls of one's own, in a MATLAB file as those of `jsb`; it is read at once, as the spec depends on it.
+    """Piano rolls of one's own, in a MATLAB file as those of `jsb`; it is read at once, as the spec
+    depends on it.
 
-    The cell arrays traindata, validdata and testdata hold one matrix [T, 88] of zeros and ones for each piece. Pieces are
-    padded with zeros to the length of the longest, and `length` says how many frames count.
+    The cell arrays traindata, validdata and testdata hold one matrix [T, 88] of zeros and ones for
+    each piece. Pieces are padded with zeros to the length of the longest, and `length` says how
+    many frames count.
 
     Args:
         path: the .mat file (version 5 to 7.2, as `save -v7` or scipy.io.savemat write).
@@ -61,15 +68,21 @@ def rolls(path: str) -> Source:
     spec = DataSpec((longest, KEYS), "binary", step="frame", lengths=True, name=Path(path).stem)
     splits = validate(_pad(parts, longest), spec, str(path))
     sizes = " / ".join(f"{len(parts[split]):,} {split}" for split in Splits._fields)
-    return Source(spec, lambda: splits, cast(spec), description=f"{sizes} pieces of up to {longest} frames, from {path}")
+    return Source(
+        spec,
+        lambda: splits,
+        cast(spec),
+        description=f"{sizes} pieces of up to {longest} frames, from {path}",
+    )
 
 
 def midi(roll: np.ndarray, path: str | os.PathLike[str], frames_per_second: float = 2.0) -> None:
-    """Write a piano roll [T, 88] as a standard MIDI file of one piano, in which key k is note 21 + k.
+    """Write a piano roll [T, 88] as a standard MIDI file of one piano, in which key k is note 21 +
+    k.
 
-    A roll does not say where a note is struck again, so a key that sounds in frames next to each other is one long note. The
-    file is as long as the roll, T / frames_per_second seconds, and a frame is a quarter note. Cut padding off first, by
-    roll[:length].
+    A roll does not say where a note is struck again, so a key that sounds in frames next to each
+    other is one long note. The file is as long as the roll, T / frames_per_second seconds, and a
+    frame is a quarter note. Cut padding off first, by roll[:length].
 
     Args:
         roll: zeros and ones, of any dtype.
@@ -85,21 +98,33 @@ def midi(roll: np.ndarray, path: str | os.PathLike[str], frames_per_second: floa
 
     roll = np.asarray(roll)
     if roll.ndim != 2 or roll.shape[1] != KEYS:
-        raise DataError(f"A piano roll must have the shape [T, {KEYS}]; got {list(roll.shape)}. Write one piece at a time.")
+        raise DataError(
+            f"A piano roll must have the shape [T, {KEYS}]; got {list(roll.shape)}. Write one "
+            "piece at a time."
+        )
     if not np.isin(roll, (0, 1)).all():
-        raise DataError("A piano roll must hold 0 and 1 only; got other values. Draw from the probabilities first.")
-    tempo = round(1e6 / frames_per_second) if frames_per_second > 0 else 0  # microseconds of a quarter, in 24 bits
+        raise DataError(
+            "A piano roll must hold 0 and 1 only; got other values. Draw from the probabilities "
+            "first."
+        )
+    tempo = (
+        round(1e6 / frames_per_second) if frames_per_second > 0 else 0
+    )  # microseconds of a quarter, in 24 bits
     if not 1 <= tempo < 2**24:
         raise ConfigError(f"frames_per_second must be from 0.06 to 1e6; got {frames_per_second}.")
     silence = np.zeros((1, KEYS), np.int8)
-    change = np.diff(np.concatenate([silence, roll.astype(np.int8), silence]), axis=0)  # [T + 1, 88]
+    change = np.diff(
+        np.concatenate([silence, roll.astype(np.int8), silence]), axis=0
+    )  # [T + 1, 88]
     track = mido.MidiTrack([mido.MetaMessage("set_tempo", tempo=tempo)])
     now = 0
     for frame, changes in enumerate(change):
         # Notes end before others begin, as numpy sorts -1 before 1.
         for key in sorted(np.flatnonzero(changes), key=lambda key: changes[key]):
             kind = "note_on" if changes[key] > 0 else "note_off"
-            track.append(mido.Message(kind, note=LOWEST + int(key), velocity=64, time=(frame - now) * _TICKS))
+            track.append(
+                mido.Message(kind, note=LOWEST + int(key), velocity=64, time=(frame - now) * _TICKS)
+            )
             now = frame
     track.append(mido.MetaMessage("end_of_track", time=(len(roll) - now) * _TICKS))
     with replacing(Path(path)) as temporary:
@@ -113,16 +138,22 @@ def _parse(data: bytes, path: str) -> dict[str, list[np.ndarray]]:
     if missing:
         there = ", ".join(key for key in found if not key.startswith("__")) or "nothing"
         wanted = ", ".join(_PARTS.values())
-        raise DataError(f"{path}: expected the cell arrays {wanted}; found {there}, so {', '.join(missing)} is missing.")
+        raise DataError(
+            f"{path}: expected the cell arrays {wanted}; found {there}, so {', '.join(missing)} is "
+            "missing."
+        )
     parts = {}
     for split, key in _PARTS.items():
         cells = found[key]
         if cells.dtype != object:
             raise DataError(
-                f"{path}: {key} must be a cell array of matrices [T, {KEYS}]; found {cells.dtype}{list(cells.shape)}. "
+                f"{path}: {key} must be a cell array of matrices [T, {KEYS}]; found "
+                f"{cells.dtype}{list(cells.shape)}. "
                 "Pieces of unequal length go into cells, one each."
             )
-        parts[split] = [_roll(cell, f"{path}: piece {i} of {key}") for i, cell in enumerate(cells.ravel())]
+        parts[split] = [
+            _roll(cell, f"{path}: piece {i} of {key}") for i, cell in enumerate(cells.ravel())
+        ]
         if not parts[split]:
             raise DataError(f"{path}: {key} is empty; expected at least 1 piece.")
     return parts
@@ -134,20 +165,32 @@ def _read_mat(data: bytes, path: str) -> dict[str, Any]:
     try:
         return scipy.io.loadmat(io.BytesIO(data))
     except NotImplementedError:
-        raise DataError(f"{path}: a MATLAB file of version 7.3, which cannot be read. Save it with -v7.") from None
+        raise DataError(
+            f"{path}: a MATLAB file of version 7.3, which cannot be read. Save it with -v7."
+        ) from None
     except Exception as error:  # scipy, zlib and struct raise a dozen kinds at a damaged file
-        raise DataError(f"{path}: not a MATLAB file, or damaged ({error}). Fetch it again.") from error
+        raise DataError(
+            f"{path}: not a MATLAB file, or damaged ({error}). Fetch it again."
+        ) from error
 
 
 def _roll(cell: Any, where: str) -> np.ndarray:
     if not isinstance(cell, np.ndarray) or cell.dtype.kind not in "buif":
-        raise DataError(f"{where} must be a matrix of numbers; found {getattr(cell, 'dtype', type(cell).__name__)}.")
+        raise DataError(
+            f"{where} must be a matrix of numbers; found "
+            f"{getattr(cell, 'dtype', type(cell).__name__)}."
+        )
     if cell.size == 0:
         raise DataError(f"{where} is empty: shape {list(cell.shape)}. Leave such pieces out.")
     if cell.ndim != 2 or cell.shape[1] != KEYS:
-        raise DataError(f"{where} must have the shape [T, {KEYS}], a column for each key; found {list(cell.shape)}.")
+        raise DataError(
+            f"{where} must have the shape [T, {KEYS}], a column for each key; found "
+            f"{list(cell.shape)}."
+        )
     if not np.isin(cell, (0, 1)).all():
-        raise DataError(f"{where} must hold 0 and 1 only; found values from {cell.min()} to {cell.max()}.")
+        raise DataError(
+            f"{where} must hold 0 and 1 only; found values from {cell.min()} to {cell.max()}."
+        )
     return cell.astype(np.uint8)
 
 

@@ -1,8 +1,10 @@
-"""The order of the data: a pure function of (seed, step), so that resume is exact and nothing needs to be saved.
+"""The order of the data: a pure function of (seed, step), so that resume is exact and nothing needs
+to be saved.
 
-Think of an endless stream of positions p = step · B + i. Epoch e = p // n visits every example exactly once, in the order
-of a permutation of 0..n-1 that is computed per index: no sort, no table of n entries, so a batch costs O(B) however large
-the data are. Batches straddle epochs, and there is no partial batch.
+Think of an endless stream of positions p = step · B + i. Epoch e = p // n visits every example
+exactly once, in the order of a permutation of 0..n-1 that is computed per index: no sort, no table
+of n entries, so a batch costs O(B) however large the data are. Batches straddle epochs, and there
+is no partial batch.
 """
 
 import operator
@@ -20,27 +22,37 @@ _MASK = 0xFFFFFFFF
 _GOLDEN = np.uint32(0x9E3779B9)
 
 
-def batch_indices(n: int, batch_size: int, seed: int | Array, step: int | Array) -> Array | np.ndarray:
-    """The examples of one batch: permutation_{seed, epoch}(offset) for the positions step · B .. step · B + B-1, int32 [B].
+def batch_indices(
+    n: int, batch_size: int, seed: int | Array, step: int | Array
+) -> Array | np.ndarray:
+    """The examples of one batch: permutation_{seed, epoch}(offset) for the positions step · B ..
+    step · B + B-1, int32 [B].
 
-    With whole numbers for `seed` and `step` all of it is numpy on the host; with a JAX array for either it is traced, and
-    the results are equal bit for bit. `seed` and `step` count modulo 2**32.
+    With whole numbers for `seed` and `step` all of it is numpy on the host; with a JAX array for
+    either it is traced, and the results are equal bit for bit. `seed` and `step` count modulo
+    2**32.
 
     Raises:
         DataError: if there are fewer examples than one batch takes.
-        ConfigError: for a batch_size below 1, a negative step, or n · batch_size >= 2**32, where uint32 arithmetic ends.
+        ConfigError: for a batch_size below 1, a negative step, or n · batch_size >= 2**32, where
+            uint32 arithmetic ends.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1; got {batch_size}.")
     if batch_size > n:
-        raise DataError(f"batch_size={batch_size} is more than the {n} examples there are; take a batch_size of at most {n}.")
+        raise DataError(
+            f"batch_size={batch_size} is more than the {n} examples there are; take a batch_size "
+            f"of at most {n}."
+        )
     if n * batch_size > _MASK or n >= 2**31:
         raise ConfigError(
-            f"The order of the data is computed in 32 bits and needs examples * batch_size < 2**32; got {n} * {batch_size}. "
+            "The order of the data is computed in 32 bits and needs examples * batch_size < "
+            f"2**32; got {n} * {batch_size}. "
             "Take a smaller batch_size, or split the data into shards."
         )
     size = np.uint32(n)
-    # Splitting off whole turns of n steps (= B epochs) first keeps step * B from overflowing: remainder * B < n * B.
+    # Splitting off whole turns of n steps (= B epochs) first keeps step * B from overflowing:
+    # remainder * B < n * B.
     if isinstance(step, jax.Array):
         word = step.astype(np.uint32).reshape(1)
         turns, remainder = word // size, word % size
@@ -56,40 +68,55 @@ def batch_indices(n: int, batch_size: int, seed: int | Array, step: int | Array)
 
 
 def permutation(n: int, seed: int) -> np.ndarray:
-    """A fixed order of n examples on the host, int32 [n]: the same on every platform and version, for splits of data."""
+    """A fixed order of n examples on the host, int32 [n]: the same on every platform and version,
+    for splits of data.
+    """
     everything = np.arange(n, dtype=np.uint32)
     return np.asarray(_permute(everything, n, _word(seed), np.zeros_like(everything), np), np.int32)
 
 
 def _word(value: int | Array) -> Array | np.ndarray:
-    """A whole number as uint32 [1], modulo 2**32: one axis, because numpy warns when *scalars* wrap round."""
+    """A whole number as uint32 [1], modulo 2**32: one axis, because numpy warns when *scalars* wrap
+    round.
+    """
     if isinstance(value, jax.Array):
         return value.astype(np.uint32).reshape(1)
     return np.array([operator.index(value) & _MASK], np.uint32)
 
 
 def _mix(word):
-    """The finaliser of MurmurHash3 (Appleby): a bijection of 32 bits in which every input bit changes every output bit."""
+    """The finaliser of MurmurHash3 (Appleby): a bijection of 32 bits in which every input bit
+    changes every output bit.
+    """
     word = (word ^ (word >> np.uint32(16))) * np.uint32(0x85EBCA6B)
     word = (word ^ (word >> np.uint32(13))) * np.uint32(0xC2B2AE35)
     return word ^ (word >> np.uint32(16))
 
 
 def _permute(index, n: int, seed, epoch, xp: ModuleType):
-    """permutation_{seed, epoch}(index), uint32 [B]: a Feistel network over a power of two >= n (and 64), cycle-walked.
+    """permutation_{seed, epoch}(index), uint32 [B]: a Feistel network over a power of two >= n (and
+    64), cycle-walked.
 
-    A keyed Feistel network permutes 0 .. 2**bits - 1 (Luby & Rackoff 1988). Applying it again to whatever falls outside
-    0 .. n-1 gives a permutation of those (cycle walking; Black & Rogaway 2002), in fewer than 2 applications on average
-    (for n > 32).
+    A keyed Feistel network permutes 0 .. 2**bits - 1 (Luby & Rackoff 1988). Applying it again to
+    whatever falls outside 0 .. n-1 gives a permutation of those (cycle walking; Black & Rogaway
+    2002), in fewer than 2 applications on average (for n > 32).
     """
-    # A round mixes as well as its half has values: on 3 bits, 8 rounds left some pairs of neighbours 20 % too frequent.
+    # A round mixes as well as its half has values: on 3 bits, 8 rounds left some pairs of
+    # neighbours 20 % too frequent.
     bits = max(6, (n - 1).bit_length())
-    # The halves are updated in turn and need not be of one size, so odd `bits` will do: fewer walks than even ones.
-    low_bits, low, high = np.uint32(bits - bits // 2), np.uint32((1 << (bits - bits // 2)) - 1), np.uint32((1 << bits // 2) - 1)
+    # The halves are updated in turn and need not be of one size, so odd `bits` will do: fewer walks
+    # than even ones.
+    low_bits, low, high = (
+        np.uint32(bits - bits // 2),
+        np.uint32((1 << (bits - bits // 2)) - 1),
+        np.uint32((1 << bits // 2) - 1),
+    )
     size = np.uint32(n)
     rounds = np.arange(ROUNDS, dtype=np.uint32) * _GOLDEN
     # Seed and epoch enter as two words, so that no two (seed, epoch) share a key schedule.
-    keys = _mix(_mix(_mix(seed ^ _GOLDEN) + rounds)[:, None] ^ _mix(epoch + _GOLDEN)[None, :])  # [rounds, B]
+    keys = _mix(
+        _mix(_mix(seed ^ _GOLDEN) + rounds)[:, None] ^ _mix(epoch + _GOLDEN)[None, :]
+    )  # [rounds, B]
 
     def feistel(index, keys):
         left, right = index >> low_bits, index & low

@@ -1,8 +1,10 @@
-"""Sequences from processes whose likelihood and entropy are known, so that a model's figures can be held to the truth.
+"""Sequences from processes whose likelihood and entropy are known, so that a model's figures can be
+held to the truth.
 
-A Markov chain, a hidden Markov model and a linear-Gaussian state-space model, all stationary. Their likelihoods are plain
-functions of the parameters in `jax.numpy`, in the dtype of what they are given, for proofs of models as well: a recurrent
-VAE with linear Gaussian parts has the Kalman filter's likelihood, one with discrete states that of the forward algorithm.
+A Markov chain, a hidden Markov model and a linear-Gaussian state-space model, all stationary. Their
+likelihoods are plain functions of the parameters in `jax.numpy`, in the dtype of what they are
+given, for proofs of models as well: a recurrent VAE with linear Gaussian parts has the Kalman
+filter's likelihood, one with discrete states that of the forward algorithm.
 """
 
 import math
@@ -26,7 +28,8 @@ _BLOCKS = 2**16  # so many sequences are enumerated for the entropy of a hidden 
 def markov(n_symbols: int = 4, length: int = 64, n_train: int = 20_000) -> Source:
     """A Markov chain of order 1 over tokens: p(x) = π(x_1) Π_t P(x_t | x_{t-1}), with π = π P.
 
-    The entropy of a whole sequence is H(π) + (T-1) h with the rate h of `markov_entropy_rate`; see `markov_parameters`.
+    The entropy of a whole sequence is H(π) + (T-1) h with the rate h of `markov_entropy_rate`; see
+    `markov_parameters`.
 
     Args:
         n_symbols: how many symbols the chain has; the rows of P are drawn once, from a fixed seed.
@@ -49,8 +52,10 @@ def markov(n_symbols: int = 4, length: int = 64, n_train: int = 20_000) -> Sourc
 def hmm(n_states: int = 3, n_symbols: int = 4, length: int = 32, n_train: int = 20_000) -> Source:
     """A hidden Markov model: p(x) = Σ_z π(z_1) Π_t P(z_t | z_{t-1}) Π_t E(x_t | z_t), with π = π P.
 
-    `log_prob` is exact, by the forward algorithm. The entropy is the middle of the bounds of `hmm_entropy`, and the
-    description says how far apart they are: ±2e-5 nats a sequence for the defaults. See `hmm_parameters`.
+    `log_prob` is exact, by the forward algorithm. The entropy is the middle of the bounds of
+    `hmm_entropy`, and the
+    description says how far apart they are: ±2e-5 nats a sequence for the defaults. See
+        `hmm_parameters`.
 
     Args:
         n_states: how many hidden states there are; P and E are drawn once, from a fixed seed.
@@ -68,15 +73,25 @@ def hmm(n_states: int = 3, n_symbols: int = 4, length: int = 32, n_train: int = 
         return _choose(rng, emission[_walk(rng, n, length, initial, transition)])
 
     low, high = hmm_entropy(initial, transition, emission, length)
-    source = _source(spec, draw, lambda x: hmm_log_likelihood(x, initial, transition, emission), (low + high) / 2, n_train)
-    return source._replace(description=f"{source.description}; entropy known to ±{(high - low) / 2:.1g} nats")
+    source = _source(
+        spec,
+        draw,
+        lambda x: hmm_log_likelihood(x, initial, transition, emission),
+        (low + high) / 2,
+        n_train,
+    )
+    return source._replace(
+        description=f"{source.description}; entropy known to ±{(high - low) / 2:.1g} nats"
+    )
 
 
 def lgssm(length: int = 32, n_train: int = 20_000) -> Source:
-    """A linear-Gaussian state-space model, a damped rotation in the plane seen through noise: vectors [T, 2].
+    """A linear-Gaussian state-space model, a damped rotation in the plane seen through noise:
+    vectors [T, 2].
 
-    z_1 ~ N(m0, P0), z_t ~ N(A z_{t-1}, Q), x_t ~ N(C z_t, R), with (m0, P0) stationary; see `lgssm_parameters`. `log_prob` is
-    exact, by the Kalman filter; the entropy of a whole sequence is ½ ln det(2πe Σ), Σ the covariance of all T vectors.
+    z_1 ~ N(m0, P0), z_t ~ N(A z_{t-1}, Q), x_t ~ N(C z_t, R), with (m0, P0) stationary; see
+    `lgssm_parameters`. `log_prob` is exact, by the Kalman filter; the entropy of a whole sequence
+    is ½ ln det(2πe Σ), Σ the covariance of all T vectors.
 
     Args:
         length: how many steps T a sequence has.
@@ -99,14 +114,21 @@ def lgssm(length: int = 32, n_train: int = 20_000) -> Source:
             z = z @ A.T + rng.standard_normal((n, 2)) @ q.T
         return x
 
-    return _source(spec, draw, lambda x: kalman_log_likelihood(x, *parameters), lgssm_entropy(*parameters, length), n_train)
+    return _source(
+        spec,
+        draw,
+        lambda x: kalman_log_likelihood(x, *parameters),
+        lgssm_entropy(*parameters, length),
+        n_train,
+    )
 
 
-# ------------------------------------------------------------------------------------------------------ parameters
+# --- parameters ---------------------------------------------------------------------------------
 
 
 def markov_parameters(n_symbols: int = 4) -> tuple[np.ndarray, np.ndarray]:
-    """(π [V], P [V, V]) of `markov`, float64; the rows of P are uniform on the simplex, drawn from a fixed seed.
+    """(π [V], P [V, V]) of `markov`, float64; the rows of P are uniform on the simplex, drawn from
+    a fixed seed.
 
     Raises:
         ConfigError: for fewer than 2 symbols.
@@ -116,11 +138,14 @@ def markov_parameters(n_symbols: int = 4) -> tuple[np.ndarray, np.ndarray]:
     return stationary(transition), transition
 
 
-def hmm_parameters(n_states: int = 3, n_symbols: int = 4) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def hmm_parameters(
+    n_states: int = 3, n_symbols: int = 4
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(π [K], P [K, K], E [K, V]) of `hmm`, float64, drawn from a fixed seed.
 
-    P is 0.7 to stay and 0.3 for a step with probabilities uniform on the simplex; those of E are squared and normalised, which
-    tells the states apart. So the past says a good deal of the future: for the defaults 0.14 nats a step.
+    P is 0.7 to stay and 0.3 for a step with probabilities uniform on the simplex; those of E are
+    squared and normalised, which tells the states apart. So the past says a good deal of the
+    future: for the defaults 0.14 nats a step.
 
     Raises:
         ConfigError: for fewer than 2 states or symbols.
@@ -133,7 +158,9 @@ def hmm_parameters(n_states: int = 3, n_symbols: int = 4) -> tuple[np.ndarray, n
 
 
 class LinearGaussian(NamedTuple):
-    """z_1 ~ N(m0 [K], P0 [K, K]), z_t ~ N(A z_{t-1}, Q), x_t ~ N(C z_t, R): A, Q [K, K], C [D, K], R [D, D]."""
+    """z_1 ~ N(m0 [K], P0 [K, K]), z_t ~ N(A z_{t-1}, Q), x_t ~ N(C z_t, R): A, Q [K, K], C [D, K],
+    R [D, D].
+    """
 
     A: Any
     C: Any
@@ -144,7 +171,9 @@ class LinearGaussian(NamedTuple):
 
 
 def lgssm_parameters() -> LinearGaussian:
-    """Those of `lgssm`, float64: K = D = 2, A a rotation by half a radian times 0.95, P0 = A P0 A' + Q."""
+    """Those of `lgssm`, float64: K = D = 2, A a rotation by half a radian times 0.95, P0 = A P0 A'
+    + Q.
+    """
     A = 0.95 * np.array([[math.cos(0.5), -math.sin(0.5)], [math.sin(0.5), math.cos(0.5)]])
     C = np.array([[1.0, 0.0], [0.5, 1.0]])
     Q, R = np.diag([0.1, 0.2]), np.array([[0.3, 0.1], [0.1, 0.2]])
@@ -159,7 +188,7 @@ def stationary(transition: np.ndarray) -> np.ndarray:
     return np.linalg.lstsq(equations, np.append(np.zeros(n), 1.0))[0]
 
 
-# --------------------------------------------------------------------------------------- likelihoods and entropies
+# --- likelihoods and entropies ------------------------------------------------------------------
 
 
 def markov_log_prob(x: Array, initial: Any, transition: Any) -> Array:
@@ -170,17 +199,28 @@ def markov_log_prob(x: Array, initial: Any, transition: Any) -> Array:
 
 
 def markov_entropy_rate(transition: np.ndarray) -> float:
-    """h = -Σ_i π_i Σ_j P_ij ln P_ij in nats a step, π being stationary (Cover & Thomas 2006, theorem 4.2.4)."""
-    return float(sum(weight * _entropy(row) for weight, row in zip(stationary(transition), transition, strict=True)))
+    """h = -Σ_i π_i Σ_j P_ij ln P_ij in nats a step, π being stationary (Cover & Thomas 2006,
+    theorem 4.2.4).
+    """
+    return float(
+        sum(
+            weight * _entropy(row)
+            for weight, row in zip(stationary(transition), transition, strict=True)
+        )
+    )
 
 
 def hmm_log_likelihood(x: Array, initial: Any, transition: Any, emission: Any) -> Array:
-    """ln Σ_z π(z_1) E(x_1 | z_1) Π_t P(z_t | z_{t-1}) E(x_t | z_t) in nats [B], by the forward algorithm in log-space.
+    """ln Σ_z π(z_1) E(x_1 | z_1) Π_t P(z_t | z_{t-1}) E(x_t | z_t) in nats [B], by the forward
+    algorithm in log-space.
 
-    x is tokens [B, T]; π [K], P [K, K] and E [K, V] are probabilities. Zeros are allowed (the gradient is not defined there).
+    x is tokens [B, T]; π [K], P [K, K] and E [K, V] are probabilities. Zeros are allowed (the
+    gradient is not defined there).
     """
     x = jnp.asarray(x).astype(jnp.int32)
-    log_initial, log_transition, log_emission = (jnp.log(jnp.asarray(p)) for p in (initial, transition, emission))
+    log_initial, log_transition, log_emission = (
+        jnp.log(jnp.asarray(p)) for p in (initial, transition, emission)
+    )
     emitted = log_emission.T[x.T]  # [T, B, K]
 
     def step(alpha: Array, log_e: Array) -> tuple[Array, None]:
@@ -190,11 +230,15 @@ def hmm_log_likelihood(x: Array, initial: Any, transition: Any, emission: Any) -
     return jax.nn.logsumexp(alpha, axis=1)
 
 
-def hmm_entropy(initial: np.ndarray, transition: np.ndarray, emission: np.ndarray, length: int) -> tuple[float, float]:
-    """A lower and an upper bound of the entropy of x_1 .. x_T in nats; they are equal where all sequences can be enumerated.
+def hmm_entropy(
+    initial: np.ndarray, transition: np.ndarray, emission: np.ndarray, length: int
+) -> tuple[float, float]:
+    """A lower and an upper bound of the entropy of x_1 .. x_T in nats; they are equal where all
+    sequences can be enumerated.
 
-    H(x_1..T) = Σ_t H(x_t | x_1..t-1), in which the terms to t = k are exact, by enumerating V**k sequences, and each later one
-    is between H(x_k | x_1..k-1, z_1) and H(x_k | x_1..k-1) (Cover & Thomas 2006, theorem 4.5.1); π must be stationary.
+    H(x_1..T) = Σ_t H(x_t | x_1..t-1), in which the terms to t = k are exact, by enumerating V**k
+    sequences, and each later one is between H(x_k | x_1..k-1, z_1) and H(x_k | x_1..k-1) (Cover &
+    Thomas 2006, theorem 4.5.1); π must be stationary.
     """
     n_symbols = emission.shape[1]
     k = max(1, min(length, int(math.log(_BLOCKS) / math.log(n_symbols))))
@@ -203,16 +247,26 @@ def hmm_entropy(initial: np.ndarray, transition: np.ndarray, emission: np.ndarra
     forward = np.eye(len(initial))[:, None, :]
     for t in range(k):
         forward = forward if t == 0 else forward @ transition
-        forward = (forward[:, :, None, :] * emission.T[None, None]).reshape(len(initial), -1, len(initial))
+        forward = (forward[:, :, None, :] * emission.T[None, None]).reshape(
+            len(initial), -1, len(initial)
+        )
         probability = forward.sum(axis=-1)
-        given.append(float(sum(weight * _entropy(row) for weight, row in zip(initial, probability, strict=True))))
+        given.append(
+            float(
+                sum(
+                    weight * _entropy(row) for weight, row in zip(initial, probability, strict=True)
+                )
+            )
+        )
         block.append(_entropy(initial @ probability))
     rest = length - k
     return block[k] + rest * (given[k] - given[k - 1]), block[k] + rest * (block[k] - block[k - 1])
 
 
 def lgssm_entropy(A: Any, C: Any, Q: Any, R: Any, m0: Any, P0: Any, length: int) -> float:
-    """½ ln det(2πe Σ) in nats, Σ being the covariance of all T vectors: C P_s (A^{t-s})' C' + [s = t] R for s <= t."""
+    """½ ln det(2πe Σ) in nats, Σ being the covariance of all T vectors: C P_s (A^{t-s})' C' + [s =
+    t] R for s <= t.
+    """
     d = len(C)
     joint = np.zeros((length, d, length, d))
     P = np.asarray(P0)
@@ -223,11 +277,14 @@ def lgssm_entropy(A: Any, C: Any, Q: Any, R: Any, m0: Any, P0: Any, length: int)
             joint[t, :, s] = joint[s, :, t].T
             ahead = ahead @ A.T
         P = A @ P @ A.T + Q
-    return 0.5 * float(np.linalg.slogdet(2 * math.pi * math.e * joint.reshape(length * d, length * d))[1])
+    return 0.5 * float(
+        np.linalg.slogdet(2 * math.pi * math.e * joint.reshape(length * d, length * d))[1]
+    )
 
 
 def kalman_log_likelihood(x: Array, A: Any, C: Any, Q: Any, R: Any, m0: Any, P0: Any) -> Array:
-    """ln p(x) = Σ_t ln N(x_t; C m_t, C P_t C' + R) in nats [B], by the Kalman filter; see `LinearGaussian` for the model.
+    """ln p(x) = Σ_t ln N(x_t; C m_t, C P_t C' + R) in nats [B], by the Kalman filter; see
+    `LinearGaussian` for the model.
 
     x is [B, T, D], and the result has its dtype.
     """
@@ -235,8 +292,9 @@ def kalman_log_likelihood(x: Array, A: Any, C: Any, Q: Any, R: Any, m0: Any, P0:
 
 
 class Smoothed(NamedTuple):
-    """p(z_1..T | x_1..T), which is Gaussian: `mean` [B, T, K]; and, the same for every x, `covariance` [T, K, K], that of
-    z_t, and `cross` [T-1, K, K], Cov(z_{t+1}, z_t)."""
+    """p(z_1..T | x_1..T), which is Gaussian: `mean` [B, T, K]; and, the same for every x,
+    `covariance` [T, K, K], that of z_t, and `cross` [T-1, K, K], Cov(z_{t+1}, z_t).
+    """
 
     mean: Array
     covariance: Array
@@ -244,16 +302,20 @@ class Smoothed(NamedTuple):
 
 
 def rts_smoother(x: Array, A: Any, C: Any, Q: Any, R: Any, m0: Any, P0: Any) -> Smoothed:
-    """The posterior of the states given all of x [B, T, D], in its dtype (Rauch, Tung & Striebel 1965).
+    """The posterior of the states given all of x [B, T, D], in its dtype (Rauch, Tung & Striebel
+    1965).
 
-    With J_t = P_t|t A' P_{t+1|t}^{-1}: m_t|T = m_t|t + J_t (m_{t+1|T} - m_{t+1|t}), P_t|T = P_t|t + J_t (P_{t+1|T} -
-    P_{t+1|t}) J_t', and Cov(z_{t+1}, z_t | x) = P_{t+1|T} J_t'. It is a Markov chain, in both directions.
+    With J_t = P_t|t A' P_{t+1|t}^{-1}: m_t|T = m_t|t + J_t (m_{t+1|T} - m_{t+1|t}), P_t|T = P_t|t +
+    J_t (P_{t+1|T} - P_{t+1|t}) J_t', and Cov(z_{t+1}, z_t | x) = P_{t+1|T} J_t'. It is a Markov
+    chain, in both directions.
     """
     model = LinearGaussian(A, C, Q, R, m0, P0)
     _, predicted, filtered = _filter(x, model)
     A = jnp.asarray(A, jnp.asarray(x).dtype)
 
-    def step(later: tuple[Array, Array], now: tuple[Array, Array, Array, Array]) -> tuple[tuple[Array, Array], Any]:
+    def step(
+        later: tuple[Array, Array], now: tuple[Array, Array, Array, Array]
+    ) -> tuple[tuple[Array, Array], Any]:
         (mean, P), (m, P_now, m_next, P_next) = later, now
         J = jnp.linalg.solve(P_next, A @ P_now).T
         smoothed = m + (mean - m_next) @ J.T, P_now + J @ (P - P_next) @ J.T
@@ -266,8 +328,12 @@ def rts_smoother(x: Array, A: Any, C: Any, Q: Any, R: Any, m0: Any, P0: Any) -> 
     return Smoothed(mean.transpose(1, 0, 2), jnp.concatenate([covariance, last[1][None]]), cross)
 
 
-def _filter(x: Array, model: LinearGaussian) -> tuple[Array, tuple[Array, Array], tuple[Array, Array]]:
-    """ln p(x_t | x_1..t-1) [T, B]; and mean [T, B, K] and covariance [T, K, K] of z_t given x_1..t-1, and given x_1..t."""
+def _filter(
+    x: Array, model: LinearGaussian
+) -> tuple[Array, tuple[Array, Array], tuple[Array, Array]]:
+    """ln p(x_t | x_1..t-1) [T, B]; and mean [T, B, K] and covariance [T, K, K] of z_t given
+    x_1..t-1, and given x_1..t.
+    """
     x = jnp.asarray(x)
     A, C, Q, R, m0, P0 = (jnp.asarray(parameter, x.dtype) for parameter in model)
 
@@ -280,13 +346,17 @@ def _filter(x: Array, model: LinearGaussian) -> tuple[Array, tuple[Array, Array]
         gain = cho_solve((L, True), C @ P).T  # [K, D]
         m_now, P_now = m + error @ gain.T, P - gain @ C @ P
         P_now = (P_now + P_now.T) / 2
-        return (m_now @ A.T, A @ P_now @ A.T + Q), (-0.5 * ((white**2).sum(axis=0) + log_det), carry, (m_now, P_now))
+        return (m_now @ A.T, A @ P_now @ A.T + Q), (
+            -0.5 * ((white**2).sum(axis=0) + log_det),
+            carry,
+            (m_now, P_now),
+        )
 
     start = jnp.broadcast_to(m0[None], (x.shape[0], m0.shape[0])), P0
     return jax.lax.scan(step, start, x.transpose(1, 0, 2))[1]
 
 
-# --------------------------------------------------------------------------------------------------------- helpers
+# --- helpers ------------------------------------------------------------------------------------
 
 
 def _token_spec(name: str, n_symbols: int, length: int, n_train: int) -> DataSpec:
@@ -302,31 +372,46 @@ def _source(
     n_train: int,
 ) -> Source:
     def split(number: int, n: int) -> Batch:
-        # Each split has a stream of its own, so that n_train does not change the sequences of the others.
+        # Each split has a stream of its own, so that n_train does not change the sequences of the
+        # others.
         x = draw(np.random.default_rng((zlib.crc32(spec.name.encode()), number)), n)
-        compact = np.float32 if spec.kind == "continuous" else np.uint8 if (spec.levels or 2) <= 256 else np.int32
+        compact = (
+            np.float32
+            if spec.kind == "continuous"
+            else np.uint8
+            if (spec.levels or 2) <= 256
+            else np.int32
+        )
         return Batch(x.astype(compact))
 
     def load() -> Splits:
-        return validate(Splits(split(0, n_train), split(1, _N_HELD), split(2, _N_HELD)), spec, spec.name)
+        return validate(
+            Splits(split(0, n_train), split(1, _N_HELD), split(2, _N_HELD)), spec, spec.name
+        )
 
     about = f"{n_train:,} train / {_N_HELD:,} valid / {_N_HELD:,} test sequences of a known process, drawn with fixed seeds"
     return Source(spec, load, cast(spec), log_prob=log_prob, entropy=entropy, description=about)
 
 
 def _rows(rng: np.random.Generator, n: int, size: int) -> np.ndarray:
-    """n distributions of `size` outcomes, uniform on the simplex: exponential numbers over their sum."""
+    """n distributions of `size` outcomes, uniform on the simplex: exponential numbers over their
+    sum.
+    """
     weight = -np.log1p(-rng.random((n, size)))
     return weight / weight.sum(axis=1, keepdims=True)
 
 
 def _choose(rng: np.random.Generator, probability: np.ndarray) -> np.ndarray:
     """An outcome for each of the distributions [..., V], by inverting the distribution function."""
-    below = np.cumsum(probability, axis=-1)[..., :-1]  # without the last, which rounding may leave under 1
+    below = np.cumsum(probability, axis=-1)[
+        ..., :-1
+    ]  # without the last, which rounding may leave under 1
     return (rng.random(probability.shape[:-1])[..., None] >= below).sum(axis=-1)
 
 
-def _walk(rng: np.random.Generator, n: int, length: int, initial: np.ndarray, transition: np.ndarray) -> np.ndarray:
+def _walk(
+    rng: np.random.Generator, n: int, length: int, initial: np.ndarray, transition: np.ndarray
+) -> np.ndarray:
     """n paths of a Markov chain, [n, length]."""
     path = np.empty((n, length), np.int64)
     path[:, 0] = _choose(rng, np.tile(initial, (n, 1)))

@@ -1,7 +1,8 @@
 """What a data set is to the rest of genjax: a `Source`, and the two ways to take batches from it.
 
-On the device, `batch_at` gathers and prepares inside a jitted step; on the host, `host_batch` gathers with numpy and
-`prepare_at` finishes inside the step. Both give the same batches, bit for bit.
+On the device, `batch_at` gathers and prepares inside a jitted step; on the host, `host_batch`
+gathers with numpy and `prepare_at` finishes inside the step. Both give the same batches, bit for
+bit.
 """
 
 from collections.abc import Callable
@@ -15,12 +16,15 @@ from genjax.data.order import batch_indices
 from genjax.errors import DataError
 from genjax.protocol import Array, Batch, DataSpec, Key
 
-# Folded into the key of the data, so that the data's draws differ from those of a training run with the same seed.
+# Folded into the key of the data, so that the data's draws differ from those of a training run with
+# the same seed.
 DATA_TAG = 0x64617461  # "data"
 
 
 class Splits(NamedTuple):
-    """Training, validation and test data on the host: numpy arrays in their compact stored dtype (uint8 images)."""
+    """Training, validation and test data on the host: numpy arrays in their compact stored dtype
+    (uint8 images).
+    """
 
     train: Batch
     valid: Batch
@@ -28,22 +32,26 @@ class Splits(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A data set: what it looks like, how to read it, and how to turn what is stored into what the spec says.
+    """A data set: what it looks like, how to read it, and how to turn what is stored into what the
+    spec says.
 
     Attributes:
         spec: what a builder must know; it is known before anything is loaded.
         load: () -> Splits: reads the files, or makes the points. Raises DataError when it cannot.
-        prepare: (key, stored batch) -> Batch in the dtypes of `spec`; pure and jit-able, draws dynamic binarisation with
-            the key, and keeps `weight` and `length`.
-        log_prob: (x [B, *shape]) -> exact log-probability or log-density in nats [B], where it is known; the marginal over
-            the classes.
-        entropy: the entropy of the same distribution in nats (differential for a density), where it is known.
+        prepare: (key, stored batch) -> Batch in the dtypes of `spec`; pure and jit-able, draws
+            dynamic binarisation with the key, and keeps `weight` and `length`.
+        log_prob: (x [B, *shape]) -> exact log-probability or log-density in nats [B], where it is
+            known; the marginal over the classes.
+        entropy: the entropy of the same distribution in nats (differential for a density), where it
+            is known.
         modes: the centres [M, 2] of a mixture with separate components, and
         mode_std: their standard deviation, for measures of mode coverage.
         description: one line with the sizes of the splits and where the data come from.
-        order: (n, batch_size, seed, step) -> the examples of one batch, int32 [batch_size]; see `batch_indices`, which
-            shuffles. A stream whose batches go on from each other has another one.
-        fresh: (seed, n) -> Batch: n examples that are in no split, where the data can be drawn without end.
+        order: (n, batch_size, seed, step) -> the examples of one batch, int32 [batch_size]; see
+            `batch_indices`, which shuffles. A stream whose batches go on from each other has
+            another one.
+        fresh: (seed, n) -> Batch: n examples that are in no split, where the data can be drawn
+            without end.
     """
 
     spec: DataSpec
@@ -59,7 +67,9 @@ class Source(NamedTuple):
 
 
 def cast(spec: DataSpec) -> Callable[[Key, Batch], Batch]:
-    """A `prepare` that only casts: x to the spec's dtype, labels to int32, condition vectors to float32."""
+    """A `prepare` that only casts: x to the spec's dtype, labels to int32, condition vectors to
+    float32.
+    """
 
     def prepare(key: Key, batch: Batch) -> Batch:
         cond = batch.cond
@@ -72,7 +82,9 @@ def cast(spec: DataSpec) -> Callable[[Key, Batch], Batch]:
 
 
 def prepare_at(source: Source, seed: int | Array) -> Callable[[Batch, int | Array], Batch]:
-    """(stored batch, step) -> prepared Batch, with the key of that step: the device's half of the host path."""
+    """(stored batch, step) -> prepared Batch, with the key of that step: the device's half of the
+    host path.
+    """
 
     def prepare(raw: Batch, step: int | Array) -> Batch:
         key = jax.random.fold_in(jax.random.key(seed), DATA_TAG)
@@ -81,10 +93,14 @@ def prepare_at(source: Source, seed: int | Array) -> Callable[[Batch, int | Arra
     return prepare
 
 
-def batch_at(source: Source, batch_size: int, seed: int | Array) -> Callable[[Batch, int | Array], Batch]:
-    """(stored arrays on the device, step) -> prepared Batch: a pure function that works inside jit, scan and vmap.
+def batch_at(
+    source: Source, batch_size: int, seed: int | Array
+) -> Callable[[Batch, int | Array], Batch]:
+    """(stored arrays on the device, step) -> prepared Batch: a pure function that works inside jit,
+    scan and vmap.
 
-    The arrays are those of one split, as `jax.device_put(source.load().train)`; see `batch_indices` for the order.
+    The arrays are those of one split, as `jax.device_put(source.load().train)`; see `batch_indices`
+    for the order.
 
     Raises:
         DataError, ConfigError: when called with too few examples; see `batch_indices`.
@@ -93,20 +109,27 @@ def batch_at(source: Source, batch_size: int, seed: int | Array) -> Callable[[Ba
 
     def batch(arrays: Batch, step: int | Array) -> Batch:
         index = source.order(_length(arrays), batch_size, seed, step)
-        # The indices are in range by construction; "clip" only spares the code that would look at them.
-        return prepare(jax.tree.map(lambda array: jnp.take(array, index, axis=0, mode="clip"), arrays), step)
+        # The indices are in range by construction; "clip" only spares the code that would look at
+        # them.
+        return prepare(
+            jax.tree.map(lambda array: jnp.take(array, index, axis=0, mode="clip"), arrays), step
+        )
 
     return batch
 
 
 def host_batch(source: Source, arrays: Batch, batch_size: int, seed: int, step: int) -> Batch:
-    """The stored rows of one batch, gathered with numpy on the host: for data that do not fit on the device."""
+    """The stored rows of one batch, gathered with numpy on the host: for data that do not fit on
+    the device.
+    """
     index = source.order(_length(arrays), batch_size, seed, step)
     return jax.tree.map(lambda array: array[index], arrays)
 
 
 def example_batch(spec: DataSpec, key: Key, n: int) -> Batch:
-    """n random examples of any spec, prepared: uniform bits, levels, tokens, labels and lengths, standard normal numbers."""
+    """n random examples of any spec, prepared: uniform bits, levels, tokens, labels and lengths,
+    standard normal numbers.
+    """
     x_key, cond_key, length_key = jax.random.split(key, 3)
     shape = (n, *spec.shape)
     if spec.kind == "continuous":
@@ -124,11 +147,13 @@ def example_batch(spec: DataSpec, key: Key, n: int) -> Batch:
 
 
 def validate(splits: Splits, spec: DataSpec, where: str) -> Splits:
-    """The same splits, once every one of them has been held to the spec; `where` is the file or folder, for messages.
+    """The same splits, once every one of them has been held to the spec; `where` is the file or
+    folder, for messages.
 
     Raises:
-        DataError: for an empty split, another event shape, labels of another length or missing ones, NaN or infinite
-            values, values that are not whole numbers where they must be, and values or labels out of range.
+        DataError: for an empty split, another event shape, labels of another length or missing
+            ones, NaN or infinite values, values that are not whole numbers where they must be, and
+            values or labels out of range.
     """
     for name, batch in zip(Splits._fields, splits, strict=True):
         _check_split(batch, spec, f"{where}: the {name} split")
@@ -144,30 +169,49 @@ def _check_split(batch: Batch, spec: DataSpec, where: str) -> None:
     if n == 0:
         raise DataError(f"{where} is empty; expected at least 1 example.")
     if x.shape[1:] != spec.shape:
-        raise DataError(f"{where} must hold examples of shape {list(spec.shape)}; found {list(x.shape[1:])}.")
+        raise DataError(
+            f"{where} must hold examples of shape {list(spec.shape)}; found {list(x.shape[1:])}."
+        )
     top = {"binary": 1, "continuous": None}.get(spec.kind, (spec.levels or 2) - 1)
     _check_values(x, top, f"{where}: x")
     if spec.lengths:
         length = batch.length
         if length is None or length.shape != (n,):
             found = "none" if length is None else f"shape {list(length.shape)}"
-            raise DataError(f"{where}: expected the length of each of {n} sequences; found {found}.")
+            raise DataError(
+                f"{where}: expected the length of each of {n} sequences; found {found}."
+            )
         if length.min() < 1 or length.max() > spec.shape[0]:
-            raise DataError(f"{where}: lengths must be from 1 to {spec.shape[0]}; found {length.min()} to {length.max()}.")
+            raise DataError(
+                f"{where}: lengths must be from 1 to {spec.shape[0]}; found {length.min()} to "
+                f"{length.max()}."
+            )
     if batch.weight is not None and batch.weight.shape != (n,):
-        raise DataError(f"{where}: expected one weight for each of {n} examples; found shape {list(batch.weight.shape)}.")
+        raise DataError(
+            f"{where}: expected one weight for each of {n} examples; found shape "
+            f"{list(batch.weight.shape)}."
+        )
     cond = batch.cond
     if not spec.conditional:
         if cond is not None:
-            raise DataError(f"{where} has a condition, but its spec is unconditional; leave the condition out.")
+            raise DataError(
+                f"{where} has a condition, but its spec is unconditional; leave the condition out."
+            )
         return
     if cond is None:
-        raise DataError(f"{where} has no condition; expected a {'label' if spec.n_classes else 'vector'} for each example.")
+        raise DataError(
+            f"{where} has no condition; expected a {'label' if spec.n_classes else 'vector'} for "
+            "each example."
+        )
     if len(cond) != n:
-        raise DataError(f"{where} has labels of another length: {n} examples in x and {len(cond)} labels.")
+        raise DataError(
+            f"{where} has labels of another length: {n} examples in x and {len(cond)} labels."
+        )
     shape = (n,) if spec.n_classes else (n, spec.cond_dim)
     if cond.shape != shape:
-        raise DataError(f"{where}: expected a condition of shape {list(shape)}; found {list(cond.shape)}.")
+        raise DataError(
+            f"{where}: expected a condition of shape {list(shape)}; found {list(cond.shape)}."
+        )
     _check_values(cond, spec.n_classes - 1 if spec.n_classes else None, f"{where}: labels")
 
 
@@ -176,18 +220,25 @@ def _check_values(values: np.ndarray, top: int | None, where: str) -> None:
     if values.dtype.kind == "f":
         bad = ~np.isfinite(values)
         if bad.any():
-            raise DataError(f"{where}: {_count(bad, 'NaN or infinite')} Remove or replace such examples.")
+            raise DataError(
+                f"{where}: {_count(bad, 'NaN or infinite')} Remove or replace such examples."
+            )
     if top is None:
         return
     if values.dtype.kind == "f":
         bad = values != np.floor(values)
         if bad.any():
-            raise DataError(f"{where} must be whole numbers from 0 to {top}: {_count(bad, 'not whole')}")
+            raise DataError(
+                f"{where} must be whole numbers from 0 to {top}: {_count(bad, 'not whole')}"
+            )
     # Minimum and maximum first: they need no temporary array, and good data stop here.
     low, high = values.min(), values.max()
     if low < 0 or high > top:
         bad = (values < 0) | (values > top)
-        raise DataError(f"{where} must be in the range 0 to {top}; found {low} to {high}: {_count(bad, 'out of range')}")
+        raise DataError(
+            f"{where} must be in the range 0 to {top}; found {low} to {high}: "
+            f"{_count(bad, 'out of range')}"
+        )
 
 
 def _count(bad: np.ndarray, what: str) -> str:

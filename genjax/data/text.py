@@ -1,7 +1,8 @@
 """Text as tokens: characters or bytes, as windows of one long stream or as one item a line.
 
-A stream is split by position, and its training set is every window of `context` tokens, a view that copies nothing;
-validation and test windows do not overlap. Lines are padded with the end token, the newline, to one length.
+A stream is split by position, and its training set is every window of `context` tokens, a view that
+copies nothing; validation and test windows do not overlap. Lines are padded with the end token, the
+newline, to one length.
 """
 
 import functools
@@ -29,7 +30,9 @@ Order = Literal["shuffle", "stream"]
 Unit = Literal["character", "byte"]
 Parts = tuple[np.ndarray, np.ndarray, np.ndarray]  # train, valid and test
 
-BYTES = tuple(map(chr, range(256)))  # the vocabulary of bytes: each stands under the character of its Latin-1 form
+BYTES = tuple(
+    map(chr, range(256))
+)  # the vocabulary of bytes: each stands under the character of its Latin-1 form
 
 _CAPITALS, _SMALL = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "abcdefghijklmnopqrstuvwxyz"
 _UNICODE = tuple("\n -0123456789" + _CAPITALS)
@@ -40,30 +43,48 @@ _SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2
 _NAMES_SHA256 = "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d"
 
 
-def unicode_names(conditional: bool = False, layout: Layout = "stream", context: int = 64, order: Order = "shuffle") -> Source:
-    """The 12,886 names of the characters of Unicode 3.2, without CJK ideographs and Hangul syllables; no file is needed.
+def unicode_names(
+    conditional: bool = False,
+    layout: Layout = "stream",
+    context: int = 64,
+    order: Order = "shuffle",
+) -> Source:
+    """The 12,886 names of the characters of Unicode 3.2, without CJK ideographs and Hangul
+    syllables; no file is needed.
 
-    Python's `unicodedata.ucd_3_2_0`, the same in every version: 354,743 characters with the newlines between, 39 symbols.
-    The names are put in a fixed random order and split 10,308 / 1,289 / 1,289 before they are joined by newlines, so that
-    no name is in two splits; both layouts have the same names in each.
+    Python's `unicodedata.ucd_3_2_0`, the same in every version: 354,743 characters with the
+    newlines between, 39 symbols. The names are put in a fixed random order and split 10,308 / 1,289
+    / 1,289 before they are joined by newlines, so that no name is in two splits; both layouts have
+    the same names in each.
 
     Args:
-        conditional: give the first word of the name as the condition, a label named as `unicode_classes` lists; lines only.
-        layout: "stream" joins the names by newlines and takes windows; "lines" makes each name, ended by a newline, an example.
+        conditional: give the first word of the name as the condition, a label named as
+            `unicode_classes` lists; lines only.
+        layout: "stream" joins the names by newlines and takes windows; "lines" makes each name,
+            ended by a newline, an example.
         context: how many characters a window of the stream has.
-        order: "shuffle" takes windows at random; "stream" lets each place in the batch read on from step to step.
+        order: "shuffle" takes windows at random; "stream" lets each place in the batch read on from
+            step to step.
 
     Raises:
-        ConfigError: for a condition or order that the layout does not allow, an unknown layout or order, or a context below 1.
+        ConfigError: for a condition or order that the layout does not allow, an unknown layout or
+            order, or a context below 1.
     """
     _check_layout(layout, order)
     if conditional and layout != "lines":
-        raise ConfigError("A window of a stream holds several names, so it has no class: conditional needs layout='lines'.")
+        raise ConfigError(
+            "A window of a stream holds several names, so it has no class: conditional needs "
+            "layout='lines'."
+        )
     classes = unicode_classes() if conditional else ()
     every = _unicode_names()
     shuffled = [[every[i] for i in rows] for rows in _split(len(every), round(len(every) / 10))]
-    about = f"{_sizes(shuffled)} names of Unicode characters, from Python's unicodedata, no download"
-    train, valid, test = (encode("\n".join(part), _UNICODE, "a name").astype(np.uint8) for part in shuffled)
+    about = (
+        f"{_sizes(shuffled)} names of Unicode characters, from Python's unicodedata, no download"
+    )
+    train, valid, test = (
+        encode("\n".join(part), _UNICODE, "a name").astype(np.uint8) for part in shuffled
+    )
     if layout == "stream":
         spec = _spec("unicode_names", _UNICODE, context)
         return _stream_source(spec, lambda: (train, valid, test), order, about, "the Unicode names")
@@ -72,9 +93,14 @@ def unicode_names(conditional: bool = False, layout: Layout = "stream", context:
     def load() -> Splits:
         number = {word: i for i, word in enumerate(classes)}
         other = len(classes) - 1
-        labels = [np.array([number.get(name.split()[0], other) for name in part], np.int32) for part in shuffled]
+        labels = [
+            np.array([number.get(name.split()[0], other) for name in part], np.int32)
+            for part in shuffled
+        ]
         xs = [_pad(tokens, spec) for tokens in (train, valid, test)]
-        batches = [Batch(x, label if conditional else None) for x, label in zip(xs, labels, strict=True)]
+        batches = [
+            Batch(x, label if conditional else None) for x, label in zip(xs, labels, strict=True)
+        ]
         return validate(Splits(*batches), spec, "the Unicode names")
 
     about += f"; {len(classes)} classes by the first word" if conditional else ""
@@ -85,31 +111,44 @@ def unicode_names(conditional: bool = False, layout: Layout = "stream", context:
 def unicode_classes() -> tuple[str, ...]:
     """The classes of `unicode_names(conditional=True)` in the order of their labels.
 
-    The first words of at least 40 names, the most frequent first, and "OTHER", which stands for all the rest.
+    The first words of at least 40 names, the most frequent first, and "OTHER", which stands for all
+    the rest.
     """
     counts = Counter(name.split()[0] for name in _unicode_names())
     common = [word for word, count in counts.items() if count >= _COMMON]
     return (*sorted(common, key=lambda word: (-counts[word], word)), "OTHER")
 
 
-def text(path: str, unit: Unit = "character", layout: Layout = "stream", context: int = 64, order: Order = "shuffle") -> Source:
-    """A text file of one's own, as one stream or as one item a line; it is read at once, as the spec depends on it.
+def text(
+    path: str,
+    unit: Unit = "character",
+    layout: Layout = "stream",
+    context: int = 64,
+    order: Order = "shuffle",
+) -> Source:
+    """A text file of one's own, as one stream or as one item a line; it is read at once, as the
+    spec depends on it.
 
-    The vocabulary is the sorted characters of the file, or the 256 bytes. A stream is split by position: 85 % training,
-    5 % validation, and the last 10 % test. Lines are split 80 / 10 / 10 in a fixed random order; empty ones are dropped, and
-    equal ones may fall into two splits. A gzipped file will do. Windows line ends and a byte order mark are taken off
-    (but for a stream of bytes, which is the file as it is).
+    The vocabulary is the sorted characters of the file, or the 256 bytes. A stream is split by
+    position: 85 % training, 5 % validation, and the last 10 % test. Lines are split 80 / 10 / 10 in
+    a fixed random order; empty ones are dropped, and equal ones may fall into two splits. A gzipped
+    file will do. Windows line ends and a byte order mark are taken off (but for a stream of bytes,
+    which is the file as it is).
 
     Args:
         path: the text file; it must be UTF-8 for characters, and may be anything for bytes.
         unit: whether a token is a "character" or a "byte".
-        layout: "stream" takes windows of the whole text; "lines" makes each line, ended by a newline, an example.
+        layout: "stream" takes windows of the whole text; "lines" makes each line, ended by a
+            newline, an example.
         context: how many tokens a window of the stream has.
-        order: "shuffle" takes windows at random; "stream" lets each place in the batch read on from step to step.
+        order: "shuffle" takes windows at random; "stream" lets each place in the batch read on from
+            step to step.
 
     Raises:
-        DataError: for a file that is missing, empty, no UTF-8, or too short for its context or its split.
-        ConfigError: for an order that the layout does not allow, an unknown unit, layout or order, or a context below 1.
+        DataError: for a file that is missing, empty, no UTF-8, or too short for its context or its
+            split.
+        ConfigError: for an order that the layout does not allow, an unknown unit, layout or order,
+            or a context below 1.
     """
     _check_name("unit", unit, ("character", "byte"))
     _check_layout(layout, order)
@@ -126,8 +165,12 @@ def text(path: str, unit: Unit = "character", layout: Layout = "stream", context
         symbols = _decode_utf8(raw, path)
         vocabulary = tuple(sorted({*symbols, "\n"} if layout == "lines" else set(symbols)))
         if len(vocabulary) < 2:
-            raise DataError(f"{path}: a text needs at least 2 different characters; found {len(vocabulary)}.")
-        tokens = encode(symbols, vocabulary, str(path)).astype(np.uint8 if len(vocabulary) <= 256 else np.int32)
+            raise DataError(
+                f"{path}: a text needs at least 2 different characters; found {len(vocabulary)}."
+            )
+        tokens = encode(symbols, vocabulary, str(path)).astype(
+            np.uint8 if len(vocabulary) <= 256 else np.int32
+        )
     if layout == "stream":
         spec = _spec(name, vocabulary, context, step=unit)
         parts = _by_position(tokens)
@@ -137,24 +180,34 @@ def text(path: str, unit: Unit = "character", layout: Layout = "stream", context
     lengths = _line_lengths(tokens, vocabulary.index("\n"))
     n = len(lengths)
     if n < 3:
-        raise DataError(f"{path}: {n} lines that are not empty are too few; expected one each for train, valid and test.")
+        raise DataError(
+            f"{path}: {n} lines that are not empty are too few; expected one each for train, valid "
+            "and test."
+        )
     spec = _spec(name, vocabulary, int(lengths.max()) + 1, "\n", step=unit)
     held = max(1, round(n / 10))
-    return _lines_source(spec, lambda: tokens, n, held, str(path), f"{len(vocabulary)} symbols, from {path}")
+    return _lines_source(
+        spec, lambda: tokens, n, held, str(path), f"{len(vocabulary)} symbols, from {path}"
+    )
 
 
 def shakespeare(path: str | None = None, context: int = 64, order: Order = "shuffle") -> Source:
-    """Tiny Shakespeare (Karpathy 2015): 1,115,394 characters of his plays, 65 symbols, split by position 85 / 5 / 10.
+    """Tiny Shakespeare (Karpathy 2015): 1,115,394 characters of his plays, 65 symbols, split by
+    position 85 / 5 / 10.
 
-    The test set, the last 10 %, is what nanoGPT calls its validation set; it trains on all the rest.
+    The test set, the last 10 %, is what nanoGPT calls its validation set; it trains on all the
+    rest.
 
     Args:
-        path: the file input.txt or the folder that has it; without it, it is looked for in $GENJAX_DATA.
+        path: the file input.txt or the folder that has it; without it, it is looked for in
+            $GENJAX_DATA.
         context: how many characters a window has.
-        order: "shuffle" takes windows at random; "stream" lets each place in the batch read on from step to step.
+        order: "shuffle" takes windows at random; "stream" lets each place in the batch read on from
+            step to step.
 
     Raises:
-        ConfigError: for an unknown order or a context below 1. DataError, by `load`: for a file that is missing or another one.
+        ConfigError: for an unknown order or a context below 1. DataError, by `load`: for a file
+            that is missing or another one.
     """
     _check_layout("stream", order)
     spec = _spec("shakespeare", _SHAKESPEARE, context)
@@ -169,14 +222,16 @@ def shakespeare(path: str | None = None, context: int = 64, order: Order = "shuf
 
 
 def names(path: str | None = None) -> Source:
-    """32,033 first names, a line each, of 26 letters and the newline: 30,033 / 1,000 / 1,000 in a fixed random order.
+    """32,033 first names, a line each, of 26 letters and the newline: 30,033 / 1,000 / 1,000 in a
+    fixed random order.
 
-    The names of the US Social Security Administration, as published with makemore (Karpathy 2022), which also tests on 1,000
-    random lines but has no validation set. 2,539 lines repeat another one, so that, as there, some of the test names are
-    trained on.
+    The names of the US Social Security Administration, as published with makemore (Karpathy 2022),
+    which also tests on 1,000 random lines but has no validation set. 2,539 lines repeat another
+    one, so that, as there, some of the test names are trained on.
 
     Args:
-        path: the file names.txt or the folder that has it; without it, it is looked for in $GENJAX_DATA.
+        path: the file names.txt or the folder that has it; without it, it is looked for in
+            $GENJAX_DATA.
 
     Raises:
         DataError, by `load`: for a file that is missing or another one.
@@ -188,21 +243,25 @@ def names(path: str | None = None) -> Source:
         raw, found = read_published("names", where, _NAMES_SHA256, path)
         return encode(_decode_utf8(raw, found), ("\n", *_SMALL), found).astype(np.uint8)
 
-    return _lines_source(spec, tokens, 32_033, 1000, "names", f"from {path or f'$GENJAX_DATA/{where}'}")
+    return _lines_source(
+        spec, tokens, 32_033, 1000, "names", f"from {path or f'$GENJAX_DATA/{where}'}"
+    )
 
 
-# ------------------------------------------------------------------------------------------------ text and tokens
+# --- text and tokens ----------------------------------------------------------------------------
 
 
 def encode(text: str, vocabulary: Sequence[str], where: str) -> np.ndarray:
-    """The tokens of a text, int32 [number of characters, or of UTF-8 bytes if the vocabulary is `BYTES`].
+    """The tokens of a text, int32 [number of characters, or of UTF-8 bytes if the vocabulary is
+    `BYTES`].
 
     Args:
         vocabulary: one character for each token, in any order.
         where: what the text is, for messages: a file, or "the prompt".
 
     Raises:
-        DataError: for a character that the vocabulary lacks; the message names the first and its position, from 0.
+        DataError: for a character that the vocabulary lacks; the message names the first and its
+            position, from 0.
     """
     if tuple(vocabulary) == BYTES:
         return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype(np.int32)
@@ -214,7 +273,8 @@ def encode(text: str, vocabulary: Sequence[str], where: str) -> np.ndarray:
     if lacking.size:
         first = int(lacking[0])
         raise DataError(
-            f"{where}: the character {text[first]!r} (U+{ord(text[first]):04X}) at position {first} is not in the vocabulary, "
+            f"{where}: the character {text[first]!r} (U+{ord(text[first]):04X}) at position "
+            f"{first} is not in the vocabulary, "
             f"whose {len(known)} symbols are {''.join(vocabulary)!r}."
         )
     return tokens.astype(np.int32)
@@ -223,7 +283,8 @@ def encode(text: str, vocabulary: Sequence[str], where: str) -> np.ndarray:
 def decode(tokens: Sequence[int] | np.ndarray | Array, spec: DataSpec) -> str:
     """The text of one sequence of tokens [T], up to its end token where the spec has one.
 
-    Bytes are read as UTF-8, with U+FFFD for what is none, such as a character that the end cuts in two.
+    Bytes are read as UTF-8, with U+FFFD for what is none, such as a character that the end cuts in
+    two.
 
     Raises:
         ConfigError: for data without a vocabulary.
@@ -238,12 +299,16 @@ def decode(tokens: Sequence[int] | np.ndarray | Array, spec: DataSpec) -> str:
     return "".join(spec.vocabulary[token] for token in kept)
 
 
-def stream_order(context: int) -> Callable[[int, int, int | Array, int | Array], Array | np.ndarray]:
-    """An order of windows, see `Source.order`, in which place b of the batch reads on: at step s it has the window
-    (b ⌊n/B⌋ + s T) mod n, with n windows in all, B places and T = `context`. The seed changes nothing.
+def stream_order(
+    context: int,
+) -> Callable[[int, int, int | Array, int | Array], Array | np.ndarray]:
+    """An order of windows, see `Source.order`, in which place b of the batch reads on: at step s it
+    has the window (b ⌊n/B⌋ + s T) mod n, with n windows in all, B places and T = `context`. The
+    seed changes nothing.
 
-    For truncated back-propagation through time with a carried state. The places share out the text and read on into each
-    other's share; whoever comes to the end of the text goes back to its start. It is exact in 32-bit arithmetic.
+    For truncated back-propagation through time with a carried state. The places share out the text
+    and read on into each other's share; whoever comes to the end of the text goes back to its
+    start. It is exact in 32-bit arithmetic.
 
     Raises, when called:
         DataError: if there are fewer windows than places.
@@ -254,19 +319,28 @@ def stream_order(context: int) -> Callable[[int, int, int | Array, int | Array],
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1; got {batch_size}.")
         if batch_size > n:
-            raise DataError(f"batch_size={batch_size} is more than the {n} windows there are; take at most {n}.")
+            raise DataError(
+                f"batch_size={batch_size} is more than the {n} windows there are; take at most {n}."
+            )
         if n * max(context, 2) >= 2**32:
-            raise ConfigError(f"The order 'stream' needs windows * context < 2**32; got {n} * {context}. Split the text.")
+            raise ConfigError(
+                f"The order 'stream' needs windows * context < 2**32; got {n} * {context}. Split "
+                "the text."
+            )
         size = np.uint32(n)
         # step mod n first, so that the product stays below n T.
-        turn = step.astype(jnp.uint32) % size if isinstance(step, jax.Array) else np.uint32(operator.index(step) % n)
+        turn = (
+            step.astype(jnp.uint32) % size
+            if isinstance(step, jax.Array)
+            else np.uint32(operator.index(step) % n)
+        )
         lanes = np.arange(batch_size, dtype=np.uint32) * np.uint32(n // batch_size)
         return ((lanes + turn * np.uint32(context) % size) % size).astype(np.int32)
 
     return order
 
 
-# ------------------------------------------------------------------------------------------------------- sources
+# --- sources ------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -311,7 +385,9 @@ def _check_layout(layout: str, order: str) -> None:
     _check_name("layout", layout, ("stream", "lines"))
     _check_name("order", order, ("shuffle", "stream"))
     if layout == "lines" and order == "stream":
-        raise ConfigError("Lines do not go on from each other: order='stream' needs layout='stream'.")
+        raise ConfigError(
+            "Lines do not go on from each other: order='stream' needs layout='stream'."
+        )
 
 
 def _decode_utf8(raw: bytes, path: str) -> str:
@@ -319,7 +395,8 @@ def _decode_utf8(raw: bytes, path: str) -> str:
         return raw.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}: not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start} ({error.reason}). "
+            f"{path}: not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start} "
+            f"({error.reason}). "
             "Convert the file to UTF-8, or take its bytes as they are with unit='byte'."
         ) from None
 
@@ -331,26 +408,37 @@ def _by_position(tokens: np.ndarray) -> Parts:
 
 
 def _split(n: int, held: int) -> list[np.ndarray]:
-    """The rows of train, valid and test in a fixed random order, `held` of them for each of the last two."""
+    """The rows of train, valid and test in a fixed random order, `held` of them for each of the
+    last two.
+    """
     return np.split(permutation(n, seed=0), [n - 2 * held, n - held])
 
 
 def _sizes(parts: Sequence[Sized]) -> str:
-    return " / ".join(f"{len(part):,} {split}" for part, split in zip(parts, Splits._fields, strict=True))
+    return " / ".join(
+        f"{len(part):,} {split}" for part, split in zip(parts, Splits._fields, strict=True)
+    )
 
 
 def _windows(parts: Parts, spec: DataSpec, where: str) -> Splits:
-    """Every window of the training part, as a view; those of the others one after the other, without what is left over.
+    """Every window of the training part, as a view; those of the others one after the other,
+    without what is left over.
 
-    The tokens are in range by construction, so that nothing looks at all of the windows, which overlap `context` times.
+    The tokens are in range by construction, so that nothing looks at all of the windows, which
+    overlap `context` times.
     """
     context = spec.shape[0]
     shortest = min(map(len, parts))
     if shortest < context:
         total = sum(map(len, parts))
-        advice = f"Take a context of at most {shortest}, or a longer text." if shortest else "Take a longer text."
+        advice = (
+            f"Take a context of at most {shortest}, or a longer text."
+            if shortest
+            else "Take a longer text."
+        )
         raise DataError(
-            f"{where}: a text of {total:,} {spec.step}s is too short for a context of {context}: its smallest split has "
+            f"{where}: a text of {total:,} {spec.step}s is too short for a context of {context}: "
+            "its smallest split has "
             f"{shortest}. {advice}"
         )
     train = np.lib.stride_tricks.sliding_window_view(parts[0], context)
@@ -358,9 +446,17 @@ def _windows(parts: Parts, spec: DataSpec, where: str) -> Splits:
     return Splits(Batch(train), Batch(rest[0]), Batch(rest[1]))
 
 
-def _stream_source(spec: DataSpec, parts: Callable[[], Parts], order: str, about: str, where: str) -> Source:
+def _stream_source(
+    spec: DataSpec, parts: Callable[[], Parts], order: str, about: str, where: str
+) -> Source:
     orders = {"shuffle": batch_indices, "stream": stream_order(spec.shape[0])}
-    return Source(spec, lambda: _windows(parts(), spec, where), cast(spec), description=about, order=orders[order])
+    return Source(
+        spec,
+        lambda: _windows(parts(), spec, where),
+        cast(spec),
+        description=about,
+        order=orders[order],
+    )
 
 
 def _line_lengths(tokens: np.ndarray, end: int) -> np.ndarray:
@@ -378,7 +474,9 @@ def _pad(tokens: np.ndarray, spec: DataSpec) -> np.ndarray:
     return x
 
 
-def _lines_source(spec: DataSpec, tokens: Callable[[], np.ndarray], n: int, held: int, where: str, about: str) -> Source:
+def _lines_source(
+    spec: DataSpec, tokens: Callable[[], np.ndarray], n: int, held: int, where: str, about: str
+) -> Source:
     rows = _split(n, held)
 
     def load() -> Splits:

@@ -1,1 +1,3 @@
-"""What a model is worth: estimates with their errors, figures about samples, and the classifier that judges them."""
+"""What a model is worth: estimates with their errors, figures about samples, and the classifier
+that judges them.
+"""

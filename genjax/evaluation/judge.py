@@ -1,6 +1,8 @@
-"""A small classifier of the data at hand, whose features and verdicts judge samples; trained in place and kept in a cache.
+"""A small classifier of the data at hand, whose features and verdicts judge samples; trained in
+place and kept in a cache.
 
-Its figures are named after it, FD[cnn-v1], and never FID: that is another network, trained on other data.
+Its figures are named after it, FD[cnn-v1], and never FID: that is another network, trained on other
+data.
 """
 
 import contextlib
@@ -27,7 +29,8 @@ from genjax.nets.conv import ConvClassifier
 from genjax.nets.functional import functional
 from genjax.protocol import Array, Aux, Batch, Key, Model, Params, State
 
-VERSION = 1  # of everything below that decides what the classifier is: raise it and old caches are left alone
+# of everything below that decides what the classifier is: raise it and old caches are left alone
+VERSION = 1
 STEPS, BATCH, CHANNELS, FEATURES = 3000, 128, (32, 64), 128
 
 
@@ -50,15 +53,22 @@ class Judge(NamedTuple):
 def cache_folder() -> Path:
     """$GENJAX_CACHE, or genjax under $XDG_CACHE_HOME or ~/.cache."""
     own = os.environ.get("GENJAX_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genjax"
+    return (
+        Path(own)
+        if own
+        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genjax"
+    )
 
 
-def judge_of(source: Source, steps: int = STEPS, say: Callable[[str], None] = lambda text: None) -> Judge:
-    """The judge of a labelled source of images: from the cache if one was trained on the very same data, otherwise trained.
+def judge_of(
+    source: Source, steps: int = STEPS, say: Callable[[str], None] = lambda text: None
+) -> Judge:
+    """The judge of a labelled source of images: from the cache if one was trained on the very same
+    data, otherwise trained.
 
-    Two convolutions with stride 2 (32 and 64 channels), a hidden layer of 128, softmax over the classes; 3,000 steps of
-    AdamW with batches of 128 and shifts of up to one pixel, a moving average of the weights, seed 0. The test split is
-    only used to say how good it is.
+    Two convolutions with stride 2 (32 and 64 channels), a hidden layer of 128, softmax over the
+    classes; 3,000 steps of AdamW with batches of 128 and shifts of up to one pixel, a moving
+    average of the weights, seed 0. The test split is only used to say how good it is.
     """
     spec, splits = source.spec, source.load()
     shape: Any = spec.shape
@@ -70,7 +80,10 @@ def judge_of(source: Source, steps: int = STEPS, say: Callable[[str], None] = la
     path = cache_folder() / f"cnn-v{VERSION}-{digest.hexdigest()[:16]}.npz"
     params = _read(path, jax.eval_shape(net.init, jax.random.key(0))[0])
     if params is None:
-        say(f"training the classifier that judges samples of {spec.name}, once; it is kept in {path}")
+        say(
+            f"training the classifier that judges samples of {spec.name}, once; it is kept in "
+            f"{path}"
+        )
         params = _train(source, net, steps)
         _write(path, params)
 
@@ -79,7 +92,10 @@ def judge_of(source: Source, steps: int = STEPS, say: Callable[[str], None] = la
         return net.apply(params, {}, spec.normalize(x))[0]
 
     def both(x: np.ndarray, which: int) -> np.ndarray:
-        parts = [np.asarray(apply(jnp.asarray(x[i : i + 500], jnp.float32))[which]) for i in range(0, len(x), 500)]
+        parts = [
+            np.asarray(apply(jnp.asarray(x[i : i + 500], jnp.float32))[which])
+            for i in range(0, len(x), 500)
+        ]
         return np.concatenate(parts)
 
     predict = lambda x: both(x, 1).argmax(axis=-1)  # noqa: E731
@@ -97,7 +113,9 @@ def _train(source: Source, net: Any, steps: int) -> Params:
     def shifted(key: Key, x: Array) -> Array:
         """Images moved by -1, 0 or 1 pixels in each direction, edges repeated."""
         wide = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
-        cut = lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], jnp.zeros((), at.dtype)), spec.shape)  # noqa: E731
+        cut = lambda image, at: jax.lax.dynamic_slice(
+            image, (at[0], at[1], jnp.zeros((), at.dtype)), spec.shape
+        )  # noqa: E731
         return jax.vmap(cut)(wide, jax.random.randint(key, (x.shape[0], 2), 0, 3))
 
     def loss(params: Params, state: State, batch: Batch, key: Key) -> tuple[Array, Aux]:
@@ -106,7 +124,9 @@ def _train(source: Source, net: Any, steps: int) -> Params:
         return -jnp.sum(labels * jax.nn.log_softmax(logits), axis=-1), Aux(state, {})
 
     def nothing(params: Params, state: State, key: Key, n: int, cond: Any = None) -> Any:
-        raise ConfigError("A classifier has no samples.")  # the contract asks every model for a sampler
+        raise ConfigError(
+            "A classifier has no samples."
+        )  # the contract asks every model for a sampler
 
     # A classifier is one player with one loss, so the zoo's own train step trains it.
     rate = optax.cosine_decay_schedule(2e-3, steps)
@@ -139,7 +159,14 @@ def _read(path: Path, like: Params) -> Params | None:
 
 
 def _write(path: Path, params: Params) -> None:
-    leaves: Any = {jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    leaves: Any = {
+        jax.tree_util.keystr(key): np.asarray(leaf)
+        for key, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
     # A cache that cannot be written costs time and nothing else.
-    with contextlib.suppress(CheckpointError), replacing(path) as temporary, temporary.open("wb") as file:
+    with (
+        contextlib.suppress(CheckpointError),
+        replacing(path) as temporary,
+        temporary.open("wb") as file,
+    ):
         np.savez(file, **leaves)

@@ -1,4 +1,6 @@
-"""What a run's samples are worth: every figure of `estimates.py` that its data allow, beside the same figure of real data."""
+"""What a run's samples are worth: every figure of `estimates.py` that its data allow, beside the
+same figure of real data.
+"""
 
 import inspect
 from collections.abc import Callable
@@ -22,7 +24,8 @@ class Figure(NamedTuple):
         name: "FD[raw]", "modes covered", ...
         value: of n samples against n_reference examples of a split.
         standard_error: where the estimator has one.
-        real: the same figure with as many examples of the training split in the place of samples: what is possible.
+        real: the same figure with as many examples of the training split in the place of samples:
+            what is possible.
         unit: "share", "squared feature distance", ...
         estimator: how it was computed, in words.
     """
@@ -38,7 +41,9 @@ class Figure(NamedTuple):
 
 
 def labelled(recipe: Recipe) -> Source | None:
-    """The recipe's data with their labels, whether the recipe uses them or not; None where there are none."""
+    """The recipe's data with their labels, whether the recipe uses them or not; None where there
+    are none.
+    """
     source = recipe.source()
     if source.spec.n_classes:
         return source
@@ -49,7 +54,9 @@ def labelled(recipe: Recipe) -> Source | None:
 
 
 class Sampler(Protocol):
-    """What makes samples: (key, conditions [n] or None, n) -> x [n, *shape] in the units of the data."""
+    """What makes samples: (key, conditions [n] or None, n) -> x [n, *shape] in the units of the
+    data.
+    """
 
     def __call__(self, key: Key, cond: np.ndarray | None, n: int) -> np.ndarray: ...
 
@@ -61,9 +68,13 @@ def sampler_of(model: Model, params: Params, state: State, chunk: int = 500) -> 
     def draw(key: Key, cond: np.ndarray | None, n: int) -> np.ndarray:
         parts, size = [], min(chunk, n)
         for index, start in enumerate(range(0, n, size)):
-            rows = np.minimum(np.arange(start, start + size), n - 1)  # the last chunk is filled up, and cut below
+            rows = np.minimum(
+                np.arange(start, start + size), n - 1
+            )  # the last chunk is filled up, and cut below
             own = None if cond is None else cond[rows]
-            parts.append(np.asarray(program(params, state, jax.random.fold_in(key, index), size, own)))
+            parts.append(
+                np.asarray(program(params, state, jax.random.fold_in(key, index), size, own))
+            )
         return np.concatenate(parts)[:n]
 
     return draw
@@ -77,10 +88,12 @@ def figures_of(
     seed: int = 0,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Figure]:
-    """Every figure that fits the data, the most telling one first; samples have the conditions of the reference examples.
+    """Every figure that fits the data, the most telling one first; samples have the conditions of
+    the reference examples.
 
-    Points with known modes: share of high quality, modes covered. Images with labels: class agreement (of a conditional
-    model), and Fréchet distance, kernel MMD, precision, recall, density and coverage over the features of the judge. All
+    Points with known modes: share of high quality, modes covered. Images with labels: class
+    agreement (of a conditional model), and Fréchet distance, kernel MMD, precision, recall, density
+    and coverage over the features of the judge. All
     data: Fréchet distance and sliced Wasserstein distance over raw values.
 
     Args:
@@ -93,7 +106,8 @@ def figures_of(
     source = recipe.source()
     if source.spec.step is not None:
         raise ConfigError(
-            f"Figures about samples compare points and images; {source.spec.name} are sequences. Use the log-probability."
+            f"Figures about samples compare points and images; {source.spec.name} are sequences. "
+            "Use the log-probability."
         )
     splits = source.load()
     key_data, key_real, key_sample = jax.random.split(jax.random.key(seed), 3)
@@ -101,12 +115,20 @@ def figures_of(
     size = len(arrays.x) if n is None else min(n, len(arrays.x))
     cut = lambda batch: jax.tree.map(lambda leaf: leaf[:size], batch)  # noqa: E731
     reference = source.prepare(key_data, cut(arrays))
-    data, cond = np.asarray(reference.x), None if reference.cond is None else np.asarray(reference.cond)
+    data, cond = (
+        np.asarray(reference.x),
+        None if reference.cond is None else np.asarray(reference.cond),
+    )
     # Every figure is computed twice: of the samples, and of training examples in their place.
-    of = {"samples": sampler(key_sample, cond, size), "real": np.asarray(source.prepare(key_real, cut(splits.train)).x)}
+    of = {
+        "samples": sampler(key_sample, cond, size),
+        "real": np.asarray(source.prepare(key_real, cut(splits.train)).x),
+    }
     found: list[Figure] = []
 
-    def add(name: str, unit: str, estimator: str, figure: Callable[[str], Any], compare: bool = True) -> None:
+    def add(
+        name: str, unit: str, estimator: str, figure: Callable[[str], Any], compare: bool = True
+    ) -> None:
         value = figure("samples")
         error = value.standard_error if isinstance(value, estimates.Estimate) else None
         real = _number(figure("real")) if compare else None
@@ -116,9 +138,19 @@ def figures_of(
     if source.modes is not None and source.mode_std is not None:
         modes, sd = source.modes, source.mode_std
         quality, covered = estimates.high_quality_share, estimates.modes_covered
-        add("high-quality share", "of samples", "within 3 sd of a mode", lambda which: quality(of[which], modes, sd))
+        add(
+            "high-quality share",
+            "of samples",
+            "within 3 sd of a mode",
+            lambda which: quality(of[which], modes, sd),
+        )
         about = "with at least one sample within 3 sd"
-        add("modes covered", f"of {len(modes)} modes", about, lambda which: covered(of[which], modes, sd))
+        add(
+            "modes covered",
+            f"of {len(modes)} modes",
+            about,
+            lambda which: covered(of[which], modes, sd),
+        )
     whole = labelled(recipe) if len(source.spec.shape) == 3 else None
     if whole is not None:
         judge = judge_of(whole, say=say)
@@ -129,17 +161,37 @@ def figures_of(
             add("class agreement", "of samples", says, agree, compare=False)
         expected, seen = judge.features(data), {which: judge.features(x) for which, x in of.items()}
         about = f"two Gaussians over features of {judge.name}"
-        add(f"FD[{judge.name}]", "squared", about, lambda which: estimates.frechet_distance(expected, seen[which]))
+        add(
+            f"FD[{judge.name}]",
+            "squared",
+            about,
+            lambda which: estimates.frechet_distance(expected, seen[which]),
+        )
         about = f"unbiased, cubic kernel, features of {judge.name}"
-        add(f"MMD²[{judge.name}]", "squared", about, lambda which: estimates.kernel_mmd(expected, seen[which]))
-        four = {which: estimates.precision_recall_density_coverage(expected, x) for which, x in seen.items()}
+        add(
+            f"MMD²[{judge.name}]",
+            "squared",
+            about,
+            lambda which: estimates.kernel_mmd(expected, seen[which]),
+        )
+        four = {
+            which: estimates.precision_recall_density_coverage(expected, x)
+            for which, x in seen.items()
+        }
         for name in ("precision", "recall", "density", "coverage"):
             about = f"5 nearest neighbours, features of {judge.name}"
             add(name, "share", about, lambda which, name=name: getattr(four[which], name))
     about = "two Gaussians over raw values"
-    add("FD[raw]", "squared", about, lambda which: estimates.frechet_distance(flat(data), flat(of[which])))
+    add(
+        "FD[raw]",
+        "squared",
+        about,
+        lambda which: estimates.frechet_distance(flat(data), flat(of[which])),
+    )
     about = "W2 over 200 random directions of raw values"
-    sliced = lambda which: estimates.sliced_wasserstein(flat(data), flat(of[which]), n_projections=200)  # noqa: E731
+    sliced = lambda which: estimates.sliced_wasserstein(
+        flat(data), flat(of[which]), n_projections=200
+    )  # noqa: E731
     add("sliced Wasserstein", "distance", about, sliced)
     return found
 

@@ -1,8 +1,9 @@
-"""Diffusion models: noise is added to data along a path x_t = alpha(t) x0 + sigma(t) ε, and a network learns to take it away.
+"""Diffusion models: noise is added to data along a path x_t = alpha(t) x0 + sigma(t) ε, and a
+network learns to take it away.
 
-Ho 2020 (DDPM), Song 2021 (score SDEs), Kingma 2021 (VDM: the bound, learned schedules), Salimans & Ho 2022 (v), Karras 2022
-(EDM), Hang 2023 (min-SNR), Ho & Salimans 2022 (classifier-free guidance). The path and its conversions are in `paths.py`, the
-ways back from noise to data in `solvers.py`.
+Ho 2020 (DDPM), Song 2021 (score SDEs), Kingma 2021 (VDM: the bound, learned schedules), Salimans &
+Ho 2022 (v), Karras 2022 (EDM), Hang 2023 (min-SNR), Ho & Salimans 2022 (classifier-free guidance).
+The path and its conversions are in `paths.py`, the ways back from noise to data in `solvers.py`.
 """
 
 from collections.abc import Callable
@@ -43,28 +44,49 @@ from genjax.parts.paths import (
     linear,
     log_snr,
 )
-from genjax.parts.solvers import GRIDS, LIKELIHOOD_SOLVERS, SOLVERS, likelihood_in_words, ode_log_prob
-from genjax.protocol import Array, Aux, Batch, DataSpec, Key, Model, Params, State, check_cond, checked
+from genjax.parts.solvers import (
+    GRIDS,
+    LIKELIHOOD_SOLVERS,
+    SOLVERS,
+    likelihood_in_words,
+    ode_log_prob,
+)
+from genjax.protocol import (
+    Array,
+    Aux,
+    Batch,
+    DataSpec,
+    Key,
+    Model,
+    Params,
+    State,
+    check_cond,
+    checked,
+)
 
 SCHEDULES: dict[str, Callable[[], Path]] = {"cosine": cosine, "linear": linear, "edm": edm}
 
 
-# --- what a network sees and predicts -----------------------------------------------------------------------------------
+# --- what a network sees and predicts -------------------------------------------------------------
 
 
 def input_scale(path: Path, t: Array, sigma_data: Array | float) -> Array:
-    """c_in = 1 / sqrt(alpha² sigma_data² + sigma²): with it, inputs have unit variance if data have sigma_data². Of t's shape.
+    """c_in = 1 / sqrt(alpha² sigma_data² + sigma²): with it, inputs have unit variance if data have
+    sigma_data². Of t's shape.
 
-    1 for a path that preserves the variance and sigma_data = 1; Karras 2022, table 1, has alpha = 1.
+    1 for a path that preserves the variance and sigma_data = 1; Karras 2022, table 1, has alpha =
+    1.
     """
     return jax.lax.rsqrt(jnp.square(path.alpha(t) * sigma_data) + jnp.square(path.sigma(t)))
 
 
 def edm_prediction(sigma_data: Array | float) -> Prediction:
-    """F with x0 = c_skip x_t / alpha + c_out F: what is left to predict once the best linear guess is made.
+    """F with x0 = c_skip x_t / alpha + c_out F: what is left to predict once the best linear guess
+    is made.
 
-    Karras 2022, table 1. With s = sigma / alpha: c_skip = sigma_data² / (s² + sigma_data²), c_out = s sigma_data / sqrt(s² +
-    sigma_data²). The target has unit variance at every t, and x0 is x_t / alpha as s goes to 0.
+    Karras 2022, table 1. With s = sigma / alpha: c_skip = sigma_data² / (s² + sigma_data²), c_out =
+    s sigma_data / sqrt(s² + sigma_data²). The target has unit variance at every t, and x0 is x_t /
+    alpha as s goes to 0.
     """
 
     def parts(path: Path, x_t: Array, t: Array | float) -> tuple[Array, Array]:
@@ -83,7 +105,7 @@ def edm_prediction(sigma_data: Array | float) -> Prediction:
     return Prediction(to_x0, from_x0)
 
 
-# --- losses: how errors are weighted, and at which times ----------------------------------------------------------------
+# --- losses: how errors are weighted, and at which times ------------------------------------------
 
 
 def unit_weight(path: Path, t: Array, scale: Array, sigma_data: Array | float) -> Array:
@@ -92,14 +114,22 @@ def unit_weight(path: Path, t: Array, scale: Array, sigma_data: Array | float) -
 
 
 def elbo_weight(path: Path, t: Array, scale: Array, sigma_data: Array | float) -> Array:
-    """-½ dSNR/dt of the squared error of x0, -½ d log-SNR/dt of that of ε: the variational bound. Kingma 2021, section 4."""
+    """-½ dSNR/dt of the squared error of x0, -½ d log-SNR/dt of that of ε: the variational bound.
+    Kingma 2021, section 4.
+    """
     rate = jax.jvp(partial(log_snr, path), (t,), (jnp.ones_like(t),))[1]
-    length = jnp.asarray(path.start, t.dtype) - jnp.asarray(path.end, t.dtype)  # times are uniform on it
+    length = jnp.asarray(path.start, t.dtype) - jnp.asarray(
+        path.end, t.dtype
+    )  # times are uniform on it
     return -0.5 * rate * length * jnp.exp(log_snr(path, t)) * jnp.square(scale)
 
 
-def discrete_elbo_weight(n_times: int, path: Path, t: Array, scale: Array, sigma_data: Array | float) -> Array:
-    """T/2 (SNR(s) - SNR(t)) of the squared error of x0, s being the step before t. Kingma 2021, equation 14."""
+def discrete_elbo_weight(
+    n_times: int, path: Path, t: Array, scale: Array, sigma_data: Array | float
+) -> Array:
+    """T/2 (SNR(s) - SNR(t)) of the squared error of x0, s being the step before t. Kingma 2021,
+    equation 14.
+    """
     s = t - (path.start - path.end) / n_times
     return 0.5 * n_times * snr_drop(path, s, t) * jnp.square(scale)
 
@@ -110,13 +140,15 @@ def min_snr_weight(path: Path, t: Array, scale: Array, sigma_data: Array | float
 
 
 def edm_weight(path: Path, t: Array, scale: Array, sigma_data: Array | float) -> Array:
-    """(s² + sigma_data²) / (s sigma_data)² of the squared error of x0, s = sigma / alpha. Karras 2022, table 1."""
+    """(s² + sigma_data²) / (s sigma_data)² of the squared error of x0, s = sigma / alpha. Karras
+    2022, table 1.
+    """
     s = path.sigma(t) / path.alpha(t)
     return (1 / jnp.square(sigma_data) + 1 / jnp.square(s)) * jnp.square(scale)
 
 
-# (path, t [n], scale [n], sigma_data) -> the weight [n] of the squared error of what the network predicts, where
-# scale = dx0 / d(prediction): the weight of an error of x0, times scale².
+# (path, t [n], scale [n], sigma_data) -> the weight [n] of the squared error of what the network
+# predicts, where scale = dx0 / d(prediction): the weight of an error of x0, times scale².
 Weighting = Callable[[Path, Array, Array, Array | float], Array]
 WEIGHTINGS: dict[str, Weighting] = {
     "unit": unit_weight,
@@ -135,7 +167,11 @@ def uniform_times(key: Key, path: Path, n: int, dtype: Any) -> Array:
 def log_normal_times(p_mean: Any, p_std: Any, key: Key, path: Path, n: int, dtype: Any) -> Array:
     """t [n] with ln(sigma / alpha) ~ N(p_mean, p_std²), within the path. Karras 2022, table 1."""
     log_ratio = p_mean + p_std * jax.random.normal(key, (n,), dtype)
-    return jnp.clip(path.time_of_log_snr(-2 * log_ratio), jnp.asarray(path.end, dtype), jnp.asarray(path.start, dtype))
+    return jnp.clip(
+        path.time_of_log_snr(-2 * log_ratio),
+        jnp.asarray(path.end, dtype),
+        jnp.asarray(path.start, dtype),
+    )
 
 
 def discrete_times(n_times: int, key: Key, path: Path, n: int, dtype: Any) -> Array:
@@ -143,7 +179,7 @@ def discrete_times(n_times: int, key: Key, path: Path, n: int, dtype: Any) -> Ar
     return time_of_step(path, jax.random.randint(key, (n,), 1, n_times + 1).astype(dtype), n_times)
 
 
-# --- the model ----------------------------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------------------
 
 
 def diffusion(
@@ -180,55 +216,67 @@ def diffusion(
 ) -> Model:
     """A diffusion model; conditional if the spec has a condition.
 
-    With x_t = alpha(t) x0 + sigma(t) ε, x0 the normalised event, a network sees c_in x_t and log-SNR(t) / 4 and predicts y:
-    noise, x0, v ... The loss per example is w(t) ‖y - y_network(x_t, t)‖² at one random t for each example, w being the
-    `weighting`; with "elbo" it is the whole negative bound in nats, at that t. Shapes: x_t [n, *shape], t [] or [n].
+    With x_t = alpha(t) x0 + sigma(t) ε, x0 the normalised event, a network sees c_in x_t and
+    log-SNR(t) / 4 and predicts y: noise, x0, v ... The loss per example is w(t) ‖y - y_network(x_t,
+    t)‖² at one random t for each example, w being the `weighting`; with "elbo" it is the whole
+    negative bound in nats, at that t. Shapes: x_t [n, *shape], t [] or [n].
 
-    `bound` is the variational bound with `n_bound_samples` noise levels for each example; `log_prob`, for continuous data, the
-    likelihood of the probability-flow ODE (Song 2021, section 4.3), from x as x_end: without the noise that the path ends with.
+    `bound` is the variational bound with `n_bound_samples` noise levels for each example;
+    `log_prob`, for continuous data, the likelihood of the probability-flow ODE (Song 2021, section
+    4.3), from x as x_end: without the noise that the path ends with.
 
     Extras, in normalised units but for what `generate` returns:
-        denoise: (params, state, x_t, t, cond=None, dropped=None) -> the estimate of E[x0 | x_t], [n, *shape]; `dropped` bool
-            [n] says which examples go without their condition.
+        denoise: (params, state, x_t, t, cond=None, dropped=None) -> the estimate of E[x0 | x_t],
+            [n, *shape]; `dropped` bool [n] says which examples go without their condition.
         path: the `Path`, or with a learned schedule (params) -> Path.
-        generate: (params, state, key, n, cond=None, *, solver=None, n_steps=None, grid=None, guidance=None, every=False) -> x;
-            what is not given is as in the builder. `every` gives all steps, [n_steps + 1, n, *shape], of which only the last
-            is rounded to the values that discrete data have.
+        generate: (params, state, key, n, cond=None, *, solver=None, n_steps=None, grid=None,
+            guidance=None, every=False) -> x; what is not given is as in the builder. `every` gives
+            all steps, [n_steps + 1, n, *shape], of which only the last is rounded to the values
+            that discrete data have.
 
     Args:
         spec: the data; binary, discrete or continuous, and no sequences.
-        noise_schedule: "cosine" and "linear" (in beta) preserve the variance, "edm" adds noise of sd t; "learned" is
-            a monotone function with learned ends (Kingma 2021); in Python any `paths.Path`. The named ones end, or begin to
-            learn where to end, where the noise just leaves the values of discrete data apart (`bounds.log_snr_of_values`).
-        n_times: discrete time: train on, and bound, a chain of so many steps; None is continuous time.
+        noise_schedule: "cosine" and "linear" (in beta) preserve the variance, "edm" adds noise of
+            sd t; "learned" is a monotone function with learned ends (Kingma 2021); in Python any
+            `paths.Path`. The named ones end, or begin to learn where to end, where the noise just
+            leaves the values of discrete data apart (`bounds.log_snr_of_values`).
+        n_times: discrete time: train on, and bound, a chain of so many steps; None is continuous
+            time.
         prediction: what the network predicts; "v" unless given.
-        precondition: "edm": predict what c_skip x_t leaves over, at unit variance; `prediction` is then left out.
+        precondition: "edm": predict what c_skip x_t leaves over, at unit variance; `prediction` is
+            then left out.
         weighting: of squared errors: "unit" of the prediction's, "elbo", "min_snr" or "edm".
-        times: where the loss looks: "uniform" in t, or "log_normal" in sigma / alpha; that is the default with
-            noise_schedule="edm".
+        times: where the loss looks: "uniform" in t, or "log_normal" in sigma / alpha; that is the
+            default with noise_schedule="edm".
         p_mean: mean of ln(sigma / alpha) with times="log_normal".
         p_std: its standard deviation.
-        sigma_data: the data's standard deviation on the normalised scale, which inputs are scaled by.
-        schedule_gradient: of the inner parameters of a learned schedule, which the bound does not depend on in continuous time:
+        sigma_data: the data's standard deviation on the normalised scale, which inputs are scaled
+            by.
+        schedule_gradient: of the inner parameters of a learned schedule, which the bound does not
+            depend on in continuous time:
             that of the "variance" of the estimate, or plainly that of the "bound", which is noise.
-        net: "mlp", "unet" or "dit" (both for images), or in Python any `Net` (c_in x_t, log-SNR / 4, cond, dropped) -> y.
+        net: "mlp", "unet" or "dit" (both for images), or in Python any `Net` (c_in x_t, log-SNR /
+            4, cond, dropped) -> y.
         hidden: for "mlp": widths of the layers.
         channels: for "unet": channels at each resolution, each half of the one before.
         n_blocks: for "unet": residual blocks at each resolution.
-        patch: the side of a patch, which "unet" and "dit" see as one pixel with more channels; 1 and 2 unless given.
+        patch: the side of a patch, which "unet" and "dit" see as one pixel with more channels; 1
+            and 2 unless given.
         d_model: for "dit": the width.
         n_layers: for "dit": how many blocks.
         n_heads: of attention, for "unet" and "dit".
-        cond_dropout: how often training leaves out the condition, which guidance needs (Ho & Salimans 2022).
+        cond_dropout: how often training leaves out the condition, which guidance needs (Ho &
+            Salimans 2022).
         solver: how samples go from noise to data, a name in `solvers.SOLVERS`.
         n_steps: how many steps it takes.
         grid: where they are, a name in `solvers.GRIDS`.
-        guidance: the scale of classifier-free guidance of samples; None, the same as 1, costs half as much.
+        guidance: the scale of classifier-free guidance of samples; None, the same as 1, costs half
+            as much.
         n_bound_samples: noise levels in `bound`, for each example.
         likelihood_solver: of the ODE in `log_prob`, a name in `solvers.LIKELIHOOD_SOLVERS`.
         n_likelihood_steps: its steps in `log_prob`.
-        n_probes: random vectors that estimate the divergence in `log_prob` (Hutchinson); 0 computes it exactly, one derivative
-            for each dimension.
+        n_probes: random vectors that estimate the divergence in `log_prob` (Hutchinson); 0 computes
+            it exactly, one derivative for each dimension.
         dtype: of the network's arithmetic; parameters and losses stay float32.
 
     Raises:
@@ -236,9 +284,14 @@ def diffusion(
     """
     if spec.kind == "tokens" or spec.step is not None:
         found = "tokens" if spec.kind == "tokens" else "sequences"
-        raise ConfigError(f"Diffusion models vectors and images; {spec.name} are {found}. Use a sequence family.")
+        raise ConfigError(
+            f"Diffusion models vectors and images; {spec.name} are {found}. Use a sequence family."
+        )
     if likelihood_solver in SOLVERS and likelihood_solver not in LIKELIHOOD_SOLVERS:
-        raise ConfigError(f"{likelihood_solver} gives no likelihood; those that do are: {', '.join(LIKELIHOOD_SOLVERS)}.")
+        raise ConfigError(
+            f"{likelihood_solver} gives no likelihood; those that do are: "
+            f"{', '.join(LIKELIHOOD_SOLVERS)}."
+        )
     learned = noise_schedule == "learned"
     if isinstance(noise_schedule, str) and noise_schedule not in (*SCHEDULES, "learned"):
         raise unknown_name("noise schedule", noise_schedule, (*SCHEDULES, "learned"))
@@ -257,8 +310,14 @@ def diffusion(
     for what, (name, names) in chosen.items():
         if name not in names:
             raise unknown_name(what, name, names)
-    counts = {"n_times": 1 if n_times is None else n_times, "n_steps": n_steps, "n_bound_samples": n_bound_samples}
-    for label, number in (counts | {"n_likelihood_steps": n_likelihood_steps, "n_probes": n_probes + 1}).items():
+    counts = {
+        "n_times": 1 if n_times is None else n_times,
+        "n_steps": n_steps,
+        "n_bound_samples": n_bound_samples,
+    }
+    for label, number in (
+        counts | {"n_likelihood_steps": n_likelihood_steps, "n_probes": n_probes + 1}
+    ).items():
         if number < 1:
             least = 0 if label == "n_probes" else 1
             raise ConfigError(f"{label} must be at least {least}; got {number - 1 + least}.")
@@ -268,11 +327,19 @@ def diffusion(
     if isinstance(cond_dropout, int | float) and not 0 <= cond_dropout < 1:
         raise ConfigError(f"cond_dropout must be in [0, 1); got {cond_dropout}.")
     if precondition == "edm" and prediction is not None:
-        raise ConfigError(f"precondition='edm' decides what the network predicts; leave out prediction={prediction!r}.")
+        raise ConfigError(
+            "precondition='edm' decides what the network predicts; leave out "
+            f"prediction={prediction!r}."
+        )
     if learned and weighting != "elbo":
-        raise ConfigError(f"A learned schedule is learned by the bound: it needs weighting='elbo'; got {weighting!r}.")
+        raise ConfigError(
+            "A learned schedule is learned by the bound: it needs weighting='elbo'; got "
+            f"{weighting!r}."
+        )
     if times == "log_normal" and (weighting == "elbo" or n_times is not None):
-        raise ConfigError("weighting='elbo' and n_times go with times='uniform'; got times='log_normal'.")
+        raise ConfigError(
+            "weighting='elbo' and n_times go with times='uniform'; got times='log_normal'."
+        )
 
     guided = spec.conditional and (isinstance(cond_dropout, Tracer) or cond_dropout > 0)
     own = denoiser(
@@ -303,7 +370,9 @@ def diffusion(
 
     def init(key: Key) -> tuple[Params, State]:
         params: dict[str, Any] = {"net": own.init(key)[0]}
-        return {"diffusion": params | ({"schedule": init_schedule(highest)} if learned else {})}, {"diffusion": {}}
+        return {"diffusion": params | ({"schedule": init_schedule(highest)} if learned else {})}, {
+            "diffusion": {}
+        }
 
     def path_of(p: Any) -> Path:
         return from_log_snr(learned_gamma(p["schedule"])) if learned else fixed
@@ -337,8 +406,12 @@ def diffusion(
             """The squared error of what the network predicts, and its weight, each [n]."""
             path = path_of(p)
             x_t = diffuse(path, x0, epsilon, t)
-            missed = predict(p, x_t, t, condition(batch.cond), dropped) - kind.from_x0(path, x0, x_t, t)
-            return squared(missed), weigh(path, t, kind.to_x0(path, jnp.ones_like(t), jnp.zeros_like(t), t), sigma_data)
+            missed = predict(p, x_t, t, condition(batch.cond), dropped) - kind.from_x0(
+                path, x0, x_t, t
+            )
+            return squared(missed), weigh(
+                path, t, kind.to_x0(path, jnp.ones_like(t), jnp.zeros_like(t), t), sigma_data
+            )
 
         with_inner = lambda p, inner: {**p, "schedule": {**p["schedule"], "inner": inner}}  # noqa: E731
         frozen = jax.lax.stop_gradient(p)
@@ -347,30 +420,52 @@ def diffusion(
         value, metrics = weight * error, {"mse": error / spec.size}
         if weighting == "elbo":
             kl = prior_kl(path_of(here), x0)
-            log_lik = end_nats(denoise_of(here, batch.cond, dropped), path_of(here), spec, batch.x, key_end)
+            log_lik = end_nats(
+                denoise_of(here, batch.cond, dropped), path_of(here), spec, batch.x, key_end
+            )
             metrics |= {"diffusion": value, "prior_kl": kl, "reconstruction": -log_lik}
             value = value + kl - log_lik
         if only_variance:
-            # Its mean does not depend on them, so that the gradient of the square is that of the variance; divided by the mean
-            # of twice the value that a network of zeros has, to be of the size of the other gradients.
+            # Its mean does not depend on them, so that the gradient of the square is that of the
+            # variance; divided by the mean of twice the value that a network of zeros has, to be of
+            # the size of the other gradients.
             error, weight = errors(with_inner(frozen, p["schedule"]["inner"]))
-            square = jnp.square(weight * error) / (jnp.exp(frozen["schedule"]["ends"][1]) * spec.size)
+            square = jnp.square(weight * error) / (
+                jnp.exp(frozen["schedule"]["ends"][1]) * spec.size
+            )
             value = value + square - jax.lax.stop_gradient(square)
         return value, Aux(state, metrics)
 
     def bound(params: Params, state: State, batch: Batch, key: Key) -> Array:
         p = params["diffusion"]
-        return variational_bound(denoise_of(p, batch.cond), path_of(p), spec, batch.x, key, n_bound_samples, n_times)
+        return variational_bound(
+            denoise_of(p, batch.cond), path_of(p), spec, batch.x, key, n_bound_samples, n_times
+        )
 
     def log_prob(params: Params, state: State, batch: Batch, key: Key) -> Array:
         p = params["diffusion"]
         path = path_of(p)
         times = GRIDS["log_snr"](path, n_likelihood_steps)
         alpha = path.alpha(times[-1])  # x_end is alpha x
-        nats = ode_log_prob(denoise_of(p, batch.cond), path, alpha * batch.x, times, key, n_probes, likelihood_solver)
+        nats = ode_log_prob(
+            denoise_of(p, batch.cond),
+            path,
+            alpha * batch.x,
+            times,
+            key,
+            n_probes,
+            likelihood_solver,
+        )
         return nats + spec.size * jnp.log(alpha)
 
-    def denoise(params: Params, state: State, x_t: Array, t: Array, cond: Any = None, dropped: Array | None = None) -> Array:
+    def denoise(
+        params: Params,
+        state: State,
+        x_t: Array,
+        t: Array,
+        cond: Any = None,
+        dropped: Array | None = None,
+    ) -> Array:
         check_cond(spec, cond, x_t.shape[0])
         return denoise_of(params["diffusion"], cond, dropped)(x_t, t)
 

@@ -1,8 +1,10 @@
-"""Generative adversarial networks: a generator G(z) against a discriminator that tells its samples from the data.
+"""Generative adversarial networks: a generator G(z) against a discriminator that tells its samples
+from the data.
 
-Goodfellow 2014 (minimax and non-saturating), Mao 2017 (least squares), Lim & Ye 2017 (hinge), Arjovsky 2017 and Gulrajani
-2017 (Wasserstein, gradient penalty), Mescheder 2018 (R1, R2), Jolicoeur-Martineau 2018 and Huang 2024 (relativistic
-pairing, R3GAN), Miyato 2018 (spectral normalisation), Mirza 2014, Odena 2017, Miyato & Koyama 2018 (conditions).
+Goodfellow 2014 (minimax and non-saturating), Mao 2017 (least squares), Lim & Ye 2017 (hinge),
+Arjovsky 2017 and Gulrajani 2017 (Wasserstein, gradient penalty), Mescheder 2018 (R1, R2),
+Jolicoeur-Martineau 2018 and Huang 2024 (relativistic pairing, R3GAN), Miyato 2018 (spectral
+normalisation), Mirza 2014, Odena 2017, Miyato & Koyama 2018 (conditions).
 """
 
 from collections.abc import Callable
@@ -25,16 +27,29 @@ from genjax.nets.gan import (
     ResidualGenerator,
 )
 from genjax.parts.distributions import softplus
-from genjax.protocol import Array, Aux, Batch, DataSpec, Key, Model, Params, State, check_cond, checked
+from genjax.protocol import (
+    Array,
+    Aux,
+    Batch,
+    DataSpec,
+    Key,
+    Model,
+    Params,
+    State,
+    check_cond,
+    checked,
+)
 
 
 class Objective(NamedTuple):
-    """The losses of both players as functions of the logits D(x) of a real and D(G(z)) of a generated example, [B] -> [B].
+    """The losses of both players as functions of the logits D(x) of a real and D(G(z)) of a
+    generated example, [B] -> [B].
 
     Attributes:
         discriminator: (real, fake) -> loss.
         generator: (real, fake) -> loss.
-        shift_invariant: whether only differences of logits matter, so that a bias of the logit would have no effect.
+        shift_invariant: whether only differences of logits matter, so that a bias of the logit
+            would have no effect.
     """
 
     discriminator: Callable[[Array, Array], Array]
@@ -58,12 +73,20 @@ OBJECTIVES: dict[str, Objective] = {
         lambda real, fake: 0.5 * jnp.square(fake - 1),
     ),
     # Lim & Ye 2017; Miyato 2018, equations 16 and 17.
-    "hinge": Objective(lambda real, fake: jax.nn.relu(1 - real) + jax.nn.relu(1 + fake), lambda real, fake: -fake),
-    # Arjovsky 2017, equation 3; the critic must be kept Lipschitz by a penalty or by spectral normalisation.
-    "wasserstein": Objective(lambda real, fake: fake - real, lambda real, fake: -fake, shift_invariant=True),
-    # Jolicoeur-Martineau 2018; Huang 2024, section 2: each generated example is compared with a real one.
+    "hinge": Objective(
+        lambda real, fake: jax.nn.relu(1 - real) + jax.nn.relu(1 + fake), lambda real, fake: -fake
+    ),
+    # Arjovsky 2017, equation 3; the critic must be kept Lipschitz by a penalty or by spectral
+    # normalisation.
+    "wasserstein": Objective(
+        lambda real, fake: fake - real, lambda real, fake: -fake, shift_invariant=True
+    ),
+    # Jolicoeur-Martineau 2018; Huang 2024, section 2: each generated example is compared with a
+    # real one.
     "relativistic": Objective(
-        lambda real, fake: softplus(fake - real), lambda real, fake: softplus(real - fake), shift_invariant=True
+        lambda real, fake: softplus(fake - real),
+        lambda real, fake: softplus(real - fake),
+        shift_invariant=True,
     ),
 }
 
@@ -75,7 +98,9 @@ NETS: dict[str, tuple[type, type]] = {
 
 
 def input_gradient(logit: Callable[[Array], Array], x: Array) -> Array:
-    """∇_x D(x) of every example, [B, *shape] -> [B, *shape], for a D in which no example sees another."""
+    """∇_x D(x) of every example, [B, *shape] -> [B, *shape], for a D in which no example sees
+    another.
+    """
     return jax.grad(lambda x: jnp.sum(logit(x)))(x)
 
 
@@ -89,7 +114,9 @@ def zero_centred_penalty(logit: Callable[[Array], Array], x: Array) -> Array:
 
 
 def one_centred_penalty(logit: Callable[[Array], Array], x: Array) -> Array:
-    """(|∇_x D(x)| - 1)², [B]. Gulrajani 2017, equation 3, at points between real and generated ones."""
+    """(|∇_x D(x)| - 1)², [B]. Gulrajani 2017, equation 3, at points between real and generated
+    ones.
+    """
     # The derivative of the square root at 0 is infinite, and a discriminator can start there.
     return jnp.square(jnp.sqrt(_square_norm(input_gradient(logit, x)) + 1e-12) - 1)
 
@@ -111,7 +138,9 @@ def _nets(
     bias: bool,
     dtype: str,
 ) -> tuple[Net, Net]:
-    """Generator and discriminator as pure functions of (x or z, condition [N, E] or None, train=...)."""
+    """Generator and discriminator as pure functions of (x or z, condition [N, E] or None,
+    train=...).
+    """
     make_generator, make_features = NETS[net]
     widths, e = (hidden if net == "mlp" else channels), spec.cond_size
     knows_concat, knows_norm = conditions[0] == "concat", conditions[0] == "batch_norm"
@@ -145,7 +174,9 @@ def gan(
     net: Literal["mlp", "dcgan", "resnet"] = "mlp",
     hidden: tuple[int, ...] = (128, 128),
     channels: tuple[int, ...] = (32, 64),
-    objective: Literal["minimax", "nonsaturating", "least_squares", "hinge", "wasserstein", "relativistic"] = "nonsaturating",
+    objective: Literal[
+        "minimax", "nonsaturating", "least_squares", "hinge", "wasserstein", "relativistic"
+    ] = "nonsaturating",
     r1: float = 0.0,
     r2: float = 0.0,
     gradient_penalty: float = 0.0,
@@ -160,14 +191,15 @@ def gan(
 ) -> Model:
     """A generative adversarial network; conditional if the spec has a condition.
 
-    Two players take turns: "discriminator", `discriminator_steps` times a step, and "generator". With real examples x and
-    z ~ N(0, I) their losses per example are those of `OBJECTIVES`, and the discriminator's has these terms added:
-    r1 ½|∇D(x)|² + r2 ½|∇D(G(z))|² + gradient_penalty (|∇D(u)| - 1)², u = x + t (G(z) - x), t ~ U(0, 1).
+    Two players take turns: "discriminator", `discriminator_steps` times a step, and "generator".
+    With real examples x and z ~ N(0, I) their losses per example are those of `OBJECTIVES`, and the
+    discriminator's has these terms added: r1 ½|∇D(x)|² + r2 ½|∇D(G(z))|² + gradient_penalty
+    (|∇D(u)| - 1)², u = x + t (G(z) - x), t ~ U(0, 1).
 
-    There is neither `log_prob` nor `bound`. Discriminators see events on the normalised scale; the generator's values are
-    real numbers (through tanh for binary and discrete data), which `sample` rounds to values of the data. All
-    discriminator turns of one step see the same real examples with new z; the papers draw new ones each time. Shapes: x
-    [B, *shape], z [B, latent_dim].
+    There is neither `log_prob` nor `bound`. Discriminators see events on the normalised scale; the
+    generator's values are real numbers (through tanh for binary and discrete data), which `sample`
+    rounds to values of the data. All discriminator turns of one step see the same real examples
+    with new z; the papers draw new ones each time. Shapes: x [B, *shape], z [B, latent_dim].
 
     Extras, on events in the units of the data:
         generate: (params, state, z, cond=None) -> G(z), not rounded, [B, *shape].
@@ -177,17 +209,22 @@ def gan(
         spec: the data; binary, discrete or continuous.
         latent_dim: dimensions of z.
         net: both players' networks: "mlp", or "dcgan" or "resnet" for images.
-        hidden: for "mlp": widths of the discriminator's hidden layers; the generator has them reversed.
-        channels: for images: channels of the discriminator, each entry halving the image; the generator has them reversed.
+        hidden: for "mlp": widths of the discriminator's hidden layers; the generator has them
+            reversed.
+        channels: for images: channels of the discriminator, each entry halving the image; the
+            generator has them reversed.
         objective: the two losses.
         r1: weight of the zero-centred gradient penalty on real examples.
         r2: the same on generated examples.
-        gradient_penalty: weight of the one-centred gradient penalty between real and generated examples (WGAN-GP: 10).
+        gradient_penalty: weight of the one-centred gradient penalty between real and generated
+            examples (WGAN-GP: 10).
         spectral_norm: divide each of the discriminator's kernels by its largest singular value.
         generator_norm: normalisation between the generator's layers.
         discriminator_norm: normalisation between the discriminator's convolutions.
-        generator_cond: where the generator takes a condition: beside z, or in its batch normalisations.
-        discriminator_cond: where the discriminator takes it: beside x, as a projection, or as an auxiliary task to predict.
+        generator_cond: where the generator takes a condition: beside z, or in its batch
+            normalisations.
+        discriminator_cond: where the discriminator takes it: beside x, as a projection, or as an
+            auxiliary task to predict.
         auxiliary_weight: weight of the auxiliary task's loss, in nats, for both players.
         discriminator_steps: turns of the discriminator for one of the generator.
         dtype: of the networks' arithmetic; parameters and losses stay float32.
@@ -196,7 +233,9 @@ def gan(
         ConfigError: for settings that do not exist or do not fit the data or each other.
     """
     if spec.kind == "tokens":
-        raise ConfigError("A GAN models binary, discrete or continuous data; got tokens. Use a sequence family.")
+        raise ConfigError(
+            "A GAN models binary, discrete or continuous data; got tokens. Use a sequence family."
+        )
     if objective not in OBJECTIVES:
         raise unknown_name("objective", objective, OBJECTIVES)
     if net not in NETS:
@@ -211,30 +250,45 @@ def gan(
     for label, (value, allowed) in choices.items():
         if value not in allowed:
             raise unknown_name(label, value, allowed)
-    for label, number in {"latent_dim": latent_dim, "discriminator_steps": discriminator_steps}.items():
+    for label, number in {
+        "latent_dim": latent_dim,
+        "discriminator_steps": discriminator_steps,
+    }.items():
         if number < 1:
             raise ConfigError(f"{label} must be at least 1; got {number}.")
     penalties = {"r1": r1, "r2": r2, "gradient_penalty": gradient_penalty}
     for label, weight in penalties.items():
         if not isinstance(weight, Tracer) and weight < 0:
-            raise ConfigError(f"{label} is the weight of a penalty and must not be negative; got {weight}.")
+            raise ConfigError(
+                f"{label} is the weight of a penalty and must not be negative; got {weight}."
+            )
     if discriminator_norm == "batch":
         if net == "mlp":
-            raise ConfigError("discriminator_norm='batch' is for convolutional nets; use net='dcgan' or 'resnet'.")
+            raise ConfigError(
+                "discriminator_norm='batch' is for convolutional nets; use net='dcgan' or 'resnet'."
+            )
         used = [label for label, weight in penalties.items() if _used(weight)]
         if used:
             raise ConfigError(
-                f"{' and '.join(used)}: a gradient penalty is of one example, and batch normalisation couples them. "
+                f"{' and '.join(used)}: a gradient penalty is of one example, and batch "
+                "normalisation couples them. "
                 "Use discriminator_norm='none'."
             )
     if generator_cond == "batch_norm" and generator_norm != "batch":
-        raise ConfigError("generator_cond='batch_norm' needs batch normalisation: say generator_norm='batch' as well.")
+        raise ConfigError(
+            "generator_cond='batch_norm' needs batch normalisation: say generator_norm='batch' as "
+            "well."
+        )
     if generator_cond == "batch_norm" and net == "mlp" and not hidden:
-        raise ConfigError("generator_cond='batch_norm' needs a hidden layer to normalise; got hidden=().")
+        raise ConfigError(
+            "generator_cond='batch_norm' needs a hidden layer to normalise; got hidden=()."
+        )
     if not spec.conditional and (generator_cond, discriminator_cond) != ("concat", "concat"):
         raise ConfigError(
-            f"generator_cond={generator_cond!r} and discriminator_cond={discriminator_cond!r} say where a condition goes, but "
-            f"{spec.name} has none. Take conditional data (--conditional), or leave both at 'concat'."
+            f"generator_cond={generator_cond!r} and discriminator_cond={discriminator_cond!r} say "
+            "where a condition goes, but "
+            f"{spec.name} has none. Take conditional data (--conditional), or leave both at "
+            "'concat'."
         )
     losses = OBJECTIVES[objective]
     generator, discriminator = _nets(
@@ -252,19 +306,28 @@ def gan(
 
     def init(key: Key) -> tuple[Params, State]:
         key_generator, key_discriminator = jax.random.split(key)
-        nets = {"generator": generator.init(key_generator), "discriminator": discriminator.init(key_discriminator)}
-        return {name: params for name, (params, _) in nets.items()}, {name: state for name, (_, state) in nets.items()}
+        nets = {
+            "generator": generator.init(key_generator),
+            "discriminator": discriminator.init(key_discriminator),
+        }
+        return {name: params for name, (params, _) in nets.items()}, {
+            name: state for name, (_, state) in nets.items()
+        }
 
     def condition(cond: Any) -> Array | None:
         return jax.nn.one_hot(cond, spec.n_classes) if spec.n_classes else cond
 
-    def generated(params: Params, state: State, z: Array, c: Array | None, train: bool) -> tuple[Array, State]:
+    def generated(
+        params: Params, state: State, z: Array, c: Array | None, train: bool
+    ) -> tuple[Array, State]:
         """G(z) on the normalised scale [N, *shape], and the generator's next state."""
         y, new = generator.apply(params["generator"], state["generator"], z, c, train=train)
         return (y if spec.kind == "continuous" else jnp.tanh(y)), new
 
     def auxiliary_loss(prediction: Array | None, c: Array | None) -> Array | float:
-        """-ln p(c | x) of the auxiliary task: a class, or a vector as N(prediction, I) up to a constant; nats [N]."""
+        """-ln p(c | x) of the auxiliary task: a class, or a vector as N(prediction, I) up to a
+        constant; nats [N].
+        """
         if prediction is None or c is None:
             return 0.0
         if spec.n_classes:
@@ -274,7 +337,9 @@ def gan(
     def latent(key: Key, n: int) -> Array:
         return jax.random.normal(key, (n, latent_dim))
 
-    def discriminator_loss(params: Params, state: State, batch: Batch, key: Key) -> tuple[Array, Aux]:
+    def discriminator_loss(
+        params: Params, state: State, batch: Batch, key: Key
+    ) -> tuple[Array, Aux]:
         key_z, key_between = jax.random.split(key)
         real, c = spec.normalize(batch.x), condition(batch.cond)
         fake, _ = generated(params, state, latent(key_z, real.shape[0]), c, train=True)
@@ -284,7 +349,9 @@ def gan(
         value = losses.discriminator(on_real, on_fake)
         metrics = {"real_logit": on_real, "fake_logit": on_fake}
         # Odena 2017, equation 3: the discriminator names the class of generated examples, too.
-        value += 0.5 * auxiliary_weight * (auxiliary_loss(guess_real, c) + auxiliary_loss(guess_fake, c))
+        value += (
+            0.5 * auxiliary_weight * (auxiliary_loss(guess_real, c) + auxiliary_loss(guess_fake, c))
+        )
 
         def logit(x: Array) -> Array:
             return discriminator.apply(own, after, x, c, train=False)[0][0]
@@ -307,7 +374,9 @@ def gan(
         fake, after = generated(params, state, latent(key, real.shape[0]), c, train=True)
         judge = partial(discriminator.apply, params["discriminator"], state["discriminator"])
         (on_fake, guess), _ = judge(fake, c, train=True)
-        (on_real, _), _ = judge(real, c, train=True)  # for most objectives without effect, and then not computed
+        (on_real, _), _ = judge(
+            real, c, train=True
+        )  # for most objectives without effect, and then not computed
         value = losses.generator(on_real, on_fake) + auxiliary_weight * auxiliary_loss(guess, c)
         return value, Aux({**state, "generator": after}, {})
 
@@ -318,7 +387,9 @@ def gan(
     def logit(params: Params, state: State, x: Array, cond: Any = None) -> Array:
         check_cond(spec, cond, x.shape[0])
         own, c = params["discriminator"], condition(cond)
-        return discriminator.apply(own, state["discriminator"], spec.normalize(x), c, train=False)[0][0]
+        return discriminator.apply(own, state["discriminator"], spec.normalize(x), c, train=False)[
+            0
+        ][0]
 
     def sample(params: Params, state: State, key: Key, n: int, cond: Any = None) -> Array:
         x = generate(params, state, latent(key, n), cond)

@@ -1,6 +1,7 @@
 """Recurrent variational autoencoders: a recurrent network with a latent variable z_t at every step.
 
-Chung 2015 (the VRNN; its equations 5 to 11), Burda 2015 (the importance-weighted bound), Maddison 2017 (the filtering bound).
+Chung 2015 (the VRNN; its equations 5 to 11), Burda 2015 (the importance-weighted bound), Maddison
+2017 (the filtering bound).
 """
 
 from collections.abc import Callable
@@ -42,24 +43,30 @@ from genjax.protocol import (
     step_mask,
 )
 
-# Scales of z are softplus(raw) + this, as in the paper but for the floor: an exponential overflows where a sequence surprises
-# its recurrence, and a posterior without a floor can be as narrow as it likes.
+# Scales of z are softplus(raw) + this, as in the paper but for the floor: an exponential overflows
+# where a sequence surprises its recurrence, and a posterior without a floor can be as narrow as it
+# likes.
 MIN_SCALE = 1e-3
 
 Normal = tuple[Array, Array]  # mean and log-scale
-# (key, k, n) -> numbers in [0, 1), [k, n]: where the cumulated weights of n examples are cut to choose k particles.
+# (key, k, n) -> numbers in [0, 1), [k, n]: where the cumulated weights of n examples are cut to
+# choose k particles.
 Resampling = Callable[[Key, int, int], Array]
 
 
 class Sequential(NamedTuple):
-    """A latent-variable model of sequences with its parameters put in, as functions of one step of N examples.
+    """A latent-variable model of sequences with its parameters put in, as functions of one step of
+    N examples.
 
-    `carry` is a tuple whose first entry is h_{t-1} [N, d]; `observed` is anything that was computed from x, leading axis N.
+    `carry` is a tuple whose first entry is h_{t-1} [N, d]; `observed` is anything that was computed
+    from x, leading axis N.
     """
 
     prior: Callable[[Array], Normal]  # (h) -> p(z_t | h_{t-1}), [N, latent_dim] each
     posterior: Callable[[Any, Array], Normal]  # (observed, h) -> q(z_t | x_t, h_{t-1})
-    log_likelihood: Callable[[Array, Array, Array], Array]  # (x, z, h) -> ln p(x_t | z_t, h_{t-1}) in nats [N]
+    log_likelihood: Callable[
+        [Array, Array, Array], Array
+    ]  # (x, z, h) -> ln p(x_t | z_t, h_{t-1}) in nats [N]
     recur: Callable[[Any, Array, Any], Any]  # (observed, z, carry) -> carry
 
 
@@ -68,10 +75,14 @@ def _step_keys(key: Key, n_steps: int) -> Key:
     return jax.vmap(lambda t: jax.random.fold_in(key, t))(jnp.arange(n_steps))
 
 
-def elbo_steps(model: Sequential, x: Array, observed: Any, carry: Any, key: Key, remat: bool = False) -> tuple[Array, Array]:
-    """ln p(x_t | z_t, h_{t-1}) and KL(q(z_t | x_t, h_{t-1}) || p(z_t | h_{t-1})) in nats, each [T, N], for one path z ~ q.
+def elbo_steps(
+    model: Sequential, x: Array, observed: Any, carry: Any, key: Key, remat: bool = False
+) -> tuple[Array, Array]:
+    """ln p(x_t | z_t, h_{t-1}) and KL(q(z_t | x_t, h_{t-1}) || p(z_t | h_{t-1})) in nats, each [T,
+    N], for one path z ~ q.
 
-    Their difference, summed over time, is the ELBO of Chung 2015, equation 11. x and `observed` are [T, N, ...].
+    Their difference, summed over time, is the ELBO of Chung 2015, equation 11. x and `observed` are
+    [T, N, ...].
     """
 
     def step(carry: Any, at: Any) -> tuple[Any, Any]:
@@ -104,7 +115,9 @@ RESAMPLING: dict[str, Resampling] = {"systematic": systematic, "multinomial": mu
 
 
 def ancestors(cuts: Array, log_weight: Array) -> Array:
-    """Which particle takes the place of each, int [K, N]: the one whose share of the cumulated weights holds the cut."""
+    """Which particle takes the place of each, int [K, N]: the one whose share of the cumulated
+    weights holds the cut.
+    """
     upper = jnp.cumsum(jax.nn.softmax(log_weight, axis=0), axis=0)
     below = upper[None] <= cuts.astype(upper.dtype)[:, None]
     return jnp.minimum(below.sum(1), len(log_weight) - 1)  # the last sum may round to less than 1
@@ -121,12 +134,15 @@ def particle_bound(
     resampling: Resampling | None = None,
     remat: bool = False,
 ) -> Array:
-    """ln p̂(x) in nats [B] from K particles z_{1..T} ~ q with E p̂(x) = p(x), so that E ln p̂(x) <= ln p(x).
+    """ln p̂(x) in nats [B] from K particles z_{1..T} ~ q with E p̂(x) = p(x), so that E ln p̂(x) <=
+    ln p(x).
 
-    With weights w_t = w_{t-1} p(x_t, z_t | h_{t-1}) / q(z_t | x_t, h_{t-1}): without resampling p̂ = 1/K Σ_k w_T, the
-    importance-weighted bound (Burda 2015, equation 8). With it, whenever the effective sample size (Σ w)² / Σ w² is below K/2
-    and steps are still to come, p̂ gains the factor 1/K Σ_k w_t, particles are drawn anew in proportion to their weights, and
-    these return to 1: the filtering bound (Maddison 2017, algorithm 1). As there, gradients ignore how particles were chosen.
+    With weights w_t = w_{t-1} p(x_t, z_t | h_{t-1}) / q(z_t | x_t, h_{t-1}): without resampling p̂
+    = 1/K Σ_k w_T, the importance-weighted bound (Burda 2015, equation 8). With it, whenever the
+    effective sample size (Σ w)² / Σ w² is below K/2 and steps are still to come, p̂ gains the
+    factor 1/K Σ_k w_t, particles are drawn anew in proportion to their weights, and
+    these return to 1: the filtering bound (Maddison 2017, algorithm 1). As there, gradients ignore
+        how particles were chosen.
 
     x and `observed` are [T, B, ...], the mask is [T, B] and carries are [B, ...].
     """
@@ -140,15 +156,21 @@ def particle_bound(
         x, observed, h = tile(x), jax.tree.map(tile, observed), carry[0]
         mean, log_scale = model.posterior(observed, h)
         z = normal_sample(key_z, mean, log_scale)
-        log_ratio = sum_event(normal_log_prob(z, *model.prior(h)) - normal_log_prob(z, mean, log_scale))
+        log_ratio = sum_event(
+            normal_log_prob(z, *model.prior(h)) - normal_log_prob(z, mean, log_scale)
+        )
         gain = (model.log_likelihood(x, z, h) + log_ratio).reshape(k, b)
         log_weight = log_weight + jnp.where(valid[None], gain, 0)
         carry = model.recur(observed, z, carry)
         if resampling is not None:
-            log_size = 2 * jax.nn.logsumexp(log_weight, axis=0) - jax.nn.logsumexp(2 * log_weight, axis=0)
+            log_size = 2 * jax.nn.logsumexp(log_weight, axis=0) - jax.nn.logsumexp(
+                2 * log_weight, axis=0
+            )
             due = more & (jnp.exp(log_size) < k / 2)
             chosen = ancestors(resampling(key_cuts, k, b), log_weight)
-            rows = (jnp.where(due[None], chosen, jnp.arange(k)[:, None]) * b + jnp.arange(b)[None]).reshape(-1)
+            rows = (
+                jnp.where(due[None], chosen, jnp.arange(k)[:, None]) * b + jnp.arange(b)[None]
+            ).reshape(-1)
             carry = jax.tree.map(lambda leaf: leaf[rows], carry)
             total = total + jnp.where(due, log_mean_exp(log_weight), 0)
             log_weight = jnp.where(due[None], 0, log_weight)
@@ -185,25 +207,33 @@ def vrnn(
 ) -> Model:
     """A variational recurrent neural network; conditional if the spec has a condition.
 
-    p(x, z) = Π_t p(z_t | h_{t-1}) p(x_t | z_t, h_{t-1}) with h_t = f(φ_x(x_t, c), φ_z(z_t), h_{t-1}), and
-    q(z | x) = Π_t q(z_t | x_t, h_{t-1}); prior and posterior are Gaussian with diagonal covariance. The loss is the negative
-    objective in nats per example: "elbo" is Σ_t ln p(x_t | z_t, h_{t-1}) - beta KL_t with the KL in closed form, averaged over
-    K = `n_samples` paths; "iwae" and "fivo" are `particle_bound` with K particles, without and with resampling.
-    Steps that are padding count for nothing. `bound` is the estimator of its own arguments, with beta = 1; `log_prob` is None.
-    Shapes: x [B, T, *event], z [B, T, latent_dim]. Without a latent variable (latent_dim 0) and hidden layers it is `rnn`.
+    p(x, z) = Π_t p(z_t | h_{t-1}) p(x_t | z_t, h_{t-1}) with h_t = f(φ_x(x_t, c), φ_z(z_t),
+    h_{t-1}), and q(z | x) = Π_t q(z_t | x_t, h_{t-1}); prior and posterior are Gaussian with
+    diagonal covariance. The loss is the negative
+    objective in nats per example: "elbo" is Σ_t ln p(x_t | z_t, h_{t-1}) - beta KL_t with the KL in
+    closed form, averaged over K = `n_samples` paths; "iwae" and "fivo" are `particle_bound` with K
+    particles, without and with resampling. Steps that are padding count for nothing. `bound` is the
+    estimator of its own arguments, with beta = 1; `log_prob` is None.
+    Shapes: x [B, T, *event], z [B, T, latent_dim]. Without a latent variable (latent_dim 0) and
+        hidden layers it is `rnn`.
 
     Extras:
-        encode: (params, state, x, cond=None) -> mean and log-scale of q, each [B, T, latent_dim], along the path of means.
-        step_bound: (params, state, batch, key) -> the terms of the ELBO for one path, [B, T], 0 where padded.
-        generate: (params, state, key, n, cond=None, *, prompt=None, prompt_length=None, length=None) -> x [n, length, *event]:
-            z_t from the posterior in the prompt and from the prior after it; `prompt_length` int or [n] may be traced.
+        encode: (params, state, x, cond=None) -> mean and log-scale of q, each [B, T, latent_dim],
+            along the path of means.
+        step_bound: (params, state, batch, key) -> the terms of the ELBO for one path, [B, T], 0
+            where padded.
+        generate: (params, state, key, n, cond=None, *, prompt=None, prompt_length=None,
+            length=None) -> x [n, length, *event]:
+            z_t from the posterior in the prompt and from the prior after it; `prompt_length` int or
+            [n] may be traced.
 
     Args:
         spec: the data; a sequence of any kind.
         cell: f; in Python any `Cell`.
         latent_dim: dimensions of z_t.
         d_hidden: the size of h.
-        hidden: widths of the hidden layers of prior, encoder and decoder, and of the layers of φ_x and φ_z. Empty means linear.
+        hidden: widths of the hidden layers of prior, encoder and decoder, and of the layers of φ_x
+            and φ_z. Empty means linear.
         activation: between layers.
         dropout: rate, applied to φ_x(x_t), so to what encoder and recurrence see of the data.
         n_components: Gaussians in the mixture that continuous events have.
@@ -213,16 +243,20 @@ def vrnn(
         bound_estimator: what `bound` computes.
         n_bound_samples: K of `bound`.
         resampling: of "fivo".
-        remat: keep only the carry of each step and compute the rest of it again on the way back, for less memory where
-            sequences are long or particles many.
+        remat: keep only the carry of each step and compute the rest of it again on the way back,
+            for less memory where sequences are long or particles many.
         cond_dropout: how often training leaves out the condition.
         dtype: of the networks' arithmetic; parameters and losses stay float32.
 
     Raises:
-        ConfigError: for settings that do not exist or do not fit the data, and for a prompt that does not fit.
+        ConfigError: for settings that do not exist or do not fit the data, and for a prompt that
+            does not fit.
     """
     if spec.step is None:
-        raise ConfigError(f"A VRNN models sequences; {spec.name} has no steps. Give its DataSpec `step`, or use vae.")
+        raise ConfigError(
+            f"A VRNN models sequences; {spec.name} has no steps. Give its DataSpec `step`, or use "
+            "vae."
+        )
     for label, given, names in (
         ("objective", objective, ("elbo", "iwae", "fivo")),
         ("bound_estimator", bound_estimator, ("elbo", "iwae", "fivo")),
@@ -232,7 +266,12 @@ def vrnn(
     ):
         if given not in names:
             raise unknown_name(label, given, names)
-    sizes = {"d_hidden": d_hidden, "n_components": n_components, "n_samples": n_samples, "n_bound_samples": n_bound_samples}
+    sizes = {
+        "d_hidden": d_hidden,
+        "n_components": n_components,
+        "n_samples": n_samples,
+        "n_bound_samples": n_bound_samples,
+    }
     for label, number in sizes.items():
         if number < 1:
             raise ConfigError(f"{label} must be at least 1; got {number}.")
@@ -242,11 +281,17 @@ def vrnn(
         if isinstance(rate, int | float) and not 0 <= rate < 1:
             raise ConfigError(f"{label} must be in [0, 1); got {rate}.")
     if objective != "elbo" and not (isinstance(beta, int | float) and beta == 1):
-        raise ConfigError(f"beta weighs the KL of the objective 'elbo'; {objective} has none. Leave beta at 1; got {beta}.")
+        raise ConfigError(
+            f"beta weighs the KL of the objective 'elbo'; {objective} has none. Leave beta at 1; "
+            f"got {beta}."
+        )
     emit = emission(spec, n_components)
     droppable = isinstance(cond_dropout, Tracer) or cond_dropout > 0
     sizes_of = (latent_dim, d_hidden, tuple(hidden), emit.n_outputs)
-    net = functional(partial(VariationalRecurrentNet, spec, cell_of(cell), *sizes_of, activation, droppable), dtype)
+    net = functional(
+        partial(VariationalRecurrentNet, spec, cell_of(cell), *sizes_of, activation, droppable),
+        dtype,
+    )
 
     def init(key: Key) -> tuple[Params, State]:
         return {"vrnn": net.init(key)[0]}, {"vrnn": {}}
@@ -270,22 +315,32 @@ def vrnn(
     def observe(
         p: Any, x: Array, c: Array | None, dropped: Array | None = None, key: Key | None = None
     ) -> tuple[Array, PyTree, PyTree]:
-        """x with time first, [T, B, *event], what the networks make of it, [T, B, ...], and the carry before it."""
+        """x with time first, [T, B, *event], what the networks make of it, [T, B, ...], and the
+        carry before it.
+        """
         x = x.swapaxes(0, 1)
         n_steps, b = x.shape[:2]
-        every = lambda leaf: None if leaf is None else jnp.tile(leaf, (n_steps, *[1] * (leaf.ndim - 1)))  # noqa: E731
+        every = lambda leaf: (
+            None if leaf is None else jnp.tile(leaf, (n_steps, *[1] * (leaf.ndim - 1)))
+        )  # noqa: E731
         flat = x.reshape(n_steps * b, *x.shape[2:])
-        observed = net.apply(p, {}, flat, every(c), every(dropped), key, dropout, method="observe")[0]
+        observed = net.apply(p, {}, flat, every(c), every(dropped), key, dropout, method="observe")[
+            0
+        ]
         observed = jax.tree.map(lambda leaf: leaf.reshape(n_steps, b, *leaf.shape[1:]), observed)
         return x, observed, net.apply(p, {}, b, c, dropped, method="begin")[0]
 
     def terms(p: Any, batch: Batch, key: Key, k: int, *training: Any) -> tuple[Array, Array]:
-        """Log-likelihood and KL of every step, means over k paths: [B, T] in nats, 0 where padded."""
+        """Log-likelihood and KL of every step, means over k paths: [B, T] in nats, 0 where
+        padded.
+        """
         sequence = observe(p, batch.x, condition(batch.cond), *training)
         mask = step_mask(spec, batch)
 
         def one(key: Key) -> tuple[Array, Array]:
-            return jax.tree.map(lambda v: jnp.where(mask, v.T, 0), elbo_steps(model_of(p), *sequence, key, remat))
+            return jax.tree.map(
+                lambda v: jnp.where(mask, v.T, 0), elbo_steps(model_of(p), *sequence, key, remat)
+            )
 
         if k == 1:
             return one(key)
@@ -294,7 +349,9 @@ def vrnn(
     def particles(p: Any, batch: Batch, key: Key, k: int, how: str, *training: Any) -> Array:
         x, observed, carry = observe(p, batch.x, condition(batch.cond), *training)
         choose = RESAMPLING[resampling] if how == "fivo" else None
-        return particle_bound(model_of(p), x, observed, step_mask(spec, batch).T, carry, key, k, choose, remat)
+        return particle_bound(
+            model_of(p), x, observed, step_mask(spec, batch).T, carry, key, k, choose, remat
+        )
 
     def loss(params: Params, state: State, batch: Batch, key: Key) -> tuple[Array, Aux]:
         p, n = params["vrnn"], batch.x.shape[0]
@@ -302,7 +359,9 @@ def vrnn(
         dropped = jax.random.bernoulli(key_cond, cond_dropout, (n,)) if spec.conditional else None
         metrics: Metrics
         if objective == "elbo":
-            log_lik, kl = (value.sum(1) for value in terms(p, batch, key_z, n_samples, dropped, key_net))
+            log_lik, kl = (
+                value.sum(1) for value in terms(p, batch, key_z, n_samples, dropped, key_net)
+            )
             value = beta * kl - log_lik
             metrics = {"elbo": log_lik - kl, "log_likelihood": log_lik, "kl": kl}
         else:
@@ -329,7 +388,9 @@ def vrnn(
             q = model.posterior(observed, carry[0])
             return model.recur(observed, q[0], carry), q
 
-        return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), jax.lax.scan(step, carry, observed)[1])
+        return jax.tree.map(
+            lambda leaf: leaf.swapaxes(0, 1), jax.lax.scan(step, carry, observed)[1]
+        )
 
     def generate(
         params: Params,
@@ -349,16 +410,28 @@ def vrnn(
         if steps < 1:
             raise ConfigError(f"The length must be at least 1; got {steps}.")
         if whole > steps:
-            raise ConfigError(f"A prompt of {whole} steps does not fit into {steps}: shorten it or generate more.")
+            raise ConfigError(
+                f"A prompt of {whole} steps does not fit into {steps}: shorten it or generate more."
+            )
         if isinstance(prompt_length, int) and not 0 <= prompt_length <= whole:
-            raise ConfigError(f"prompt_length must be from 0 to the {whole} steps of the prompt; got {prompt_length}.")
+            raise ConfigError(
+                f"prompt_length must be from 0 to the {whole} steps of the prompt; got "
+                f"{prompt_length}."
+            )
         given = jnp.zeros((steps, n, *spec.shape[1:]), spec.dtype)
         if prompt is not None:
-            if prompt.ndim != given.ndim or (prompt.shape[0], *prompt.shape[2:]) != (n, *spec.shape[1:]):
+            if prompt.ndim != given.ndim or (prompt.shape[0], *prompt.shape[2:]) != (
+                n,
+                *spec.shape[1:],
+            ):
                 wanted = ", ".join(map(str, (n, "steps", *spec.shape[1:])))
-                raise ConfigError(f"The prompt must have the shape [{wanted}]; got {list(prompt.shape)}.")
+                raise ConfigError(
+                    f"The prompt must have the shape [{wanted}]; got {list(prompt.shape)}."
+                )
             given = given.astype(prompt.dtype).at[:whole].set(prompt.swapaxes(0, 1))
-        fixed = jnp.broadcast_to(jnp.asarray(whole if prompt_length is None else prompt_length), (n,))
+        fixed = jnp.broadcast_to(
+            jnp.asarray(whole if prompt_length is None else prompt_length), (n,)
+        )
 
         def step(loop: PyTree, at: PyTree) -> tuple[PyTree, Array]:
             carry, ended = loop

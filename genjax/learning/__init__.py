@@ -1,1 +1,3 @@
-"""From a model to a trained one: the step, its transforms, optimisers, sharding, checkpoints, the loop."""
+"""From a model to a trained one: the step, its transforms, optimisers, sharding, checkpoints, the
+loop.
+"""

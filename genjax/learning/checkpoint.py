@@ -1,8 +1,8 @@
 """Checkpoints of a TrainState: Orbax behind one small interface.
 
-What it adds to Orbax: a checksum of every file (a flipped byte in a checkpoint otherwise loads without a word), a fall-back
-to the last whole checkpoint, a readable difference when the tree is not the one that was saved, and errors that say what is
-still there.
+What it adds to Orbax: a checksum of every file (a flipped byte in a checkpoint otherwise loads
+without a word), a fall-back to the last whole checkpoint, a readable difference when the tree is
+not the one that was saved, and errors that say what is still there.
 """
 
 import functools
@@ -34,7 +34,8 @@ class Restored(NamedTuple):
     Attributes:
         state: what was saved.
         note: what was saved with it.
-        passed_over: the folders of newer checkpoints that are damaged, with what is wrong with each.
+        passed_over: the folders of newer checkpoints that are damaged, with what is wrong with
+            each.
     """
 
     state: TrainState
@@ -57,11 +58,14 @@ def _unpack(packed: PyTree, like: PyTree) -> PyTree:
     def one(leaf: Any, wanted: Any) -> Any:
         array = leaf if _elsewhere(wanted) else jnp.array(leaf)
         if _is_key(wanted):
-            found: list[Any] = []  # key_impl takes arrays and tracers but not shapes, so ask it inside a trace
+            found: list[
+                Any
+            ] = []  # key_impl takes arrays and tracers but not shapes, so ask it inside a trace
             shape = jax.ShapeDtypeStruct(wanted.shape, wanted.dtype)
             jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), shape)
             array = jax.random.wrap_key_data(array, impl=found[0])
-        # Where nothing is said an array stays uncommitted, and so can enter a program over one device or over many.
+        # Where nothing is said an array stays uncommitted, and so can enter a program over one
+        # device or over many.
         sharding = getattr(wanted, "sharding", None) if getattr(wanted, "committed", True) else None
         return array if sharding is None or _elsewhere(wanted) else jax.device_put(array, sharding)
 
@@ -75,7 +79,8 @@ def _elsewhere(wanted: Any) -> bool:
 
 
 def _abstract(like: PyTree) -> PyTree:
-    """What Orbax needs to know to read the packed state: arrays of its shapes and dtypes, in host memory.
+    """What Orbax needs to know to read the packed state: arrays of its shapes and dtypes, in host
+    memory.
 
     Of an array that lies on several processes each reads only the parts that its own devices hold.
     """
@@ -90,7 +95,8 @@ def _abstract(like: PyTree) -> PyTree:
 
 def _leaves(tree: PyTree) -> dict[str, Any]:
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 
 
@@ -100,12 +106,16 @@ def _checksums(folder: Path) -> dict[str, str]:
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path != folder / CHECKSUMS:
             with path.open("rb") as file:
-                found[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+                found[str(path.relative_to(folder))] = hashlib.file_digest(
+                    file, "sha256"
+                ).hexdigest()
     return found
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None: Orbax must only ever see files that are whole."""
+    """What is wrong with a checkpoint's files, or None: Orbax must only ever see files that are
+    whole.
+    """
     try:
         wanted, found = json.loads((folder / CHECKSUMS).read_text()), _checksums(folder)
         bad = [name for name in wanted if found.get(name) != wanted[name]]
@@ -120,42 +130,64 @@ def difference(saved: PyTree, wanted: PyTree, most: int = 8) -> list[str]:
     """The leaves whose name, shape or dtype differ, one line each, at most `most` of them."""
     a, b = _leaves(saved), _leaves(wanted)
     describe = lambda leaf: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"  # noqa: E731
-    lines = [f"{name}: in the checkpoint {describe(a[name])}, in this model missing" for name in a if name not in b]
-    lines += [f"{name}: in the checkpoint missing, in this model {describe(b[name])}" for name in b if name not in a]
+    lines = [
+        f"{name}: in the checkpoint {describe(a[name])}, in this model missing"
+        for name in a
+        if name not in b
+    ]
+    lines += [
+        f"{name}: in the checkpoint missing, in this model {describe(b[name])}"
+        for name in b
+        if name not in a
+    ]
     lines += [
         f"{name}: in the checkpoint {describe(a[name])}, in this model {describe(b[name])}"
         for name in a
-        if name in b and (tuple(a[name].shape), a[name].dtype) != (tuple(b[name].shape), b[name].dtype)
+        if name in b
+        and (tuple(a[name].shape), a[name].dtype) != (tuple(b[name].shape), b[name].dtype)
     ]
     return lines[:most] + ([f"... and {len(lines) - most} more"] if len(lines) > most else [])
 
 
 class Checkpoints:
-    """The checkpoints of one run: a folder with a sub-folder per step, of which the newest few are kept.
+    """The checkpoints of one run: a folder with a sub-folder per step, of which the newest few are
+    kept.
 
-    A save is atomic: it writes a folder of another name and renames it, so a run that is killed in the middle of one leaves
-    the checkpoints before it whole. Several processes save and restore together, in one folder that all of them see: each
-    writes its part of the arrays, and process 0 does the rest.
+    A save is atomic: it writes a folder of another name and renames it, so a run that is killed in
+    the middle of one leaves the checkpoints before it whole. Several processes save and restore
+    together, in one folder that all of them see: each writes its part of the arrays, and process 0
+    does the rest.
     """
 
     def __init__(self, folder: Path | str, keep: int = 3) -> None:
         self.folder = Path(folder).absolute()
         self.keep = keep
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs whole tracebacks of errors that it also raises
+        logging.getLogger("absl").setLevel(
+            logging.CRITICAL
+        )  # Orbax logs whole tracebacks of errors that it also raises
 
     def steps(self) -> list[int]:
-        """The steps that have a checkpoint, oldest first; a half-written one has another name and is not among them."""
+        """The steps that have a checkpoint, oldest first; a half-written one has another name and
+        is not among them.
+        """
         if not self.folder.is_dir():
             return []
-        return sorted(int(entry.name) for entry in self.folder.iterdir() if entry.name.isdigit() and entry.is_dir())
+        return sorted(
+            int(entry.name)
+            for entry in self.folder.iterdir()
+            if entry.name.isdigit() and entry.is_dir()
+        )
 
     def save(self, state: TrainState, note: dict[str, Any] | None = None) -> Path:
-        """Save a state under its own step, with a note (JSON); a checkpoint of that step that exists already stays.
+        """Save a state under its own step, with a note (JSON); a checkpoint of that step that
+        exists already stays.
 
-        It returns when the checkpoint is on disk: the next step may then donate the state's buffers.
+        It returns when the checkpoint is on disk: the next step may then donate the state's
+            buffers.
 
         Raises:
-            CheckpointError: if it cannot be written (a full or read-only disk); older checkpoints are untouched.
+            CheckpointError: if it cannot be written (a full or read-only disk); older checkpoints
+                are untouched.
         """
         step = int(state.step)
         path, part = self.folder / str(step), self.folder / f"{step}.part"
@@ -165,7 +197,8 @@ class Checkpoints:
         def begin() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._sweep()
-            # Orbax's threads would wait five minutes, and hold up the exit, for a folder that cannot be made.
+            # Orbax's threads would wait five minutes, and hold up the exit, for a folder that
+            # cannot be made.
             part.mkdir()
             part.rmdir()
 
@@ -180,17 +213,24 @@ class Checkpoints:
             told(begin)
             ocp.save(str(part), _pack(state), custom_metadata={"note": note or {}})
             told(finish)
-        except Exception as error:  # Orbax and TensorStore raise many types for a disk that does not take more
+        except (
+            Exception
+        ) as error:  # Orbax and TensorStore raise many types for a disk that does not take more
             for _ in range(10):  # writes that were already under way may still put files back
                 self._sweep()
                 if not list(self.folder.glob("*.part*")):
                     break
                 time.sleep(0.05)
             have = self.steps()
-            left = f"The checkpoint of step {have[-1]} is still there" if have else "There is no earlier checkpoint"
+            left = (
+                f"The checkpoint of step {have[-1]} is still there"
+                if have
+                else "There is no earlier checkpoint"
+            )
             reason = str(error).splitlines()[0][:600] if str(error) else type(error).__name__
             raise CheckpointError(
-                f"Could not save step {step} in {self.folder}: {reason}. {left}. Check the disk's space "
+                f"Could not save step {step} in {self.folder}: {reason}. {left}. Check the disk's "
+                "space "
                 "and permissions, then run the same command again to go on."
             ) from error
         return path
@@ -202,20 +242,27 @@ class Checkpoints:
                 shutil.rmtree(entry, ignore_errors=True)
 
     def restore(self, like: TrainState, step: int | None = None) -> Restored | None:
-        """The newest whole checkpoint (or that of `step`), in the structure of `like`; None if there is none at all.
+        """The newest whole checkpoint (or that of `step`), in the structure of `like`; None if
+        there is none at all.
 
-        A damaged one is passed over for the one before it, and named in `passed_over`; see `set_aside_damaged`.
+        A damaged one is passed over for the one before it, and named in `passed_over`; see
+        `set_aside_damaged`.
 
         Args:
-            like: a TrainState, or its shapes from `jax.eval_shape`; leaves with a sharding are restored to it.
+            like: a TrainState, or its shapes from `jax.eval_shape`; leaves with a sharding are
+                restored to it.
 
         Raises:
-            CheckpointError: if every checkpoint is damaged, the asked one does not exist or is damaged, or the saved tree
-                is not that of `like`; the message lists the leaves that differ.
+            CheckpointError: if every checkpoint is damaged, the asked one does not exist or is
+                damaged, or the saved tree is not that of `like`; the message lists the leaves that
+                differ.
         """
         have = told(self.steps)
         if step is not None and step not in have:
-            raise CheckpointError(f"There is no checkpoint of step {step} in {self.folder}; there are: {have or 'none'}.")
+            raise CheckpointError(
+                f"There is no checkpoint of step {step} in {self.folder}; there are: "
+                f"{have or 'none'}."
+            )
         passed: dict[Path, str] = {}
         for candidate in reversed(have if step is None else [step]):
             path = self.folder / str(candidate)
@@ -225,33 +272,49 @@ class Checkpoints:
                     metadata = ocp.metadata(str(path))
                     lines = difference(metadata.metadata, _abstract(like))
                     packed = None if lines else ocp.load(str(path), _abstract(like))
-                except Exception as error:  # such as a format that this version of Orbax does not know
+                except (
+                    Exception
+                ) as error:  # such as a format that this version of Orbax does not know
                     damage = (str(error) or type(error).__name__).splitlines()[0][:600]
                     if several():  # the others may have read it, and would go on without this one
                         raise CheckpointError(
-                            f"Process {jax.process_index()} could not read the checkpoint {path}, whose files are whole: "
-                            f"{damage}. All processes need one folder that each of them sees; give it with --out."
+                            f"Process {jax.process_index()} could not read the checkpoint {path}, "
+                            "whose files are whole: "
+                            f"{damage}. All processes need one folder that each of them sees; give "
+                            "it with --out."
                         ) from error
                 else:
                     if lines:
-                        raise CheckpointError(f"The checkpoint {path} is not of this model:\n  " + "\n  ".join(lines))
+                        raise CheckpointError(
+                            f"The checkpoint {path} is not of this model:\n  " + "\n  ".join(lines)
+                        )
                     custom: Any = metadata.custom_metadata or {}
                     return Restored(_unpack(packed, like), custom.get("note", {}), passed)
             passed[path] = damage
         if not have:
             return None
         text = "\n".join(f"  {path}: {reason}" for path, reason in passed.items())
-        raise CheckpointError(f"No whole checkpoint is left:\n{text}\nDelete the run folder to start again.")
+        raise CheckpointError(
+            f"No whole checkpoint is left:\n{text}\nDelete the run folder to start again."
+        )
 
     def set_aside_damaged(self, restored: Restored) -> None:
-        """Rename the checkpoints that a restore passed over, so that training can save their steps again, and say so."""
+        """Rename the checkpoints that a restore passed over, so that training can save their steps
+        again, and say so.
+        """
 
         def rename(path: Path, reason: str) -> None:
-            names = itertools.chain([f"{path.name}.damaged"], (f"{path.name}.damaged{n}" for n in itertools.count(2)))
-            aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+            names = itertools.chain(
+                [f"{path.name}.damaged"], (f"{path.name}.damaged{n}" for n in itertools.count(2))
+            )
+            aside = next(
+                path.with_name(name) for name in names if not path.with_name(name).exists()
+            )
             with writing(aside):
                 path.rename(aside)
-            logger.warning("A damaged checkpoint was passed over and is now called %s: %s", aside, reason)
+            logger.warning(
+                "A damaged checkpoint was passed over and is now called %s: %s", aside, reason
+            )
 
         for path, reason in restored.passed_over.items():
             told(functools.partial(rename, path, reason))

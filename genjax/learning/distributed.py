@@ -1,15 +1,19 @@
-"""Several processes that train one model together: every process of a cluster runs the same command.
+"""Several processes that train one model together: every process of a cluster runs the same
+command.
 
-    start()                                     # before anything else of jax; a cluster that jax recognises needs no arguments
+    start()                                     # before anything else of jax; a cluster that jax
+    recognises needs no arguments
     train(recipe, folder, mesh={"data": 8})     # the mesh holds the devices of all processes
 
-Process 0 alone writes what a person reads; checkpoints are written by all of them, into one folder. What processes must agree
-on, such as whether a file is there, process 0 finds out and tells the others (`told`): two that go different ways would wait
-for each other. With one process everything here does nothing.
+Process 0 alone writes what a person reads; checkpoints are written by all of them, into one folder.
+What processes must agree on, such as whether a file is there, process 0 finds out and tells the
+others (`told`): two that go different ways would wait for each other. With one process everything
+here does nothing.
 
-What jax does when a process dies: without process 0 the others are ended at once (SIGABRT); without another one the rest may
-wait for it, and are ended when it has given no sign of life for 100 s. One that stops with an error of its own waits `SHUTDOWN`
-seconds for the others, and all are ended then. Start all of them again, and they go on from the last whole checkpoint.
+What jax does when a process dies: without process 0 the others are ended at once (SIGABRT); without
+another one the rest may wait for it, and are ended when it has given no sign of life for 100 s. One
+that stops with an error of its own waits `SHUTDOWN` seconds for the others, and all are ended then.
+Start all of them again, and they go on from the last whole checkpoint.
 """
 
 import itertools
@@ -31,54 +35,88 @@ from genjax import errors
 from genjax.errors import ConfigError, GenjaxError
 
 TIMEOUT = 300  # seconds that jax waits for all processes to start, and then ends those that did
-SHUTDOWN = 30  # seconds that a process which ends waits for the others to end too, before jax ends them
-MEETING = 3600  # seconds that processes wait for one that compiles, draws or reads; jax notices before then if it has died
+SHUTDOWN = (
+    30  # seconds that a process which ends waits for the others to end too, before jax ends them
+)
+# seconds that processes wait for one that compiles, draws or reads; jax notices before then if it
+# has died
+MEETING = 3600
 _meetings = itertools.count()  # each has a name of its own, the same on all processes
 
 
-def start(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
-    """Join the other processes; to be called before jax touches a device. What is left out comes from the environment.
+def start(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> None:
+    """Join the other processes; to be called before jax touches a device. What is left out comes
+    from the environment.
 
     Args:
-        coordinator: "host:port" of process 0, the port being free; else $JAX_COORDINATOR_ADDRESS, else what jax finds on a
-            cluster that it recognises (Slurm, Open MPI, Cloud TPU, Kubernetes).
+        coordinator: "host:port" of process 0, the port being free; else $JAX_COORDINATOR_ADDRESS,
+            else what jax finds on a cluster that it recognises (Slurm, Open MPI, Cloud TPU,
+            Kubernetes).
         processes: how many there are; else $JAX_NUM_PROCESSES, else as above.
         process: which of them this is, from 0; else $JAX_PROCESS_ID, else as above.
 
     Raises:
-        ConfigError: if one of the three is not known or does not fit, or the coordinator's port is taken.
+        ConfigError: if one of the three is not known or does not fit, or the coordinator's port is
+            taken.
     """
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     processes = _number("JAX_NUM_PROCESSES") if processes is None else processes
     process = _number("JAX_PROCESS_ID") if process is None else process
     if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
-        raise ConfigError(f"A coordinator is written as host:port, such as 10.0.0.1:1234; got {coordinator!r}.")
+        raise ConfigError(
+            f"A coordinator is written as host:port, such as 10.0.0.1:1234; got {coordinator!r}."
+        )
     if processes is not None and processes < 1:
         raise ConfigError(f"There must be at least 1 process; got --processes {processes}.")
     if processes is not None and process is not None and not 0 <= process < processes:
-        raise ConfigError(f"The {processes} processes are numbered from 0 to {processes - 1}; got --process {process}.")
-    # Of those that do not come jax ends the process, with a trace of its own: say first what it is waiting for.
+        raise ConfigError(
+            f"The {processes} processes are numbered from 0 to {processes - 1}; got --process "
+            f"{process}."
+        )
+    # Of those that do not come jax ends the process, with a trace of its own: say first what it is
+    # waiting for.
     who = f"process {'?' if process is None else process} of {processes or '?'}"
-    print(f"genjax: {who} joins the others at {coordinator or 'the coordinator that jax finds'}", file=sys.stderr, flush=True)
+    print(
+        f"genjax: {who} joins the others at {coordinator or 'the coordinator that jax finds'}",
+        file=sys.stderr,
+        flush=True,
+    )
     try:
         # The collectives of a CPU are jax's own choice, gloo.
         jax.distributed.initialize(
-            coordinator, processes, process, initialization_timeout=TIMEOUT, shutdown_timeout_seconds=SHUTDOWN
+            coordinator,
+            processes,
+            process,
+            initialization_timeout=TIMEOUT,
+            shutdown_timeout_seconds=SHUTDOWN,
         )
-    except (ValueError, TypeError, KeyError) as error:  # what jax raises where it recognises no cluster
-        known = {"--coordinator HOST:PORT": coordinator, "--processes N": processes, "--process I": process}
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+    ) as error:  # what jax raises where it recognises no cluster
+        known = {
+            "--coordinator HOST:PORT": coordinator,
+            "--processes N": processes,
+            "--process I": process,
+        }
         missing = [flag for flag, value in known.items() if value is None]
         if not missing:
             raise ConfigError(f"These processes cannot be joined: {error}") from error
         raise ConfigError(
-            f"--distributed found no cluster that jax recognises; give {', '.join(missing)} too, or set "
+            f"--distributed found no cluster that jax recognises; give {', '.join(missing)} too, "
+            "or set "
             "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. "
             "The number of a process is its own, from 0; the rest is the same for all."
         ) from error
     except RuntimeError as error:
         raise ConfigError(
-            f"The processes cannot be joined at {coordinator or 'the coordinator'}: {str(error).splitlines()[0][:300]}. "
-            "The coordinator is process 0, on a port that is free there and can be reached from the others."
+            f"The processes cannot be joined at {coordinator or 'the coordinator'}: "
+            f"{str(error).splitlines()[0][:300]}. "
+            "The coordinator is process 0, on a port that is free there and can be reached from "
+            "the others."
         ) from error
 
 
@@ -106,7 +144,8 @@ def told(find: Callable[[], Any]) -> Any:
     It also is a barrier: nobody goes on before process 0 is done.
 
     Raises:
-        Exception: what `find` raises, on process 0; on the others the same where it is a GenjaxError, or one of its text.
+        Exception: what `find` raises, on process 0; on the others the same where it is a
+            GenjaxError, or one of its text.
     """
     if not several():
         return find()
@@ -133,8 +172,9 @@ def told(find: Callable[[], Any]) -> Any:
 def meet() -> None:
     """Wait until every process is here, without the devices.
 
-    At the first sum of a program over the processes of a CPU gloo waits 30 s for them and then fails: for one that compiles, or
-    reads a file, that is little. Those that have met once may keep each other waiting.
+    At the first sum of a program over the processes of a CPU gloo waits 30 s for them and then
+    fails: for one that compiles, or reads a file, that is little. Those that have met once may keep
+    each other waiting.
     """
     if several():
         multihost.get_barrier_sync_fn()(key=f"genjax{next(_meetings)}", timeout_ms=MEETING * 1000)
@@ -155,28 +195,40 @@ def check_shared(path: Path) -> None:
     """
     if not path.is_file():
         raise ConfigError(
-            f"Process {jax.process_index()} does not see {path.absolute()}, which process 0 has written. All processes "
+            f"Process {jax.process_index()} does not see {path.absolute()}, which process 0 has "
+            "written. All processes "
             "need one folder that each of them sees; give it with --out."
         )
 
 
 def whole(tree: Any) -> Any:
-    """Arrays that lie on all processes as arrays of this one, whole: to score and draw with on process 0.
+    """Arrays that lie on all processes as arrays of this one, whole: to score and draw with on
+    process 0.
 
     All processes must call it, and each must have room for what it gathers.
     """
-    return jax.device_put(multihost_utils.process_allgather(tree, tiled=True)) if several() else tree
+    return (
+        jax.device_put(multihost_utils.process_allgather(tree, tiled=True)) if several() else tree
+    )
 
 
 @contextmanager
 def stopping() -> Iterator[Callable[[], int]]:
-    """A function that says, called once a dispatch by every process, whether to stop now: SIGTERM, or 0.
+    """A function that says, called once a dispatch by every process, whether to stop now: SIGTERM,
+    or 0.
 
-    jax's own handler notes the SIGTERM of any process, and all of them stop at the same later call. SIGINT counts as SIGTERM.
+    jax's own handler notes the SIGTERM of any process, and all of them stop at the same later call.
+    SIGINT counts as SIGTERM.
     """
     calls = itertools.count()
-    before = signal.signal(signal.SIGINT, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.signal(
+        signal.SIGINT, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM)
+    )
     try:
-        yield lambda: signal.SIGTERM if multihost_utils.reached_preemption_sync_point(next(calls)) else 0
+        yield (
+            lambda: (
+                signal.SIGTERM if multihost_utils.reached_preemption_sync_point(next(calls)) else 0
+            )
+        )
     finally:
         signal.signal(signal.SIGINT, before)

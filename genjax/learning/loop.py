@@ -1,8 +1,10 @@
-"""`fit`: the one stateful place. It moves data, watches the clock, writes what happened, saves, and stops cleanly.
+"""`fit`: the one stateful place. It moves data, watches the clock, writes what happened, saves, and
+stops cleanly.
 
-The loop dispatches `steps_per_call` optimiser steps at a time and reads their metrics one dispatch late, so the device
-never waits for the host. Everything that it does on the way happens at the first dispatch boundary at or after a multiple
-of its interval, so what a run computes is a function of its settings alone, stopped and resumed or not.
+The loop dispatches `steps_per_call` optimiser steps at a time and reads their metrics one dispatch
+late, so the device never waits for the host. Everything that it does on the way happens at the
+first dispatch boundary at or after a multiple of its interval, so what a run computes is a function
+of its settings alone, stopped and resumed or not.
 """
 
 import concurrent.futures
@@ -34,9 +36,11 @@ class Feed(NamedTuple):
     """How batches reach the step.
 
     Attributes:
-        training: (number of steps) -> Training whose step takes (state, payload) and does that many optimiser steps.
+        training: (number of steps) -> Training whose step takes (state, payload) and does that many
+            optimiser steps.
         payload: (first step, number of steps) -> what that step's second argument is.
-        prefetch: whether the payload is made on the host, so that the next one is worth making ahead.
+        prefetch: whether the payload is made on the host, so that the next one is worth making
+            ahead.
     """
 
     training: Callable[[int], Training]
@@ -45,24 +49,47 @@ class Feed(NamedTuple):
 
 
 def device_feed(
-    t: Training, source: Source, arrays: Batch, batch_size: int, seed: int, sharding: Sharding | None = None
+    t: Training,
+    source: Source,
+    arrays: Batch,
+    batch_size: int,
+    seed: int,
+    sharding: Sharding | None = None,
 ) -> Feed:
-    """The whole split lives on the device (or as `sharding` says), and each step gathers its own batch from it."""
+    """The whole split lives on the device (or as `sharding` says), and each step gathers its own
+    batch from it.
+    """
     resident = jax.tree.map(lambda leaf: _put(leaf, sharding), arrays)
     fed = feed(t, batch_at(source, batch_size, seed))
     return Feed(lambda k: scan_steps(fed, k), lambda step, k: resident, prefetch=False)
 
 
-def host_feed(t: Training, source: Source, arrays: Batch, batch_size: int, seed: int, sharding: Sharding | None = None) -> Feed:
-    """The split stays on the host, and batches are gathered there and sent: the same as `device_feed`'s, bit for bit.
+def host_feed(
+    t: Training,
+    source: Source,
+    arrays: Batch,
+    batch_size: int,
+    seed: int,
+    sharding: Sharding | None = None,
+) -> Feed:
+    """The split stays on the host, and batches are gathered there and sent: the same as
+    `device_feed`'s, bit for bit.
 
-    With a sharding of [steps, batch_size], each process gathers and sends only the rows that its own devices hold.
+    With a sharding of [steps, batch_size], each process gathers and sends only the rows that its
+    own devices hold.
     """
 
     def payload(step: int, k: int) -> Any:
         if sharding is not None:
-            order = np.stack([np.asarray(source.order(len(arrays.x), batch_size, seed, s)) for s in range(step, step + k)])
-            return jax.tree.map(functools.partial(_put_rows, order=order, sharding=sharding), arrays)
+            order = np.stack(
+                [
+                    np.asarray(source.order(len(arrays.x), batch_size, seed, s))
+                    for s in range(step, step + k)
+                ]
+            )
+            return jax.tree.map(
+                functools.partial(_put_rows, order=order, sharding=sharding), arrays
+            )
         batches = [host_batch(source, arrays, batch_size, seed, s) for s in range(step, step + k)]
         return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
 
@@ -79,16 +106,20 @@ def choose_feed(
     place: str = "auto",
     mesh: Mesh | None = None,
 ) -> Feed:
-    """`device_feed` for data up to 2 GiB, `host_feed` beyond and for several processes, or what `place` says.
+    """`device_feed` for data up to 2 GiB, `host_feed` beyond and for several processes, or what
+    `place` says.
 
-    On a mesh, `device_feed` has the data on every device, and `host_feed` sends each device its rows.
+    On a mesh, `device_feed` has the data on every device, and `host_feed` sends each device its
+    rows.
 
     Raises:
         DataError, ConfigError: for a batch size that the data do not allow; see `batch_indices`.
     """
     source.order(len(arrays.x), batch_size, seed, 0)  # refuse it now, before a run folder is made
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
-    on_device = place == "device" or (place == "auto" and size <= DEVICE_LIMIT and not distributed.several())
+    on_device = place == "device" or (
+        place == "auto" and size <= DEVICE_LIMIT and not distributed.several()
+    )
     if on_device:
         everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         return device_feed(t, source, arrays, batch_size, seed, everywhere)
@@ -105,7 +136,9 @@ def _put(leaf: np.ndarray, sharding: Sharding | None) -> jax.Array:
 
 
 def _put_rows(leaf: np.ndarray, order: np.ndarray, sharding: Sharding) -> jax.Array:
-    """leaf[order] on devices, order being [steps, batch_size]; only the rows of this process' own devices are read."""
+    """leaf[order] on devices, order being [steps, batch_size]; only the rows of this process' own
+    devices are read.
+    """
 
     def gather(index: Any) -> np.ndarray:
         return leaf[order[index[:2]]]
@@ -114,16 +147,22 @@ def _put_rows(leaf: np.ndarray, order: np.ndarray, sharding: Sharding) -> jax.Ar
 
 
 class Hook(NamedTuple):
-    """Something to do every so many steps, such as an evaluation: call(step, state) -> metrics to log with that step."""
+    """Something to do every so many steps, such as an evaluation: call(step, state) -> metrics to
+    log with that step.
+    """
 
     every: int
     call: Callable[[int, TrainState], dict[str, Any] | None]
 
 
 class Progress(Protocol):
-    """What `fit` tells after each dispatch: (step, steps, seconds in this process, steps done in it, newest metrics)."""
+    """What `fit` tells after each dispatch: (step, steps, seconds in this process, steps done in
+    it, newest metrics).
+    """
 
-    def __call__(self, step: int, steps: int, seconds: float, done: int, metrics: dict[str, Any]) -> None: ...
+    def __call__(
+        self, step: int, steps: int, seconds: float, done: int, metrics: dict[str, Any]
+    ) -> None: ...
 
 
 def fit(
@@ -142,17 +181,21 @@ def fit(
     progress: Progress | None = None,
     layout: Callable[[PyTree], PyTree] | None = None,
 ) -> TrainState:
-    """Train to `steps` optimiser steps, going on from the newest checkpoint if there is one, and return the last state.
+    """Train to `steps` optimiser steps, going on from the newest checkpoint if there is one, and
+    return the last state.
 
     Args:
         feed: from `choose_feed`, `device_feed` or `host_feed`.
         key: of the run; an array of keys [S] for an ensemble or a sweep.
         log: takes a line {"step": ..., name: mean over the window, or a list of them for members}.
-        on_restore: called with the step that training goes on from (0 for a new run), before anything is logged.
+        on_restore: called with the step that training goes on from (0 for a new run), before
+            anything is logged.
         hooks: see `Hook`.
         checkpoints: where to save; None saves nothing.
-        stop_on_nonfinite: stop at the first loss that is not finite; a sweep goes on, since its other members are well.
-        layout: (the state's shapes) -> where each of its arrays is to be put that is restored; see `sharding.layout`.
+        stop_on_nonfinite: stop at the first loss that is not finite; a sweep goes on, since its
+            other members are well.
+        layout: (the state's shapes) -> where each of its arrays is to be put that is restored; see
+            `sharding.layout`.
 
     Raises:
         NonFiniteError: naming the step and the player; checkpoints from before it are kept.
@@ -163,7 +206,11 @@ def fit(
     window: dict[str, list[Any]] = {}
     like = jax.eval_shape(init, key)
     if layout is not None:
-        like = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), like, layout(like))
+        like = jax.tree.map(
+            lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+            like,
+            layout(like),
+        )
     restored = None if checkpoints is None else checkpoints.restore(like)
     if checkpoints is not None and restored is not None:
         checkpoints.set_aside_damaged(restored)
@@ -193,7 +240,9 @@ def fit(
         if checkpoints is None:
             return
         if stop_on_nonfinite and not bool(_all_finite(state)):
-            raise NonFiniteError(_nonfinite_text(step, "the parameters are not finite", checkpoints))
+            raise NonFiniteError(
+                _nonfinite_text(step, "the parameters are not finite", checkpoints)
+            )
         checkpoints.save(state, {"window": window})
 
     with _signals() as caught, concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -205,7 +254,9 @@ def fit(
                 programs[k] = compiled(feed.training(k)).step
                 distributed.compile_together(programs[k], state, payload)
             after = min(steps_per_call, steps - step - k)
-            ahead = pool.submit(feed.payload, step + k, after) if feed.prefetch and after > 0 else None
+            ahead = (
+                pool.submit(feed.payload, step + k, after) if feed.prefetch and after > 0 else None
+            )
             state, metrics = programs[k](state, payload)
             collect()
             pending = (step, metrics)
@@ -232,13 +283,17 @@ def fit(
             if stop and step < steps:
                 where = f"saved at step {step} of {steps}; run the same command again to go on"
                 raise Interrupted(
-                    f"{signal.Signals(stop).name}: {where if checkpoints else f'stopped at step {step} of {steps}'}.", stop
+                    f"{signal.Signals(stop).name}: "
+                    f"{where if checkpoints else f'stopped at step {step} of {steps}'}.",
+                    stop,
                 )
     return state
 
 
 def _crossed(before: int, step: int, every: int, last: int) -> bool:
-    """Whether a multiple of `every` lies in (before, step], or the run ends here; 0 means only the end."""
+    """Whether a multiple of `every` lies in (before, step], or the run ends here; 0 means only the
+    end.
+    """
     return step == last or (every > 0 and step // every > before // every)
 
 
@@ -250,33 +305,48 @@ def _window_value(name: str, values: list[Any]) -> Any:
 
 @jax.jit
 def _all_finite(state: TrainState) -> jax.Array:
-    leaves = [leaf for leaf in jax.tree.leaves((state.params, state.state)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    leaves = [
+        leaf
+        for leaf in jax.tree.leaves((state.params, state.state))
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
     return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]).all()
 
 
-def _check_finite(begin: int, values: dict[str, np.ndarray], checkpoints: Checkpoints | None) -> None:
+def _check_finite(
+    begin: int, values: dict[str, np.ndarray], checkpoints: Checkpoints | None
+) -> None:
     for name in sorted(values):
         if not name.endswith("/loss"):
             continue
         bad = np.argwhere(~np.isfinite(values[name]))
         if len(bad):
-            place = f"player {name.rsplit('/', 1)[0]!r}" + (f", member {bad[0][1]}" if values[name].ndim > 1 else "")
+            place = f"player {name.rsplit('/', 1)[0]!r}" + (
+                f", member {bad[0][1]}" if values[name].ndim > 1 else ""
+            )
             value = float(values[name][tuple(bad[0])])
-            raise NonFiniteError(_nonfinite_text(begin + int(bad[0][0]), f"the loss of {place} is {value}", checkpoints))
+            raise NonFiniteError(
+                _nonfinite_text(
+                    begin + int(bad[0][0]), f"the loss of {place} is {value}", checkpoints
+                )
+            )
 
 
 def _nonfinite_text(step: int, what: str, checkpoints: Checkpoints | None) -> str:
     have = checkpoints.steps() if checkpoints is not None else []
     kept = f" The last good checkpoint is that of step {have[-1]}." if have else ""
     return (
-        f"At step {step} {what}, and training stopped.{kept} Try a smaller --learning-rate or --clip-norm 1, "
+        f"At step {step} {what}, and training stopped.{kept} Try a smaller --learning-rate or "
+        "--clip-norm 1, "
         "or leave such steps out and count them with --skip-nonfinite."
     )
 
 
 @contextmanager
 def _signals() -> Iterator[Callable[[], int]]:
-    """Note SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts at once. Main thread only."""
+    """Note SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts at once. Main
+    thread only.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0

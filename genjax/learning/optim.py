@@ -13,17 +13,21 @@ from genjax.protocol import PyTree
 
 
 class TrackEmaState(NamedTuple):
-    """State of `track_ema`: the average `ema` has the structure of the parameters; `count` is the number of updates."""
+    """State of `track_ema`: the average `ema` has the structure of the parameters; `count` is the
+    number of updates.
+    """
 
     count: jax.Array
     ema: PyTree
 
 
 def track_ema(decay: float) -> optax.GradientTransformation:
-    """Keep ema <- d ema + (1 - d) params after each update; put it last in a chain, since it sees the final update.
+    """Keep ema <- d ema + (1 - d) params after each update; put it last in a chain, since it sees
+    the final update.
 
-    d = min(decay, (1 + count) / (10 + count)), so that the average forgets the initial values early on. The average
-    starts at the initial parameters, as a copy: an alias of them could not be donated.
+    d = min(decay, (1 + count) / (10 + count)), so that the average forgets the initial values early
+    on. The average starts at the initial parameters, as a copy: an alias of them could not be
+    donated.
 
     Args:
         decay: in [0, 1); 0.999 averages over about the last 1,000 steps.
@@ -32,7 +36,9 @@ def track_ema(decay: float) -> optax.GradientTransformation:
     def init(params: PyTree) -> TrackEmaState:
         return TrackEmaState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params))
 
-    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, TrackEmaState]:
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None
+    ) -> tuple[PyTree, TrackEmaState]:
         if params is None:
             raise ConfigError("track_ema needs the parameters: call update(grads, state, params).")
         count = state.count.astype(jnp.float32)
@@ -42,13 +48,17 @@ def track_ema(decay: float) -> optax.GradientTransformation:
             # In this form an average of equal values stays exactly equal.
             return ema + (1 - d).astype(ema.dtype) * (p + u - ema)
 
-        return updates, TrackEmaState(state.count + 1, jax.tree.map(average, state.ema, params, updates))
+        return updates, TrackEmaState(
+            state.count + 1, jax.tree.map(average, state.ema, params, updates)
+        )
 
     return optax.GradientTransformation(init, update)
 
 
 def averaged(opt: Any, params: PyTree) -> PyTree:
-    """The average that a `track_ema` anywhere in the optimiser's state keeps; `params` where there is none."""
+    """The average that a `track_ema` anywhere in the optimiser's state keeps; `params` where there
+    is none.
+    """
     states = [
         leaf
         for leaf in jax.tree.leaves(opt, is_leaf=lambda node: isinstance(node, TrackEmaState))
@@ -68,14 +78,19 @@ class Optimizer:
     Attributes:
         algorithm: the update rule.
         learning_rate: the peak step size.
-        schedule: how the step size falls from the peak to `final_fraction` of it over the run, after the warm-up.
-        final_fraction: the step size that the schedule has fallen to when the run ends, as a fraction of the peak.
-        warmup_steps: steps over which the step size rises linearly, in equal parts of the peak from the first on.
+        schedule: how the step size falls from the peak to `final_fraction` of it over the run,
+            after the warm-up.
+        final_fraction: the step size that the schedule has fallen to when the run ends, as a
+            fraction of the peak.
+        warmup_steps: steps over which the step size rises linearly, in equal parts of the peak from
+            the first on.
         b1: decay of the first moment (the momentum of sgd).
         b2: decay of the second moment (rmsprop's decay).
-        weight_decay: decoupled weight decay of matrices and kernels (not of vectors), for adamw and lion.
+        weight_decay: decoupled weight decay of matrices and kernels (not of vectors), for adamw and
+            lion.
         clip_norm: clip the gradient to this global norm; 0 does not clip.
-        ema_decay: keep an exponential moving average of the weights, used to sample and evaluate; 0 keeps none.
+        ema_decay: keep an exponential moving average of the weights, used to sample and evaluate; 0
+            keeps none.
     """
 
     algorithm: Literal["adam", "adamw", "sgd", "rmsprop", "lion"] = "adam"
@@ -90,11 +105,12 @@ class Optimizer:
     ema_decay: float = 0.0
 
     def build(self, steps: int) -> optax.GradientTransformation:
-        """The optax transform for a run of `steps` optimiser steps. Float settings may be traced, as a sweep does.
+        """The optax transform for a run of `steps` optimiser steps. Float settings may be traced,
+        as a sweep does.
 
         Raises:
-            ConfigError: for an unknown algorithm or schedule, a decay that the algorithm does not have, or a warm-up as long
-                as the run.
+            ConfigError: for an unknown algorithm or schedule, a decay that the algorithm does not
+                have, or a warm-up as long as the run.
         """
         if self.algorithm not in ALGORITHMS:
             raise unknown_name("optimiser", self.algorithm, ALGORITHMS)
@@ -102,13 +118,21 @@ class Optimizer:
             raise unknown_name("schedule", self.schedule, SCHEDULES)
         decays = self.algorithm in ("adamw", "lion")
         if not decays and (isinstance(self.weight_decay, Tracer) or self.weight_decay != 0):
-            raise ConfigError(f"{self.algorithm} has no weight decay; use adamw or lion, or leave weight_decay at 0.")
+            raise ConfigError(
+                f"{self.algorithm} has no weight decay; use adamw or lion, or leave weight_decay "
+                "at 0."
+            )
         if self.warmup_steps and self.warmup_steps >= steps:
-            raise ConfigError(f"warmup_steps must be below the run's {steps} steps; got {self.warmup_steps}.")
+            raise ConfigError(
+                f"warmup_steps must be below the run's {steps} steps; got {self.warmup_steps}."
+            )
         rate: Any = self.learning_rate
         if self.schedule != "constant" or self.warmup_steps:
             rate = lambda count: self.learning_rate * self._multiplier(count, steps)  # noqa: E731
-        decay = {"weight_decay": self.weight_decay, "mask": lambda params: jax.tree.map(lambda p: p.ndim > 1, params)}
+        decay = {
+            "weight_decay": self.weight_decay,
+            "mask": lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+        }
         rules = {
             "adam": lambda: optax.adam(rate, self.b1, self.b2),
             "adamw": lambda: optax.adamw(rate, self.b1, self.b2, **decay),
@@ -126,7 +150,13 @@ class Optimizer:
 
     def _multiplier(self, count: jax.Array, steps: int) -> jax.Array:
         count = jnp.asarray(count, jnp.float32)
-        warm = jnp.minimum(1.0, (count + 1) / max(self.warmup_steps, 1)) if self.warmup_steps else 1.0
+        warm = (
+            jnp.minimum(1.0, (count + 1) / max(self.warmup_steps, 1)) if self.warmup_steps else 1.0
+        )
         done = jnp.clip((count - self.warmup_steps) / max(steps - self.warmup_steps, 1), 0.0, 1.0)
-        shape = {"constant": 0.0 * done, "linear": done, "cosine": 0.5 - 0.5 * jnp.cos(jnp.pi * done)}[self.schedule]
+        shape = {
+            "constant": 0.0 * done,
+            "linear": done,
+            "cosine": 0.5 - 0.5 * jnp.cos(jnp.pi * done),
+        }[self.schedule]
         return warm * (1 - (1 - self.final_fraction) * shape)

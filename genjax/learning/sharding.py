@@ -2,12 +2,14 @@
 
     mesh = make_mesh({"data": 2, "fsdp": 4})
     sharded = shard(training(model, tx), mesh)                    # the same step on 8 devices
-    split = shard(training(model, tx), make_mesh({"data": 4, "tensor": 2}))  # of a Transformer or a DiT
+    split = shard(training(model, tx), make_mesh({"data": 4, "tensor": 2}))  # of a Transformer or a
+    DiT
 
-A mesh has some of four axes. `data` splits the batch and keeps the state whole on every device; `fsdp` splits the batch too,
-and with it every array of the state (parameters, moments, averages); `tensor` splits what the rules say, so that one example's
-arithmetic is shared; `member` splits the members of an ensemble. Values equal those of one device to rounding: only the layout
-is named here, and the compiler puts in the sums and gathers that it takes (Xu 2021, GSPMD).
+A mesh has some of four axes. `data` splits the batch and keeps the state whole on every device;
+`fsdp` splits the batch too, and with it every array of the state (parameters, moments, averages);
+`tensor` splits what the rules say, so that one example's arithmetic is shared; `member` splits the
+members of an ensemble. Values equal those of one device to rounding: only the layout is named here,
+and the compiler puts in the sums and gathers that it takes (Xu 2021, GSPMD).
 """
 
 import math
@@ -30,8 +32,9 @@ AXES = {
 }
 Rules = Sequence[tuple[str, PartitionSpec]] | Mapping[str, PartitionSpec]
 
-# Of a block of attention and a perceptron, as the Transformer and the DiT have them: the heads and the hidden units are split,
-# so that each half of a block needs one sum over the devices (Shoeybi 2019, section 3). Kernels have their longer axis last.
+# Of a block of attention and a perceptron, as the Transformer and the DiT have them: the heads and
+# the hidden units are split, so that each half of a block needs one sum over the devices (Shoeybi
+# 2019, section 3). Kernels have their longer axis last.
 TENSOR_RULES: Rules = (
     (r"(qkv|up)/(kernel|bias)$", PartitionSpec("tensor")),
     (r"attention/out/kernel$", PartitionSpec("tensor", None)),
@@ -43,8 +46,8 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
     """A mesh of the first devices: {"data": 2, "fsdp": 4} takes eight.
 
     Raises:
-        ConfigError: for an axis that does not exist, a size below 1, more devices than there are, or, where there are several
-            processes, fewer.
+        ConfigError: for an axis that does not exist, a size below 1, more devices than there are,
+            or, where there are several processes, fewer.
     """
     for name, size in axes.items():
         if name not in AXES:
@@ -57,12 +60,15 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
     if need > len(found):
         raise ConfigError(
             f"The mesh {describe(axes)} takes {need} devices; there are {len(found)}. "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={need} makes a CPU look like {need} of them, to try it."
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={need} makes a CPU look like {need} "
+            "of them, to try it."
         )
     if devices is None and need < len(found) and jax.process_count() > 1:
         raise ConfigError(
-            f"The mesh {describe(axes)} takes {need} devices; the {jax.process_count()} processes have {len(found)} between "
-            f"them, and each must take part with all of its own. Give a mesh of {len(found)}, such as data={len(found)}."
+            f"The mesh {describe(axes)} takes {need} devices; the {jax.process_count()} processes "
+            f"have {len(found)} between "
+            f"them, and each must take part with all of its own. Give a mesh of {len(found)}, such "
+            f"as data={len(found)}."
         )
     ordered = {name: axes[name] for name in AXES if name in axes}
     return Mesh(np.asarray(found[:need]).reshape(tuple(ordered.values())), tuple(ordered))
@@ -91,19 +97,21 @@ def describe(axes: Mapping[str, int]) -> str:
 def layout(state: PyTree, mesh: Mesh, rules: Rules | None = None) -> PyTree:
     """Where each array of a TrainState lies: a NamedSharding for every leaf.
 
-    The first rule whose pattern is found in the leaf's path ("params/transformer/blocks/0/attention/qkv/kernel") gives the
-    axes of the mesh along the leaf's last dimensions. An optimiser's arrays have their parameter's path and so its layout.
-    Under `fsdp` the longest dimension that is left and can be divided is split too; under `member` the first one.
+    The first rule whose pattern is found in the leaf's path
+    ("params/transformer/blocks/0/attention/qkv/kernel") gives the axes of the mesh along the leaf's
+    last dimensions. An optimiser's arrays have their parameter's path and so its layout. Under
+    `fsdp` the longest dimension that is left and can be divided is split too; under `member` the
+    first one.
 
     Args:
         state: arrays, or their shapes from `jax.eval_shape`; with `member`, that of an ensemble.
         mesh: see `make_mesh`.
-        rules: (regular expression, PartitionSpec), pairs or a mapping, the first that matches counts; `TENSOR_RULES` unless
-            given, where the mesh has `tensor`.
+        rules: (regular expression, PartitionSpec), pairs or a mapping, the first that matches
+            counts; `TENSOR_RULES` unless given, where the mesh has `tensor`.
 
     Raises:
-        ConfigError: for a mesh of other axes, a rule that matches no parameter, names an axis that the mesh lacks, or splits a
-            dimension that its axis does not divide.
+        ConfigError: for a mesh of other axes, a rule that matches no parameter, names an axis that
+            the mesh lacks, or splits a dimension that its axis does not divide.
     """
     _check_mesh(mesh)
     if rules is None:
@@ -112,7 +120,10 @@ def layout(state: PyTree, mesh: Mesh, rules: Rules | None = None) -> PyTree:
     for pattern, spec in rules:
         for axis in (name for entry in spec if entry for name in _names(entry)):
             if axis not in mesh.shape:
-                raise ConfigError(f"The rule {pattern!r} splits over {axis!r}; the mesh is {describe(mesh.shape)}.")
+                raise ConfigError(
+                    f"The rule {pattern!r} splits over {axis!r}; the mesh is "
+                    f"{describe(mesh.shape)}."
+                )
     matched: set[str] = set()
 
     def one(path: Any, leaf: Any) -> NamedSharding:
@@ -128,32 +139,49 @@ def layout(state: PyTree, mesh: Mesh, rules: Rules | None = None) -> PyTree:
         if rule is not None:
             pattern, spec = rule
             start = leaf.ndim - len(spec)
-            fits = start >= begin and all(leaf.shape[start + i] % _size(mesh, entry) == 0 for i, entry in enumerate(spec))
+            fits = start >= begin and all(
+                leaf.shape[start + i] % _size(mesh, entry) == 0 for i, entry in enumerate(spec)
+            )
             if name.startswith("params/"):
                 matched.add(pattern)
                 if not fits:
                     raise ConfigError(
-                        f"The rule {pattern!r} splits {name}, of shape {list(leaf.shape)}, as {tuple(spec)} over a mesh "
+                        f"The rule {pattern!r} splits {name}, of shape {list(leaf.shape)}, as "
+                        f"{tuple(spec)} over a mesh "
                         f"{describe(mesh.shape)}, which does not divide it."
                     )
             if fits:  # an optimiser may keep something of another shape for a parameter
                 entries[start:] = spec
         if "fsdp" in mesh.shape and not any("fsdp" in _names(entry) for entry in entries):
             size = mesh.shape["fsdp"]
-            free = [i for i in range(begin, leaf.ndim) if entries[i] is None and leaf.shape[i] and leaf.shape[i] % size == 0]
+            free = [
+                i
+                for i in range(begin, leaf.ndim)
+                if entries[i] is None and leaf.shape[i] and leaf.shape[i] % size == 0
+            ]
             if free:
                 entries[max(free, key=lambda i: leaf.shape[i])] = "fsdp"
         return NamedSharding(mesh, PartitionSpec(*entries))
 
     found = jax.tree_util.tree_map_with_path(one, state)
     if unused := [pattern for pattern, _ in rules if pattern not in matched]:
-        names = [name for name in map(_name, dict(jax.tree_util.tree_leaves_with_path(state))) if name.startswith("params/")]
-        raise ConfigError(f"The rule {unused[0]!r} matches no parameter. There are, among others: {', '.join(names[:5])}.")
+        names = [
+            name
+            for name in map(_name, dict(jax.tree_util.tree_leaves_with_path(state)))
+            if name.startswith("params/")
+        ]
+        raise ConfigError(
+            f"The rule {unused[0]!r} matches no parameter. There are, among others: "
+            f"{', '.join(names[:5])}."
+        )
     return found
 
 
-def shard(t: Training, mesh: Mesh, rules: Rules | None = None, batch_spec: PartitionSpec | None = None) -> Training:
-    """The same step on many devices: the state lies as `layout` says, and a batch is split over `data` and `fsdp`.
+def shard(
+    t: Training, mesh: Mesh, rules: Rules | None = None, batch_spec: PartitionSpec | None = None
+) -> Training:
+    """The same step on many devices: the state lies as `layout` says, and a batch is split over
+    `data` and `fsdp`.
 
     The result equals that of one device to rounding.
 
@@ -161,8 +189,8 @@ def shard(t: Training, mesh: Mesh, rules: Rules | None = None, batch_spec: Parti
         t: what to run; with a `member` axis, an ensemble.
         mesh: see `make_mesh`.
         rules: what `tensor` splits; see `layout`.
-        batch_spec: of a batch's first dimensions, where they are others: PartitionSpec("member", "data") for an ensemble
-            whose members have batches of their own.
+        batch_spec: of a batch's first dimensions, where they are others: PartitionSpec("member",
+            "data") for an ensemble whose members have batches of their own.
 
     Raises:
         ConfigError: as `layout` does, and for a batch that its axes do not divide.
@@ -181,29 +209,37 @@ def shard(t: Training, mesh: Mesh, rules: Rules | None = None, batch_spec: Parti
             for size, entry in zip(leaf.shape, spec, strict=False):
                 if size % _size(mesh, entry):
                     raise ConfigError(
-                        f"A batch of {size} does not divide over the {_size(mesh, entry)} devices of the mesh's "
+                        f"A batch of {size} does not divide over the {_size(mesh, entry)} devices "
+                        "of the mesh's "
                         f"{' x '.join(_names(entry))}."
                     )
-        new, metrics = t.step(place(ts), jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, spec)))
+        new, metrics = t.step(
+            place(ts), jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, spec))
+        )
         return place(new), metrics
 
     return Training(init, step, lambda wrap: shard(t.rewrap(wrap), mesh, rules, batch_spec))
 
 
 def batch_spec_of(mesh: Mesh) -> PartitionSpec:
-    """Where a batch lies: its first dimension is split over `data` and `fsdp`, as far as the mesh has them."""
+    """Where a batch lies: its first dimension is split over `data` and `fsdp`, as far as the mesh
+    has them.
+    """
     return PartitionSpec(tuple(axis for axis in ("data", "fsdp") if axis in mesh.shape) or None)
 
 
 def _check_mesh(mesh: Mesh) -> None:
     if unknown := [axis for axis in mesh.shape if axis not in AXES]:
-        raise ConfigError(f"The mesh has an axis {unknown[0]!r}; those of a training are {', '.join(AXES)}.")
+        raise ConfigError(
+            f"The mesh has an axis {unknown[0]!r}; those of a training are {', '.join(AXES)}."
+        )
 
 
 def _check_members(name: str, leaf: Any, size: int) -> None:
     if leaf.ndim == 0 or leaf.shape[0] % size:
         raise ConfigError(
-            f"The mesh has {size} devices to share members; {name} has the shape {list(leaf.shape)}, whose first dimension "
+            f"The mesh has {size} devices to share members; {name} has the shape "
+            f"{list(leaf.shape)}, whose first dimension "
             f"should be members, a multiple of {size}. Shard an ensemble of so many."
         )
 

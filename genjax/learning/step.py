@@ -5,8 +5,8 @@
     fast = scan_steps(many)                  # k optimiser steps per dispatch
     run = compiled(fast)                     # jit, with the state's buffers donated
 
-Every transform is a function of two pure functions, so any order that makes sense works: `microbatch(ensemble(t), 4)`,
-`scan_steps(shard(t, mesh))`, `ensemble(sweep(make, lr=rates))`.
+Every transform is a function of two pure functions, so any order that makes sense works:
+`microbatch(ensemble(t), 4)`, `scan_steps(shard(t, mesh))`, `ensemble(sweep(make, lr=rates))`.
 """
 
 import itertools
@@ -39,16 +39,21 @@ from genjax.protocol import (
 )
 
 Mode = Literal["vmap", "map", "auto"]
-# The members of an ensemble share the step counter, so that what depends on it alone (data order) is computed once.
+# The members of an ensemble share the step counter, so that what depends on it alone (data order)
+# is computed once.
 MEMBER_AXES: Any = TrainState(step=None, key=0, params=0, state=0, opt=0)  # type: ignore[arg-type]
 
 
-def training(model: Model, tx: optax.GradientTransformation | Mapping[str, optax.GradientTransformation]) -> Training:
-    """The training procedure of any model: each step takes the turns of `model.turns`, one gradient and one update each.
+def training(
+    model: Model, tx: optax.GradientTransformation | Mapping[str, optax.GradientTransformation]
+) -> Training:
+    """The training procedure of any model: each step takes the turns of `model.turns`, one gradient
+    and one update each.
 
-    This is the one place where the mean over the batch is taken: Σ_i w_i loss_i with w = weight / Σ weight. The key of turn
-    j of step s, of J turns a step, is `fold_in(ts.key, s J + j)`. Metrics are weighted means named "player/name";
-    "player/loss" is always there, and a player with several turns reports its last.
+    This is the one place where the mean over the batch is taken: Σ_i w_i loss_i with w = weight / Σ
+    weight. The key of turn j of step s, of J turns a step, is `fold_in(ts.key, s J + j)`. Metrics
+    are weighted means named "player/name"; "player/loss" is always there, and a player with several
+    turns reports its last.
 
     Args:
         model: what a family's builder returned.
@@ -63,11 +68,15 @@ def training(model: Model, tx: optax.GradientTransformation | Mapping[str, optax
     by_player = dict(tx) if isinstance(tx, Mapping) else dict.fromkeys(players, tx)
     if set(by_player) != set(players):
         raise ConfigError(
-            f"Give one optimiser for each player ({', '.join(players)}); got them for: {', '.join(by_player) or 'none'}."
+            f"Give one optimiser for each player ({', '.join(players)}); got them for: "
+            f"{', '.join(by_player) or 'none'}."
         )
     for player, times in turns:
         if player not in players or times < 1:
-            raise ConfigError(f"A turn must name a player ({', '.join(players)}) and a count >= 1; got {(player, times)}.")
+            raise ConfigError(
+                f"A turn must name a player ({', '.join(players)}) and a count >= 1; got "
+                f"{(player, times)}."
+            )
     for player in players:
         if player not in dict(turns):
             raise ConfigError(f"Player {player!r} has a loss but no turn; turns are {turns}.")
@@ -77,7 +86,10 @@ def training(model: Model, tx: optax.GradientTransformation | Mapping[str, optax
     ) -> tuple[PyTree, State, Metrics]:
         def objective(own: PyTree) -> tuple[Array, tuple[State, Metrics]]:
             loss, aux = model.losses[player]({**params, player: own}, state, batch, key)
-            metrics = {f"{player}/{name}": _dot(weight, value) for name, value in {**aux.metrics, "loss": loss}.items()}
+            metrics = {
+                f"{player}/{name}": _dot(weight, value)
+                for name, value in {**aux.metrics, "loss": loss}.items()
+            }
             return metrics[f"{player}/loss"], (aux.state, metrics)
 
         grads, (state, metrics) = jax.grad(objective, has_aux=True)(params[player])
@@ -86,7 +98,10 @@ def training(model: Model, tx: optax.GradientTransformation | Mapping[str, optax
     def init(key: Key) -> TrainState:
         check_key(key)
         if key.ndim:
-            raise ConfigError(f"init needs one key; got keys of shape {list(key.shape)}. For many members, use `ensemble`.")
+            raise ConfigError(
+                f"init needs one key; got keys of shape {list(key.shape)}. For many members, use "
+                "`ensemble`."
+            )
         key_model, key_train = jax.random.split(key)
         params, state = model.init(key_model)
         opt = {player: by_player[player].init(params[player]) for player in players}
@@ -95,30 +110,44 @@ def training(model: Model, tx: optax.GradientTransformation | Mapping[str, optax
     def step_with(gradient: Gradient, ts: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         check_batch(model.spec, batch)
         n = batch.x.shape[0]
-        # A mean with equal weights is a sum times one number: a vector of them costs the whole step 5 % on a CPU.
-        weight = jnp.asarray(1 / n, jnp.float32) if batch.weight is None else batch.weight / jnp.sum(batch.weight)
+        # A mean with equal weights is a sum times one number: a vector of them costs the whole step
+        # 5 % on a CPU.
+        weight = (
+            jnp.asarray(1 / n, jnp.float32)
+            if batch.weight is None
+            else batch.weight / jnp.sum(batch.weight)
+        )
         if batch.weight is not None:
             batch = _blank(batch, batch.weight > 0)
         metrics: Metrics = {}
         for index, player in enumerate(order):
             key = jax.random.fold_in(ts.key, ts.step * len(order) + index)
             grads, state, new = gradient(player, ts.params, ts.state, batch, weight, key)
-            with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic mixes whole and real numbers
+            with jax.numpy_dtype_promotion(
+                "standard"
+            ):  # optax's own arithmetic mixes whole and real numbers
                 updates, opt = by_player[player].update(grads, ts.opt[player], ts.params[player])
             own = optax.apply_updates(ts.params[player], updates)
-            ts = ts._replace(params={**ts.params, player: own}, state=state, opt={**ts.opt, player: opt})
+            ts = ts._replace(
+                params={**ts.params, player: own}, state=state, opt={**ts.opt, player: opt}
+            )
             metrics |= new
         return ts._replace(step=ts.step + 1), metrics
 
     def make(wrap: Callable[[Gradient], Gradient]) -> Training:
-        # The wrapper given last is outermost: it splits the batch before those that were given earlier see it.
-        return Training(init, partial(step_with, wrap(gradient)), lambda more: make(lambda g: more(wrap(g))))
+        # The wrapper given last is outermost: it splits the batch before those that were given
+        # earlier see it.
+        return Training(
+            init, partial(step_with, wrap(gradient)), lambda more: make(lambda g: more(wrap(g)))
+        )
 
     return make(lambda g: g)
 
 
 def _blank(batch: Batch, kept: Array) -> Batch:
-    """The batch with 0 in the place of examples that are not kept: in a gradient even 0 times NaN is NaN."""
+    """The batch with 0 in the place of examples that are not kept: in a gradient even 0 times NaN
+    is NaN.
+    """
 
     def blank(leaf: Array) -> Array:
         return jnp.where(kept.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, jnp.zeros((), leaf.dtype))
@@ -127,28 +156,39 @@ def _blank(batch: Batch, kept: Array) -> Batch:
 
 
 def _dot(weight: Array, value: Array) -> Array:
-    """Σ weight value for a weight [B], or [] for all alike; a weight of 0 silences even a NaN, such as that of padding."""
-    value = value if value.dtype == jnp.float64 else value.astype(jnp.float32)  # sums of few bits would lose them
+    """Σ weight value for a weight [B], or [] for all alike; a weight of 0 silences even a NaN, such
+    as that of padding.
+    """
+    value = (
+        value if value.dtype == jnp.float64 else value.astype(jnp.float32)
+    )  # sums of few bits would lose them
     if not weight.ndim:
         return jnp.sum(value) * weight.astype(value.dtype)
     return jnp.sum(jnp.where(weight > 0, value, 0) * weight.astype(value.dtype))
 
 
 def eval_params(ts: TrainState) -> Params:
-    """The parameters to sample and evaluate with: each player's moving average where its optimiser tracks one."""
+    """The parameters to sample and evaluate with: each player's moving average where its optimiser
+    tracks one.
+    """
     return {player: averaged(ts.opt.get(player, ()), own) for player, own in ts.params.items()}
 
 
 def compiled(t: Training) -> Training:
-    """The same training with `init` and `step` jit-compiled, and the state's buffers donated to the step."""
-    return Training(jax.jit(t.init), jax.jit(t.step, donate_argnums=0), lambda wrap: compiled(t.rewrap(wrap)))
+    """The same training with `init` and `step` jit-compiled, and the state's buffers donated to the
+    step.
+    """
+    return Training(
+        jax.jit(t.init), jax.jit(t.step, donate_argnums=0), lambda wrap: compiled(t.rewrap(wrap))
+    )
 
 
 def microbatch(t: Training, n: int) -> Training:
-    """The same step with its gradient accumulated over `n` equal parts of the batch, so that memory falls by about n.
+    """The same step with its gradient accumulated over `n` equal parts of the batch, so that memory
+    falls by about n.
 
-    The update equals that of the whole batch for the same noise; each part draws its noise with its own key, and batch
-    statistics are updated part by part.
+    The update equals that of the whole batch for the same noise; each part draws its noise with its
+    own key, and batch statistics are updated part by part.
 
     Raises:
         ConfigError: if the batch does not divide into n parts.
@@ -167,7 +207,9 @@ def microbatch(t: Training, n: int) -> Training:
             def part(carry: Any, xs: Any) -> tuple[Any, None]:
                 (grads, metrics), state = carry
                 part_batch, part_weight, part_key = xs
-                more, state, more_metrics = gradient(player, params, state, part_batch, part_weight, part_key)
+                more, state, more_metrics = gradient(
+                    player, params, state, part_batch, part_weight, part_key
+                )
                 return (jax.tree.map(jnp.add, (grads, metrics), (more, more_metrics)), state), None
 
             split = partial(jax.tree.map, lambda leaf: leaf.reshape(n, size // n, *leaf.shape[1:]))
@@ -175,7 +217,9 @@ def microbatch(t: Training, n: int) -> Training:
             keys = jax.random.split(key, n)
             first = jax.tree.map(lambda leaf: leaf[0], (*parts, keys))
             shapes = jax.eval_shape(lambda *args: gradient(player, params, state, *args), *first)
-            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes[0], shapes[2]))
+            zeros = jax.tree.map(
+                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes[0], shapes[2])
+            )
             ((grads, metrics), state), _ = jax.lax.scan(part, (zeros, state), (*parts, keys))
             return grads, state, metrics
 
@@ -185,11 +229,15 @@ def microbatch(t: Training, n: int) -> Training:
 
 
 def scan_steps(t: Training, k: int | None = None) -> Training:
-    """A step that runs several optimiser steps in one dispatch; metrics get a leading axis of that length.
+    """A step that runs several optimiser steps in one dispatch; metrics get a leading axis of that
+    length.
 
-    With k None the second argument of the step is a tree of batches with a leading axis, one batch a step. With a number
-    it is given unchanged to each of k steps: the form to use after `feed`. Members that share their batch take all k steps
-    by themselves: "map" then takes a member's state out of the others' and puts it back once, not at every step.
+    With k None the second argument of the step is a tree of batches with a leading axis, one batch
+    a step. With a number
+    it is given unchanged to each of k steps: the form to use after `feed`. Members that share their
+        batch take all k steps
+    by themselves: "map" then takes a member's state out of the others' and puts it back once, not
+        at every step.
     """
     if t.within is not None:
         many = t.within(lambda one: scan_steps(one, k))
@@ -209,7 +257,8 @@ def scan_steps(t: Training, k: int | None = None) -> Training:
 
 
 def feed(t: Training, batch_at: Callable[[Any, Array], Batch]) -> Training:
-    """A step that takes the whole data set and gathers its own batch: step(ts, arrays) = t.step(ts, batch_at(arrays, step)).
+    """A step that takes the whole data set and gathers its own batch: step(ts, arrays) = t.step(ts,
+    batch_at(arrays, step)).
 
     With device-resident arrays a scanned step then never waits for the host.
     """
@@ -223,23 +272,31 @@ def feed(t: Training, batch_at: Callable[[Any, Array], Batch]) -> Training:
 
 
 def skip_nonfinite(t: Training) -> Training:
-    """A step that changes nothing but the step counter when its result is not finite, and says so in metric "skipped" (0 or 1).
+    """A step that changes nothing but the step counter when its result is not finite, and says so
+    in metric "skipped" (0 or 1).
 
-    It looks at the new parameters, state and optimiser state, all players together, and costs one pass over them.
+    It looks at the new parameters, state and optimiser state, all players together, and costs one
+    pass over them.
     """
 
     def step(ts: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         new, metrics = t.step(ts, batch)
         kept = (new.params, new.state, new.opt)
-        finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((kept, metrics)) if _is_float(leaf)]
-        # The barrier keeps them one vector. Without, XLA puts all of its terms into the choice of every leaf: a program of
-        # leaves² operations, which takes several times as long to compile.
+        finite = [
+            jnp.all(jnp.isfinite(leaf))
+            for leaf in jax.tree.leaves((kept, metrics))
+            if _is_float(leaf)
+        ]
+        # The barrier keeps them one vector. Without, XLA puts all of its terms into the choice of
+        # every leaf: a program of leaves² operations, which takes several times as long to compile.
         ok = jax.lax.optimization_barrier(jnp.stack(finite)).all()
         choose = lambda a, b: jax.tree.map(lambda x, y: jnp.where(ok, x, y), a, b)  # noqa: E731
         params, state, opt = choose(kept, (ts.params, ts.state, ts.opt))
         # A skipped step's NaN metrics would spoil the mean of the whole window.
         metrics = {name: jnp.where(ok, value, 0) for name, value in metrics.items()}
-        return new._replace(params=params, state=state, opt=opt), metrics | {"skipped": 1 - ok.astype(jnp.float32)}
+        return new._replace(params=params, state=state, opt=opt), metrics | {
+            "skipped": 1 - ok.astype(jnp.float32)
+        }
 
     return Training(t.init, step, lambda wrap: skip_nonfinite(t.rewrap(wrap)))
 
@@ -248,12 +305,21 @@ def _is_float(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def _over_members(one: Callable[..., Any], mode: Mode, hyper: Any, ts: TrainState, batch: Any, batch_axis: int | None) -> Any:
+def _over_members(
+    one: Callable[..., Any],
+    mode: Mode,
+    hyper: Any,
+    ts: TrainState,
+    batch: Any,
+    batch_axis: int | None,
+) -> Any:
     """Run one(hyper, ts, batch) for every member, as one batched program or one after the other."""
     if mode == "auto":
         mode = fastest_mode(one, hyper, ts, batch, batch_axis)
     if mode == "vmap":
-        return jax.vmap(one, in_axes=(0, MEMBER_AXES, batch_axis), out_axes=(MEMBER_AXES, 0))(hyper, ts, batch)
+        return jax.vmap(one, in_axes=(0, MEMBER_AXES, batch_axis), out_axes=(MEMBER_AXES, 0))(
+            hyper, ts, batch
+        )
     if mode != "map":
         raise ConfigError(f"mode must be 'vmap', 'map' or 'auto'; got {mode!r}.")
 
@@ -261,7 +327,11 @@ def _over_members(one: Callable[..., Any], mode: Mode, hyper: Any, ts: TrainStat
         hyper, rest, own_batch = args
         return one(hyper, TrainState(ts.step, *rest), batch if batch_axis is None else own_batch)
 
-    own = None if batch_axis is None else jax.tree.map(lambda leaf: jnp.moveaxis(leaf, batch_axis, 0), batch)
+    own = (
+        None
+        if batch_axis is None
+        else jax.tree.map(lambda leaf: jnp.moveaxis(leaf, batch_axis, 0), batch)
+    )
     new, metrics = jax.lax.map(member, (hyper, tuple(ts)[1:], own))
     return new._replace(step=new.step[0]), metrics
 
@@ -270,16 +340,25 @@ _MEASURED: dict[Any, Mode] = {}
 
 
 def fastest_mode(
-    one: Callable[..., Any], hyper: Any, ts: TrainState, batch: Any, batch_axis: int | None = None, repeats: int = 5
+    one: Callable[..., Any],
+    hyper: Any,
+    ts: TrainState,
+    batch: Any,
+    batch_axis: int | None = None,
+    repeats: int = 5,
 ) -> Mode:
     """Time steps of all members as "vmap" and as "map" on this machine, and say which is faster.
 
-    A vmapped convolution becomes a grouped one, which can be slower than one member after the other. Only shapes are
-    needed, so this also works while a step is being traced; it compiles both forms and runs each `repeats` times on ones,
-    fewer if that takes seconds. Short steps are timed in loops of up to 50: their difference is less than what a dispatch
-    costs and varies. Results are kept for the life of the process.
+    A vmapped convolution becomes a grouped one, which can be slower than one member after the
+    other. Only shapes are needed, so this also works while a step is being traced; it compiles both
+    forms and runs each `repeats` times on ones, fewer if that takes seconds. Short steps are timed
+    in loops of up to 50: their difference is less than what a dispatch costs and varies. Results
+    are kept for the life of the process.
     """
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), (hyper, ts, batch))
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)),
+        (hyper, ts, batch),
+    )
     signature = (one, batch_axis, jax.default_backend(), str(shapes))
     if signature in _MEASURED:
         return _MEASURED[signature]
@@ -311,7 +390,9 @@ def fastest_mode(
     first = max(timed(mode, 1) for mode in programs)
     n = int(np.clip(0.05 / first, 1, 50))
     seconds = dict.fromkeys(programs, np.inf)
-    for _ in range(int(np.clip(1 / first, 1, repeats))):  # in alternation, so that a busy machine hurts both
+    for _ in range(
+        int(np.clip(1 / first, 1, repeats))
+    ):  # in alternation, so that a busy machine hurts both
         for mode in programs:
             seconds[mode] = min(seconds[mode], timed(mode, n))
     _MEASURED[signature] = min(seconds, key=lambda mode: seconds[mode])
@@ -319,14 +400,18 @@ def fastest_mode(
 
 
 def ensemble(t: Training, mode: Mode = "vmap", batch_axis: int | None = None) -> Training:
-    """Train many members that differ in their keys as one program: init takes keys [S], and states get a leading axis S.
+    """Train many members that differ in their keys as one program: init takes keys [S], and states
+    get a leading axis S.
 
-    The members share the step counter and, unless `batch_axis` names an axis of the batch, the batch. Metrics get a
-    leading axis S. A vmapped run agrees with solo runs to rounding, not bitwise.
+    The members share the step counter and, unless `batch_axis` names an axis of the batch, the
+    batch. Metrics get a leading axis S. A vmapped run agrees with solo runs to rounding, not
+    bitwise.
 
     Args:
-        mode: "vmap" is one batched program, "map" runs the members one after the other in one program, "auto" times both.
-        batch_axis: the axis of every leaf of the batch that holds the members' own batches; None shares one batch.
+        mode: "vmap" is one batched program, "map" runs the members one after the other in one
+            program, "auto" times both.
+        batch_axis: the axis of every leaf of the batch that holds the members' own batches; None
+            shares one batch.
     """
 
     def init(keys: Key) -> TrainState:
@@ -346,8 +431,10 @@ def ensemble(t: Training, mode: Mode = "vmap", batch_axis: int | None = None) ->
 def sweep(make: Callable[..., Training], *, mode: Mode = "vmap", **axes: Any) -> Training:
     """Train one member for each row of hyper-parameters as one program; init takes keys [S].
 
-    A builder that is called inside the trace may be given a traced number, so any float setting of any family or
-    optimiser can be an axis: `sweep(lambda lr, beta: training(vae(spec, beta=beta), adam(lr)), **grid(lr=..., beta=...))`.
+    A builder that is called inside the trace may be given a traced number, so any float setting of
+    any family or
+    optimiser can be an axis: `sweep(lambda lr, beta: training(vae(spec, beta=beta), adam(lr)),
+        **grid(lr=..., beta=...))`.
 
     Args:
         make: (**hyper) -> Training, with one scalar per axis.
@@ -359,15 +446,27 @@ def sweep(make: Callable[..., Training], *, mode: Mode = "vmap", **axes: Any) ->
     """
     values = {name: jnp.asarray(value) for name, value in axes.items()}
     lengths = {name: value.shape for name, value in values.items()}
-    if not values or len(set(lengths.values())) != 1 or any(len(shape) != 1 for shape in lengths.values()):
-        raise ConfigError(f"sweep needs axes that are vectors of one length (see genjax.grid); got {lengths or 'none'}.")
+    if (
+        not values
+        or len(set(lengths.values())) != 1
+        or any(len(shape) != 1 for shape in lengths.values())
+    ):
+        raise ConfigError(
+            "sweep needs axes that are vectors of one length (see genjax.grid); got "
+            f"{lengths or 'none'}."
+        )
 
     def init(keys: Key) -> TrainState:
         _check_members(keys)
         (n_rows,) = next(iter(lengths.values()))
         if len(keys) != n_rows:
-            raise ConfigError(f"sweep needs one key for each of the {n_rows} rows of its axes; got {len(keys)} keys.")
-        return jax.vmap(lambda hyper, key: make(**hyper).init(key), out_axes=MEMBER_AXES)(values, keys)
+            raise ConfigError(
+                f"sweep needs one key for each of the {n_rows} rows of its axes; got {len(keys)} "
+                "keys."
+            )
+        return jax.vmap(lambda hyper, key: make(**hyper).init(key), out_axes=MEMBER_AXES)(
+            values, keys
+        )
 
     def one(hyper: Any, ts: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         return make(**hyper).step(ts, batch)
@@ -382,14 +481,22 @@ def sweep(make: Callable[..., Training], *, mode: Mode = "vmap", **axes: Any) ->
 
 
 def grid(**axes: Sequence[float]) -> dict[str, np.ndarray]:
-    """The product of some axes as columns for `sweep`, the last axis fastest: grid(a=[1, 2], b=[3, 4]) has 4 rows."""
+    """The product of some axes as columns for `sweep`, the last axis fastest: grid(a=[1, 2], b=[3,
+    4]) has 4 rows.
+    """
     rows = list(itertools.product(*axes.values()))
-    return {name: np.asarray([row[index] for row in rows], np.float32) for index, name in enumerate(axes)}
+    return {
+        name: np.asarray([row[index] for row in rows], np.float32)
+        for index, name in enumerate(axes)
+    }
 
 
 def _check_members(keys: Key) -> None:
     check_key(keys)
-    if keys.ndim < 1:  # more axes are for the members of members: ensemble(sweep(...)) takes keys [S, rows]
+    if (
+        keys.ndim < 1
+    ):  # more axes are for the members of members: ensemble(sweep(...)) takes keys [S, rows]
         raise ConfigError(
-            f"init needs one key per member, [S]: jax.random.split(key, S); got keys of shape {list(keys.shape)}."
+            "init needs one key per member, [S]: jax.random.split(key, S); got keys of shape "
+            f"{list(keys.shape)}."
         )

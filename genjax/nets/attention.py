@@ -1,8 +1,10 @@
-"""The layers of a decoder-only Transformer: normalisation, causal self-attention with a cache, feed-forward, inputs, readout.
+"""The layers of a decoder-only Transformer: normalisation, causal self-attention with a cache,
+feed-forward, inputs, readout.
 
-Vaswani 2017 (attention), Radford 2019 (pre-norm blocks and the initial distributions of GPT-2), Ba 2016 and Zhang & Sennrich
-2019 (layer and RMS normalisation), Su 2021 (rotary positions), Ainslie 2023 (grouped queries), Beltagy 2020 (sliding windows),
-Shazeer 2020 (SwiGLU). Forms are those that were the fastest on a CPU; comments say where that decided.
+Vaswani 2017 (attention), Radford 2019 (pre-norm blocks and the initial distributions of GPT-2), Ba
+2016 and Zhang & Sennrich 2019 (layer and RMS normalisation), Su 2021 (rotary positions), Ainslie
+2023 (grouped queries), Beltagy 2020 (sliding windows), Shazeer 2020 (SwiGLU). Forms are those that
+were the fastest on a CPU; comments say where that decided.
 """
 
 import math
@@ -27,7 +29,8 @@ def wide(dtype: Any) -> Any:
 def unit_rms(x: Array) -> Array:
     """y = x / sqrt(mean(x²) + ε) over the last axis.
 
-    With a derivative of its own, (dx - y mean(y dx)) / sqrt(mean(x²) + ε), which takes fewer passes over x than what the chain
+    With a derivative of its own, (dx - y mean(y dx)) / sqrt(mean(x²) + ε), which takes fewer passes
+    over x than what the chain
     rule makes of the formula: 4 % of a small GPT's gradient.
     """
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + EPSILON)
@@ -42,7 +45,9 @@ def _(primals: Any, tangents: Any) -> tuple[Array, Array]:
 
 
 class Norm(nnx.Module):
-    """Layer normalisation, scale (x - mean) / sqrt(var + ε) + shift, or with kind="rms" scale x / sqrt(mean(x²) + ε)."""
+    """Layer normalisation, scale (x - mean) / sqrt(var + ε) + shift, or with kind="rms" scale x /
+    sqrt(mean(x²) + ε).
+    """
 
     def __init__(self, d: int, kind: str, bias: bool, *, rngs: nnx.Rngs) -> None:
         self.centred = kind == "layer"
@@ -59,13 +64,16 @@ class Norm(nnx.Module):
 
 
 class Dense(nnx.Module):
-    """x W + b for x [N, d_in]: two axes only, because a weight gradient that contracts three takes twice as long on a CPU.
+    """x W + b for x [N, d_in]: two axes only, because a weight gradient that contracts three takes
+    twice as long on a CPU.
 
-    For the same reason W is kept with its longer axis last, transposed where there are more inputs than outputs: 0.67 ms
-    against 1.03 for the gradient of a matrix of 512 x 128 and 768 rows.
+    For the same reason W is kept with its longer axis last, transposed where there are more inputs
+    than outputs: 0.67 ms against 1.03 for the gradient of a matrix of 512 x 128 and 768 rows.
     """
 
-    def __init__(self, d_in: int, d_out: int, bias: bool, std: float = 0.02, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, d_in: int, d_out: int, bias: bool, std: float = 0.02, *, rngs: nnx.Rngs
+    ) -> None:
         self.transposed = d_in > d_out
         shape = (d_out, d_in) if self.transposed else (d_in, d_out)
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape))
@@ -78,10 +86,11 @@ class Dense(nnx.Module):
 
 
 def rotary(x: Array, positions: Array, base: float = 10000.0) -> Array:
-    """Turns the pairs (x_i, x_{i+h/2}) of x [..., T, h] by the angles position · base^(-2i/h), for positions [T].
+    """Turns the pairs (x_i, x_{i+h/2}) of x [..., T, h] by the angles position · base^(-2i/h), for
+    positions [T].
 
-    The product of a turned query and a turned key depends on the difference of their positions only. Su 2021, equation 34,
-    which pairs neighbours instead.
+    The product of a turned query and a turned key depends on the difference of their positions
+    only. Su 2021, equation 34, which pairs neighbours instead.
     """
     half = x.shape[-1] // 2
     dtype = wide(x.dtype)
@@ -108,20 +117,26 @@ def attend(q: Array, k: Array, v: Array, allowed: Array) -> Array:
     k, v = k.reshape(b * g, s, h), v.reshape(b * g, s, h)
     batched = ((0,), (0,))
     flat = q.reshape(b * g, r * t, h)
-    scores = jax.lax.dot_general(flat, k, (((2,), (2,)), batched), preferred_element_type=wide(q.dtype))
+    scores = jax.lax.dot_general(
+        flat, k, (((2,), (2,)), batched), preferred_element_type=wide(q.dtype)
+    )
     scores = jnp.where(allowed[None, None], scores.reshape(b * g, r, t, s) * h**-0.5, -jnp.inf)
     # Dividing after the second product is [.., h] numbers instead of [.., S].
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1).reshape(b, g, r, t, 1)
-    mixed = jax.lax.dot_general(weights.astype(v.dtype).reshape(b * g, r * t, s), v, (((2,), (1,)), batched))
+    mixed = jax.lax.dot_general(
+        weights.astype(v.dtype).reshape(b * g, r * t, s), v, (((2,), (1,)), batched)
+    )
     return mixed.reshape(b, g, r, t, h) / total.astype(v.dtype)
 
 
 def attend_one(q: Array, k: Array, v: Array, allowed: Array) -> Array:
-    """`attend` for one query a head: q [n, G, R, h], k and v [n, G, S, h], allowed bool [S] -> [n, G, R, h].
+    """`attend` for one query a head: q [n, G, R, h], k and v [n, G, S, h], allowed bool [S] -> [n,
+    G, R, h].
 
-    By matrix products: on a CPU, sums of products took 7 to 50 times as long with jax 0.10, for 1 and 64 sequences with a
-    context of 64 to 512; with 0.12 they took up to 3 times as long for 64 sequences, and half to a quarter for one.
+    By matrix products: on a CPU, sums of products took 7 to 50 times as long with jax 0.10, for 1
+    and 64 sequences with a context of 64 to 512; with 0.12 they took up to 3 times as long for 64
+    sequences, and half to a quarter for one.
     """
     dtype = wide(q.dtype)
     q, k, v = (x.astype(dtype) for x in (q, k, v))
@@ -132,13 +147,17 @@ def attend_one(q: Array, k: Array, v: Array, allowed: Array) -> Array:
 
 
 def causal(t: int, window: int | None) -> Array:
-    """bool [T, T]: position i sees j for i - window < j <= i (Beltagy 2020); without a window all j <= i."""
+    """bool [T, T]: position i sees j for i - window < j <= i (Beltagy 2020); without a window all j
+    <= i.
+    """
     i, j = jnp.arange(t)[:, None], jnp.arange(t)[None]
     return (j <= i) if window is None else (j <= i) & (i - j < window)
 
 
 def dense_attention(q: Array, k: Array, v: Array, window: int | None = None) -> Array:
-    """Causal attention of q [B, G, R, T, h] to k and v [B, G, T, h] by `attend`: the faster one on a CPU."""
+    """Causal attention of q [B, G, R, T, h] to k and v [B, G, T, h] by `attend`: the faster one on
+    a CPU.
+    """
     return attend(q, k, v, causal(q.shape[3], window))
 
 
@@ -147,12 +166,16 @@ def fused_attention(q: Array, k: Array, v: Array, window: int | None = None) -> 
     b, g, r, t, h = q.shape
     back = lambda x: x.reshape(b, -1, t, h).swapaxes(1, 2)  # noqa: E731
     local = None if window is None else (window - 1, 0)
-    y = jax.nn.dot_product_attention(back(q), back(k), back(v), is_causal=True, local_window_size=local)
+    y = jax.nn.dot_product_attention(
+        back(q), back(k), back(v), is_causal=True, local_window_size=local
+    )
     return y.swapaxes(1, 2).reshape(b, g, r, t, h)
 
 
 class Attention(nnx.Module):
-    """What causal self-attention adds to x: W_out attend(W_qkv norm(x)), one matrix product for queries, keys and values."""
+    """What causal self-attention adds to x: W_out attend(W_qkv norm(x)), one matrix product for
+    queries, keys and values.
+    """
 
     def __init__(
         self,
@@ -193,9 +216,12 @@ class Attention(nnx.Module):
         fused = jax.default_backend() != "cpu" and q.dtype != jnp.float64
         return self.joined((fused_attention if fused else dense_attention)(q, k, v, self.window))
 
-    def step(self, x: Array, keys: Array, values: Array, position: Array) -> tuple[Array, Array, Array]:
-        """The same for one position, x [n, d], with the keys and values [n, G, S, h] of those before it; they are returned
-        with its own."""
+    def step(
+        self, x: Array, keys: Array, values: Array, position: Array
+    ) -> tuple[Array, Array, Array]:
+        """The same for one position, x [n, d], with the keys and values [n, G, S, h] of those
+        before it; they are returned with its own.
+        """
         q, k, v = self.heads(x[:, None], position[None])
         keys, values = (
             jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), position, axis=2)
@@ -214,10 +240,20 @@ def gated(x: Array) -> Array:
 
 
 class FeedForward(nnx.Module):
-    """What the second half of a block adds to x: W_2 gelu(W_1 norm(x)), or W_2 (silu(W_1 y) ⊙ W_3 y) of y = norm(x)."""
+    """What the second half of a block adds to x: W_2 gelu(W_1 norm(x)), or W_2 (silu(W_1 y) ⊙ W_3
+    y) of y = norm(x).
+    """
 
     def __init__(
-        self, d: int, d_hidden: int, activation: str, norm: str, bias: bool, std_out: float, *, rngs: nnx.Rngs
+        self,
+        d: int,
+        d_hidden: int,
+        activation: str,
+        norm: str,
+        bias: bool,
+        std_out: float,
+        *,
+        rngs: nnx.Rngs,
     ) -> None:
         self.activation = gated if activation == "swiglu" else jax.nn.gelu
         self.norm = Norm(d, norm, bias, rngs=rngs)
@@ -230,11 +266,19 @@ class FeedForward(nnx.Module):
 
 
 class Inputs(nnx.Module):
-    """The vectors that go into the first block: those of `EventEmbed`, plus a learned one for each position where wanted."""
+    """The vectors that go into the first block: those of `EventEmbed`, plus a learned one for each
+    position where wanted.
+    """
 
-    def __init__(self, spec: DataSpec, d: int, learned: bool, droppable: bool = False, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, spec: DataSpec, d: int, learned: bool, droppable: bool = False, *, rngs: nnx.Rngs
+    ) -> None:
         self.events = EventEmbed(spec, d, droppable, rngs=rngs)
-        self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (spec.shape[0], d))) if learned else None
+        self.positions = (
+            nnx.Param(0.02 * jax.random.normal(rngs.params(), (spec.shape[0], d)))
+            if learned
+            else None
+        )
 
     def __call__(self, x: Array, c: Array | None, dropped: Array | None) -> Array:
         h = self.events(x, c, dropped)
@@ -254,9 +298,13 @@ class Inputs(nnx.Module):
 
 
 class Readout(nnx.Module):
-    """The outputs of a step from the last block's h: a normalised h times a matrix, which may be given as `table` [V, d]."""
+    """The outputs of a step from the last block's h: a normalised h times a matrix, which may be
+    given as `table` [V, d].
+    """
 
-    def __init__(self, d: int, n_outputs: int, tied: bool, norm: str, bias: bool, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, d: int, n_outputs: int, tied: bool, norm: str, bias: bool, *, rngs: nnx.Rngs
+    ) -> None:
         self.norm = Norm(d, norm, bias, rngs=rngs)
         self.dense = None if tied else Dense(d, n_outputs, True, rngs=rngs)
 
@@ -267,6 +315,7 @@ class Readout(nnx.Module):
 
 
 def output_std(n_layers: int) -> float:
-    """The sd of the matrices that write into the residual sum, 0.02 / sqrt(2 layers), so that its size does not grow with
-    their number. Radford 2019, section 2.3."""
+    """The sd of the matrices that write into the residual sum, 0.02 / sqrt(2 layers), so that its
+    size does not grow with their number. Radford 2019, section 2.3.
+    """
     return 0.02 / math.sqrt(2 * n_layers)

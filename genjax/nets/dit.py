@@ -1,4 +1,6 @@
-"""A diffusion Transformer (DiT, Peebles & Xie 2023), NHWC: attention between patches of an image, told of the noise level."""
+"""A diffusion Transformer (DiT, Peebles & Xie 2023), NHWC: attention between patches of an image,
+told of the noise level.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,30 +8,44 @@ from flax import nnx
 
 from genjax.errors import ConfigError
 from genjax.nets.attention import Dense, unit_rms, wide
-from genjax.nets.conditioned import Embedding, SelfAttention, from_patches, modulate, to_patches, zero_linear
+from genjax.nets.conditioned import (
+    Embedding,
+    SelfAttention,
+    from_patches,
+    modulate,
+    to_patches,
+    zero_linear,
+)
 from genjax.protocol import Array
 
 
 def positions(rows: int, columns: int, d: int) -> Array:
-    """Waves in both directions for each patch, [rows · columns, d], float32: a quarter of d each for the sine and cosine of
-    row · ω_k and of column · ω_k, where ω_k = 100^(-4 k / d). Vaswani 2017, section 3.5, in two dimensions; there it is 10000,
-    for positions up to thousands."""
+    """Waves in both directions for each patch, [rows · columns, d], float32: a quarter of d each
+    for the sine and cosine of row · ω_k and of column · ω_k, where ω_k = 100^(-4 k / d). Vaswani
+    2017, section 3.5, in two dimensions; there it is 10000, for positions up to thousands.
+    """
     frequencies = 100.0 ** (-jnp.arange(d // 4, dtype=jnp.float32) / (d // 4))
     row, column = jnp.divmod(jnp.arange(rows * columns), columns)
     angles = [at.astype(jnp.float32)[:, None] * frequencies[None] for at in (row, column)]
-    return jnp.concatenate([wave(angle) for angle in angles for wave in (jnp.sin, jnp.cos)], axis=-1)
+    return jnp.concatenate(
+        [wave(angle) for angle in angles for wave in (jnp.sin, jnp.cos)], axis=-1
+    )
 
 
 def layer_norm(x: Array) -> Array:
-    """(x - mean) / sqrt(var + ε) over the last axis, without a scale and shift of its own. Ba 2016."""
+    """(x - mean) / sqrt(var + ε) over the last axis, without a scale and shift of its own. Ba
+    2016.
+    """
     y = x.astype(wide(x.dtype))
     return unit_rms(y - jnp.mean(y, axis=-1, keepdims=True)).astype(x.dtype)
 
 
 class Block(nnx.Module):
-    """h ← h + g_1 attention(LN_1(h)), then h ← h + g_2 W_2 gelu(W_1 LN_2(h)), where LN_i(h) = (1 + s_i) layer_norm(h) + m_i.
+    """h ← h + g_1 attention(LN_1(h)), then h ← h + g_2 W_2 gelu(W_1 LN_2(h)), where LN_i(h) = (1 +
+    s_i) layer_norm(h) + m_i.
 
-    The six vectors g_i, s_i, m_i [n, d] are a dense layer of e that is 0 at first: adaLN-Zero of Peebles & Xie, section 3.2.
+    The six vectors g_i, s_i, m_i [n, d] are a dense layer of e that is 0 at first: adaLN-Zero of
+    Peebles & Xie, section 3.2.
     """
 
     def __init__(self, d: int, n_heads: int, d_hidden: int, *, rngs: nnx.Rngs) -> None:
@@ -40,14 +56,17 @@ class Block(nnx.Module):
 
     def __call__(self, h: Array, e: Array) -> Array:
         n, t, d = h.shape
-        first, second, gate_one, gate_two = jnp.split(self.parameters(e), [2 * d, 4 * d, 5 * d], axis=-1)
+        first, second, gate_one, gate_two = jnp.split(
+            self.parameters(e), [2 * d, 4 * d, 5 * d], axis=-1
+        )
         h = h + gate_one[:, None] * self.attention(modulate(layer_norm(h), first))
         y = self.up(modulate(layer_norm(h), second).reshape(n * t, d))
         return h + gate_two[:, None] * self.down(jax.nn.gelu(y)).reshape(n, t, d)
 
 
 class DiT(nnx.Module):
-    """Patches of p x p pixels as vectors of d, plus their positions, through `n_layers` blocks and back to pixels.
+    """Patches of p x p pixels as vectors of d, plus their positions, through `n_layers` blocks and
+    back to pixels.
 
     Args:
         shape: (height, width, channels) of an image; sides must be multiples of `patch`.
@@ -76,22 +95,33 @@ class DiT(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         if len(shape) != 3:
-            raise ConfigError(f"A DiT needs events of shape (height, width, channels); got {shape}. Use net='mlp'.")
+            raise ConfigError(
+                f"A DiT needs events of shape (height, width, channels); got {shape}. Use "
+                "net='mlp'."
+            )
         if min(patch, n_layers, n_heads, d) < 1 or any(side % patch for side in shape[:2]):
             raise ConfigError(
-                f"patch must divide both sides of the image, and n_layers and n_heads be at least 1; got patch={patch} for "
+                "patch must divide both sides of the image, and n_layers and n_heads be at least "
+                f"1; got patch={patch} for "
                 f"{shape[0]} x {shape[1]}, n_layers={n_layers}, n_heads={n_heads}."
             )
         if d % 4 or d % n_heads:
-            raise ConfigError(f"The width of a DiT must be a multiple of 4 and of n_heads; got {d} and {n_heads} heads.")
+            raise ConfigError(
+                f"The width of a DiT must be a multiple of 4 and of n_heads; got {d} and {n_heads} "
+                "heads."
+            )
         self.patch, self.grid = patch, (shape[0] // patch, shape[1] // patch)
         self.embed = Embedding(d, cond_size, guided, rngs=rngs)
         self.first = Dense(patch**2 * shape[2], d, True, (patch**2 * shape[2]) ** -0.5, rngs=rngs)
-        self.blocks = nnx.List([Block(d, n_heads, d_hidden or 4 * d, rngs=rngs) for _ in range(n_layers)])
+        self.blocks = nnx.List(
+            [Block(d, n_heads, d_hidden or 4 * d, rngs=rngs) for _ in range(n_layers)]
+        )
         self.parameters = zero_linear(d, 2 * d, rngs=rngs)
         self.last = Dense(d, patch**2 * shape[2], True, 0.0, rngs=rngs)
 
-    def __call__(self, x: Array, noise_level: Array, cond: Array | None = None, dropped: Array | None = None) -> Array:
+    def __call__(
+        self, x: Array, noise_level: Array, cond: Array | None = None, dropped: Array | None = None
+    ) -> Array:
         e = self.embed(noise_level, cond, dropped)
         patches = to_patches(x, self.patch)
         n, (rows, columns), d = x.shape[0], self.grid, e.shape[1]

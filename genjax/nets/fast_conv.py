@@ -1,12 +1,15 @@
-"""Convolutions of images that are as fast on a CPU as the matrix products they are. NHWC, padding "SAME" throughout.
+"""Convolutions of images that are as fast on a CPU as the matrix products they are. NHWC, padding
+"SAME" throughout.
 
-On a CPU, XLA computes some derivatives of a convolution 10 to 50 times slower than others: the weight gradient of a
-transposed convolution always, and every weight gradient inside a loop, which is where training steps are. So on a CPU a
-convolution is here written as slices, one matrix product and shifted sums. All of that is linear, so its derivatives of
-every order, and its batches over kernels, are of the same form and as fast. Other platforms get the native convolution.
+On a CPU, XLA computes some derivatives of a convolution 10 to 50 times slower than others: the
+weight gradient of a transposed convolution always, and every weight gradient inside a loop, which
+is where training steps are. So on a CPU a convolution is here written as slices, one matrix product
+and shifted sums. All of that is linear, so its derivatives of every order, and its batches over
+kernels, are of the same form and as fast. Other platforms get the native convolution.
 
-The price is memory, as windows are laid side by side. The whole gradients of the zoo's rows took 1.03 to 1.85 times as long
-with native convolutions outside of a loop, and 5 to 13 times inside (`python -m benchmarks convolution`).
+The price is memory, as windows are laid side by side. The whole gradients of the zoo's rows took
+1.03 to 1.85 times as long with native convolutions outside of a loop, and 5 to 13 times inside
+(`python -m benchmarks convolution`).
 """
 
 import functools
@@ -24,27 +27,33 @@ _NHWC = ("NHWC", "HWIO", "NHWC")
 _LECUN = nnx.initializers.lecun_normal()
 
 
-# Traced and differentiated once for each shape: two ways of computing, and the derivatives of both, are slow to trace.
+# Traced and differentiated once for each shape: two ways of computing, and the derivatives of both,
+# are slow to trace.
 @functools.partial(jax.jit, static_argnames="stride")
 def convolve(x: Array, kernel: Array, stride: int = 1) -> Array:
-    """y[n, p, q] = Σ_ij x[n, stride p + i - before, stride q + j - before] K[i, j], where x is 0 outside of the image.
+    """y[n, p, q] = Σ_ij x[n, stride p + i - before, stride q + j - before] K[i, j], where x is 0
+    outside of the image.
 
     Args:
         x: images [N, H, W, C].
         kernel: K [height, width, C, D].
-        stride: steps between windows; `before` is half of the padding that "SAME" of `jax.lax` needs, rounded down.
+        stride: steps between windows; `before` is half of the padding that "SAME" of `jax.lax`
+            needs, rounded down.
 
     Returns:
         [N, ceil(H / stride), ceil(W / stride), D], as `jax.lax.conv_general_dilated` to rounding.
     """
-    native = lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, "SAME", dimension_numbers=_NHWC)  # noqa: E731
+    native = lambda x, kernel: jax.lax.conv_general_dilated(
+        x, kernel, (stride,) * 2, "SAME", dimension_numbers=_NHWC
+    )  # noqa: E731
     products = lambda x, kernel: _convolve(x, kernel, stride)  # noqa: E731
     return jax.lax.platform_dependent(x, kernel, cpu=products, default=native)
 
 
 @functools.partial(jax.jit, static_argnames="stride")
 def convolve_transpose(x: Array, kernel: Array, stride: int = 1) -> Array:
-    """A convolution of x with stride - 1 zeros between its pixels: `jax.lax.conv_transpose` to rounding.
+    """A convolution of x with stride - 1 zeros between its pixels: `jax.lax.conv_transpose` to
+    rounding.
 
     Args:
         x: images [N, H, W, C].
@@ -54,15 +63,21 @@ def convolve_transpose(x: Array, kernel: Array, stride: int = 1) -> Array:
     Returns:
         [N, stride H, stride W, D].
     """
-    native = lambda x, kernel: jax.lax.conv_transpose(x, kernel, (stride,) * 2, "SAME", dimension_numbers=_NHWC)  # noqa: E731
+    native = lambda x, kernel: jax.lax.conv_transpose(
+        x, kernel, (stride,) * 2, "SAME", dimension_numbers=_NHWC
+    )  # noqa: E731
     products = lambda x, kernel: _convolve_transpose(x, kernel, stride)  # noqa: E731
     return jax.lax.platform_dependent(x, kernel, cpu=products, default=native)
 
 
 def double(x: Array) -> Array:
-    """Images [N, H, W, C] -> [N, 2 H, 2 W, C], every pixel four times. Its derivative is a sum; that of a resize scatters."""
+    """Images [N, H, W, C] -> [N, 2 H, 2 W, C], every pixel four times. Its derivative is a sum;
+    that of a resize scatters.
+    """
     n, height, width, depth = x.shape
-    return jnp.broadcast_to(x[:, :, None, :, None], (n, height, 2, width, 2, depth)).reshape(n, 2 * height, 2 * width, depth)
+    return jnp.broadcast_to(x[:, :, None, :, None], (n, height, 2, width, 2, depth)).reshape(
+        n, 2 * height, 2 * width, depth
+    )
 
 
 def _convolve(x: Array, kernel: Array, stride: int) -> Array:
@@ -71,16 +86,23 @@ def _convolve(x: Array, kernel: Array, stride: int) -> Array:
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     if stride == 1 or any(size % stride for size in sizes):
         return _windows(x, kernel, stride)
-    # A block of stride x stride pixels becomes one pixel with all their channels, and the stride is gone.
+    # A block of stride x stride pixels becomes one pixel with all their channels, and the stride is
+    # gone.
     return _windows(_to_blocks(x, stride), _to_blocks(kernel[None], stride)[0], 1)
 
 
 def _convolve_transpose(x: Array, kernel: Array, stride: int) -> Array:
     (height, width, depth, d_out), images = kernel.shape, x.shape[1:3]
-    # Every pixel of x adds to one window of y, so to `rows` x `columns` blocks of stride x stride pixels of y.
+    # Every pixel of x adds to one window of y, so to `rows` x `columns` blocks of stride x stride
+    # pixels of y.
     rows, columns = -(-height // stride), -(-width // stride)
-    flipped = jnp.pad(kernel[::-1, ::-1], ((0, rows * stride - height), (0, columns * stride - width), (0, 0), (0, 0)))
-    blocks = flipped.reshape(rows, stride, columns, stride, depth, d_out).transpose(0, 2, 4, 1, 3, 5)
+    flipped = jnp.pad(
+        kernel[::-1, ::-1],
+        ((0, rows * stride - height), (0, columns * stride - width), (0, 0), (0, 0)),
+    )
+    blocks = flipped.reshape(rows, stride, columns, stride, depth, d_out).transpose(
+        0, 2, 4, 1, 3, 5
+    )
     blocks = blocks.reshape(rows, columns, depth, stride * stride * d_out)[::-1, ::-1]
     y = _windows(jnp.pad(x, ((0, 0), (rows - 1,) * 2, (columns - 1,) * 2, (0, 0))), blocks, 1)
     n, down, across, _ = y.shape
@@ -91,7 +113,9 @@ def _convolve_transpose(x: Array, kernel: Array, stride: int) -> Array:
 
 
 def _cut(size: int, stride: int) -> int:
-    """How many of the first pixels "SAME" of `jax.lax.conv_transpose` leaves out, of all that the first window reaches."""
+    """How many of the first pixels "SAME" of `jax.lax.conv_transpose` leaves out, of all that the
+    first window reaches.
+    """
     return 0 if stride > size - 1 else size - 1 - -(-(size + stride - 2) // 2)
 
 
@@ -99,19 +123,23 @@ def _to_blocks(x: Array, size: int) -> Array:
     """[N, H, W, C, ...] -> [N, H / size, W / size, size² C, ...]"""
     n, height, width, depth, *rest = x.shape
     x = x.reshape(n, height // size, size, width // size, size, depth, *rest)
-    return jnp.swapaxes(x, 2, 3).reshape(n, height // size, width // size, size * size * depth, *rest)
+    return jnp.swapaxes(x, 2, 3).reshape(
+        n, height // size, width // size, size * size * depth, *rest
+    )
 
 
 def _windows(x: Array, kernel: Array, stride: int) -> Array:
     """The convolution of x without padding as one matrix product.
 
-    Along each axis the pixels of a window can be laid side by side before the product (both axes: "im2col"), or the products
-    of single pixels can be shifted and summed after it. Memory traffic decides: the way that makes the fewest numbers.
+    Along each axis the pixels of a window can be laid side by side before the product (both axes:
+    "im2col"), or the products of single pixels can be shifted and summed after it. Memory traffic
+    decides: the way that makes the fewest numbers.
     """
     height, width, depth, d_out = kernel.shape
     n, rows, columns, _ = x.shape
     down, across = (rows - height) // stride + 1, (columns - width) // stride + 1
-    # Axes of the kernel that come before the product, and numbers for each pixel on both sides of it.
+    # Axes of the kernel that come before the product, and numbers for each pixel on both sides of
+    # it.
     ways = {
         (0, 1): height * width * depth + d_out,
         (1,): width * depth + height * d_out,
@@ -126,10 +154,13 @@ def _windows(x: Array, kernel: Array, stride: int) -> Array:
     left = jnp.concatenate(sides, axis=-1).reshape(n * tall * wide, -1)
     right = kernel.transpose(*early, 2, *late, 3).reshape(left.shape[1], -1)
     product = (left @ right).reshape(n, tall, wide, -1)
-    # The derivative of a split is one concatenation; that of slices is a sum of as many arrays as there are slices.
+    # The derivative of a split is one concatenation; that of slices is a sum of as many arrays as
+    # there are slices.
     offsets = list(_offsets(kernel, late))
     parts = jnp.split(product, len(offsets), axis=-1)
-    terms = [part[:, i : i + down, j : j + across] for part, (i, j) in zip(parts, offsets, strict=True)]
+    terms = [
+        part[:, i : i + down, j : j + across] for part, (i, j) in zip(parts, offsets, strict=True)
+    ]
     return sum(terms[1:], start=terms[0])
 
 
@@ -140,7 +171,9 @@ def _offsets(kernel: Array, axes: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 
 
 class Conv(nnx.Conv):
-    """`nnx.Conv` of images [..., H, W, d_in] with padding "SAME", computed by `convolve`: the same variables and values."""
+    """`nnx.Conv` of images [..., H, W, d_in] with padding "SAME", computed by `convolve`: the same
+    variables and values.
+    """
 
     def __init__(
         self,
@@ -153,7 +186,9 @@ class Conv(nnx.Conv):
         kernel_init: Any = _LECUN,
         rngs: nnx.Rngs,
     ) -> None:
-        super().__init__(d_in, d_out, kernel_size, stride, use_bias=use_bias, kernel_init=kernel_init, rngs=rngs)
+        super().__init__(
+            d_in, d_out, kernel_size, stride, use_bias=use_bias, kernel_init=kernel_init, rngs=rngs
+        )
         self.stride = stride
 
     def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
@@ -161,7 +196,9 @@ class Conv(nnx.Conv):
 
 
 class ConvTranspose(nnx.ConvTranspose):
-    """`nnx.ConvTranspose` of images with padding "SAME", computed by `convolve_transpose`: the same variables and values."""
+    """`nnx.ConvTranspose` of images with padding "SAME", computed by `convolve_transpose`: the same
+    variables and values.
+    """
 
     def __init__(
         self,
@@ -174,7 +211,9 @@ class ConvTranspose(nnx.ConvTranspose):
         kernel_init: Any = _LECUN,
         rngs: nnx.Rngs,
     ) -> None:
-        super().__init__(d_in, d_out, kernel_size, stride, use_bias=use_bias, kernel_init=kernel_init, rngs=rngs)
+        super().__init__(
+            d_in, d_out, kernel_size, stride, use_bias=use_bias, kernel_init=kernel_init, rngs=rngs
+        )
         self.stride = stride
 
     def __call__(self, inputs: Array) -> Array:

@@ -1,4 +1,6 @@
-"""The only place that splits and merges NNX modules: a module's builder in, two pure functions over plain dicts out."""
+"""The only place that splits and merges NNX modules: a module's builder in, two pure functions over
+plain dicts out.
+"""
 
 import contextlib
 import functools
@@ -17,7 +19,8 @@ class Net(NamedTuple):
     """A network as pure functions over plain nested dicts.
 
     Attributes:
-        init: (key) -> (params, state), `state` being every variable that is not an `nnx.Param`, such as batch statistics.
+        init: (key) -> (params, state), `state` being every variable that is not an `nnx.Param`,
+            such as batch statistics.
         apply: (params, state, *args, **kwargs) -> (output, state).
     """
 
@@ -26,7 +29,8 @@ class Net(NamedTuple):
 
 
 def _cast(tree: Any, dtype: Any) -> Any:
-    # Python numbers take on the dtype of what they meet, and other arguments (names, flags) have none.
+    # Python numbers take on the dtype of what they meet, and other arguments (names, flags) have
+    # none.
     real = lambda leaf: hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if real(leaf) else leaf, tree)
 
@@ -35,29 +39,36 @@ def _refuse(module: nnx.Module, name: str) -> None:
     shared = nnx.find_duplicates(module)
     if shared:
         paths = " and ".join(".".join(map(str, path)) for path in shared[0])
-        raise ConfigError(f"{name} shares one variable between {paths}: tie weights by passing the value, not the reference.")
+        raise ConfigError(
+            f"{name} shares one variable between {paths}: tie weights by passing the value, not "
+            "the reference."
+        )
     for path, variable in nnx.to_flat_state(nnx.state(module)):
         if isinstance(variable, nnx.RngState):
             where = ".".join(map(str, path))
             raise ConfigError(
-                f"{name} stores random state at {where}, which would hide randomness inside a model. Build the layer "
-                "without rngs (nnx.Dropout(rate)) and pass the key as a call argument; write recurrence with jax.lax.scan."
+                f"{name} stores random state at {where}, which would hide randomness inside a "
+                "model. Build the layer "
+                "without rngs (nnx.Dropout(rate)) and pass the key as a call argument; write "
+                "recurrence with jax.lax.scan."
             )
 
 
 def functional(build: Callable[..., nnx.Module], dtype: str | None = None) -> Net:
     """Turn `build(*, rngs) -> nnx.Module` into a `Net`.
 
-    Whether a call trains or evaluates is a call argument of the module; nothing of NNX leaves this function.
+    Whether a call trains or evaluates is a call argument of the module; nothing of NNX leaves this
+    function.
 
     Args:
         build: makes the module; every array that it creates must be an nnx.Variable.
-        dtype: compute in this dtype, such as "bfloat16": parameters and floating-point arguments are cast on the way in
-            and outputs to float32 on the way out, so parameters, statistics and losses stay float32. None changes nothing.
+        dtype: compute in this dtype, such as "bfloat16": parameters and floating-point arguments
+            are cast on the way in and outputs to float32 on the way out, so parameters, statistics
+            and losses stay float32. None changes nothing.
 
     Raises:
-        ConfigError: for a module that stores rngs, shares a variable by reference, or (at the first call) uses `sow` or
-            otherwise changes the structure of its state.
+        ConfigError: for a module that stores rngs, shares a variable by reference, or (at the first
+            call) uses `sow` or otherwise changes the structure of its state.
     """
     name = getattr(getattr(build, "func", build), "__name__", "the module")
     try:
@@ -65,7 +76,9 @@ def functional(build: Callable[..., nnx.Module], dtype: str | None = None) -> Ne
     except ValueError as error:  # with NNX_GRAPH_MODE=false, flax itself refuses a shared variable
         if "aliasing" not in str(error):
             raise
-        raise ConfigError(f"{name} shares one variable by reference: tie weights by passing the value instead.") from error
+        raise ConfigError(
+            f"{name} shares one variable by reference: tie weights by passing the value instead."
+        ) from error
     _refuse(module, name)
     graphdef = nnx.graphdef(module)
 
@@ -73,29 +86,46 @@ def functional(build: Callable[..., nnx.Module], dtype: str | None = None) -> Ne
         _, params, state = nnx.split(build(rngs=nnx.Rngs(key)), nnx.Param, ...)
         return nnx.to_pure_dict(params), nnx.to_pure_dict(state)
 
-    # Traced once for each shape, however many losses, penalties, turns and transforms call it: the trace, and its derivatives,
-    # are what a step spends most of its time on before it is compiled. A Python value is as fixed as the method.
+    # Traced once for each shape, however many losses, penalties, turns and transforms call it: the
+    # trace, and its derivatives, are what a step spends most of its time on before it is compiled.
+    # A Python value is as fixed as the method.
     @functools.partial(jax.jit, static_argnames=("method", "fixed", "tree"))
-    def traced(params: Params, state: State, arrays: list[Any], method: str, fixed: tuple[Any, ...], tree: Any) -> Any:
-        args, kwargs = jax.tree.unflatten(tree, [leaf if one is None else one for one, leaf in zip(arrays, fixed, strict=True)])
+    def traced(
+        params: Params,
+        state: State,
+        arrays: list[Any],
+        method: str,
+        fixed: tuple[Any, ...],
+        tree: Any,
+    ) -> Any:
+        args, kwargs = jax.tree.unflatten(
+            tree, [leaf if one is None else one for one, leaf in zip(arrays, fixed, strict=True)]
+        )
         given = params
         if dtype is not None and dtype != "float32":
             given, args, kwargs = _cast((params, args, kwargs), dtype)
         module = nnx.merge(graphdef, given, state)
         # Statistics stay float32 in narrow arithmetic, so a normalisation layer mixes the two.
-        with jax.numpy_dtype_promotion("standard") if given is not params else contextlib.nullcontext():
+        with (
+            jax.numpy_dtype_promotion("standard")
+            if given is not params
+            else contextlib.nullcontext()
+        ):
             output = getattr(module, method)(*args, **kwargs)
         after = nnx.to_pure_dict(nnx.state(module, nnx.Not(nnx.Param)))
         if jax.tree.structure(after) != jax.tree.structure(state):
             raise ConfigError(
-                f"{name} changed the structure of its state in a call (does it use `sow`?): return the value instead."
+                f"{name} changed the structure of its state in a call (does it use `sow`?): return "
+                "the value instead."
             )
         if given is not params:
             output = _cast(output, jnp.float32)
             after = jax.tree.map(lambda new, old: new.astype(old.dtype), after, state)
         return output, after
 
-    def apply(params: Params, state: State, *args: Any, method: str = "__call__", **kwargs: Any) -> tuple[Any, State]:
+    def apply(
+        params: Params, state: State, *args: Any, method: str = "__call__", **kwargs: Any
+    ) -> tuple[Any, State]:
         leaves, tree = jax.tree.flatten((args, kwargs))
         arrays = [leaf if hasattr(leaf, "dtype") else None for leaf in leaves]
         fixed = tuple(None if hasattr(leaf, "dtype") else leaf for leaf in leaves)

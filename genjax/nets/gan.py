@@ -1,7 +1,9 @@
-"""Generators and discriminators: perceptrons, DCGAN (Radford 2016) and residual nets (after Huang 2024). NHWC throughout.
+"""Generators and discriminators: perceptrons, DCGAN (Radford 2016) and residual nets (after Huang
+2024). NHWC throughout.
 
-A generator maps z [N, latent_dim] and a condition [N, E] (or None) to events [N, *shape] without a last activation, a
-discriminator maps events to features [N, d_features]. What is made of the features is the business of `Head`.
+A generator maps z [N, latent_dim] and a condition [N, E] (or None) to events [N, *shape] without a
+last activation, a discriminator maps events to features [N, d_features]. What is made of the
+features is the business of `Head`.
 """
 
 import itertools
@@ -38,7 +40,9 @@ def _with_maps(x: Array, cond: Array | None) -> Array:
 
 
 class MLPGenerator(nnx.Module):
-    """Dense layers with ReLU; with `norm` a batch normalisation before each, whose scale and shift know `norm_cond`."""
+    """Dense layers with ReLU; with `norm` a batch normalisation before each, whose scale and shift
+    know `norm_cond`.
+    """
 
     def __init__(
         self,
@@ -53,7 +57,9 @@ class MLPGenerator(nnx.Module):
     ) -> None:
         sizes = [d_z + concat, *hidden]
         # A normalisation takes a bias before it away again.
-        self.layers = nnx.List([nnx.Linear(a, b, use_bias=not norm, rngs=rngs) for a, b in itertools.pairwise(sizes)])
+        self.layers = nnx.List(
+            [nnx.Linear(a, b, use_bias=not norm, rngs=rngs) for a, b in itertools.pairwise(sizes)]
+        )
         self.last = nnx.Linear(sizes[-1], math.prod(shape), rngs=rngs)
         self.norms = nnx.List([BatchNorm(d, norm_cond, rngs=rngs) for d in hidden] if norm else [])
         self.shape, self.concat = tuple(shape), concat
@@ -70,11 +76,19 @@ class MLPFeatures(nnx.Module):
     """Dense layers with leaky ReLU (slope 0.2)."""
 
     def __init__(
-        self, shape: tuple[int, ...], hidden: Sequence[int], *, concat: int = 0, spectral: bool = False, rngs: nnx.Rngs
+        self,
+        shape: tuple[int, ...],
+        hidden: Sequence[int],
+        *,
+        concat: int = 0,
+        spectral: bool = False,
+        rngs: nnx.Rngs,
     ) -> None:
         sizes = [math.prod(shape) + concat, *hidden]
         wrap = _wrap(spectral)
-        self.layers = nnx.List([wrap(nnx.Linear(a, b, rngs=rngs), rngs=rngs) for a, b in itertools.pairwise(sizes)])
+        self.layers = nnx.List(
+            [wrap(nnx.Linear(a, b, rngs=rngs), rngs=rngs) for a, b in itertools.pairwise(sizes)]
+        )
         self.ndim, self.concat, self.d_features = len(shape), concat, sizes[-1]
 
     def __call__(self, x: Array, cond: Array | None, train: bool) -> Array:
@@ -85,7 +99,9 @@ class MLPFeatures(nnx.Module):
 
 
 class DCGANGenerator(nnx.Module):
-    """A dense layer, then per entry of `channels` a 4x4 transposed convolution with stride 2, ReLU between them."""
+    """A dense layer, then per entry of `channels` a 4x4 transposed convolution with stride 2, ReLU
+    between them.
+    """
 
     def __init__(
         self,
@@ -102,9 +118,18 @@ class DCGANGenerator(nnx.Module):
         self.first = nnx.Linear(d_z + concat, math.prod(self.start), kernel_init=_NARROW, rngs=rngs)
         sizes = [*channels, shape[2]]
         make = partial(ConvTranspose, kernel_size=(4, 4), stride=2, kernel_init=_NARROW, rngs=rngs)
-        biased = [not norm] * (len(channels) - 1) + [True]  # a normalisation takes a bias before it away again
-        self.convs = nnx.List([make(*size, use_bias=b) for size, b in zip(itertools.pairwise(sizes), biased, strict=True)])
-        self.norms = nnx.List([BatchNorm(d, norm_cond, rngs=rngs) for d in channels] if norm else [])
+        biased = [not norm] * (len(channels) - 1) + [
+            True
+        ]  # a normalisation takes a bias before it away again
+        self.convs = nnx.List(
+            [
+                make(*size, use_bias=b)
+                for size, b in zip(itertools.pairwise(sizes), biased, strict=True)
+            ]
+        )
+        self.norms = nnx.List(
+            [BatchNorm(d, norm_cond, rngs=rngs) for d in channels] if norm else []
+        )
         self.concat = concat
 
     def __call__(self, z: Array, cond: Array | None, train: bool) -> Array:
@@ -115,7 +140,9 @@ class DCGANGenerator(nnx.Module):
 
 
 class DCGANFeatures(nnx.Module):
-    """Per entry of `channels` a 4x4 convolution with stride 2 and leaky ReLU; `norm` puts a batch normalisation between."""
+    """Per entry of `channels` a 4x4 convolution with stride 2 and leaky ReLU; `norm` puts a batch
+    normalisation between.
+    """
 
     def __init__(
         self,
@@ -133,7 +160,10 @@ class DCGANFeatures(nnx.Module):
         init = {"kernel_init": _NARROW} if norm else {}
         make = partial(Conv, kernel_size=(4, 4), stride=2, rngs=rngs, **init)
         biased = [True] + [not norm] * (len(channels) - 1)
-        layers = [make(*size, use_bias=b) for size, b in zip(itertools.pairwise(sizes), biased, strict=True)]
+        layers = [
+            make(*size, use_bias=b)
+            for size, b in zip(itertools.pairwise(sizes), biased, strict=True)
+        ]
         self.convs = nnx.List([wrap(layer, rngs=rngs) for layer in layers])
         self.norms = nnx.List([BatchNorm(d, rngs=rngs) for d in channels[1:]] if norm else [])
         self.d_features = math.prod(smallest) * channels[-1]
@@ -148,23 +178,36 @@ class DCGANFeatures(nnx.Module):
 
 
 class _Residual(nnx.Module):
-    """x + conv(act(conv(act(x)))), 3x3, with a 1x1 convolution on the short way where the width changes."""
+    """x + conv(act(conv(act(x)))), 3x3, with a 1x1 convolution on the short way where the width
+    changes.
+    """
 
-    def __init__(self, d_in: int, d_out: int, *, norm: bool, norm_cond: int, wrap: Any, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, d_in: int, d_out: int, *, norm: bool, norm_cond: int, wrap: Any, rngs: nnx.Rngs
+    ) -> None:
         self.one = wrap(Conv(d_in, d_out, (3, 3), use_bias=not norm, rngs=rngs), rngs=rngs)
         self.two = wrap(Conv(d_out, d_out, (3, 3), rngs=rngs), rngs=rngs)
-        self.short = wrap(Conv(d_in, d_out, (1, 1), use_bias=False, rngs=rngs), rngs=rngs) if d_in != d_out else None
-        self.norms = nnx.List([BatchNorm(d, norm_cond, rngs=rngs) for d in (d_in, d_out)] if norm else [])
+        self.short = (
+            wrap(Conv(d_in, d_out, (1, 1), use_bias=False, rngs=rngs), rngs=rngs)
+            if d_in != d_out
+            else None
+        )
+        self.norms = nnx.List(
+            [BatchNorm(d, norm_cond, rngs=rngs) for d in (d_in, d_out)] if norm else []
+        )
 
     def __call__(self, x: Array, cond: Array | None, train: bool) -> Array:
         h = self.one(_leaky(self.norms[0](x, cond, train) if self.norms else x), train)
         h = self.two(_leaky(self.norms[1](h, cond, train) if self.norms else h), train)
-        # The sum of two variables of variance 1 has variance 2; without a normalisation that would double with each block.
+        # The sum of two variables of variance 1 has variance 2; without a normalisation that would
+        # double with each block.
         return (h + (x if self.short is None else self.short(x, train))) * math.sqrt(0.5)
 
 
 class ResidualGenerator(nnx.Module):
-    """A dense layer, then per entry of `channels` a residual block and a doubling by repetition, and a 3x3 convolution."""
+    """A dense layer, then per entry of `channels` a residual block and a doubling by repetition,
+    and a 3x3 convolution.
+    """
 
     def __init__(
         self,
@@ -224,9 +267,11 @@ class ResidualFeatures(nnx.Module):
 
 
 class Discriminator(nnx.Module):
-    """Features h(x), and what is read off them: a logit [N] and, for an auxiliary task, predictions [N, E].
+    """Features h(x), and what is read off them: a logit [N] and, for an auxiliary task, predictions
+    [N, E].
 
-    logit = w·h + b, with `projection` + (V c)·h as well (Miyato & Koyama 2018, section 3, with V a linear layer).
+    logit = w·h + b, with `projection` + (V c)·h as well (Miyato & Koyama 2018, section 3, with V a
+    linear layer).
     """
 
     def __init__(
@@ -242,7 +287,11 @@ class Discriminator(nnx.Module):
         self.features = features(rngs=rngs)
         d, wrap = self.features.d_features, _wrap(spectral)
         self.logit = wrap(nnx.Linear(d, 1, use_bias=bias, rngs=rngs), rngs=rngs)
-        self.embed = wrap(nnx.Linear(projection, d, use_bias=False, rngs=rngs), rngs=rngs) if projection else None
+        self.embed = (
+            wrap(nnx.Linear(projection, d, use_bias=False, rngs=rngs), rngs=rngs)
+            if projection
+            else None
+        )
         self.auxiliary = nnx.Linear(d, auxiliary, rngs=rngs) if auxiliary else None
 
     def __call__(self, x: Array, cond: Array | None, train: bool) -> tuple[Array, Array | None]:

@@ -1,4 +1,6 @@
-"""Normalisation: batch statistics, also conditional, and spectral norms. Both keep what they carry in the state."""
+"""Normalisation: batch statistics, also conditional, and spectral norms. Both keep what they carry
+in the state.
+"""
 
 from functools import partial
 from typing import Any
@@ -11,11 +13,13 @@ from genjax.protocol import Array
 
 
 class BatchNorm(nnx.Module):
-    """y = scale (x - mean) / sqrt(var + ε) + shift over all axes but the last. Ioffe & Szegedy 2015.
+    """y = scale (x - mean) / sqrt(var + ε) + shift over all axes but the last. Ioffe & Szegedy
+    2015.
 
-    Scale and shift are learned vectors [D] or, with `cond_size`, 1 + W c and V c with learned matrices [cond_size, D] that
-    start at 0 (de Vries 2017), so that equal rows give the unconditional layer. With train=True mean and var are those of
-    the batch, and the running ones in the state move 1 % towards them; with train=False they are the running ones.
+    Scale and shift are learned vectors [D] or, with `cond_size`, 1 + W c and V c with learned
+    matrices [cond_size, D] that start at 0 (de Vries 2017), so that equal rows give the
+    unconditional layer. With train=True mean and var are those of the batch, and the running ones
+    in the state move 1 % towards them; with train=False they are the running ones.
     """
 
     scale: Any  # a vector, or a layer that makes one of the condition
@@ -25,20 +29,30 @@ class BatchNorm(nnx.Module):
         self.mean, self.var = nnx.BatchStat(jnp.zeros(d)), nnx.BatchStat(jnp.ones(d))
         self.conditional = bool(cond_size)
         if cond_size:
-            make = partial(nnx.Linear, cond_size, d, use_bias=False, kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
+            make = partial(
+                nnx.Linear,
+                cond_size,
+                d,
+                use_bias=False,
+                kernel_init=nnx.initializers.zeros_init(),
+                rngs=rngs,
+            )
             self.scale, self.shift = make(), make()
         else:
             self.scale, self.shift = nnx.Param(jnp.ones(d)), nnx.Param(jnp.zeros(d))
 
     def __call__(self, x: Array, cond: Array | None, train: bool) -> Array:
         wide_as = lambda v: v.reshape(*[1] * (x.ndim - 1), -1)  # noqa: E731
-        # Statistics in float32 at least: in bfloat16 a mean over thousands of values has two digits.
+        # Statistics in float32 at least: in bfloat16 a mean over thousands of values has two
+        # digits.
         wide = x.astype(jnp.promote_types(x.dtype, self.mean[...].dtype))
         if train:
             axes = tuple(range(x.ndim - 1))
             mean, var = jnp.mean(wide, axis=axes), jnp.var(wide, axis=axes)
             for running, new in ((self.mean, mean), (self.var, var)):
-                running[...] += 0.01 * (jax.lax.stop_gradient(new).astype(running[...].dtype) - running[...])
+                running[...] += 0.01 * (
+                    jax.lax.stop_gradient(new).astype(running[...].dtype) - running[...]
+                )
         else:
             mean, var = self.mean[...], self.var[...]
         y = ((wide - wide_as(mean)) * wide_as(jax.lax.rsqrt(var + 1e-5))).astype(x.dtype)
@@ -49,11 +63,12 @@ class BatchNorm(nnx.Module):
 
 
 class Spectral(nnx.Module):
-    """A dense or convolutional layer whose kernel W is divided by its largest singular value σ. Miyato 2018, algorithm 1.
+    """A dense or convolutional layer whose kernel W is divided by its largest singular value σ.
+    Miyato 2018, algorithm 1.
 
-    The kernel counts as a matrix [everything else, outputs]. One power iteration for each call with train=True:
-    v ← W u / |W u|, u ← Wᵀ v / |Wᵀ v|, σ = vᵀ W u, where u [outputs] is in the state and the gradient takes u and v as
-    constants. With train=False u is used as it is.
+    The kernel counts as a matrix [everything else, outputs]. One power iteration for each call with
+    train=True: v ← W u / |W u|, u ← Wᵀ v / |Wᵀ v|, σ = vᵀ W u, where u [outputs] is in the state
+    and the gradient takes u and v as constants. With train=False u is used as it is.
     """
 
     def __init__(self, layer: Any, *, rngs: nnx.Rngs) -> None:
@@ -70,7 +85,8 @@ class Spectral(nnx.Module):
             u = _unit(v @ constant)
             self.u[...] = u.astype(self.u[...].dtype)
         sigma = v @ (matrix @ u)
-        # The module is a copy that lives for one call of `functional`, but may be called twice within it.
+        # The module is a copy that lives for one call of `functional`, but may be called twice
+        # within it.
         self.layer.kernel[...] = kernel / sigma
         y = self.layer(x)
         self.layer.kernel[...] = kernel

@@ -1,4 +1,6 @@
-"""Recurrent networks: the vanilla cell, the LSTM and the GRU, in layers, over whole sequences or one step at a time."""
+"""Recurrent networks: the vanilla cell, the LSTM and the GRU, in layers, over whole sequences or
+one step at a time.
+"""
 
 import dataclasses
 import functools
@@ -22,13 +24,16 @@ class Cell:
     """One step of a recurrent layer without its matrix products, which is elementwise.
 
     Attributes:
-        step: (a, u, carry) -> carry, where a = x W + b and u = h U (+ c for the last gates), each [B, n_gates d].
+        step: (a, u, carry) -> carry, where a = x W + b and u = h U (+ c for the last gates), each
+            [B, n_gates d].
         n_gates: how many vectors of d the products give.
         n_carry: how many vectors of d are carried; the first is h.
         n_biased: how many of the last gates have a bias of their own in u.
-        summed: whether `step` sees a and u as their sum a + u only, which has a faster way back (see `over_time`).
+        summed: whether `step` sees a and u as their sum a + u only, which has a faster way back
+            (see `over_time`).
         bias: the initial b of each gate.
-        keeper: which gate keeps the past when it is open, of those that `bias` lists; None where there is none.
+        keeper: which gate keeps the past when it is open, of those that `bias` lists; None where
+            there is none.
 
     Raises:
         ConfigError: for a `summed` cell with gates that have a bias of their own in u.
@@ -44,7 +49,10 @@ class Cell:
 
     def __post_init__(self) -> None:
         if self.summed and self.n_biased:
-            raise ConfigError(f"a cell that sees a + u has one bias: with summed, n_biased must be 0; got {self.n_biased}.")
+            raise ConfigError(
+                "a cell that sees a + u has one bias: with summed, n_biased must be 0; got "
+                f"{self.n_biased}."
+            )
 
 
 def vanilla_step(a: Array, u: Array, carry: Carry) -> Carry:
@@ -55,7 +63,8 @@ def vanilla_step(a: Array, u: Array, carry: Carry) -> Carry:
 def lstm_step(a: Array, u: Array, carry: Carry) -> Carry:
     """(i, f, g, o) = x W + h U + b;  c' = σ(f) c + σ(i) tanh(g);  h' = σ(o) tanh(c').
 
-    Hochreiter & Schmidhuber 1997 with the forget gate of Gers 2000, without peepholes. b of f starts at 1 (Jozefowicz 2015).
+    Hochreiter & Schmidhuber 1997 with the forget gate of Gers 2000, without peepholes. b of f
+    starts at 1 (Jozefowicz 2015).
     """
     i, f, g, o = jnp.split(a + u, 4, axis=-1)
     c = jax.nn.sigmoid(f) * carry[1] + jax.nn.sigmoid(i) * jnp.tanh(g)
@@ -65,8 +74,8 @@ def lstm_step(a: Array, u: Array, carry: Carry) -> Carry:
 def gru_step(a: Array, u: Array, carry: Carry) -> Carry:
     """r, z = σ(x W + h U + b);  n = tanh(x W_n + b_n + r (h U_n + c_n));  h' = (1 - z) n + z h.
 
-    Cho 2014 resets h before its product, (r h) U_n; this is the form of cuDNN (and, without c_n, of Flax), which resets after
-    it, so that one product serves all three gates.
+    Cho 2014 resets h before its product, (r h) U_n; this is the form of cuDNN (and, without c_n, of
+    Flax), which resets after it, so that one product serves all three gates.
     """
     a_gates, a_n = jnp.split(a, [2 * (a.shape[-1] // 3)], axis=-1)
     u_gates, u_n = jnp.split(u, [2 * (u.shape[-1] // 3)], axis=-1)
@@ -83,7 +92,8 @@ CELLS = {
 
 
 def cell_of(cell: str | Cell, forget_bias: float | None = None) -> Cell:
-    """A cell by name, or the one that is given; with `forget_bias` as the initial bias of the gate that keeps the past.
+    """A cell by name, or the one that is given; with `forget_bias` as the initial bias of the gate
+    that keeps the past.
 
     Raises:
         ConfigError: for an unknown name, and for a bias of a gate that the cell does not have.
@@ -96,18 +106,25 @@ def cell_of(cell: str | Cell, forget_bias: float | None = None) -> Cell:
         return cell
     if cell.keeper is None:
         raise ConfigError(
-            f"forget_bias is for a cell with a gate that keeps the past, as lstm and gru have; got {forget_bias}."
+            "forget_bias is for a cell with a gate that keeps the past, as lstm and gru have; got "
+            f"{forget_bias}."
         )
-    return dataclasses.replace(cell, bias=tuple(forget_bias if i == cell.keeper else b for i, b in enumerate(cell.bias)))
+    return dataclasses.replace(
+        cell, bias=tuple(forget_bias if i == cell.keeper else b for i, b in enumerate(cell.bias))
+    )
 
 
 def rematerialised(step: Callable[..., Any], remat: bool) -> Callable[..., Any]:
-    """The step of a loop; with `remat`, one that keeps its carry only and is computed again on the way back."""
+    """The step of a loop; with `remat`, one that keeps its carry only and is computed again on the
+    way back.
+    """
     return jax.checkpoint(step, prevent_cse=False) if remat else step
 
 
 def _loop(step: Callable[[Array, Carry], Carry], given: Array, carry: Carry) -> tuple[Array, Carry]:
-    """Steps (given_t, carry) -> carry over given [T, B, n] -> (h [T, B, d], the carry after the last)."""
+    """Steps (given_t, carry) -> carry over given [T, B, n] -> (h [T, B, d], the carry after the
+    last).
+    """
 
     def one(carry: Carry, given: Array) -> tuple[Carry, Array]:
         after = step(given, carry)
@@ -124,12 +141,14 @@ def _with(cell: Cell, kernel: Array) -> Callable[[Array, Carry], Carry]:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def over_time(cell: Cell, a: Array, carry: Carry, kernel: Array) -> tuple[Array, Carry]:
-    """The loop of a `summed` cell over a [T, B, n_gates d], u_t = h_{t-1} U -> (h [T, B, d], the carry after the last).
+    """The loop of a `summed` cell over a [T, B, n_gates d], u_t = h_{t-1} U -> (h [T, B, d], the
+    carry after the last).
 
-    du_t = dh_{t-1} U + h_{t-1} dU. As the cell sees a + u only, the second term can join da before the loop, where it is one
-    product for all steps. So is then its transpose, the gradient of U, Σ_t h_{t-1}ᵀ du_t; the way back of a plain loop has a
-    product and a sum of U's size at each step. (The GRU would have to keep du beside da: on a CPU that took 115 ms for 104 with
-    256 units and 347 for 360 with 512.)
+    du_t = dh_{t-1} U + h_{t-1} dU. As the cell sees a + u only, the second term can join da before
+    the loop, where it is one product for all steps. So is then its transpose, the gradient of U,
+    Σ_t h_{t-1}ᵀ du_t; the way back of a plain loop has a product and a sum of U's size at each
+    step. (The GRU would have to keep du beside da: on a CPU that took 115 ms for 104 with 256 units
+    and 347 for 360 with 512.)
     """
     return _loop(_with(cell, kernel), a, carry)
 
@@ -145,13 +164,16 @@ def _over_time_jvp(cell: Cell, primals: Any, tangents: Any) -> Any:
 
 
 class RecurrentLayer(nnx.Module):
-    """One layer; in its loop over time there is only h U. W is [d_in, n_gates d]; U is [d, n_gates d], orthogonal by gates.
+    """One layer; in its loop over time there is only h U. W is [d_in, n_gates d]; U is [d, n_gates
+    d], orthogonal by gates.
 
-    With `remat` a step keeps its input and its carry only; x W, then a product of each step, and its gates are computed again
-    on the way back.
+    With `remat` a step keeps its input and its carry only; x W, then a product of each step, and
+    its gates are computed again on the way back.
     """
 
-    def __init__(self, cell: Cell, d_in: int, d: int, remat: bool = False, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, cell: Cell, d_in: int, d: int, remat: bool = False, *, rngs: nnx.Rngs
+    ) -> None:
         self.cell, self.remat = cell, remat
         self.inputs = nnx.Linear(d_in, cell.n_gates * d, rngs=rngs)
         bias = jnp.concatenate([jnp.full(d, value, jnp.float32) for value in cell.bias])
@@ -172,9 +194,15 @@ class RecurrentLayer(nnx.Module):
     def __call__(self, x: Array, carry: Carry) -> tuple[Array, Carry]:
         """x [T, B, d_in] -> h [T, B, d]: time comes first, as the loop wants it."""
         if self.remat:
-            return _loop(rematerialised(lambda x, carry: self.step(self.inputs(x), carry), True), x, carry)
+            return _loop(
+                rematerialised(lambda x, carry: self.step(self.inputs(x), carry), True), x, carry
+            )
         a = self.inputs(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:2], -1)
-        return over_time(self.cell, a, carry, self.kernel[...]) if self.cell.summed else _loop(self.step, a, carry)
+        return (
+            over_time(self.cell, a, carry, self.kernel[...])
+            if self.cell.summed
+            else _loop(self.step, a, carry)
+        )
 
     def step(self, a: Array, carry: Carry) -> Carry:
         """The next carry for projected inputs a = x W + b [B, n_gates d]."""
@@ -182,15 +210,27 @@ class RecurrentLayer(nnx.Module):
 
 
 class Recurrent(nnx.Module):
-    """Layers of one cell, each fed with the h of the layer below; dropout between the layers (Zaremba 2014), not over time.
+    """Layers of one cell, each fed with the h of the layer below; dropout between the layers
+    (Zaremba 2014), not over time.
 
     The carry is a tuple with one entry for each layer.
     """
 
-    def __init__(self, cell: str | Cell, d_in: int, d: int, n_layers: int = 1, remat: bool = False, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        cell: str | Cell,
+        d_in: int,
+        d: int,
+        n_layers: int = 1,
+        remat: bool = False,
+        *,
+        rngs: nnx.Rngs,
+    ) -> None:
         self.d = d
         sizes = [d_in] + [d] * (n_layers - 1)
-        self.layers = nnx.List([RecurrentLayer(cell_of(cell), size, d, remat, rngs=rngs) for size in sizes])
+        self.layers = nnx.List(
+            [RecurrentLayer(cell_of(cell), size, d, remat, rngs=rngs) for size in sizes]
+        )
 
     def start(self, n: int) -> tuple[Carry, ...]:
         """The carry before the first step: zeros."""
@@ -200,7 +240,9 @@ class Recurrent(nnx.Module):
     def __call__(
         self, x: Array, carry: tuple[Carry, ...], key: Key | None = None, rate: Any = 0.0
     ) -> tuple[Array, tuple[Carry, ...]]:
-        """Whole sequences x [B, T, d_in] -> h of the last layer [B, T, d], and the carry after them."""
+        """Whole sequences x [B, T, d_in] -> h of the last layer [B, T, d], and the carry after
+        them.
+        """
         y, after = x.swapaxes(0, 1), []
         for index, (layer, before) in enumerate(zip(self.layers, carry, strict=True)):
             if index and key is not None:
@@ -244,7 +286,9 @@ class RecurrentNet(nnx.Module):
     def start(self, n: int) -> tuple[Carry, ...]:
         return self.layers.start(n)
 
-    def begin(self, n: int, c: Array | None, dropped: Array | None) -> tuple[Array, tuple[Carry, ...]]:
+    def begin(
+        self, n: int, c: Array | None, dropped: Array | None
+    ) -> tuple[Array, tuple[Carry, ...]]:
         """Outputs for the first step [n, n_outputs], and the carry."""
         h, carry = self.layers.one(self.embed.first(n, c, dropped), self.start(n))
         return self.readout(h), carry
@@ -269,10 +313,15 @@ class RecurrentNet(nnx.Module):
     ) -> tuple[Array, tuple[Carry, ...]]:
         """Outputs of all steps of x [B, T, *event], [B, T, n_outputs], and the carry after them.
 
-        Where `started` [B], x goes on from an event `last` [B, *event], before which the carry was `carry`.
+        Where `started` [B], x goes on from an event `last` [B, *event], before which the carry was
+        `carry`.
         """
         keys: Any = (None, None, None) if key is None else jax.random.split(key, 3)
-        first = jnp.where(started[:, None], self.embed.one(last, c, dropped), self.embed.first(x.shape[0], c, dropped))
+        first = jnp.where(
+            started[:, None],
+            self.embed.one(last, c, dropped),
+            self.embed.first(x.shape[0], c, dropped),
+        )
         inputs = self.embed(x, c, dropped).at[:, 0].set(first)
         h, carry = self.layers(dropout(keys[0], inputs, rate), carry, keys[1], rate)
         h = dropout(keys[2], h, rate)

@@ -1,4 +1,6 @@
-"""What the networks of sequences share: events as vectors, one step late, with a condition beside them; and dropout."""
+"""What the networks of sequences share: events as vectors, one step late, with a condition beside
+them; and dropout.
+"""
 
 from typing import Any
 
@@ -10,7 +12,9 @@ from genjax.protocol import Array, DataSpec, Key
 
 
 def dropout(key: Key | None, x: Array, rate: Any) -> Array:
-    """x with each value 0 with probability `rate` and the others divided by 1 - rate; x itself where key is None."""
+    """x with each value 0 with probability `rate` and the others divided by 1 - rate; x itself
+    where key is None.
+    """
     if key is None or (isinstance(rate, int | float) and rate == 0):
         return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
@@ -18,11 +22,13 @@ def dropout(key: Key | None, x: Array, rate: Any) -> Array:
 
 
 class EventEmbed(nnx.Module):
-    """The inputs of an autoregressive network: position t gets event t-1 as a vector of d, and position 0 a learned start.
+    """The inputs of an autoregressive network: position t gets event t-1 as a vector of d, and
+    position 0 a learned start.
 
-    Tokens are rows of a learned table [levels, d]; other events are flattened, normalised and go through a dense layer. A
-    condition c [B, E] adds W c at every position. Where it is dropped, which is how a model learns to do without it for
-    classifier-free guidance, nothing is added, or with `droppable` a learned vector.
+    Tokens are rows of a learned table [levels, d]; other events are flattened, normalised and go
+    through a dense layer. A condition c [B, E] adds W c at every position. Where it is dropped,
+    which is how a model learns to do without it for classifier-free guidance, nothing is added, or
+    with `droppable` a learned vector.
     """
 
     def __init__(self, spec: DataSpec, d: int, droppable: bool = False, *, rngs: nnx.Rngs) -> None:
@@ -45,7 +51,9 @@ class EventEmbed(nnx.Module):
         return self.dense(flat.reshape(-1, flat.shape[-1])).reshape(*flat.shape[:-1], -1)
 
     def of_condition(self, n: int, c: Array | None, dropped: Array | None) -> Array:
-        """What the condition adds, [n, d]; zeros for an unconditional model. `dropped` is bool [n]; None drops none."""
+        """What the condition adds, [n, d]; zeros for an unconditional model. `dropped` is bool [n];
+        None drops none.
+        """
         if not self.spec.conditional:
             return jnp.zeros((n, self.start[...].shape[0]), self.start[...].dtype)
         given = self.condition(jnp.asarray(c))
@@ -64,6 +72,8 @@ class EventEmbed(nnx.Module):
 
     def __call__(self, x: Array, c: Array | None, dropped: Array | None = None) -> Array:
         """The inputs of all positions for whole sequences x [B, T, *event], [B, T, d]."""
-        start = jnp.broadcast_to(self.start[...][None, None], (x.shape[0], 1, self.start[...].shape[0]))
+        start = jnp.broadcast_to(
+            self.start[...][None, None], (x.shape[0], 1, self.start[...].shape[0])
+        )
         late = jnp.concatenate([start, self.embed(x[:, :-1])], axis=1)
         return late + self.of_condition(x.shape[0], c, dropped)[:, None]

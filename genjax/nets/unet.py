@@ -1,4 +1,6 @@
-"""A U-Net for denoising images (Ronneberger 2015, Ho 2020), NHWC: residual blocks that know the noise level, and attention."""
+"""A U-Net for denoising images (Ronneberger 2015, Ho 2020), NHWC: residual blocks that know the
+noise level, and attention.
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -16,16 +18,20 @@ from genjax.protocol import Array
 
 
 def n_groups(d: int) -> int:
-    """Into how many groups d channels are put: as many as there are with at least 4 channels each, but not more than 32."""
+    """Into how many groups d channels are put: as many as there are with at least 4 channels each,
+    but not more than 32.
+    """
     return max(g for g in range(1, 33) if d % g == 0 and (g == 1 or d // g >= 4))
 
 
 def group_norm(x: Array, groups: int, scale: Array, shift: Array) -> Array:
-    """scale (x - mean) / sqrt(var + ε) + shift for x [n, H, W, C] and scale, shift [n, C]; mean and var are over the pixels and
-    channels of each of `groups` runs of channels, for each example by itself. Wu & He 2018.
+    """scale (x - mean) / sqrt(var + ε) + shift for x [n, H, W, C] and scale, shift [n, C]; mean and
+    var are over the pixels and channels of each of `groups` runs of channels, for each example by
+    itself. Wu & He 2018.
 
-    Sums over pixels come first, and those over the channels of a group after, as a product with a small matrix. On a CPU a
-    loop over pixels that reads one number for several channels is not vectorised, with all that XLA fuses into it.
+    Sums over pixels come first, and those over the channels of a group after, as a product with a
+    small matrix. On a CPU a loop over pixels that reads one number for several channels is not
+    vectorised, with all that XLA fuses into it.
     """
     n, height, width, d = x.shape
     y = x.astype(wide(x.dtype)).reshape(n, height * width, d)
@@ -40,7 +46,9 @@ def group_norm(x: Array, groups: int, scale: Array, shift: Array) -> Array:
 
 
 class AdaptiveGroupNorm(nnx.Module):
-    """group_norm(x, 1 + s(e), m(e)), where (s, m) is a dense layer of e that starts at 0. Dhariwal & Nichol 2021, section 3."""
+    """group_norm(x, 1 + s(e), m(e)), where (s, m) is a dense layer of e that starts at 0. Dhariwal
+    & Nichol 2021, section 3.
+    """
 
     def __init__(self, d: int, d_embed: int, *, rngs: nnx.Rngs) -> None:
         self.groups = n_groups(d)
@@ -52,8 +60,9 @@ class AdaptiveGroupNorm(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), 3x3, with a 1x1 convolution of x where the width changes; the last conv is 0
-    at first."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))), 3x3, with a 1x1 convolution of x where the width
+    changes; the last conv is 0 at first.
+    """
 
     def __init__(self, d_in: int, d_out: int, d_embed: int, *, rngs: nnx.Rngs) -> None:
         self.norms = nnx.List([AdaptiveGroupNorm(d, d_embed, rngs=rngs) for d in (d_in, d_out)])
@@ -68,18 +77,22 @@ class ResidualBlock(nnx.Module):
 
 
 class UNet(nnx.Module):
-    """Down and up again through one resolution for each entry of `channels`, each half as wide as the one before.
+    """Down and up again through one resolution for each entry of `channels`, each half as wide as
+    the one before.
 
-    At each resolution on the way down `n_blocks` residual blocks, then a mean over 2x2; at the lowest one, attention over all
-    pixels between two rows of blocks; on the way up a doubling by repetition, plus the outcome of the same resolution on the
-    way down, and `n_blocks` residual blocks. With `patch` p, every p x p pixels are one with p² times the channels from the
-    start and until the end, which makes a step about p² times as fast.
+    At each resolution on the way down `n_blocks` residual blocks, then a mean over 2x2; at the
+    lowest one, attention over all pixels between two rows of blocks; on the way up a doubling by
+    repetition, plus the outcome of the same resolution on the way down, and `n_blocks` residual
+    blocks. With `patch` p, every p x p pixels are one with p² times the channels from the start and
+    until the end, which makes a step about p² times as fast.
 
-    Ho 2020 puts the two halves side by side, so that the convolution after them has twice the channels; with their sum
-    a step of a net of widths (24, 48) with patches takes 0.7 times as long.
+    Ho 2020 puts the two halves side by side, so that the convolution after them has twice the
+    channels; with their sum a step of a net of widths (24, 48) with patches takes 0.7 times as
+    long.
 
     Args:
-        shape: (height, width, channels) of an image; sides must be multiples of patch · 2^(len(channels) - 1).
+        shape: (height, width, channels) of an image; sides must be multiples of patch ·
+            2^(len(channels) - 1).
         channels: widths, the finest resolution first.
         cond_size, guided: see `nets.denoising.DenoiserMlp`.
         patch: the side p of a patch.
@@ -115,13 +128,23 @@ class UNet(nnx.Module):
         self.first = Conv(shape[2] * patch**2, channels[0], (3, 3), rngs=rngs)
         self.down = nnx.List([row(a, b) for a, b in [(channels[0], channels[0]), *pairs]])
         self.norm = AdaptiveGroupNorm(d_last, d, rngs=rngs) if n_heads else None
-        self.attention = SelfAttention(d_last, n_heads, last_zero=True, rngs=rngs) if n_heads else None
+        self.attention = (
+            SelfAttention(d_last, n_heads, last_zero=True, rngs=rngs) if n_heads else None
+        )
         self.narrow = nnx.List([Conv(below, c, (1, 1), rngs=rngs) for c, below in pairs])
         self.up = nnx.List([row(c, c) for c in channels])
         self.last_norm = AdaptiveGroupNorm(channels[0], d, rngs=rngs)
-        self.last = Conv(channels[0], shape[2] * patch**2, (3, 3), kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
+        self.last = Conv(
+            channels[0],
+            shape[2] * patch**2,
+            (3, 3),
+            kernel_init=nnx.initializers.zeros_init(),
+            rngs=rngs,
+        )
 
-    def __call__(self, x: Array, noise_level: Array, cond: Array | None = None, dropped: Array | None = None) -> Array:
+    def __call__(
+        self, x: Array, noise_level: Array, cond: Array | None = None, dropped: Array | None = None
+    ) -> Array:
         e = self.embed(noise_level, cond, dropped)
         h, skips = self.first(to_patches(x, self.patch)), []
         for level, row in enumerate(self.down):
@@ -146,14 +169,18 @@ def halve(x: Array) -> Array:
     return x.reshape(n, height // 2, 2, width // 2, 2, d).mean(axis=(2, 4))
 
 
-def check_sizes(shape: tuple[int, ...], channels: Sequence[int], patch: int, n_blocks: int, n_heads: int) -> None:
+def check_sizes(
+    shape: tuple[int, ...], channels: Sequence[int], patch: int, n_blocks: int, n_heads: int
+) -> None:
     """Refuse what no U-Net can be made of.
 
     Raises:
         ConfigError: see `UNet`.
     """
     if len(shape) != 3:
-        raise ConfigError(f"A U-Net needs events of shape (height, width, channels); got {shape}. Use net='mlp'.")
+        raise ConfigError(
+            f"A U-Net needs events of shape (height, width, channels); got {shape}. Use net='mlp'."
+        )
     if not channels or min(*channels, patch, n_blocks) < 1:
         raise ConfigError(
             "A U-Net needs one width >= 1 for each resolution, patch >= 1 and n_blocks >= 1; got "
@@ -166,8 +193,12 @@ def check_sizes(shape: tuple[int, ...], channels: Sequence[int], patch: int, n_b
         times = len(channels) - 1
         advice = f"Give at most {fits} entries of channels" if fits else "Give another patch"
         raise ConfigError(
-            f"{len(channels)} resolutions halve an image {times} times, and patches are {patch} wide, so its sides must be "
-            f"multiples of {patch * 2**times}; got {shape[0]} x {shape[1]}. {advice}, or pad the images."
+            f"{len(channels)} resolutions halve an image {times} times, and patches are {patch} "
+            "wide, so its sides must be "
+            f"multiples of {patch * 2**times}; got {shape[0]} x {shape[1]}. {advice}, or pad the "
+            "images."
         )
     if n_heads < 0 or (n_heads and channels[-1] % n_heads):
-        raise ConfigError(f"n_heads must divide the last of channels, {channels[-1]}, or be 0; got {n_heads}.")
+        raise ConfigError(
+            f"n_heads must divide the last of channels, {channels[-1]}, or be 0; got {n_heads}."
+        )

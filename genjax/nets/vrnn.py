@@ -1,4 +1,6 @@
-"""The networks of a recurrent variational autoencoder. What depends on x_t alone is computed for all steps at once."""
+"""The networks of a recurrent variational autoencoder. What depends on x_t alone is computed for
+all steps at once.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,9 +15,20 @@ from genjax.protocol import Array, DataSpec, Key
 
 
 class JointMLP(nnx.Module):
-    """An MLP of two inputs. `first(a)`, the part of its first layer that depends on a, can be computed ahead of time."""
+    """An MLP of two inputs. `first(a)`, the part of its first layer that depends on a, can be
+    computed ahead of time.
+    """
 
-    def __init__(self, d_a: int, d_b: int, hidden: Sequence[int], d_out: int, activation: str, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        d_a: int,
+        d_b: int,
+        hidden: Sequence[int],
+        d_out: int,
+        activation: str,
+        *,
+        rngs: nnx.Rngs,
+    ) -> None:
         width, *rest = *hidden, d_out
         self.first = nnx.Linear(d_a, width, rngs=rngs)
         self.second = nnx.Linear(d_b, width, use_bias=False, rngs=rngs)
@@ -30,9 +43,10 @@ class JointMLP(nnx.Module):
 class VariationalRecurrentNet(nnx.Module):
     """Chung 2015's φ_x, φ_z, φ_prior, φ_enc, φ_dec and f.
 
-    A feature extractor is dense layers of the widths `hidden`, with an activation after each, the first for x being an
-    `EventEmbed` (so the condition comes in there); without hidden layers all is linear. h_0 = f(start, h = 0) for a learned
-    start, where the paper has 0, so that the first step knows of the condition. For latent_dim 0 there is no z.
+    A feature extractor is dense layers of the widths `hidden`, with an activation after each, the
+    first for x being an `EventEmbed` (so the condition comes in there); without hidden layers all
+    is linear. h_0 = f(start, h = 0) for a learned start, where the paper has 0, so that the first
+    step knows of the condition. For latent_dim 0 there is no z.
     """
 
     def __init__(
@@ -56,11 +70,19 @@ class VariationalRecurrentNet(nnx.Module):
         self.x_features = deeper() if len(hidden) > 1 else None
         self.layer = RecurrentLayer(cell, d_feature, d_hidden, rngs=rngs)
         if latent_dim:
-            self.z_features = MLP(latent_dim, hidden[:-1], d_feature, activation=activation, rngs=rngs)
-            self.z_inputs = nnx.Linear(d_feature, cell.n_gates * d_hidden, use_bias=False, rngs=rngs)
+            self.z_features = MLP(
+                latent_dim, hidden[:-1], d_feature, activation=activation, rngs=rngs
+            )
+            self.z_inputs = nnx.Linear(
+                d_feature, cell.n_gates * d_hidden, use_bias=False, rngs=rngs
+            )
             self.prior = MLP(d_hidden, hidden, 2 * latent_dim, activation=activation, rngs=rngs)
-            self.encoder = JointMLP(d_feature, d_hidden, hidden, 2 * latent_dim, activation, rngs=rngs)
-            self.decoder: Any = JointMLP(d_feature, d_hidden, hidden, n_outputs, activation, rngs=rngs)
+            self.encoder = JointMLP(
+                d_feature, d_hidden, hidden, 2 * latent_dim, activation, rngs=rngs
+            )
+            self.decoder: Any = JointMLP(
+                d_feature, d_hidden, hidden, n_outputs, activation, rngs=rngs
+            )
         else:
             self.decoder = MLP(d_hidden, hidden, n_outputs, activation=activation, rngs=rngs)
 
@@ -75,11 +97,20 @@ class VariationalRecurrentNet(nnx.Module):
         return self.layer.step(a, (zeros,) * self.n_carry)
 
     def observe(
-        self, x: Array, c: Array | None, dropped: Array | None, key: Key | None = None, rate: Any = 0.0
+        self,
+        x: Array,
+        c: Array | None,
+        dropped: Array | None,
+        key: Key | None = None,
+        rate: Any = 0.0,
     ) -> tuple[Array, Array]:
-        """What the encoder and f make of events x [N, *event]: the parts of their first layers, [N, ...] each."""
+        """What the encoder and f make of events x [N, *event]: the parts of their first layers, [N,
+        ...] each.
+        """
         features = dropout(key, self._features(self.embed.one(x, c, dropped)), rate)
-        return self.encoder.first(features) if self.latent_dim else features, self.layer.inputs(features)
+        return self.encoder.first(features) if self.latent_dim else features, self.layer.inputs(
+            features
+        )
 
     def prior_of(self, h: Array) -> Array:
         """Mean and raw scale of p(z_t | h_{t-1}), [N, 2 latent_dim]."""
@@ -98,4 +129,6 @@ class VariationalRecurrentNet(nnx.Module):
     def recur(self, observed: tuple[Array, Array], z: Array, carry: Carry) -> Carry:
         """The carry that holds h_t = f(φ_x(x_t), φ_z(z_t), h_{t-1})."""
         a = observed[1]
-        return self.layer.step(a + self.z_inputs(self.activation(self.z_features(z))) if self.latent_dim else a, carry)
+        return self.layer.step(
+            a + self.z_inputs(self.activation(self.z_features(z))) if self.latent_dim else a, carry
+        )

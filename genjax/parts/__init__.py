@@ -1,1 +1,3 @@
-"""The mathematics that families share: functions of arrays and keys, without parameters of their own."""
+"""The mathematics that families share: functions of arrays and keys, without parameters of their
+own.
+"""

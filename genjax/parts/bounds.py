@@ -1,6 +1,8 @@
-"""The variational bound of a diffusion model, for any denoiser, and the noise schedule that is learned by it.
+"""The variational bound of a diffusion model, for any denoiser, and the noise schedule that is
+learned by it.
 
-`denoise` takes a t for each example here: (x_t [n, *event], t [n]) -> E[x0 | x_t]. Kingma 2021 (VDM), Ho 2020 (DDPM).
+`denoise` takes a t for each example here: (x_t [n, *event], t [n]) -> E[x0 | x_t]. Kingma 2021
+(VDM), Ho 2020 (DDPM).
 """
 
 import math
@@ -27,23 +29,29 @@ def snr_drop(path: Path, s: Array, t: Array) -> Array:
 
 
 def time_of_step(path: Path, step: Array, n_times: int) -> Array:
-    """t of the steps 0 (data) .. n_times (noise), which are evenly spaced in it; of the shape and dtype of `step`."""
+    """t of the steps 0 (data) .. n_times (noise), which are evenly spaced in it; of the shape and
+    dtype of `step`.
+    """
     end, start = jnp.asarray(path.end, step.dtype), jnp.asarray(path.start, step.dtype)
     return end + (start - end) * (step / n_times)
 
 
 def log_snr_of_values(spec: DataSpec) -> float:
-    """The log-SNR at which the middle between two neighbouring values of the data is 3 standard deviations away from each.
+    """The log-SNR at which the middle between two neighbouring values of the data is 3 standard
+    deviations away from each.
 
-    sigma / alpha = 1 / (3 (levels - 1)) for values evenly spaced on [-1, 1]; 13.3 for 256 of them, as in Kingma 2021.
+    sigma / alpha = 1 / (3 (levels - 1)) for values evenly spaced on [-1, 1]; 13.3 for 256 of them,
+    as in Kingma 2021.
     """
     return 2 * math.log(3 * ((spec.levels or 2) - 1))
 
 
 def ending_at_values(path: Path, spec: DataSpec) -> Path:
-    """The path, which ends at `log_snr_of_values` if it went on: beyond, the values of x0 are known and noise is all there is.
+    """The path, which ends at `log_snr_of_values` if it went on: beyond, the values of x0 are known
+    and noise is all there is.
 
-    A network cannot round, and would pay for that noise in the bound. Of continuous data the path itself.
+    A network cannot round, and would pay for that noise in the bound. Of continuous data the path
+    itself.
     """
     if spec.kind == "continuous":
         return path
@@ -51,7 +59,7 @@ def ending_at_values(path: Path, spec: DataSpec) -> Path:
     return path._replace(end=max(float(end), float(path.end)))
 
 
-# --- the terms of the bound ---------------------------------------------------------------------------------------------
+# --- the terms of the bound -----------------------------------------------------------------------
 
 
 def prior_kl(path: Path, x0: Array) -> Array:
@@ -60,10 +68,12 @@ def prior_kl(path: Path, x0: Array) -> Array:
 
 
 def reconstruction(spec: DataSpec, path: Path, x: Array, x_end: Array, denoised: Array) -> Array:
-    """ln p(x | x_end) [n] nats, for x in the units of the data and x_end its diffused value at the end of the path.
+    """ln p(x | x_end) [n] nats, for x in the units of the data and x_end its diffused value at the
+    end of the path.
 
-    Binary and discrete data: every element by itself, each of its values y with probability ∝ N(x_end; alpha y, sigma²)
-    (Kingma 2021, appendix E). Continuous data: N(x; denoised, (sigma / alpha)² I), `denoised` being E[x | x_end].
+    Binary and discrete data: every element by itself, each of its values y with probability ∝
+    N(x_end; alpha y, sigma²) (Kingma 2021, appendix E). Continuous data: N(x; denoised, (sigma /
+    alpha)² I), `denoised` being E[x | x_end].
     """
     n, (alpha, sigma) = x.shape[0], coefficients(path, path.end, x)
     ratio = sigma / alpha
@@ -71,15 +81,23 @@ def reconstruction(spec: DataSpec, path: Path, x: Array, x_end: Array, denoised:
         return jnp.sum(normal_log_prob(x, denoised, jnp.log(ratio)).reshape(n, -1), axis=1)
     z, y = (v.reshape(n, -1, 1) for v in (x_end / alpha, spec.normalize(x)))
     values = spec.normalize(jnp.arange(spec.levels or 2, dtype=x.dtype)).reshape(1, 1, -1)
-    # The exponent relative to that of the true value, as a product that does not cancel; it is at most ½ ε².
+    # The exponent relative to that of the true value, as a product that does not cancel; it is at
+    # most ½ ε².
     relative = (values - y) * (z - (values + y) / 2) / jnp.square(ratio)
     return -jnp.sum(jnp.log(jnp.sum(jnp.exp(relative), axis=-1)), axis=1)
 
 
 def _mean_error(
-    denoise: Denoise, path: Path, x0: Array, key: Key, n_samples: int, at: Callable[[Array], tuple[Array, Array]]
+    denoise: Denoise,
+    path: Path,
+    x0: Array,
+    key: Key,
+    n_samples: int,
+    at: Callable[[Array], tuple[Array, Array]],
 ) -> Array:
-    """1/K Σ_k w_k ‖x0 - denoise(x_t, t_k)‖² [n], with (t_k, w_k) = at(u_k) and u_k uniform on [k/K, (k+1)/K]."""
+    """1/K Σ_k w_k ‖x0 - denoise(x_t, t_k)‖² [n], with (t_k, w_k) = at(u_k) and u_k uniform on [k/K,
+    (k+1)/K].
+    """
     n = x0.shape[0]
 
     def add(total: Array, draw: tuple[Array, Key]) -> tuple[Array, None]:
@@ -94,10 +112,11 @@ def _mean_error(
 
 
 def diffusion_nats(denoise: Denoise, path: Path, x0: Array, key: Key, n_samples: int = 1) -> Array:
-    """½ ∫ SNR E‖x0 - denoise(x_t)‖² d log-SNR over the path, [n] nats, by a stratified sample of log-SNR for each example.
+    """½ ∫ SNR E‖x0 - denoise(x_t)‖² d log-SNR over the path, [n] nats, by a stratified sample of
+    log-SNR for each example.
 
-    Equation 11 of Kingma 2021 with log-SNR in the place of time, which their section 5.1 shows not to matter. `denoise` takes
-    a t for each example.
+    Equation 11 of Kingma 2021 with log-SNR in the place of time, which their section 5.1 shows not
+    to matter. `denoise` takes a t for each example.
     """
     first, last = (log_snr(path, t).astype(x0.dtype) for t in (path.start, path.end))
 
@@ -108,11 +127,14 @@ def diffusion_nats(denoise: Denoise, path: Path, x0: Array, key: Key, n_samples:
     return _mean_error(denoise, path, x0, key, n_samples, at)
 
 
-def discrete_nats(denoise: Denoise, path: Path, x0: Array, key: Key, n_times: int, n_samples: int) -> Array:
-    """Σ_i KL(q(x_s | x_t, x0) || p(x_s | x_t)) over the steps i = 1 .. T from t = i/T to s = (i-1)/T of the path, [n] nats.
+def discrete_nats(
+    denoise: Denoise, path: Path, x0: Array, key: Key, n_times: int, n_samples: int
+) -> Array:
+    """Σ_i KL(q(x_s | x_t, x0) || p(x_s | x_t)) over the steps i = 1 .. T from t = i/T to s =
+    (i-1)/T of the path, [n] nats.
 
-    = Σ_i ½ (SNR(s) - SNR(t)) ‖x0 - denoise(x_t)‖², Kingma 2021, equation 13; every term once with n_samples >= T, otherwise
-    n_samples of them, stratified.
+    = Σ_i ½ (SNR(s) - SNR(t)) ‖x0 - denoise(x_t)‖², Kingma 2021, equation 13; every term once with
+    n_samples >= T, otherwise n_samples of them, stratified.
     """
     k = min(n_samples, n_times)
 
@@ -133,12 +155,19 @@ def end_nats(denoise: Denoise, path: Path, spec: DataSpec, x: Array, key: Key) -
 
 
 def variational_bound(
-    denoise: Denoise, path: Path, spec: DataSpec, x: Array, key: Key, n_samples: int = 1, n_times: int | None = None
+    denoise: Denoise,
+    path: Path,
+    spec: DataSpec,
+    x: Array,
+    key: Key,
+    n_samples: int = 1,
+    n_times: int | None = None,
 ) -> Array:
-    """A lower bound (in expectation) of ln p(x), [n] nats: ln p(x | x_end) - diffusion - prior KL. Kingma 2021, equation 8.
+    """A lower bound (in expectation) of ln p(x), [n] nats: ln p(x | x_end) - diffusion - prior KL.
+    Kingma 2021, equation 8.
 
-    The sampler that it is the bound of draws N(0, sigma(start)² I) at the start of the path, and x given x_end at its end; in
-    between it goes in n_times ancestral steps, or infinitely many.
+    The sampler that it is the bound of draws N(0, sigma(start)² I) at the start of the path, and x
+    given x_end at its end; in between it goes in n_times ancestral steps, or infinitely many.
     """
     key_path, key_end = jax.random.split(key)
     x0 = spec.normalize(x)
@@ -147,11 +176,13 @@ def variational_bound(
     return end_nats(denoise, path, spec, x, key_end) - between - prior_kl(path, x0)
 
 
-# --- a learned schedule -------------------------------------------------------------------------------------------------
+# --- a learned schedule ---------------------------------------------------------------------------
 
 
 def init_schedule(highest: float = 13.3, n_units: int = 8) -> Any:
-    """The parameters of `learned_gamma`: log-SNR from `highest` to -5, as in Kingma 2021, and nearly linear in t."""
+    """The parameters of `learned_gamma`: log-SNR from `highest` to -5, as in Kingma 2021, and
+    nearly linear in t.
+    """
     return {
         "ends": jnp.asarray([-highest, math.log(highest + 5)]),
         "inner": {
@@ -163,16 +194,19 @@ def init_schedule(highest: float = 13.3, n_units: int = 8) -> Any:
 
 
 def learned_gamma(schedule: Any) -> Callable[[Array], Array]:
-    """gamma(t) = -log-SNR, increasing on [0, 1]: gamma_0 + e^r (g(t) - g(0)) / (g(1) - g(0)), with ends (gamma_0, r).
+    """gamma(t) = -log-SNR, increasing on [0, 1]: gamma_0 + e^r (g(t) - g(0)) / (g(1) - g(0)), with
+    ends (gamma_0, r).
 
-    g(t) = t + Σ_j softplus(weight_j) σ(e^slope_j (t - centre_j)): a network of one hidden layer with positive weights, smaller
-    than that of Kingma 2021, appendix H.
+    g(t) = t + Σ_j softplus(weight_j) σ(e^slope_j (t - centre_j)): a network of one hidden layer
+    with positive weights, smaller than that of Kingma 2021, appendix H.
     """
     (first, log_range), inner = schedule["ends"], schedule["inner"]
 
     def g(t: Array) -> Array:
         over = lambda v: v.reshape(*[1] * t.ndim, -1)  # noqa: E731
-        steps = jax.nn.sigmoid(over(jnp.exp(inner["slope"])) * (t[..., None] - over(inner["centre"])))
+        steps = jax.nn.sigmoid(
+            over(jnp.exp(inner["slope"])) * (t[..., None] - over(inner["centre"]))
+        )
         return t + jnp.sum(over(jax.nn.softplus(inner["weight"])) * steps, axis=-1)
 
     def gamma(t: Array) -> Array:

@@ -1,7 +1,9 @@
-"""From the outputs of an autoregressive model to sequences: rules on logits, generation step by step, beam search.
+"""From the outputs of an autoregressive model to sequences: rules on logits, generation step by
+step, beam search.
 
-A model is seen here as `advance(carry, x_t) -> (outputs, carry)` and what its `begin` gave: the outputs for the first step
-and a carry. Every leaf of a carry has the batch as its leading axis, or is a scalar that all examples share.
+A model is seen here as `advance(carry, x_t) -> (outputs, carry)` and what its `begin` gave: the
+outputs for the first step and a carry. Every leaf of a carry has the batch as its leading axis, or
+is a scalar that all examples share.
 """
 
 from collections.abc import Callable
@@ -16,7 +18,8 @@ from genjax.protocol import Array, DataSpec, Key, Params, PyTree, State, check_c
 
 # (logits [n, V], counts int32 [n, V] of each token so far) -> logits [n, V].
 Rule = Callable[[Array, Array], Array]
-# (key, outputs [n, n_outputs], counts) -> events x_t [n, *event]. Counts are as above, and 0 where events are no tokens.
+# (key, outputs [n, n_outputs], counts) -> events x_t [n, *event]. Counts are as above, and 0 where
+# events are no tokens.
 Choose = Callable[[Key, Array, Array], Array]
 # (carry, x_t [n, *event]) -> (outputs [n, n_outputs] for the next step, carry).
 Advance = Callable[[Any, Array], tuple[Array, Any]]
@@ -33,14 +36,17 @@ def _require(valid: Callable[[Any], bool], name: str, wanted: str, value: Any) -
 
 
 def temperature(t: Array | float) -> Rule:
-    """logits / t. The number 0 means greedy: the first of the largest logits keeps its value, all others become -inf.
+    """logits / t. The number 0 means greedy: the first of the largest logits keeps its value, all
+    others become -inf.
 
     Raises:
         ConfigError: for t below 0.
     """
     _require(lambda t: t >= 0, "The temperature", "0 (greedy) or above", t)
     if isinstance(t, int | float) and t == 0:
-        return lambda logits, counts: _keep(jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=bool), logits)
+        return lambda logits, counts: _keep(
+            jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=bool), logits
+        )
     return lambda logits, counts: logits / jnp.asarray(t, logits.dtype)
 
 
@@ -54,13 +60,17 @@ def top_k(k: int) -> Rule:
 
     def rule(logits: Array, counts: Array) -> Array:
         chosen = jax.lax.top_k(logits, min(k, logits.shape[-1]))[1]
-        return _keep(jnp.put_along_axis(jnp.zeros(logits.shape, bool), chosen, True, axis=-1, inplace=False), logits)
+        return _keep(
+            jnp.put_along_axis(jnp.zeros(logits.shape, bool), chosen, True, axis=-1, inplace=False),
+            logits,
+        )
 
     return rule
 
 
 def top_p(p: Array | float) -> Rule:
-    """Keeps the smallest set of most probable tokens whose probabilities add up to p or more. Holtzman 2019, equation 3.
+    """Keeps the smallest set of most probable tokens whose probabilities add up to p or more.
+    Holtzman 2019, equation 3.
 
     Raises:
         ConfigError: for p outside (0, 1].
@@ -75,7 +85,10 @@ def top_p(p: Array | float) -> Rule:
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         # The most probable token is always in: 0 < p.
         kept = (before < p).at[..., 0].set(True)
-        return _keep(jnp.put_along_axis(jnp.zeros(logits.shape, bool), order, kept, axis=-1, inplace=False), logits)
+        return _keep(
+            jnp.put_along_axis(jnp.zeros(logits.shape, bool), order, kept, axis=-1, inplace=False),
+            logits,
+        )
 
     return rule
 
@@ -87,14 +100,17 @@ def min_p(p: float) -> Rule:
         ConfigError: for p outside (0, 1].
     """
     _require(lambda p: 0 < p <= 1, "p of min-p", "in (0, 1]", p)
-    return lambda logits, counts: _keep(logits >= logits.max(-1, keepdims=True) + jnp.log(p).astype(logits.dtype), logits)
+    return lambda logits, counts: _keep(
+        logits >= logits.max(-1, keepdims=True) + jnp.log(p).astype(logits.dtype), logits
+    )
 
 
 def repetition_penalty(r: float) -> Rule:
-    """Makes tokens that came before less likely: logit / r where it is positive and logit r where it is negative.
+    """Makes tokens that came before less likely: logit / r where it is positive and logit r where
+    it is negative.
 
-    Keskar 2019 (CTRL), section 4.1, whose logits are divided whatever their sign, which would favour a repetition where they
-    are negative.
+    Keskar 2019 (CTRL), section 4.1, whose logits are divided whatever their sign, which would
+    favour a repetition where they are negative.
 
     Raises:
         ConfigError: for r not above 0; 1 changes nothing.
@@ -116,9 +132,13 @@ def compose(*rules: Rule) -> Rule:
 
 
 def sampler(*rules: Rule) -> Choose:
-    """Draws tokens int32 [n] from softmax(rules(logits)); for models whose outputs are the logits of one token a step."""
+    """Draws tokens int32 [n] from softmax(rules(logits)); for models whose outputs are the logits
+    of one token a step.
+    """
     rule = compose(*rules)
-    return lambda key, logits, counts: jax.random.categorical(key, rule(logits, counts)).astype(jnp.int32)
+    return lambda key, logits, counts: jax.random.categorical(key, rule(logits, counts)).astype(
+        jnp.int32
+    )
 
 
 def generate(
@@ -133,36 +153,52 @@ def generate(
     prompt_length: Array | int | None = None,
     end: int | None = None,
 ) -> Array:
-    """Sequences x [n, n_steps, *event], one event after the other: x_t = choose(fold_in(key, t), outputs_t, counts_t).
+    """Sequences x [n, n_steps, *event], one event after the other: x_t = choose(fold_in(key, t),
+    outputs_t, counts_t).
 
     Args:
         advance: the model from one event to the next outputs.
         outputs: those of the first step, [n, n_outputs].
         carry: the model's, before the first step.
-        choose: draws an event: `sampler(...)` for tokens, or (key, outputs, counts) -> Emission.sample(key, outputs).
+        choose: draws an event: `sampler(...)` for tokens, or (key, outputs, counts) ->
+            Emission.sample(key, outputs).
         key: of the whole sequence.
         n_steps: the length of the result, a Python number.
         prompt: [n, at most n_steps, *event]: what the sequences begin with, padded with anything.
-        prompt_length: how much of it counts, one number or int [n], by default all. It may be traced, so that prompts of any
-            length share one compiled program when they are padded to the same shape.
+        prompt_length: how much of it counts, one number or int [n], by default all. It may be
+            traced, so that prompts of any length share one compiled program when they are padded to
+            the same shape.
         end: after this token, all is this token.
 
     Raises:
-        ConfigError: for a prompt longer than n_steps, or a prompt_length (where it is no traced value) longer than the prompt.
+        ConfigError: for a prompt longer than n_steps, or a prompt_length (where it is no traced
+            value) longer than the prompt.
     """
     n = outputs.shape[0]
     length = jnp.zeros(n, jnp.int32)
     given = None
     if prompt is not None:
         if prompt.shape[1] > n_steps:
-            raise ConfigError(f"A prompt of {prompt.shape[1]} steps does not fit into {n_steps}: shorten it or generate more.")
+            raise ConfigError(
+                f"A prompt of {prompt.shape[1]} steps does not fit into {n_steps}: shorten it or "
+                "generate more."
+            )
         whole = prompt.shape[1]
-        _require(lambda m: 0 <= m <= whole, "prompt_length", f"from 0 to the {whole} steps of the prompt", prompt_length)
-        length = jnp.broadcast_to(jnp.asarray(whole if prompt_length is None else prompt_length, jnp.int32), (n,))
+        _require(
+            lambda m: 0 <= m <= whole,
+            "prompt_length",
+            f"from 0 to the {whole} steps of the prompt",
+            prompt_length,
+        )
+        length = jnp.broadcast_to(
+            jnp.asarray(whole if prompt_length is None else prompt_length, jnp.int32), (n,)
+        )
         padding = [(0, 0), (0, n_steps - whole)] + [(0, 0)] * (prompt.ndim - 2)
         given = jnp.moveaxis(jnp.pad(prompt, padding), 1, 0)
 
-    def event(t: Array | int, fixed: Array | None, outputs: Array, counts: Array, ended: Array) -> tuple[Array, Array, Array]:
+    def event(
+        t: Array | int, fixed: Array | None, outputs: Array, counts: Array, ended: Array
+    ) -> tuple[Array, Array, Array]:
         x = choose(jax.random.fold_in(key, t), outputs, counts)
         if fixed is not None:
             x = jnp.where((t < length).reshape(n, *[1] * (x.ndim - 1)), fixed.astype(x.dtype), x)
@@ -181,8 +217,12 @@ def generate(
 
     # The first event comes before the loop, so that the model is not advanced past the last one.
     first, rest = (None, None) if given is None else (given[0], given[1:])
-    x, counts, ended = event(0, first, outputs, jnp.zeros(outputs.shape, jnp.int32), jnp.zeros(n, bool))
-    later = jax.lax.scan(step, (carry, x, counts, ended), (jnp.arange(1, n_steps, dtype=jnp.int32), rest))[1]
+    x, counts, ended = event(
+        0, first, outputs, jnp.zeros(outputs.shape, jnp.int32), jnp.zeros(n, bool)
+    )
+    later = jax.lax.scan(
+        step, (carry, x, counts, ended), (jnp.arange(1, n_steps, dtype=jnp.int32), rest)
+    )[1]
     return jnp.moveaxis(jnp.concatenate([x[None], later]), 0, 1)
 
 
@@ -196,17 +236,20 @@ def generator(
 ) -> Callable[..., Array]:
     """The `generate` of an autoregressive family, from its `begin` and `advance`.
 
-    `begin(params, state, n, cond, dropped)` and `advance(params, state, carry, x, cond, dropped)` as in the family's extras,
-    `sample(key, outputs)` as in an Emission; `context` is the longest
-    sequence that the model can handle, None for any; `guided` says whether it learned to do without its condition.
+    `begin(params, state, n, cond, dropped)` and `advance(params, state, carry, x, cond, dropped)`
+    as in the family's extras, `sample(key, outputs)` as in an Emission; `context` is the longest
+    sequence that the model can handle, None for any; `guided` says whether it learned to do without
+    its condition.
 
-    Returns generate(params, state, key, n, cond=None, *, choose=None, prompt=None, prompt_length=None, length=None,
-    guidance=None) -> x [n, length, *event], `length` being spec.shape[0] unless given. Without `choose`, events are drawn from
-    the model. `guidance` is the scale of classifier-free guidance of the logits; None, the same as 1, costs half as much.
+    Returns generate(params, state, key, n, cond=None, *, choose=None, prompt=None,
+    prompt_length=None, length=None, guidance=None) -> x [n, length, *event], `length` being
+    spec.shape[0] unless given. Without `choose`, events are drawn from the model. `guidance` is the
+    scale of classifier-free guidance of the logits; None, the same as 1, costs half as much.
 
     Raises:
-        ConfigError: for a length or a prompt beyond the context, guidance of a model without a condition, of one
-            that never did without it, or of one of continuous data, whose outputs are no logits.
+        ConfigError: for a length or a prompt beyond the context, guidance of a model without a
+            condition, of one that never did without it, or of one of continuous data, whose outputs
+            are no logits.
     """
 
     def generate_of(
@@ -230,14 +273,22 @@ def generator(
             raise ConfigError(f"The length must be from 1{top}; got {steps}.")
         if prompt is not None:
             prompt = jnp.asarray(prompt)
-            if prompt.ndim != len(spec.shape) + 1 or (prompt.shape[0], *prompt.shape[2:]) != (n, *spec.shape[1:]):
+            if prompt.ndim != len(spec.shape) + 1 or (prompt.shape[0], *prompt.shape[2:]) != (
+                n,
+                *spec.shape[1:],
+            ):
                 wanted = ", ".join(map(str, (n, "steps", *spec.shape[1:])))
-                raise ConfigError(f"The prompt must have the shape [{wanted}]; got {list(prompt.shape)}.")
+                raise ConfigError(
+                    f"The prompt must have the shape [{wanted}]; got {list(prompt.shape)}."
+                )
         if guidance is not None and (not spec.conditional or spec.kind == "continuous"):
-            raise ConfigError(f"Guidance needs a condition and logits; the data {spec.name} have not both.")
+            raise ConfigError(
+                f"Guidance needs a condition and logits; the data {spec.name} have not both."
+            )
         if guidance is not None and not guided:
             raise ConfigError(
-                f"Guidance needs a model that was trained without its condition at times; this one of {spec.name} was not. "
+                "Guidance needs a model that was trained without its condition at times; this one "
+                f"of {spec.name} was not. "
                 "Build it with cond_dropout=0.1."
             )
         draw = choose or (lambda key, outputs, counts: sample(key, outputs))
@@ -254,7 +305,17 @@ def generator(
             outputs_without, without = advance(params, state, carry[1], x, cond, ~dropped)
             return classifier_free(outputs, outputs_without, guidance), (given, without)
 
-        return generate(go_on, outputs, carry, draw, key, steps, prompt=prompt, prompt_length=prompt_length, end=spec.end)
+        return generate(
+            go_on,
+            outputs,
+            carry,
+            draw,
+            key,
+            steps,
+            prompt=prompt,
+            prompt_length=prompt_length,
+            end=spec.end,
+        )
 
     return generate_of
 
@@ -268,17 +329,22 @@ def beam_search(
     end: int | None = None,
     length_penalty: float = 0.0,
 ) -> tuple[Array, Array]:
-    """The n_beams best sequences that a search of that width finds: tokens int32 [n, n_beams, n_steps] and ln p(tokens).
+    """The n_beams best sequences that a search of that width finds: tokens int32 [n, n_beams,
+    n_steps] and ln p(tokens).
 
-    At every step the beams with the largest ln p / ((5 + length) / 6)^length_penalty are kept, `length` counting the end token
-    (Wu 2016, equation 14, without its coverage). They come best first. With n_beams >= V^(n_steps - 1) nothing is
-    cut off before its time, and the search is exhaustive; beams beyond the number of sequences have ln p = -inf.
+    At every step the beams with the largest ln p / ((5 + length) / 6)^length_penalty are kept,
+    `length` counting the end token (Wu 2016, equation 14, without its coverage). They come best
+    first. With n_beams >= V^(n_steps - 1) nothing is cut off before its time, and the search is
+    exhaustive; beams beyond the number of sequences have ln p = -inf.
 
-    `outputs` [n, V] are logits and `carry` that of n examples, but `advance` gets n * n_beams of them, the beams of one example
-    next to each other: whatever else depends on the example, such as a condition, must be repeated (`jnp.repeat`, axis 0).
+    `outputs` [n, V] are logits and `carry` that of n examples, but `advance` gets n * n_beams of
+    them, the beams of one example
+    next to each other: whatever else depends on the example, such as a condition, must be repeated
+        (`jnp.repeat`, axis 0).
 
     Returns:
-        tokens int32 [n, n_beams, n_steps], after an end token all end tokens; log_prob [n, n_beams] in nats, not penalised.
+        tokens int32 [n, n_beams, n_steps], after an end token all end tokens; log_prob [n, n_beams]
+        in nats, not penalised.
 
     Raises:
         ConfigError: for n_beams below 1.
@@ -290,7 +356,9 @@ def beam_search(
     rows = jnp.arange(n, dtype=jnp.int32)[:, None]
 
     def extend(beams: Any, outputs: Array, t: Array | int) -> tuple[Any, Array]:
-        """The best beams with one token more, and from which of the n * n_beams beams each comes."""
+        """The best beams with one token more, and from which of the n * n_beams beams each
+        comes.
+        """
         tokens, log_prob, length, ended = beams
         step = jax.nn.log_softmax(outputs).reshape(n, n_beams, levels)
         if end is not None:
@@ -317,6 +385,10 @@ def beam_search(
     alone = jnp.where(jnp.arange(n_beams) == 0, 0.0, -jnp.inf).astype(outputs.dtype)
     shape = (n, n_beams)
     empty = (jnp.zeros((*shape, n_steps), jnp.int32), jnp.broadcast_to(alone, shape))
-    beams, parent = extend((*empty, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool)), outputs, 0)
-    (beams, _, _), _ = jax.lax.scan(step, (beams, carry, parent), jnp.arange(1, n_steps, dtype=jnp.int32))
+    beams, parent = extend(
+        (*empty, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool)), outputs, 0
+    )
+    (beams, _, _), _ = jax.lax.scan(
+        step, (beams, carry, parent), jnp.arange(1, n_steps, dtype=jnp.int32)
+    )
     return beams[0], beams[1]

@@ -1,11 +1,14 @@
-"""Paths from data to noise, x_t = alpha(t) x0 + sigma(t) epsilon, and every conversion between what a network may predict.
+"""Paths from data to noise, x_t = alpha(t) x0 + sigma(t) epsilon, and every conversion between what
+a network may predict.
 
-A path is five plain functions and numbers; its parts work on t [] or [n] under jit, vmap and jvp, in the dtype of t. Where a
-formula needs a condition on s and t, s is the less noisy of the two: s lies between `end` (data) and t. One denoised
-estimate x0 of x_t, E[x0 | x_t], says all that a model knows at that point: noise, v, score and velocity are x0 and x_t put
-together, so solvers and guidance are written for x0 alone.
+A path is five plain functions and numbers; its parts work on t [] or [n] under jit, vmap and jvp,
+in the dtype of t. Where a formula needs a condition on s and t, s is the less noisy of the two: s
+lies between `end` (data) and t. One denoised estimate x0 of x_t, E[x0 | x_t], says all that a model
+knows at that point: noise, v, score and velocity are x0 and x_t put together, so solvers and
+guidance are written for x0 alone.
 
-Ho 2020 (DDPM), Kingma 2021 (VDM), Song 2021 (score SDEs), Karras 2022 (EDM), Lipman 2023 (flow matching).
+Ho 2020 (DDPM), Kingma 2021 (VDM), Song 2021 (score SDEs), Karras 2022 (EDM), Lipman 2023 (flow
+matching).
 """
 
 from collections.abc import Callable
@@ -17,15 +20,18 @@ import jax.numpy as jnp
 from genjax.errors import ConfigError, unknown_name
 from genjax.protocol import Array
 
-# (x_t [n, *event], t []) -> an estimate of E[x0 | x_t], [n, *event]; conditions, parameters and guidance are bound in.
+# (x_t [n, *event], t []) -> an estimate of E[x0 | x_t], [n, *event]; conditions, parameters and
+# guidance are bound in.
 Denoise = Callable[[Array, Array], Array]
 
 
 class Path(NamedTuple):
-    """x_t = alpha(t) x0 + sigma(t) epsilon with epsilon ~ N(0, I); t runs from `end` (data) to `start` (noise).
+    """x_t = alpha(t) x0 + sigma(t) epsilon with epsilon ~ N(0, I); t runs from `end` (data) to
+    `start` (noise).
 
     Attributes:
-        alpha: of t [] or [n], elementwise and differentiable; does not increase from `end` to `start`.
+        alpha: of t [] or [n], elementwise and differentiable; does not increase from `end` to
+            `start`.
         sigma: the same; does not decrease, and alpha / sigma strictly decreases.
         start: the t where sampling begins, in noise.
         end: the t where sampling ends, in data; less than `start`.
@@ -55,11 +61,15 @@ def rates(path: Path, t: Array | float, x: Array) -> tuple[Array, Array]:
     """alpha'(t) and sigma'(t), the derivatives, ready to multiply x [n, *event]."""
     t = jnp.asarray(t)
     one = jnp.ones_like(t)
-    return expand(jax.jvp(path.alpha, (t,), (one,))[1], x), expand(jax.jvp(path.sigma, (t,), (one,))[1], x)
+    return expand(jax.jvp(path.alpha, (t,), (one,))[1], x), expand(
+        jax.jvp(path.sigma, (t,), (one,))[1], x
+    )
 
 
 def log_snr(path: Path, t: Array | float) -> Array:
-    """2 ln(alpha / sigma), the logarithm of the signal-to-noise ratio, of t's shape; infinite where alpha or sigma is 0."""
+    """2 ln(alpha / sigma), the logarithm of the signal-to-noise ratio, of t's shape; infinite where
+    alpha or sigma is 0.
+    """
     t = jnp.asarray(t)
     return 2 * (jnp.log(path.alpha(t)) - jnp.log(path.sigma(t)))
 
@@ -71,15 +81,18 @@ def diffuse(path: Path, x0: Array, epsilon: Array, t: Array | float) -> Array:
 
 
 def prior(path: Path) -> Array:
-    """sigma(start), []: sampling begins with N(0, sigma(start)² I), which takes alpha(start) x0 for nothing."""
+    """sigma(start), []: sampling begins with N(0, sigma(start)² I), which takes alpha(start) x0 for
+    nothing.
+    """
     return path.sigma(jnp.asarray(path.start))
 
 
-# --- paths --------------------------------------------------------------------------------------------------------------
+# --- paths ----------------------------------------------------------------------------------------
 
 
 def _cosine(start: float, end: float) -> Path:
-    # sin of 1 - t, not cos of t: at t = 1 it is exactly 0 rather than a small number of either sign.
+    # sin of 1 - t, not cos of t: at t = 1 it is exactly 0 rather than a small number of either
+    # sign.
     return Path(
         alpha=lambda t: jnp.sin((jnp.pi / 2) * (1 - t)),
         sigma=lambda t: jnp.sin((jnp.pi / 2) * t),
@@ -90,7 +103,8 @@ def _cosine(start: float, end: float) -> Path:
 
 
 def cosine(t_end: float = 1e-3) -> Path:
-    """alpha = cos(pi t / 2), sigma = sin(pi t / 2), t from `t_end` to 1 - `t_end`: log-SNR within ±12.9.
+    """alpha = cos(pi t / 2), sigma = sin(pi t / 2), t from `t_end` to 1 - `t_end`: log-SNR within
+    ±12.9.
 
     Nichol & Dhariwal 2021, whose offset at small t the cut at `t_end` stands in for.
     """
@@ -98,14 +112,20 @@ def cosine(t_end: float = 1e-3) -> Path:
 
 
 def variance_preserving() -> Path:
-    """The cosine path on all of [0, 1], for flow matching: alpha = 1 at t = 0 and exactly 0 at t = 1. Albergo 2023."""
+    """The cosine path on all of [0, 1], for flow matching: alpha = 1 at t = 0 and exactly 0 at t =
+    1. Albergo 2023.
+    """
     return _cosine(1.0, 0.0)
 
 
-def linear(beta_min: Array | float = 0.1, beta_max: Array | float = 20.0, t_end: float = 1e-3) -> Path:
-    """ln alpha = -t² (beta_max - beta_min) / 4 - t beta_min / 2, sigma² = 1 - alpha², t from `t_end` to 1.
+def linear(
+    beta_min: Array | float = 0.1, beta_max: Array | float = 20.0, t_end: float = 1e-3
+) -> Path:
+    """ln alpha = -t² (beta_max - beta_min) / 4 - t beta_min / 2, sigma² = 1 - alpha², t from
+    `t_end` to 1.
 
-    The continuous limit of DDPM's linear schedule, with beta(t) = beta_min + t (beta_max - beta_min). Song 2021 (VP SDE).
+    The continuous limit of DDPM's linear schedule, with beta(t) = beta_min + t (beta_max -
+    beta_min). Song 2021 (VP SDE).
     """
 
     def log_alpha(t: Array) -> Array:
@@ -114,7 +134,9 @@ def linear(beta_min: Array | float = 0.1, beta_max: Array | float = 20.0, t_end:
 
     def time_of_log_snr(value: Array) -> Array:
         low, high = jnp.asarray(beta_min, value.dtype), jnp.asarray(beta_max, value.dtype)
-        integral = jax.nn.softplus(-value)  # -2 ln alpha: alpha² = sigmoid(log-SNR) where the variance is preserved
+        integral = jax.nn.softplus(
+            -value
+        )  # -2 ln alpha: alpha² = sigmoid(log-SNR) where the variance is preserved
         return 2 * integral / (low + jnp.sqrt(jnp.square(low) + 2 * (high - low) * integral))
 
     return Path(
@@ -127,7 +149,8 @@ def linear(beta_min: Array | float = 0.1, beta_max: Array | float = 20.0, t_end:
 
 
 def edm(sigma_min: Array | float = 0.002, sigma_max: Array | float = 80.0) -> Path:
-    """alpha = 1, sigma = t, t from `sigma_min` to `sigma_max`: time is the noise's standard deviation. Karras 2022.
+    """alpha = 1, sigma = t, t from `sigma_min` to `sigma_max`: time is the noise's standard
+    deviation. Karras 2022.
 
     The paper's grids go on from sigma_min to 0 in one last step; here they do with `sigma_min=0`.
     """
@@ -141,9 +164,11 @@ def edm(sigma_min: Array | float = 0.002, sigma_max: Array | float = 80.0) -> Pa
 
 
 def conditional_ot() -> Path:
-    """alpha = 1 - t, sigma = t, t from 0 (data) to 1 (noise): straight lines. Lipman 2023, Liu 2023.
+    """alpha = 1 - t, sigma = t, t from 0 (data) to 1 (noise): straight lines. Lipman 2023, Liu
+    2023.
 
-    Their time runs the other way: 0 is noise and 1 data there, and their velocity is the negative of this one.
+    Their time runs the other way: 0 is noise and 1 data there, and their velocity is the negative
+        of this one.
     """
     return Path(
         alpha=lambda t: 1 - t,
@@ -160,11 +185,12 @@ def from_log_snr(
     end: Array | float = 0.0,
     inverse: Callable[[Array], Array] | None = None,
 ) -> Path:
-    """alpha² = sigmoid(-gamma(t)), sigma² = sigmoid(gamma(t)): preserves the variance at any log-SNR -gamma. Kingma 2021.
+    """alpha² = sigmoid(-gamma(t)), sigma² = sigmoid(gamma(t)): preserves the variance at any
+    log-SNR -gamma. Kingma 2021.
 
     Args:
-        gamma: of t [] or [n], elementwise, differentiable and increasing from `end` to `start`, such as a learned schedule;
-            it may close over traced parameters.
+        gamma: of t [] or [n], elementwise, differentiable and increasing from `end` to `start`,
+            such as a learned schedule; it may close over traced parameters.
         start: t of the noise.
         end: t of the data.
         inverse: t of gamma's value; None searches for it by bisection, which passes no gradient.
@@ -203,14 +229,15 @@ PATHS: dict[str, Callable[[], Path]] = {
 }
 
 
-# --- discrete time ------------------------------------------------------------------------------------------------------
+# --- discrete time --------------------------------------------------------------------------------
 
 
 def discretize(path: Path, n_steps: int) -> Path:
-    """The same path in `n_steps` steps: any t counts as the nearest of end + (start - end) i / n_steps, i = 0 .. n_steps.
+    """The same path in `n_steps` steps: any t counts as the nearest of end + (start - end) i /
+    n_steps, i = 0 .. n_steps.
 
-    With `kernel` and `posterior` between neighbours it is DDPM's chain of n_steps transitions. Derivatives are those of the
-    continuous path at the rounded t.
+    With `kernel` and `posterior` between neighbours it is DDPM's chain of n_steps transitions.
+    Derivatives are those of the continuous path at the rounded t.
 
     Raises:
         ConfigError: for n_steps below 1.
@@ -231,7 +258,9 @@ def discretize(path: Path, n_steps: int) -> Path:
 
 
 def _lost(path: Path, s: Array | float, t: Array | float) -> Array:
-    """1 - SNR(t) / SNR(s), which is what x_t does not tell of x_s; exact where the two are close."""
+    """1 - SNR(t) / SNR(s), which is what x_t does not tell of x_s; exact where the two are
+    close.
+    """
     return -jnp.expm1(log_snr(path, t) - log_snr(path, s))
 
 
@@ -244,11 +273,15 @@ def kernel(path: Path, s: Array | float, t: Array | float) -> tuple[Array, Array
     return path.alpha(t) / path.alpha(s), path.sigma(t) * jnp.sqrt(_lost(path, s, t))
 
 
-def posterior(path: Path, x0: Array, x_t: Array, s: Array | float, t: Array | float) -> tuple[Array, Array]:
-    """q(x_s | x_t, x0), a normal: its mean [n, *event], and its standard deviation, [] or with the axes of x to multiply it.
+def posterior(
+    path: Path, x0: Array, x_t: Array, s: Array | float, t: Array | float
+) -> tuple[Array, Array]:
+    """q(x_s | x_t, x0), a normal: its mean [n, *event], and its standard deviation, [] or with the
+    axes of x to multiply it.
 
-    mean = alpha_ts sigma_s² / sigma_t² x_t + alpha_s sigma_ts² / sigma_t² x0, std = sigma_ts sigma_s / sigma_t; at
-    sigma_s = 0 it is alpha_s x0 exactly. Ho 2020, equations 6 and 7, for any path.
+    mean = alpha_ts sigma_s² / sigma_t² x_t + alpha_s sigma_ts² / sigma_t² x0, std = sigma_ts
+    sigma_s / sigma_t; at sigma_s = 0 it is alpha_s x0 exactly. Ho 2020, equations 6 and 7, for any
+    path.
     """
     (alpha_s, sigma_s), (alpha_t, sigma_t) = coefficients(path, s, x_t), coefficients(path, t, x_t)
     lost = expand(_lost(path, s, t), x_t)
@@ -256,11 +289,13 @@ def posterior(path: Path, x0: Array, x_t: Array, s: Array | float, t: Array | fl
     return kept * x_t + alpha_s * lost * x0, sigma_s * jnp.sqrt(lost)
 
 
-# --- what a network predicts --------------------------------------------------------------------------------------------
+# --- what a network predicts ----------------------------------------------------------------------
 
 
 class Prediction(NamedTuple):
-    """A kind of output, from and to x0; both are (path, value [n, *event], x_t [n, *event], t [] or [n]) -> [n, *event]."""
+    """A kind of output, from and to x0; both are (path, value [n, *event], x_t [n, *event], t [] or
+    [n]) -> [n, *event].
+    """
 
     to_x0: Callable[[Path, Array, Array, Array | float], Array]
     from_x0: Callable[[Path, Array, Array, Array | float], Array]
@@ -285,13 +320,17 @@ def v_of(path: Path, x0: Array, x_t: Array, t: Array | float) -> Array:
 
 
 def _x0_of_v(path: Path, v: Array, x_t: Array, t: Array | float) -> Array:
-    """x0 = (alpha x_t - sigma v) / (alpha² + sigma²); the divisor is 1 where the variance is preserved."""
+    """x0 = (alpha x_t - sigma v) / (alpha² + sigma²); the divisor is 1 where the variance is
+    preserved.
+    """
     alpha, sigma = coefficients(path, t, x_t)
     return (alpha * x_t - sigma * v) / (jnp.square(alpha) + jnp.square(sigma))
 
 
 def score_of(path: Path, x0: Array, x_t: Array, t: Array | float) -> Array:
-    """The score, grad ln p(x_t) = -epsilon / sigma = (alpha x0 - x_t) / sigma², for x0 = E[x0 | x_t]. Song 2021."""
+    """The score, grad ln p(x_t) = -epsilon / sigma = (alpha x0 - x_t) / sigma², for x0 = E[x0 |
+    x_t]. Song 2021.
+    """
     alpha, sigma = coefficients(path, t, x_t)
     return (alpha * x0 - x_t) / jnp.square(sigma)
 
@@ -303,13 +342,17 @@ def _x0_of_score(path: Path, score: Array, x_t: Array, t: Array | float) -> Arra
 
 
 def velocity_of(path: Path, x0: Array, x_t: Array, t: Array | float) -> Array:
-    """dx/dt = alpha' x0 + sigma' epsilon, of the probability-flow ODE, for x0 = E[x0 | x_t]. Lipman 2023, Song 2021."""
+    """dx/dt = alpha' x0 + sigma' epsilon, of the probability-flow ODE, for x0 = E[x0 | x_t]. Lipman
+    2023, Song 2021.
+    """
     alpha_rate, sigma_rate = rates(path, t, x_t)
     return alpha_rate * x0 + sigma_rate * epsilon_of(path, x0, x_t, t)
 
 
 def _x0_of_velocity(path: Path, velocity: Array, x_t: Array, t: Array | float) -> Array:
-    """x0 = (sigma' x_t - sigma velocity) / (alpha sigma' - alpha' sigma); the divisor is 1 on straight lines."""
+    """x0 = (sigma' x_t - sigma velocity) / (alpha sigma' - alpha' sigma); the divisor is 1 on
+    straight lines.
+    """
     (alpha, sigma), (alpha_rate, sigma_rate) = coefficients(path, t, x_t), rates(path, t, x_t)
     return (sigma_rate * x_t - sigma * velocity) / (alpha * sigma_rate - alpha_rate * sigma)
 

@@ -1,11 +1,14 @@
-"""From noise to data along a path: solvers, time grids, the Langevin corrector, and the likelihood by the ODE.
+"""From noise to data along a path: solvers, time grids, the Langevin corrector, and the likelihood
+by the ODE.
 
-A solver is a short scan over a plain callable, `denoise`: (x_t [n, *event], t []) -> E[x0 | x_t], so whatever composes around
-that, guidance above all, works with every solver. Those that are deterministic follow the probability-flow ODE,
-dx/dt = alpha'(t) x0 + sigma'(t) epsilon (`paths.velocity_of`), whose solution has the law of the path at every t.
+A solver is a short scan over a plain callable, `denoise`: (x_t [n, *event], t []) -> E[x0 | x_t],
+so whatever composes around that, guidance above all, works with every solver. Those that are
+deterministic follow the probability-flow ODE, dx/dt = alpha'(t) x0 + sigma'(t) epsilon
+(`paths.velocity_of`), whose solution has the law of the path at every t.
 
-Ho 2020 (ancestral), Song 2020 (DDIM), Song 2021 (the ODE, its likelihood, predictor and corrector), Karras 2022 (Heun and its
-grid), Lu 2022 (DPM-Solver++), Hutchinson 1989 and Grathwohl 2018 (the divergence by probes).
+Ho 2020 (ancestral), Song 2020 (DDIM), Song 2021 (the ODE, its likelihood, predictor and corrector),
+Karras 2022 (Heun and its grid), Lu 2022 (DPM-Solver++), Hutchinson 1989 and Grathwohl 2018 (the
+divergence by probes).
 """
 
 from collections.abc import Callable
@@ -17,26 +20,52 @@ import jax.numpy as jnp
 
 from genjax.errors import ConfigError, unknown_name
 from genjax.parts.distributions import normal_log_prob, sum_event
-from genjax.parts.paths import Denoise, Path, coefficients, epsilon_of, log_snr, posterior, prior, score_of, velocity_of
+from genjax.parts.paths import (
+    Denoise,
+    Path,
+    coefficients,
+    epsilon_of,
+    log_snr,
+    posterior,
+    prior,
+    score_of,
+    velocity_of,
+)
 from genjax.protocol import Array, Key, PyTree
 
 Field = Callable[[PyTree, Array], PyTree]  # (y, t []) -> dy/dt
 
 
 class Solver(Protocol):
-    """x at times[0] carried to times[-1]: [n, *event], or with `every` x at all times, [n_steps + 1, n, *event].
+    """x at times[0] carried to times[-1]: [n, *event], or with `every` x at all times, [n_steps +
+    1, n, *event].
 
-    `times` [n_steps + 1] decrease. The last may have sigma = 0, and `denoise` is never called there. The first should be
-    path.start, with x ~ N(0, prior(path)²). A solver that draws noise raises ConfigError without a key; others ignore it.
+    `times` [n_steps + 1] decrease. The last may have sigma = 0, and `denoise` is never called
+    there. The first should be path.start, with x ~ N(0, prior(path)²). A solver that draws noise
+    raises ConfigError without a key; others ignore it.
     """
 
     def __call__(
-        self, denoise: Denoise, path: Path, x: Array, times: Array, key: Key | None = None, every: bool = False
+        self,
+        denoise: Denoise,
+        path: Path,
+        x: Array,
+        times: Array,
+        key: Key | None = None,
+        every: bool = False,
     ) -> Array: ...
 
 
-def _march(step: Callable[[Any, Any], Any], carry: Any, x_of: Callable[[Any], Array], inputs: Any, every: bool) -> Array:
-    """`carry` through `step` for each of `inputs`: the last x, or all of them, the first included."""
+def _march(
+    step: Callable[[Any, Any], Any],
+    carry: Any,
+    x_of: Callable[[Any], Array],
+    inputs: Any,
+    every: bool,
+) -> Array:
+    """`carry` through `step` for each of `inputs`: the last x, or all of them, the first
+    included.
+    """
 
     def body(carry: Any, at: Any) -> tuple[Any, Array | None]:
         carry = step(carry, at)
@@ -57,11 +86,19 @@ def _keys(what: str, key: Key | None, n: int) -> Array:
     return jax.random.split(key, n)
 
 
-# --- steps of its own ---------------------------------------------------------------------------------------------------
+# --- steps of its own -----------------------------------------------------------------------------
 
 
-def ancestral(denoise: Denoise, path: Path, x: Array, times: Array, key: Key | None = None, every: bool = False) -> Array:
-    """x_s ~ q(x_s | x_t, x0 = denoise(x_t, t)), for each next time s. Ho 2020, algorithm 2, with its smaller variance.
+def ancestral(
+    denoise: Denoise,
+    path: Path,
+    x: Array,
+    times: Array,
+    key: Key | None = None,
+    every: bool = False,
+) -> Array:
+    """x_s ~ q(x_s | x_t, x0 = denoise(x_t, t)), for each next time s. Ho 2020, algorithm 2, with
+    its smaller variance.
 
     Stochastic. Its law has an error of order 1 in the step.
     """
@@ -81,8 +118,17 @@ def _to(path: Path, x0: Array, x: Array, t: Array, s: Array) -> Array:
     return alpha * x0 + sigma * epsilon_of(path, x0, x, t)
 
 
-def ddim(denoise: Denoise, path: Path, x: Array, times: Array, key: Key | None = None, every: bool = False) -> Array:
-    """x_s = alpha_s x0 + sigma_s epsilon with x0 and epsilon of x_t. Song 2020, equation 12 with eta = 0. Order 1."""
+def ddim(
+    denoise: Denoise,
+    path: Path,
+    x: Array,
+    times: Array,
+    key: Key | None = None,
+    every: bool = False,
+) -> Array:
+    """x_s = alpha_s x0 + sigma_s epsilon with x0 and epsilon of x_t. Song 2020, equation 12 with
+    eta = 0. Order 1.
+    """
 
     def step(x: Array, at: Any) -> Array:
         t, s = at
@@ -91,11 +137,19 @@ def ddim(denoise: Denoise, path: Path, x: Array, times: Array, key: Key | None =
     return _march(step, x, lambda x: x, _pairs(times, x), every)
 
 
-def dpmpp_2m(denoise: Denoise, path: Path, x: Array, times: Array, key: Key | None = None, every: bool = False) -> Array:
-    """DDIM's step with x0 extrapolated from this step's and the last one's. Lu 2022, algorithm 2 (DPM-Solver++(2M)). Order 2.
+def dpmpp_2m(
+    denoise: Denoise,
+    path: Path,
+    x: Array,
+    times: Array,
+    key: Key | None = None,
+    every: bool = False,
+) -> Array:
+    """DDIM's step with x0 extrapolated from this step's and the last one's. Lu 2022, algorithm 2
+    (DPM-Solver++(2M)). Order 2.
 
-    x0 = D + h / (2 h') (D - D') with h half the change of the log-SNR; h' and D' are those of the step before. The first step,
-    and one to sigma = 0, are DDIM's.
+    x0 = D + h / (2 h') (D - D') with h half the change of the log-SNR; h' and D' are those of the
+    step before. The first step, and one to sigma = 0, are DDIM's.
     """
 
     def step(carry: Any, at: Any) -> Any:
@@ -110,14 +164,15 @@ def dpmpp_2m(denoise: Denoise, path: Path, x: Array, times: Array, key: Key | No
     return _march(step, start, lambda carry: carry[0], _pairs(times, x), every)
 
 
-# --- Runge-Kutta on the probability-flow ODE ----------------------------------------------------------------------------
+# --- Runge-Kutta on the probability-flow ODE ------------------------------------------------------
 
 
 class Tableau(NamedTuple):
-    """An explicit Runge-Kutta method of which each stage starts from the one before: k_i = f(y + c_i h k_{i-1}, t + c_i h).
+    """An explicit Runge-Kutta method of which each stage starts from the one before: k_i = f(y +
+    c_i h k_{i-1}, t + c_i h).
 
-    y + h Σ b_i k_i is the step. `last` has c and b of a step whose end the field must not be evaluated at, or None if the
-    method never does.
+    y + h Σ b_i k_i is the step. `last` has c and b of a step whose end the field must not be
+    evaluated at, or None if the method never does.
     """
 
     nodes: tuple[float, ...]
@@ -130,7 +185,11 @@ TABLEAUS = {
     "midpoint": Tableau((0, 1 / 2), (0, 1)),
     "heun": Tableau((0, 1), (1 / 2, 1 / 2), last=((0, 0), (1, 0))),
     # Heun's third-order method on the way to sigma = 0: one step of it leaves the whole at order 4.
-    "rk4": Tableau((0, 1 / 2, 1 / 2, 1), (1 / 6, 1 / 3, 1 / 3, 1 / 6), last=((0, 1 / 3, 2 / 3, 2 / 3), (1 / 4, 0, 3 / 4, 0))),
+    "rk4": Tableau(
+        (0, 1 / 2, 1 / 2, 1),
+        (1 / 6, 1 / 3, 1 / 3, 1 / 6),
+        last=((0, 1 / 3, 2 / 3, 2 / 3), (1 / 4, 0, 3 / 4, 0)),
+    ),
 }
 
 
@@ -138,7 +197,9 @@ def _moved(y: PyTree, h: Array, k: PyTree) -> PyTree:
     return jax.tree.map(lambda y, k: y + h * k, y, k)
 
 
-def _step(tableau: Tableau, field: Field, y: PyTree, t: Array, s: Array, last: Array | bool = False) -> PyTree:
+def _step(
+    tableau: Tableau, field: Field, y: PyTree, t: Array, s: Array, last: Array | bool = False
+) -> PyTree:
     """y at s from y at t; `last` says that the field must not be evaluated at s."""
     h = s - t
     nodes, weights = jnp.asarray(tableau.nodes, h.dtype), jnp.asarray(tableau.weights, h.dtype)
@@ -154,13 +215,17 @@ def _step(tableau: Tableau, field: Field, y: PyTree, t: Array, s: Array, last: A
 
 
 def _least_time(path: Path, dtype: Any) -> Array:
-    """The t nearest to data at which the noise in x_t is not lost to rounding: sigma / alpha = 3 sqrt(eps). It may be < end."""
+    """The t nearest to data at which the noise in x_t is not lost to rounding: sigma / alpha = 3
+    sqrt(eps). It may be < end.
+    """
     least = jnp.asarray(3 * jnp.finfo(dtype).eps ** 0.5, dtype)
     return path.time_of_log_snr(-2 * jnp.log(least)).astype(dtype)
 
 
 def _velocity(denoise: Denoise, path: Path, dtype: Any) -> Field:
-    """dx/dt of the probability-flow ODE; at times nearer to sigma = 0 than can be, that at the nearest which can."""
+    """dx/dt of the probability-flow ODE; at times nearer to sigma = 0 than can be, that at the
+    nearest which can.
+    """
     least = _least_time(path, dtype)
 
     def field(x: Array, t: Array) -> Array:
@@ -171,9 +236,17 @@ def _velocity(denoise: Denoise, path: Path, dtype: Any) -> Field:
 
 
 def _runge_kutta(
-    tableau: Tableau, denoise: Denoise, path: Path, x: Array, times: Array, key: Key | None = None, every: bool = False
+    tableau: Tableau,
+    denoise: Denoise,
+    path: Path,
+    x: Array,
+    times: Array,
+    key: Key | None = None,
+    every: bool = False,
 ) -> Array:
-    """The probability-flow ODE by `tableau`; Heun's step to sigma = 0 is Euler's. Karras 2022, algorithm 1, for Heun."""
+    """The probability-flow ODE by `tableau`; Heun's step to sigma = 0 is Euler's. Karras 2022,
+    algorithm 1, for Heun.
+    """
     field = _velocity(denoise, path, x.dtype)
 
     def step(x: Array, at: Any) -> Array:
@@ -190,7 +263,9 @@ rk4: Solver = partial(_runge_kutta, TABLEAUS["rk4"])
 
 
 def _integrate(field: Field, y: PyTree, times: Array, tolerance: float, every: bool) -> PyTree:
-    """y at times[-1], or at all of `times`, by Tsitouras' 5(4) pair with a step size that keeps to `tolerance`."""
+    """y at times[-1], or at all of `times`, by Tsitouras' 5(4) pair with a step size that keeps to
+    `tolerance`.
+    """
     import diffrax
 
     solution = diffrax.diffeqsolve(
@@ -208,13 +283,24 @@ def _integrate(field: Field, y: PyTree, times: Array, tolerance: float, every: b
 
 
 def adaptive_to(tolerance: float) -> Solver:
-    """The ODE with steps as long as the local error stays below `tolerance` (absolute and relative, over the whole batch).
+    """The ODE with steps as long as the local error stays below `tolerance` (absolute and relative,
+    over the whole batch).
 
-    Tsitouras 2011, by diffrax. Of `times` only the ends count, and with `every` the others say where x is wanted.
+    Tsitouras 2011, by diffrax. Of `times` only the ends count, and with `every` the others say
+    where x is wanted.
     """
 
-    def solver(denoise: Denoise, path: Path, x: Array, times: Array, key: Key | None = None, every: bool = False) -> Array:
-        return _integrate(_velocity(denoise, path, x.dtype), x, jnp.asarray(times, x.dtype), tolerance, every)
+    def solver(
+        denoise: Denoise,
+        path: Path,
+        x: Array,
+        times: Array,
+        key: Key | None = None,
+        every: bool = False,
+    ) -> Array:
+        return _integrate(
+            _velocity(denoise, path, x.dtype), x, jnp.asarray(times, x.dtype), tolerance, every
+        )
 
     return solver
 
@@ -241,15 +327,19 @@ def solver(name: str) -> Solver:
     return SOLVERS[name]
 
 
-# --- Langevin corrector -------------------------------------------------------------------------------------------------
+# --- Langevin corrector ---------------------------------------------------------------------------
 
 
-def langevin(path: Path, n_steps: int = 1, snr: Array | float = 0.16) -> Callable[[Denoise, Array, Array, Key], Array]:
-    """A corrector (denoise, x [n, *event], t [], key) -> x: `n_steps` of Langevin's, which leave p(x_t) nearly as it is.
+def langevin(
+    path: Path, n_steps: int = 1, snr: Array | float = 0.16
+) -> Callable[[Denoise, Array, Array, Key], Array]:
+    """A corrector (denoise, x [n, *event], t [], key) -> x: `n_steps` of Langevin's, which leave
+    p(x_t) nearly as it is.
 
-    x <- x + eta score(x) + sqrt(2 eta) z with eta = 2 (snr sigma(t))²; where sigma(t) = 0, x stays. Where x_t has the law
-    N(m, v), the steps tend to N(m, v / (1 - eta / (2 v))). Song 2021, algorithms 4 and 5, has the mean norm of the noise over
-    that of the score in place of sigma(t), which makes examples depend on each other.
+    x <- x + eta score(x) + sqrt(2 eta) z with eta = 2 (snr sigma(t))²; where sigma(t) = 0, x stays.
+    Where x_t has the law N(m, v), the steps tend to N(m, v / (1 - eta / (2 v))). Song 2021,
+    algorithms 4 and 5, has the mean norm of the noise over that of the score in place of sigma(t),
+    which makes examples depend on each other.
 
     Raises:
         ConfigError: for n_steps below 1.
@@ -265,7 +355,9 @@ def langevin(path: Path, n_steps: int = 1, snr: Array | float = 0.16) -> Callabl
 
         def step(x: Array, key: Key) -> tuple[Array, None]:
             score = score_of(path, denoise(x, seen), x, seen)
-            return x + eta * score + jnp.sqrt(2 * eta) * jax.random.normal(key, x.shape, x.dtype), None
+            return x + eta * score + jnp.sqrt(2 * eta) * jax.random.normal(
+                key, x.shape, x.dtype
+            ), None
 
         return jnp.where(clean, x, jax.lax.scan(step, x, jax.random.split(key, n_steps))[0])
 
@@ -273,13 +365,19 @@ def langevin(path: Path, n_steps: int = 1, snr: Array | float = 0.16) -> Callabl
 
 
 def corrected(solver: Solver, n_steps: int = 1, snr: Array | float = 0.16) -> Solver:
-    """`solver` with `n_steps` of Langevin's after each of its steps. Song 2021 (predictor-corrector). Stochastic.
+    """`solver` with `n_steps` of Langevin's after each of its steps. Song 2021
+    (predictor-corrector). Stochastic.
 
     The solver is run one step at a time, so DPM-Solver++(2M) has no step before, and is DDIM.
     """
 
     def with_corrector(
-        denoise: Denoise, path: Path, x: Array, times: Array, key: Key | None = None, every: bool = False
+        denoise: Denoise,
+        path: Path,
+        x: Array,
+        times: Array,
+        key: Key | None = None,
+        every: bool = False,
     ) -> Array:
         correct = langevin(path, n_steps, snr)
         t, s = _pairs(times, x)
@@ -295,18 +393,22 @@ def corrected(solver: Solver, n_steps: int = 1, snr: Array | float = 0.16) -> So
     return with_corrector
 
 
-# --- time grids ---------------------------------------------------------------------------------------------------------
+# --- time grids -----------------------------------------------------------------------------------
 
-# The range of sigma / alpha that a grid covers where the path itself goes to 0 or to infinity: EDM's, Karras 2022, table 1.
+# The range of sigma / alpha that a grid covers where the path itself goes to 0 or to infinity:
+# EDM's, Karras 2022, table 1.
 RATIOS = (80.0, 0.002)
 
 Grid = Callable[[Path, int], Array]
 
 
-def _spaced(to: Callable[[Array], Array], back: Callable[[Array], Array], path: Path, n_steps: int) -> Array:
+def _spaced(
+    to: Callable[[Array], Array], back: Callable[[Array], Array], path: Path, n_steps: int
+) -> Array:
     """Evenly spaced in `to` of the ratio sigma / alpha, from path.start to path.end, both exact.
 
-    Where the path ends at sigma = 0 the spacing ends at 0.002 with one step less, and the last goes to 0, as Karras 2022 do.
+    Where the path ends at sigma = 0 the spacing ends at 0.002 with one step less, and the last goes
+    to 0, as Karras 2022 do.
     """
     _require_steps(n_steps)
     start, end = jnp.asarray(path.start), jnp.asarray(path.end)
@@ -326,18 +428,24 @@ def _require_steps(n_steps: int) -> None:
 
 
 def uniform(path: Path, n_steps: int) -> Array:
-    """Evenly spaced in t: [n_steps + 1] from path.start to path.end. ConfigError for n_steps below 1."""
+    """Evenly spaced in t: [n_steps + 1] from path.start to path.end. ConfigError for n_steps below
+    1.
+    """
     _require_steps(n_steps)
     return jnp.linspace(jnp.asarray(path.start), jnp.asarray(path.end), n_steps + 1)
 
 
 def karras(path: Path, n_steps: int, rho: float = 7.0) -> Array:
-    """Evenly spaced in (sigma / alpha)^(1 / rho): [n_steps + 1], denser towards data. Karras 2022, equation 5."""
+    """Evenly spaced in (sigma / alpha)^(1 / rho): [n_steps + 1], denser towards data. Karras 2022,
+    equation 5.
+    """
     return _spaced(lambda ratio: ratio ** (1 / rho), lambda value: value**rho, path, n_steps)
 
 
 def cosine(path: Path, n_steps: int) -> Array:
-    """Evenly spaced in arctan(sigma / alpha): the noise levels of the cosine path on any path; [n_steps + 1]."""
+    """Evenly spaced in arctan(sigma / alpha): the noise levels of the cosine path on any path;
+    [n_steps + 1].
+    """
     return _spaced(jnp.arctan, jnp.tan, path, n_steps)
 
 
@@ -346,7 +454,12 @@ def log_snr_grid(path: Path, n_steps: int) -> Array:
     return _spaced(jnp.log, jnp.exp, path, n_steps)
 
 
-GRIDS: dict[str, Grid] = {"uniform": uniform, "karras": karras, "cosine": cosine, "log_snr": log_snr_grid}
+GRIDS: dict[str, Grid] = {
+    "uniform": uniform,
+    "karras": karras,
+    "cosine": cosine,
+    "log_snr": log_snr_grid,
+}
 
 
 def grid(name: str) -> Grid:
@@ -356,7 +469,7 @@ def grid(name: str) -> Grid:
     return GRIDS[name]
 
 
-# --- likelihood ---------------------------------------------------------------------------------------------------------
+# --- likelihood -----------------------------------------------------------------------------------
 
 LIKELIHOOD_SOLVERS = (*TABLEAUS, "adaptive")
 
@@ -364,11 +477,15 @@ LIKELIHOOD_SOLVERS = (*TABLEAUS, "adaptive")
 def likelihood_in_words(solver: str, n_steps: int, probes: int) -> str:
     """How `ode_log_prob` computes, for reports: "rk4 in 100 steps, exact divergence"."""
     steps = solver if solver == "adaptive" else f"{solver} in {n_steps} steps"
-    return f"{steps}, " + (f"divergence by {probes} random probe{'s' * (probes > 1)}" if probes else "exact divergence")
+    return f"{steps}, " + (
+        f"divergence by {probes} random probe{'s' * (probes > 1)}" if probes else "exact divergence"
+    )
 
 
 def _with_divergence(field: Field, probes: Array | None) -> Field:
-    """(x [n, *event], t) -> dx/dt and its divergence [n]: exact, one derivative a dimension, or by probes [P, n, *event]."""
+    """(x [n, *event], t) -> dx/dt and its divergence [n]: exact, one derivative a dimension, or by
+    probes [P, n, *event].
+    """
 
     def both(y: tuple[Array, Array], t: Array) -> tuple[Array, Array]:
         x = y[0]
@@ -384,7 +501,9 @@ def _with_divergence(field: Field, probes: Array | None) -> Field:
             pushed = push(jnp.broadcast_to(direction.reshape(1, *x.shape[1:]), x.shape))
             return flat(pushed)[:, i]
 
-        diagonal = jax.lax.map(one, jnp.arange(flat(x).shape[1]), batch_size=min(64, flat(x).shape[1]))
+        diagonal = jax.lax.map(
+            one, jnp.arange(flat(x).shape[1]), batch_size=min(64, flat(x).shape[1])
+        )
         return rate, jnp.sum(diagonal, axis=0)
 
     return both
@@ -400,19 +519,23 @@ def ode_log_prob(
     solver: str = "rk4",
     tolerance: float = TOLERANCE,
 ) -> Array:
-    """ln p(x) in nats [n] of the samples of the ODE that begins at N(0, sigma(start)² I); exact but for the solver's error.
+    """ln p(x) in nats [n] of the samples of the ODE that begins at N(0, sigma(start)² I); exact but
+    for the solver's error.
 
-    ln p(x) = ln N(x_start; 0, sigma(start)²) + ∫ div(dx/dt) dt from `end` to `start`, where x_start is x carried backwards
-    through the ODE. Song 2021, equation 39. `denoise` must treat each example by itself.
+    ln p(x) = ln N(x_start; 0, sigma(start)²) + ∫ div(dx/dt) dt from `end` to `start`, where x_start
+    is x carried backwards through the ODE. Song 2021, equation 39. `denoise` must treat each
+    example by itself.
 
     Args:
         denoise: E[x0 | x_t], differentiable.
         path: the path.
         x: [n, *event], taken to be at times[-1], whose density is that at the noise level there.
-        times: [n_steps + 1], decreasing from path.start to path.end as for sampling; they are run through backwards.
+        times: [n_steps + 1], decreasing from path.start to path.end as for sampling; they are run
+            through backwards.
         key: for probes.
-        probes: 0 for the exact divergence, at the price of one derivative a dimension; or the number of Rademacher vectors, the
-            same for all t, whose mean is an unbiased estimate of ln p(x).
+        probes: 0 for the exact divergence, at the price of one derivative a dimension; or the
+            number of Rademacher vectors, the same for all t, whose mean is an unbiased estimate of
+            ln p(x).
         solver: one of LIKELIHOOD_SOLVERS; "adaptive" takes only the ends of `times`.
         tolerance: of "adaptive".
 
@@ -423,15 +546,21 @@ def ode_log_prob(
         if solver not in SOLVERS:
             raise unknown_name("solver", solver, LIKELIHOOD_SOLVERS)
         raise ConfigError(
-            f"The solver {solver!r} has no likelihood; those that follow the ODE itself have: {', '.join(LIKELIHOOD_SOLVERS)}."
+            f"The solver {solver!r} has no likelihood; those that follow the ODE itself have: "
+            f"{', '.join(LIKELIHOOD_SOLVERS)}."
         )
     if probes < 0:
         raise ConfigError(f"probes must be 0 (exact) or more; got {probes}.")
     if probes and key is None:
         raise ConfigError(
-            "Probes are random and need a key: pass key=jax.random.key(seed), or probes=0 for the exact divergence."
+            "Probes are random and need a key: pass key=jax.random.key(seed), or probes=0 for the "
+            "exact divergence."
         )
-    drawn = None if key is None or not probes else jax.random.rademacher(key, (probes, *x.shape), x.dtype)
+    drawn = (
+        None
+        if key is None or not probes
+        else jax.random.rademacher(key, (probes, *x.shape), x.dtype)
+    )
     field = _with_divergence(_velocity(denoise, path, x.dtype), drawn)
     backwards = jnp.asarray(times, x.dtype)[::-1]
     start = (x, jnp.zeros(x.shape[0], x.dtype))

@@ -1,7 +1,9 @@
-"""Compile a train step for accelerators that are not here: does it compile, does it fit, and how fast could it be?
+"""Compile a train step for accelerators that are not here: does it compile, does it fit, and how
+fast could it be?
 
-libtpu (the extra `tpu`) compiles for a topology by name on a machine without a TPU. For CUDA, whose compiler needs the device,
-a step is lowered to StableHLO, which shows that every operation in it exists there.
+libtpu (the extra `tpu`) compiles for a topology by name on a machine without a TPU. For CUDA, whose
+compiler needs the device, a step is lowered to StableHLO, which shows that every operation in it
+exists there.
 """
 
 import importlib.util
@@ -18,8 +20,9 @@ from genjax.learning.sharding import batch_spec_of, layout, make_mesh, shard
 from genjax.profiling.measure import step_shapes
 from genjax.zoo.recipe import Recipe
 
-# What one device, as jax counts them, does and holds: bfloat16 FLOP/s and bytes of memory. From Google's pages on the
-# architecture of each version (https://cloud.google.com/tpu/docs, 2025); of a v4 chip jax sees two cores.
+# What one device, as jax counts them, does and holds: bfloat16 FLOP/s and bytes of memory. From
+# Google's pages on the architecture of each version (https://cloud.google.com/tpu/docs, 2025); of a
+# v4 chip jax sees two cores.
 CHIPS = {
     "TPU v4": (137.5e12, 16 * 2**30),
     "TPU v5 lite": (197e12, 16 * 2**30),
@@ -35,7 +38,8 @@ TOPOLOGIES = {
 
 
 class Compiled(NamedTuple):
-    """A step compiled for one topology. Counts are of one device, by the compiler's own analysis; nothing was run.
+    """A step compiled for one topology. Counts are of one device, by the compiler's own analysis;
+    nothing was run.
 
     Attributes:
         device: what kind of device.
@@ -43,7 +47,8 @@ class Compiled(NamedTuple):
         compile_seconds: on this machine.
         flops: floating-point operations of a step.
         bytes_accessed: bytes moved to and from memory in a step.
-        memory: bytes that a step needs: arguments, results that are not stored in them, and temporaries.
+        memory: bytes that a step needs: arguments, results that are not stored in them, and
+            temporaries.
         capacity: bytes that a device has.
         optimal_seconds: the compiler's estimate of the least time of a step.
         share_of_peak: flops / optimal_seconds, of the device's bfloat16 peak.
@@ -64,11 +69,17 @@ def devices_of(topology: str) -> list[Any]:
     """The devices of a TPU topology, such as "v5e:2x2".
 
     Raises:
-        ConfigError: without libtpu, or for a topology that does not exist; the message lists those that do.
+        ConfigError: without libtpu, or for a topology that does not exist; the message lists those
+            that do.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError("Compiling for TPUs needs libtpu, which no TPU is needed for: pip install 'genjax-zoo[tpu]'.")
-    known = ", ".join(f"{version}:{size}" for version, sizes in TOPOLOGIES.items() for size in sizes)
+        raise ConfigError(
+            "Compiling for TPUs needs libtpu, which no TPU is needed for: pip install "
+            "'genjax-zoo[tpu]'."
+        )
+    known = ", ".join(
+        f"{version}:{size}" for version, sizes in TOPOLOGIES.items() for size in sizes
+    )
     version, _, size = topology.partition(":")
     if size not in TOPOLOGIES.get(version, ()):
         raise ConfigError(f"There is no topology {topology!r}. There are: {known}, and cuda.")
@@ -79,7 +90,8 @@ def devices_of(topology: str) -> list[Any]:
 
 
 def compile_for(recipe: Recipe, topology: str, mesh: Mapping[str, int] | None = None) -> Compiled:
-    """Compile one optimiser step of a recipe for a topology, data parallel over all its devices or as `mesh` says.
+    """Compile one optimiser step of a recipe for a topology, data parallel over all its devices or
+    as `mesh` says.
 
     Raises:
         ConfigError: see `devices_of` and `sharding.layout`.
@@ -121,7 +133,9 @@ def lowered_for_cuda(recipe: Recipe) -> int:
     """Lower one optimiser step of a recipe for CUDA; the bytes of its StableHLO."""
     spec = recipe.source().spec
     t = recipe.training(spec)
-    exported = jax.export.export(jax.jit(t.step), platforms=["cuda"])(*step_shapes(t, spec, recipe.schedule.batch_size))
+    exported = jax.export.export(jax.jit(t.step), platforms=["cuda"])(
+        *step_shapes(t, spec, recipe.schedule.batch_size)
+    )
     return len(exported.mlir_module_serialized)
 
 

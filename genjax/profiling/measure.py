@@ -1,4 +1,6 @@
-"""What a step costs: seconds, compile seconds, FLOPs and memory of the compiled program, and the machine's peak."""
+"""What a step costs: seconds, compile seconds, FLOPs and memory of the compiled program, and the
+machine's peak.
+"""
 
 import math
 import re
@@ -22,13 +24,17 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*)$")
 _SHAPE = re.compile(r"^\w+\[([\d,]*)\]")
 _DOT = re.compile(r"\bdot\([^%]*%([\w.\-]+),.*lhs_contracting_dims=\{([\d,]*)\}")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
+)
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 class StepCost(NamedTuple):
-    """The cost of one train step on this machine. Counts come from the compiled program, times from running it."""
+    """The cost of one train step on this machine. Counts come from the compiled program, times from
+    running it.
+    """
 
     batch_size: int
     steps_per_second: float
@@ -44,28 +50,40 @@ class StepCost(NamedTuple):
 def step_shapes(t: Training, spec: DataSpec, batch_size: int) -> tuple[Any, Any]:
     """The shapes of a state and of a batch: all that compiling a step takes."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.eval_shape(t.init, key), jax.eval_shape(partial(example_batch, spec, n=batch_size), key)
+    return jax.eval_shape(t.init, key), jax.eval_shape(
+        partial(example_batch, spec, n=batch_size), key
+    )
 
 
-def step_program(t: Training, spec: DataSpec, batch_size: int, options: dict[str, Any] | None = None) -> Any:
-    """One optimiser step, its state donated, as a compiled program; nothing is run. `options` are the compiler's."""
-    return jax.jit(t.step, donate_argnums=0).lower(*step_shapes(t, spec, batch_size)).compile(options)
+def step_program(
+    t: Training, spec: DataSpec, batch_size: int, options: dict[str, Any] | None = None
+) -> Any:
+    """One optimiser step, its state donated, as a compiled program; nothing is run. `options` are
+    the compiler's.
+    """
+    return (
+        jax.jit(t.step, donate_argnums=0).lower(*step_shapes(t, spec, batch_size)).compile(options)
+    )
 
 
 def state_bytes(state: Any) -> int:
     """The bytes of a training state, or of its shapes: what a step that donates it has to reuse."""
 
     def data(leaf: Any) -> Any:
-        return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        return (
+            jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        )
 
     leaves = jax.tree.leaves(jax.eval_shape(lambda state: jax.tree.map(data, state), state))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def cost_of(program: Any) -> tuple[float, int]:
-    """(FLOPs, bytes of temporary memory) of a compiled program; nan and 0 where the backend does not tell.
+    """(FLOPs, bytes of temporary memory) of a compiled program; nan and 0 where the backend does
+    not tell.
 
-    The compiler's own count takes the body of a loop once; the matrix products of its other trips are added.
+    The compiler's own count takes the body of a loop once; the matrix products of its other trips
+    are added.
     """
     analysis = program.cost_analysis() or {}
     memory = program.memory_analysis()
@@ -74,14 +92,18 @@ def cost_of(program: Any) -> tuple[float, int]:
 
 
 def loop_flops(text: str) -> float:
-    """FLOPs of matrix products in loops beyond their first trip, from a program's text, which the compiler leaves out."""
+    """FLOPs of matrix products in loops beyond their first trip, from a program's text, which the
+    compiler leaves out.
+    """
     products, calls, entry = _read(text)
     with_trips, once = _times(calls, entry, True), _times(calls, entry, False)
     return sum(flops * (with_trips[name] - once[name]) for name, flops in products.items())
 
 
 def _read(text: str) -> tuple[dict[str, float], dict[str, list[tuple[str, int]]], str]:
-    """By computation: FLOPs of its own matrix products, and (computation, trips) of what it calls; and the entry's name."""
+    """By computation: FLOPs of its own matrix products, and (computation, trips) of what it calls;
+    and the entry's name.
+    """
     products: dict[str, float] = defaultdict(float)
     calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
     shapes: dict[str, list[int]] = {}
@@ -107,7 +129,9 @@ def _read(text: str) -> tuple[dict[str, float], dict[str, list[tuple[str, int]]]
 
 
 def _times(calls: dict[str, list[tuple[str, int]]], entry: str, trips: bool) -> dict[str, float]:
-    """How often each computation runs for one run of the entry, loops for all their trips or once."""
+    """How often each computation runs for one run of the entry, loops for all their trips or
+    once.
+    """
     times: dict[str, float] = defaultdict(float)
 
     def visit(name: str, count: float) -> None:
@@ -119,8 +143,12 @@ def _times(calls: dict[str, list[tuple[str, int]]], entry: str, trips: bool) -> 
     return times
 
 
-def seconds_per_call(call: Callable[[], Any], budget: float = 2.0, at_least: int = 5) -> list[float]:
-    """Seconds of each of many calls: as many as fit the budget in seconds, after one that warms up."""
+def seconds_per_call(
+    call: Callable[[], Any], budget: float = 2.0, at_least: int = 5
+) -> list[float]:
+    """Seconds of each of many calls: as many as fit the budget in seconds, after one that warms
+    up.
+    """
     jax.block_until_ready(call())
     times: list[float] = []
     started = time.perf_counter()
@@ -132,13 +160,17 @@ def seconds_per_call(call: Callable[[], Any], budget: float = 2.0, at_least: int
 
 
 def matmul_peak(size: int = 2048, dtype: Any = jnp.float32, budget: float = 2.0) -> float:
-    """The best rate of a square matrix product on this machine, in FLOP/s: what shares of the peak refer to."""
+    """The best rate of a square matrix product on this machine, in FLOP/s: what shares of the peak
+    refer to.
+    """
     a = jnp.ones((size, size), dtype)
     product = jax.jit(jnp.matmul)
     return 2 * size**3 / min(seconds_per_call(lambda: product(a, a), budget))
 
 
-def stepper(step: Callable[[TrainState, Batch], Any], state: TrainState, batch: Any) -> Callable[[], Any]:
+def stepper(
+    step: Callable[[TrainState, Batch], Any], state: TrainState, batch: Any
+) -> Callable[[], Any]:
     """A call that advances a state in place, for timing a step that donates it."""
     box = [state]
 
@@ -150,9 +182,11 @@ def stepper(step: Callable[[TrainState, Batch], Any], state: TrainState, batch: 
 
 
 def step_cost(recipe: Recipe, budget: float = 5.0) -> StepCost:
-    """Measure one optimiser step per dispatch of a recipe, on random data of its spec and batch size.
+    """Measure one optimiser step per dispatch of a recipe, on random data of its spec and batch
+    size.
 
-    The time is the median over calls; the share of the peak is FLOPs / seconds over the rate of a large matrix product.
+    The time is the median over calls; the share of the peak is FLOPs / seconds over the rate of a
+    large matrix product.
     """
     spec, batch_size = recipe.source().spec, recipe.schedule.batch_size
     t = compiled(recipe.training(spec))

@@ -12,10 +12,11 @@ from genjax.runs import pictures
 
 
 class Log:
-    """metrics.jsonl and TensorBoard events of one run; cut back to a step when a run goes on from there.
+    """metrics.jsonl and TensorBoard events of one run; cut back to a step when a run goes on from
+    there.
 
-    Every line is on its way to the disk when the call returns. TensorBoard's usual writer hands its events to a thread
-    instead, which dies of a full disk without a word and then blocks the run.
+    Every line is on its way to the disk when the call returns. TensorBoard's usual writer hands its
+    events to a thread instead, which dies of a full disk without a word and then blocks the run.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -44,14 +45,21 @@ class Log:
             folder.mkdir(exist_ok=True)
             # The step in the name keeps apart two processes that start within one second.
             self.events = EventsWriter(str(folder / "events"), f".from_{step}")
-            # TensorBoard then forgets the events of this step and later ones that an earlier process wrote.
-            self.events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+            # TensorBoard then forgets the events of this step and later ones that an earlier
+            # process wrote.
+            self.events.write_event(
+                Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+            )
             self.events.flush()
         self.started = time.perf_counter()
 
     def __call__(self, line: dict[str, Any]) -> None:
         seconds = round(self.before + time.perf_counter() - self.started, 3)
-        line = {"step": line["step"], "seconds": seconds, **{k: v for k, v in line.items() if k != "step"}}
+        line = {
+            "step": line["step"],
+            "seconds": seconds,
+            **{k: v for k, v in line.items() if k != "step"},
+        }
         with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         with writing(self.folder / "tensorboard"):
@@ -69,14 +77,18 @@ class Log:
             pictures.save(pictures.curves(lines, title), self.folder / "curves.png")
 
     def close(self) -> None:
-        """Close the file of events. All of them were flushed, so a disk that complains even now has cost nothing."""
+        """Close the file of events. All of them were flushed, so a disk that complains even now has
+        cost nothing.
+        """
         with contextlib.suppress(OSError):
             if self.events is not None:
                 self.events.close()
 
 
 def _event(line: dict[str, Any]) -> Any:
-    """A line of metrics.jsonl as a TensorBoard event; the members of a sweep are scalars of their own, "name/0", "name/1"."""
+    """A line of metrics.jsonl as a TensorBoard event; the members of a sweep are scalars of their
+    own, "name/0", "name/1".
+    """
     from tensorboardX.proto.event_pb2 import Event  # type: ignore[attr-defined]  # made at run time
     from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]  # made at run time
 
@@ -86,13 +98,17 @@ def _event(line: dict[str, Any]) -> Any:
             scalars |= {f"{name}/{index}": number for index, number in enumerate(value)}
         elif name != "step":
             scalars[name] = value
-    summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])
+    summary = Summary(
+        value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+    )
     return Event(wall_time=time.time(), step=line["step"], summary=summary)
 
 
 @contextlib.contextmanager
 def logging_in(folder: Path, title: str) -> Iterator[Log]:
-    """The log of a run that is about to start or go on. However the run ends, the log is closed and its curves are drawn."""
+    """The log of a run that is about to start or go on. However the run ends, the log is closed and
+    its curves are drawn.
+    """
     log = Log(folder)
     try:
         yield log

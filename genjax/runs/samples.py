@@ -1,4 +1,6 @@
-"""What samples become: arrays, pictures, text, music. And how a model that makes them in many steps is asked for them."""
+"""What samples become: arrays, pictures, text, music. And how a model that makes them in many steps
+is asked for them.
+"""
 
 import dataclasses
 import inspect
@@ -17,15 +19,21 @@ from genjax.protocol import DataSpec, Key, Model, Params, State
 from genjax.runs import pictures
 
 MIDI_FILES = 8  # at most so many of the samples are written as music
-SOLVING = ("solver", "n_steps", "grid")  # the settings of models that go from noise to data, with `guidance`
+SOLVING = (
+    "solver",
+    "n_steps",
+    "grid",
+)  # the settings of models that go from noise to data, with `guidance`
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How to make samples where there is a choice: from one step of a sequence to the next, or from noise to data.
+    """How to make samples where there is a choice: from one step of a sequence to the next, or from
+    noise to data.
 
-    What is left out changes nothing. `solver`, `n_steps` and `grid` are for models that go from noise to data along a path, all
-    others but `guidance` for those that make a sequence step by step.
+    What is left out changes nothing. `solver`, `n_steps` and `grid` are for models that go from
+    noise to data along a path, all others but `guidance` for those that make a sequence step by
+    step.
 
     Attributes:
         prompt: the text that every sample begins with.
@@ -34,10 +42,12 @@ class Decoding:
         top_p: keep the smallest set of tokens with at least this probability.
         min_p: keep tokens that are at least this many times as probable as the most probable one.
         repetition_penalty: above 1 makes tokens that came before less likely.
-        guidance: scale of classifier-free guidance towards the condition; 1 is the conditional model, 0 ignores the condition.
+        guidance: scale of classifier-free guidance towards the condition; 1 is the conditional
+            model, 0 ignores the condition.
         beams: search for the most probable sequences with so many beams, and show the best one.
         length: how many steps to sample; those of the training data unless given.
-        solver: how to go from noise to data: "heun", "ddim", "ancestral", ... (`genjax.solvers.SOLVERS`).
+        solver: how to go from noise to data: "heun", "ddim", "ancestral", ...
+            (`genjax.solvers.SOLVERS`).
         n_steps: how many steps the solver takes.
         grid: where they are: "uniform", "karras", "cosine" or "log_snr" (`genjax.solvers.GRIDS`).
     """
@@ -56,7 +66,9 @@ class Decoding:
     grid: str | None = None
 
     def rules(self) -> list[decoding.Rule]:
-        """The rules in the order in which they are applied: penalty, temperature, then what cuts off."""
+        """The rules in the order in which they are applied: penalty, temperature, then what cuts
+        off.
+        """
         makers = {
             "repetition_penalty": decoding.repetition_penalty,
             "temperature": decoding.temperature,
@@ -64,16 +76,24 @@ class Decoding:
             "top_p": decoding.top_p,
             "min_p": decoding.min_p,
         }
-        return [make(getattr(self, name)) for name, make in makers.items() if getattr(self, name) is not None]
+        return [
+            make(getattr(self, name))
+            for name, make in makers.items()
+            if getattr(self, name) is not None
+        ]
 
 
-def draw(model: Model, params: Params, state: State, key: Key, n: int, cond: Any, how: Decoding) -> np.ndarray:
+def draw(
+    model: Model, params: Params, state: State, key: Key, n: int, cond: Any, how: Decoding
+) -> np.ndarray:
     """n samples of a model, made as `how` says: [n, *shape], or sequences [n, length, *event].
 
-    Beyond the context of a model that has one, a text goes on from its own second half, a window at a time.
+    Beyond the context of a model that has one, a text goes on from its own second half, a window at
+    a time.
 
     Raises:
-        ConfigError, DataError: for settings that do not fit the model, or a prompt with a character that it does not know.
+        ConfigError, DataError: for settings that do not fit the model, or a prompt with a character
+            that it does not know.
     """
     spec = model.spec
     asked = [f.name for f in dataclasses.fields(how) if getattr(how, f.name) is not None]
@@ -82,30 +102,44 @@ def draw(model: Model, params: Params, state: State, key: Key, n: int, cond: Any
     flags = _flags(asked)
     generate = model.extras.get("generate")
     if generate is None:
-        raise ConfigError(f"{flags}: for models that make samples step by step, which this one of {spec.name} is not.")
+        raise ConfigError(
+            f"{flags}: for models that make samples step by step, which this one of {spec.name} is "
+            "not."
+        )
     if _solves(model):
         solving = _solving(model, asked, how)
-        return np.asarray(jax.jit(lambda key, cond: generate(params, state, key, n, cond, **solving))(key, cond))
+        return np.asarray(
+            jax.jit(lambda key, cond: generate(params, state, key, n, cond, **solving))(key, cond)
+        )
     if wrong := [name for name in asked if name in SOLVING]:
         raise ConfigError(
-            f"{_flags(wrong)}: for models that go from noise to data (diffusion, flow matching); this one of {spec.name} makes "
+            f"{_flags(wrong)}: for models that go from noise to data (diffusion, flow matching); "
+            f"this one of {spec.name} makes "
             "a sequence step by step."
         )
     rules = how.rules()
     if (rules or how.beams) and spec.kind != "tokens":
         raise ConfigError(f"{flags}: rules and beams are for tokens; {spec.name} is {spec.kind}.")
     if how.prompt is not None and not spec.text:
-        raise ConfigError(f"--prompt takes text, which {spec.name} is not. In Python, `extras['generate']` takes any prompt.")
+        raise ConfigError(
+            f"--prompt takes text, which {spec.name} is not. In Python, `extras['generate']` takes "
+            "any prompt."
+        )
     given = None if how.prompt is None else encode(how.prompt, spec.vocabulary or (), "the prompt")
     if how.beams is not None:
         if [name for name in asked if name not in ("beams", "length")]:
-            raise ConfigError(f"{flags}: --beams finds the most probable sequences and goes with --length only.")
+            raise ConfigError(
+                f"{flags}: --beams finds the most probable sequences and goes with --length only."
+            )
         return _beams(model, params, state, n, cond, how)
     options: dict[str, Any] = {"choose": decoding.sampler(*rules)} if rules else {}
     options |= {} if how.guidance is None else {"guidance": how.guidance}
     lacking = set(options) - set(inspect.signature(generate).parameters)
     if lacking:
-        raise ConfigError(f"{flags}: this model of {spec.name} has latent variables and takes no rules and no guidance.")
+        raise ConfigError(
+            f"{flags}: this model of {spec.name} has latent variables and takes no rules and no "
+            "guidance."
+        )
     length = how.length or spec.shape[0]
     if length > spec.shape[0] and spec.text and spec.end is None:
         try:
@@ -117,30 +151,43 @@ def draw(model: Model, params: Params, state: State, key: Key, n: int, cond: Any
         go = jax.jit(lambda key, cond: generate(params, state, key, n, cond, **options))
         return np.asarray(go(key, cond))
     if len(given) > length:
-        raise ConfigError(f"The prompt has {len(given)} {spec.step}s, and only {length} fit. Shorten it, or give --length.")
+        raise ConfigError(
+            f"The prompt has {len(given)} {spec.step}s, and only {length} fit. Shorten it, or give "
+            "--length."
+        )
     prompt = np.zeros((n, length), np.int32)
     prompt[:, : len(given)] = given
 
     def prompted(key: Key, prompt: Any, m: Any, cond: Any) -> Any:
         return generate(params, state, key, n, cond, prompt=prompt, prompt_length=m, **options)
 
-    return np.asarray(jax.jit(prompted)(key, jnp.asarray(prompt), jnp.asarray(len(given), jnp.int32), cond))
+    return np.asarray(
+        jax.jit(prompted)(key, jnp.asarray(prompt), jnp.asarray(len(given), jnp.int32), cond)
+    )
 
 
-def film(model: Model, params: Params, state: State, key: Key, n: int, cond: Any, how: Decoding) -> np.ndarray:
-    """The paths of n samples from noise to data, [n_steps + 1, n, *shape] in the units of the data: the last is `draw`'s.
+def film(
+    model: Model, params: Params, state: State, key: Key, n: int, cond: Any, how: Decoding
+) -> np.ndarray:
+    """The paths of n samples from noise to data, [n_steps + 1, n, *shape] in the units of the data:
+    the last is `draw`'s.
 
     Raises:
         ConfigError: for a model that has no such path, or settings that do not fit it.
     """
     if not _solves(model):
         raise ConfigError(
-            "--film shows the way from noise to data of a diffusion or flow-matching model; this one of "
+            "--film shows the way from noise to data of a diffusion or flow-matching model; this "
+            "one of "
             f"{model.spec.name} has none."
         )
     asked = [f.name for f in dataclasses.fields(how) if getattr(how, f.name) is not None]
     options, generate = _solving(model, asked, how), model.extras["generate"]
-    return np.asarray(jax.jit(lambda key, cond: generate(params, state, key, n, cond, every=True, **options))(key, cond))
+    return np.asarray(
+        jax.jit(lambda key, cond: generate(params, state, key, n, cond, every=True, **options))(
+            key, cond
+        )
+    )
 
 
 def _flags(names: list[str]) -> str:
@@ -158,7 +205,8 @@ def _solving(model: Model, asked: list[str], how: Decoding) -> dict[str, Any]:
     takes = (*SOLVING, "guidance")
     if wrong := [name for name in asked if name not in takes]:
         raise ConfigError(
-            f"{_flags(wrong)}: for models that make a sequence step by step; this one of {model.spec.name} goes from noise "
+            f"{_flags(wrong)}: for models that make a sequence step by step; this one of "
+            f"{model.spec.name} goes from noise "
             f"to data and takes {_flags(list(takes))}."
         )
     return {name: getattr(how, name) for name in asked}
@@ -175,26 +223,36 @@ def _beyond(
     length: int,
     options: dict[str, Any],
 ) -> np.ndarray:
-    """A text longer than the context: each window is prompted with the second half of what is there, and goes on from it."""
+    """A text longer than the context: each window is prompted with the second half of what is
+    there, and goes on from it.
+    """
     context = model.spec.shape[0]
     text = np.zeros((n, 0), np.int32) if given is None else np.tile(given[None], (n, 1))
 
     @jax.jit
     def window(key: Key, prompt: Any, m: Any) -> Any:
-        return model.extras["generate"](params, state, key, n, cond, prompt=prompt, prompt_length=m, **options)
+        return model.extras["generate"](
+            params, state, key, n, cond, prompt=prompt, prompt_length=m, **options
+        )
 
     index = 0
     while text.shape[1] < length:
         kept = text if text.shape[1] < context else text[:, -(context // 2) :]
         prompt = np.zeros((n, context), np.int32)
         prompt[:, : kept.shape[1]] = kept
-        new = window(jax.random.fold_in(key, index), jnp.asarray(prompt), jnp.asarray(kept.shape[1], jnp.int32))
+        new = window(
+            jax.random.fold_in(key, index),
+            jnp.asarray(prompt),
+            jnp.asarray(kept.shape[1], jnp.int32),
+        )
         text = np.concatenate([text, np.asarray(new)[:, kept.shape[1] :]], axis=1)
         index += 1
     return text[:, :length]
 
 
-def _beams(model: Model, params: Params, state: State, n: int, cond: Any, how: Decoding) -> np.ndarray:
+def _beams(
+    model: Model, params: Params, state: State, n: int, cond: Any, how: Decoding
+) -> np.ndarray:
     repeated = None if cond is None else np.repeat(cond, how.beams or 1, axis=0)
 
     @jax.jit
@@ -202,7 +260,9 @@ def _beams(model: Model, params: Params, state: State, n: int, cond: Any, how: D
         outputs, carry = model.extras["begin"](params, state, n, cond)
         advance = lambda carry, x: model.extras["advance"](params, state, carry, x, repeated)  # noqa: E731
         steps = how.length or model.spec.shape[0]
-        return decoding.beam_search(advance, outputs, carry, how.beams or 1, steps, end=model.spec.end)[0][:, 0]
+        return decoding.beam_search(
+            advance, outputs, carry, how.beams or 1, steps, end=model.spec.end
+        )[0][:, 0]
 
     return np.asarray(search())
 
@@ -210,7 +270,11 @@ def _beams(model: Model, params: Params, state: State, n: int, cond: Any, how: D
 def texts(x: np.ndarray, spec: DataSpec, labels: np.ndarray | None = None) -> list[str]:
     """Samples as text, one string each; behind the name of the class where there are labels."""
     found = [decode(tokens, spec) for tokens in x]
-    return found if labels is None else [f"{class_name(spec, c)}: {one}" for c, one in zip(labels, found, strict=True)]
+    return (
+        found
+        if labels is None
+        else [f"{class_name(spec, c)}: {one}" for c, one in zip(labels, found, strict=True)]
+    )
 
 
 def class_name(spec: DataSpec, label: int) -> str:
@@ -238,7 +302,8 @@ def show(
     log_prob: Callable[[np.ndarray], Any] | None = None,
     cond: np.ndarray | None = None,
 ) -> list[Path]:
-    """Write samples as what a person can look at: STEM.png, or STEM.txt for text. The files written; none for other data.
+    """Write samples as what a person can look at: STEM.png, or STEM.txt for text. The files
+    written; none for other data.
 
     Raises:
         CheckpointError: if the disk does not take it.
@@ -262,18 +327,23 @@ def show_film(
     log_prob: Callable[[np.ndarray], Any] | None = None,
     cond: np.ndarray | None = None,
 ) -> list[Path]:
-    """Write paths [n_steps + 1, n, *shape] from noise to data as STEM.png; nothing for data other than images and points.
+    """Write paths [n_steps + 1, n, *shape] from noise to data as STEM.png; nothing for data other
+    than images and points.
 
     Raises:
         CheckpointError: if the disk does not take it.
     """
-    labels = [class_name(spec, label) for label in cond] if spec.n_classes and cond is not None else []
+    labels = (
+        [class_name(spec, label) for label in cond] if spec.n_classes and cond is not None else []
+    )
     figure = pictures.film(x, spec, title, log_prob, labels)
     return [] if figure is None else [pictures.save(figure, stem.with_name(stem.name + ".png"))]
 
 
 def play(x: np.ndarray, spec: DataSpec, stem: Path) -> list[Path]:
-    """Write piano rolls as MIDI files STEM_0.mid, STEM_1.mid, ... at two frames a second; nothing for other data."""
+    """Write piano rolls as MIDI files STEM_0.mid, STEM_1.mid, ... at two frames a second; nothing
+    for other data.
+    """
     if not is_music(spec):
         return []
     paths = [stem.with_name(f"{stem.name}_{index}.mid") for index in range(min(len(x), MIDI_FILES))]

@@ -24,14 +24,22 @@ def check_axes(recipe: Recipe, axes: Mapping[str, Sequence[float]]) -> None:
     """Refuse axes that cannot be traced.
 
     Raises:
-        ConfigError: for a setting that does not exist or is not a real number: only those can differ within one program.
+        ConfigError: for a setting that does not exist or is not a real number: only those can
+            differ within one program.
     """
-    settings = {name: entry for fields in sections_of(recipe).values() for name, entry in fields.items()}
-    floats = sorted(name for name, (hint, _, _) in settings.items() if hint is float or float in getattr(hint, "__args__", ()))
+    settings = {
+        name: entry for fields in sections_of(recipe).values() for name, entry in fields.items()
+    }
+    floats = sorted(
+        name
+        for name, (hint, _, _) in settings.items()
+        if hint is float or float in getattr(hint, "__args__", ())
+    )
     for name, values in axes.items():
         if name not in floats:
             raise ConfigError(
-                f"--{name.replace('_', '-')} cannot be swept in one program: only real-valued settings can "
+                f"--{name.replace('_', '-')} cannot be swept in one program: only real-valued "
+                "settings can "
                 f"({', '.join(floats)}). Train once for each value instead."
             )
         if not values:
@@ -47,11 +55,12 @@ def run_sweep(
     progress: Progress | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train every combination of `axes` with every seed as the members of one program; returns what results.json holds.
+    """Train every combination of `axes` with every seed as the members of one program; returns what
+    results.json holds.
 
-    Members see the same batches and differ in their settings, initial weights and noise. A member whose loss turns
-    non-finite does not stop the others, and is reported as such. Members are compared on the validation split, never the
-    test split.
+    Members see the same batches and differ in their settings, initial weights and noise. A member
+    whose loss turns non-finite does not stop the others, and is reported as such. Members are
+    compared on the validation split, never the test split.
 
     Raises:
         ConfigError: see `check_axes`; or if the folder holds something else.
@@ -60,17 +69,29 @@ def run_sweep(
     if n_seeds < 1:
         raise ConfigError(f"--seeds must be at least 1; got {n_seeds}.")
     source, schedule = recipe.source(), recipe.schedule
-    recipe.build(source.spec)  # settings that do not fit are refused here, before anything is written
+    recipe.build(
+        source.spec
+    )  # settings that do not fit are refused here, before anything is written
     splits = source.load()
     settings = to_dict(recipe) | {
-        "sweep": {"axes": {name: list(values) for name, values in axes.items()}, "seeds": n_seeds, "mode": mode}
+        "sweep": {
+            "axes": {name: list(values) for name, values in axes.items()},
+            "seeds": n_seeds,
+            "mode": mode,
+        }
     }
-    combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    combinations = [
+        dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())
+    ]
     seeds = [schedule.seed + index for index in range(n_seeds)]
     keys = jax.vmap(jax.random.key)(np.tile(np.asarray(seeds, np.uint32), len(combinations)))
-    columns = {name: np.repeat(column, n_seeds) for name, column in grid(**axes).items()} if axes else {}
+    columns = (
+        {name: np.repeat(column, n_seeds) for name, column in grid(**axes).items()} if axes else {}
+    )
     if axes:
-        t = sweep(lambda **hyper: replace(recipe, **hyper).training(source.spec), mode=mode, **columns)
+        t = sweep(
+            lambda **hyper: replace(recipe, **hyper).training(source.spec), mode=mode, **columns
+        )
     else:
         t = ensemble(recipe.training(source.spec), mode=mode)
     feed = choose_feed(t, source, splits.train, schedule.batch_size, schedule.seed, schedule.place)
@@ -94,11 +115,19 @@ def run_sweep(
     scoring, estimator = score_of(model), model.estimator
     if scoring is not None:
         name, unit = f"valid/{scoring[0]}", "nats"
-        values = _score_members(recipe, columns, eval_params(state), state.state, source, splits.valid)
+        values = _score_members(
+            recipe, columns, eval_params(state), state.state, source, splits.valid
+        )
     else:
-        figures = _figures_of_members(recipe, columns, len(keys), eval_params(state), state.state, say)
+        figures = _figures_of_members(
+            recipe, columns, len(keys), eval_params(state), state.state, say
+        )
         first = next((member[0] for member in figures if member), None)
-        name, unit = ("valid/samples", "no member is finite") if first is None else (f"valid/{first.name}", first.unit)
+        name, unit = (
+            ("valid/samples", "no member is finite")
+            if first is None
+            else (f"valid/{first.name}", first.unit)
+        )
         estimator = "" if first is None else first.estimator
         values = np.asarray([member[0].value if member else np.nan for member in figures])
         of_members = [{figure.name: figure.value for figure in member} for member in figures]
@@ -111,10 +140,16 @@ def run_sweep(
                 "settings": combination,
                 "mean": float(good.mean()) if len(good) else None,
                 "sd": float(good.std(ddof=1)) if len(good) > 1 else None,
-                "members": [value if np.isfinite(value) else None for value in own.tolist()],  # JSON has no NaN
+                "members": [
+                    value if np.isfinite(value) else None for value in own.tolist()
+                ],  # JSON has no NaN
                 "not_finite": int(len(own) - len(good)),
             }
-            | ({"figures": of_members[index * n_seeds : (index + 1) * n_seeds]} if of_members else {})
+            | (
+                {"figures": of_members[index * n_seeds : (index + 1) * n_seeds]}
+                if of_members
+                else {}
+            )
         )
     results = {
         "recipe": recipe.name,
@@ -134,18 +169,29 @@ def run_sweep(
 
 
 def _figures_of_members(
-    recipe: Recipe, columns: dict[str, Any], n_members: int, params: Params, state: State, say: Callable[[str], None]
+    recipe: Recipe,
+    columns: dict[str, Any],
+    n_members: int,
+    params: Params,
+    state: State,
+    say: Callable[[str], None],
 ) -> list[list[quality.Figure]]:
-    """The figures about the samples of every member, against the validation split; none of a member that is not finite."""
+    """The figures about the samples of every member, against the validation split; none of a member
+    that is not finite.
+    """
     found = []
     for member in range(n_members):
         own = replace(recipe, **{name: float(column[member]) for name, column in columns.items()})
         model = own.build(own.source().spec)
-        of_member = [jax.tree.map(lambda leaf, member=member: leaf[member], tree) for tree in (params, state)]
+        of_member = [
+            jax.tree.map(lambda leaf, member=member: leaf[member], tree) for tree in (params, state)
+        ]
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(of_member)):
             found.append([])
             continue
-        found.append(quality.figures_of(own, quality.sampler_of(model, *of_member), split="valid", say=say))
+        found.append(
+            quality.figures_of(own, quality.sampler_of(model, *of_member), split="valid", say=say)
+        )
     return found
 
 
@@ -160,7 +206,9 @@ def _score_members(
         return found[1](params, state, batch, key)
 
     def all_members(params: Params, state: State, batch: Batch, key: Key) -> Array:
-        return jax.vmap(lambda hyper, p, s: one(hyper, p, s, batch, key), out_axes=1)(columns, params, state)  # [B, S]
+        return jax.vmap(lambda hyper, p, s: one(hyper, p, s, batch, key), out_axes=1)(
+            columns, params, state
+        )  # [B, S]
 
     run = scorer(all_members, source.prepare)
     return score_examples(run, params, state, valid, jax.random.key(VALID_SEED)).mean(axis=0)

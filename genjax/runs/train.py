@@ -1,8 +1,10 @@
 """Run folders: what `train`, `sweep`, `sample` and `evaluate` read and write.
 
 config.json      every setting of the run
-spec.json        what its data look like (shape, vocabulary, end token ...), so that sampling needs no data
-metrics.jsonl    one JSON object a line: step, seconds of training so far, means over the window, validation
+spec.json        what its data look like (shape, vocabulary, end token ...), so that sampling needs
+no data
+metrics.jsonl    one JSON object a line: step, seconds of training so far, means over the window,
+    validation
 tensorboard/     the same numbers as TensorBoard events
 checkpoints/     the newest few states
 samples/         pictures or text of samples, and *.npz (and *.mid) of what `genjax sample` drew
@@ -31,19 +33,38 @@ import numpy as np
 from genjax.data import Source, Splits, example_batch
 from genjax.errors import CheckpointError, ConfigError, GenjaxError, replacing
 from genjax.evaluation import quality
-from genjax.evaluation.estimates import Estimate, bits_per_dim, estimate, per_step, score_examples, scorer
+from genjax.evaluation.estimates import (
+    Estimate,
+    bits_per_dim,
+    estimate,
+    per_step,
+    score_examples,
+    scorer,
+)
 from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.distributed import check_shared, first, several, told, whole
 from genjax.learning.loop import Hook, Progress, choose_feed, fit
 from genjax.learning.sharding import layout, make_mesh, shard
 from genjax.learning.step import eval_params
-from genjax.protocol import Batch, DataSpec, Key, Model, Params, ScoreFn, State, TrainState, check_cond, step_mask
+from genjax.protocol import (
+    Batch,
+    DataSpec,
+    Key,
+    Model,
+    Params,
+    ScoreFn,
+    State,
+    TrainState,
+    check_cond,
+    step_mask,
+)
 from genjax.runs import pictures, samples
 from genjax.runs.log import Log, logging_in
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import Recipe, config_hash, flatten, from_dict, to_dict
 
-# Fixed keys, so that a validation curve compares like with like and a grid shows the same latent points as it trains.
+# Fixed keys, so that a validation curve compares like with like and a grid shows the same latent
+# points as it trains.
 VALID_SEED, PICTURE_SEED = 1_000_003, 1_000_033
 
 
@@ -80,13 +101,17 @@ def open_folder(folder: Path, values: dict[str, Any]) -> None:
     """Make a run folder, or check that the one that is there belongs to the same settings.
 
     Raises:
-        ConfigError: if it holds another run (the message lists the differences) or something that is no run.
+        ConfigError: if it holds another run (the message lists the differences) or something that
+            is no run.
         CheckpointError: if it cannot be written.
     """
     path = folder / "config.json"
     if not path.exists():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(f"{folder} exists and is not a run folder; nothing was written. Give another one with --out.")
+            raise ConfigError(
+                f"{folder} exists and is not a run folder; nothing was written. Give another one "
+                "with --out."
+            )
         write_json(path, values)
         return
     there = read_config(folder)
@@ -100,7 +125,9 @@ def open_folder(folder: Path, values: dict[str, Any]) -> None:
         if old.get(name, missing) != new.get(name, missing)
     ]
     raise ConfigError(
-        f"{folder} holds a run with other settings; nothing was changed:\n" + "\n".join(lines) + "\n"
+        f"{folder} holds a run with other settings; nothing was changed:\n"
+        + "\n".join(lines)
+        + "\n"
         "Give the same settings to go on with it, or another folder with --out."
     )
 
@@ -113,18 +140,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise ConfigError(f"{folder} is not a run folder: it has no config.json. `genjax train NAME` makes one.")
+        raise ConfigError(
+            f"{folder} is not a run folder: it has no config.json. `genjax train NAME` makes one."
+        )
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
         raise ConfigError(f"{path} is damaged: expected JSON, found {error}.") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} is damaged: expected a JSON object, found {type(values).__name__}.")
+        raise ConfigError(
+            f"{path} is damaged: expected a JSON object, found {type(values).__name__}."
+        )
     return values
 
 
 def keep_spec(folder: Path, spec: DataSpec) -> None:
-    """Write the spec of a run's data beside its settings, or check that the data are still as they were.
+    """Write the spec of a run's data beside its settings, or check that the data are still as they
+    were.
 
     Raises:
         ConfigError: if they are not, such as a text file whose vocabulary has changed since.
@@ -138,7 +170,8 @@ def keep_spec(folder: Path, spec: DataSpec) -> None:
         old = dataclasses.asdict(there)  # type: ignore[arg-type]  # there is a file, so there is a spec
         changed = [name for name, value in dataclasses.asdict(spec).items() if old[name] != value]
         raise ConfigError(
-            f"The data are not those that {folder} was trained on: {', '.join(changed)} changed since. "
+            f"The data are not those that {folder} was trained on: {', '.join(changed)} changed "
+            "since. "
             "Bring the old data back, or train in another folder with --out."
         )
 
@@ -159,7 +192,9 @@ def read_spec(folder: Path) -> DataSpec | None:
 
 
 def score_of(model: Model) -> tuple[str, ScoreFn] | None:
-    """("log_prob" or "bound", function): the exact one where there is one; None for a model that has neither."""
+    """("log_prob" or "bound", function): the exact one where there is one; None for a model that
+    has neither.
+    """
     if model.log_prob is not None:
         return "log_prob", model.log_prob
     return ("bound", model.bound) if model.bound is not None else None
@@ -190,9 +225,10 @@ def train(
         folder: where; see `default_folder`.
         progress: what is told after each dispatch.
         say: what is told of going on.
-        mesh: the axes of a mesh to train on, see `sharding`. It is no part of the settings: values are those of one device
-            to rounding, and a run may go on with another mesh. Several processes (see `distributed`) each call this, and
-            share the batch among all their devices unless it is given.
+        mesh: the axes of a mesh to train on, see `sharding`. It is no part of the settings: values
+            are those of one device to rounding, and a run may go on with another mesh. Several
+            processes (see `distributed`) each call this, and share the batch among all their
+            devices unless it is given.
 
     Raises:
         GenjaxError: see the modules that this one calls; whatever was saved before stays.
@@ -209,7 +245,9 @@ def train(
         # Refuse one that does not fit now, before a run folder is made.
         fake = functools.partial(example_batch, source.spec, n=schedule.batch_size)
         jax.eval_shape(lambda key: t.step(t.init(key), fake(key)), jax.random.key(0))
-    feed = choose_feed(t, source, splits.train, schedule.batch_size, schedule.seed, schedule.place, devices)
+    feed = choose_feed(
+        t, source, splits.train, schedule.batch_size, schedule.seed, schedule.place, devices
+    )
     # Not before everything else fits: a folder keeps its settings for good.
     told(lambda: (open_folder(folder, to_dict(recipe)), keep_spec(folder, source.spec)))
     check_shared(folder / "config.json")
@@ -219,7 +257,11 @@ def train(
         _picture_hook(model, source, splits, folder, schedule.sample_every),
     ]
 
-    with logging_in(folder, f"{recipe.name} on {source.spec.name}") if first() else nullcontext() as log:
+    with (
+        logging_in(folder, f"{recipe.name} on {source.spec.name}")
+        if first()
+        else nullcontext() as log
+    ):
         state = fit(
             feed,
             key=jax.random.key(schedule.seed),
@@ -235,7 +277,9 @@ def train(
             progress=progress if log else None,
             layout=None if devices is None else functools.partial(layout, mesh=devices),
         )
-    told(lambda: None)  # until process 0 has drawn its curves: at the end jax does not wait long for the others
+    told(
+        lambda: None
+    )  # until process 0 has drawn its curves: at the end jax does not wait long for the others
     return state
 
 
@@ -277,14 +321,19 @@ def _picture_hook(model: Model, source: Source, splits: Splits, folder: Path, ev
         if not first():
             return
         x = np.asarray(draw(params, extra, jax.random.key(PICTURE_SEED), n, cond))
-        stem, title = folder / "samples" / f"step_{step:08d}", f"{picture_title(model)} at step {step}"
+        stem, title = (
+            folder / "samples" / f"step_{step:08d}",
+            f"{picture_title(model)} at step {step}",
+        )
         samples.show(x, spec, stem, title, samples.true_log_prob(source), cond)
 
     return Hook(every, call)
 
 
 def picture_sampler(model: Model) -> Callable[..., Any]:
-    """What a picture shows: the mean of p(x|z) for images where the family has it, as papers do, otherwise samples."""
+    """What a picture shows: the mean of p(x|z) for images where the family has it, as papers do,
+    otherwise samples.
+    """
     return model.extras["sample_mean"] if _shows_means(model) else model.sample
 
 
@@ -298,7 +347,9 @@ def _shows_means(model: Model) -> bool:
 
 
 class Loaded(NamedTuple):
-    """A trained run: recipe, model, and the parameters of its last checkpoint, averaged where there is an average."""
+    """A trained run: recipe, model, and the parameters of its last checkpoint, averaged where there
+    is an average.
+    """
 
     recipe: Recipe
     model: Model
@@ -311,7 +362,8 @@ def load(folder: Path, **changes: Any) -> Loaded:
     """A run's model with the parameters of its newest whole checkpoint.
 
     Args:
-        **changes: builder arguments to change that do not change the parameters, such as `n_bound_samples`.
+        **changes: builder arguments to change that do not change the parameters, such as
+            `n_bound_samples`.
 
     Raises:
         ConfigError: if the folder is no run, or is a sweep.
@@ -319,22 +371,33 @@ def load(folder: Path, **changes: Any) -> Loaded:
     """
     values = read_config(folder)
     if "sweep" in values:
-        raise ConfigError(f"{folder} is a sweep of several members; sample and evaluate take the folder of a single run.")
+        raise ConfigError(
+            f"{folder} is a sweep of several members; sample and evaluate take the folder of a "
+            "single run."
+        )
     recipe = from_dict(values, ZOO)
     spec = read_spec(folder) or recipe.source().spec
     t = recipe.training(spec)
-    restored = Checkpoints(folder / "checkpoints").restore(jax.eval_shape(t.init, jax.random.key(0)))
+    restored = Checkpoints(folder / "checkpoints").restore(
+        jax.eval_shape(t.init, jax.random.key(0))
+    )
     if restored is None:
-        raise CheckpointError(f"{folder} has no checkpoint yet. Run its `genjax train` command again.")
+        raise CheckpointError(
+            f"{folder} has no checkpoint yet. Run its `genjax train` command again."
+        )
     for path, reason in restored.passed_over.items():
-        print(f"genjax: warning: passed over a damaged checkpoint, {path}: {reason}", file=sys.stderr)
+        print(
+            f"genjax: warning: passed over a damaged checkpoint, {path}: {reason}", file=sys.stderr
+        )
     state = restored.state
     model = recipe.build(spec, **changes)
     return Loaded(recipe, model, eval_params(state), state.state, int(state.step))
 
 
 def source_of(run: Loaded) -> Source | None:
-    """The data that a run was trained on; None where they are no longer there, which sampling can do without."""
+    """The data that a run was trained on; None where they are no longer there, which sampling can
+    do without.
+    """
     try:
         return run.recipe.source()
     except GenjaxError:
@@ -350,23 +413,32 @@ def sample(
     how: samples.Decoding | None = None,
     film: bool = False,
 ) -> np.ndarray:
-    """n samples of a run as an array [n, *shape]; with `means` the means of p(x|z) instead, or made as `how` says.
+    """n samples of a run as an array [n, *shape]; with `means` the means of p(x|z) instead, or made
+    as `how` says.
 
-    With `film` all that a solver passes through on its way from noise to data, [n_steps + 1, n, *shape].
+    With `film` all that a solver passes through on its way from noise to data, [n_steps + 1, n,
+    *shape].
 
     Raises:
-        ConfigError: for a condition that is missing, not wanted, or out of range, or means or a film of a family without them.
+        ConfigError: for a condition that is missing, not wanted, or out of range, or means or a
+            film of a family without them.
     """
     try:
         check_cond(run.model.spec, cond, n)
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from error
     if means and "sample_mean" not in run.model.extras:
-        raise ConfigError(f"{run.recipe.name} has no means of p(x|z) to show; sample without --means.")
+        raise ConfigError(
+            f"{run.recipe.name} has no means of p(x|z) to show; sample without --means."
+        )
     if not means:
         make = samples.film if film else samples.draw
         return make(run.model, run.params, run.state, key, n, cond, how or samples.Decoding())
-    return np.asarray(jax.jit(run.model.extras["sample_mean"], static_argnums=3)(run.params, run.state, key, n, cond))
+    return np.asarray(
+        jax.jit(run.model.extras["sample_mean"], static_argnums=3)(
+            run.params, run.state, key, n, cond
+        )
+    )
 
 
 def evaluate(
@@ -381,7 +453,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """What a run is worth on a split, as the dictionary that goes into report.json.
 
-    Its value is the log-probability or bound or, for a model that has neither, the first of the figures about its samples.
+    Its value is the log-probability or bound or, for a model that has neither, the first of the
+    figures about its samples.
 
     Args:
         n: the first n examples only; None means all.
@@ -443,19 +516,27 @@ def _score(
     if n is not None:
         arrays = jax.tree.map(lambda leaf: leaf[:n], arrays)
     run_score = scorer(score, source.prepare)
-    values = score_examples(run_score, run.params, run.state, arrays, jax.random.key(seed), batch_size, progress)
+    values = score_examples(
+        run_score, run.params, run.state, arrays, jax.random.key(seed), batch_size, progress
+    )
     result: Estimate = estimate(values)
     found: dict[str, Any] = {
         "mean": result.mean,
         "standard_error": result.standard_error,
         "unit": "nats per example" + (", density" if spec.kind == "continuous" else ""),
-        "kind": "exact log-probability" if name == "log_prob" else "lower bound on the log-probability",
+        "kind": "exact log-probability"
+        if name == "log_prob"
+        else "lower bound on the log-probability",
         "estimator": run.model.estimator,
         "n": result.n,
     }
     if spec.step is not None:
-        counted = lambda params, state, batch, key: step_mask(spec, batch).sum(1).astype(jnp.float32)  # noqa: E731
-        steps = score_examples(scorer(counted, source.prepare), {}, {}, arrays, jax.random.key(seed), batch_size)
+        counted = lambda params, state, batch, key: (
+            step_mask(spec, batch).sum(1).astype(jnp.float32)
+        )  # noqa: E731
+        steps = score_examples(
+            scorer(counted, source.prepare), {}, {}, arrays, jax.random.key(seed), batch_size
+        )
         code = per_step(-values, steps)
         found["per_step"] = {
             "step": spec.step,
@@ -474,7 +555,8 @@ def _score(
 
 
 def default_folder(recipe: Recipe, row: Recipe, prefix: str = "", **more: Any) -> Path:
-    """runs/NAME, followed by the settings that differ from the zoo's row, so that each command has its own folder.
+    """runs/NAME, followed by the settings that differ from the zoo's row, so that each command has
+    its own folder.
 
     Args:
         **more: what else tells this command from others, such as the axes of a sweep.
@@ -482,8 +564,13 @@ def default_folder(recipe: Recipe, row: Recipe, prefix: str = "", **more: Any) -
     # Another data set has options of its own, of which only the changed ones need naming.
     theirs = flatten(to_dict(row.on(recipe.data))) | {"data": row.data}
     mine = flatten(to_dict(recipe))
-    changed = {name.split(".", 1)[-1]: value for name, value in mine.items() if theirs[name] != value}
-    parts = [f"{name.replace('_', '-')}={_short(value)}" for name, value in [*sorted(changed.items()), *more.items()]]
+    changed = {
+        name.split(".", 1)[-1]: value for name, value in mine.items() if theirs[name] != value
+    }
+    parts = [
+        f"{name.replace('_', '-')}={_short(value)}"
+        for name, value in [*sorted(changed.items()), *more.items()]
+    ]
     suffix = ",".join(parts)
     if len(suffix) > 100:
         suffix = config_hash(to_dict(recipe) | more)

@@ -1,7 +1,8 @@
-"""The zoo: NAME -> recipe. The command line, the tests, the benchmarks and the README all read this one table.
+"""The zoo: NAME -> recipe. The command line, the tests, the benchmarks and the README all read this
+one table.
 
-To add a row: write the family's file, then a `Recipe` here. `tiny` makes the model small enough for the conformance gates of
-`tests/test_gates.py`, which every row has to pass.
+To add a row: write the family's file, then a `Recipe` here. `tiny` makes the model small enough for
+the conformance gates of `tests/test_gates.py`, which every row has to pass.
 """
 
 import dataclasses
@@ -19,15 +20,22 @@ from genjax.zoo.recipe import Recipe, Schedule
 
 _TINY_VAE = {"latent_dim": 2, "hidden": (8,), "channels": (4,)}
 
-# 1,257 training digits are few: without this much weight decay the validation bound is best after 1,000 steps and then falls.
+# 1,257 training digits are few: without this much weight decay the validation bound is best after
+# 1,000 steps and then falls.
 _DIGITS_VAE = {"latent_dim": 8, "hidden": (256, 256)}
-_DIGITS_OPTIMIZER = Optimizer(algorithm="adamw", learning_rate=1e-3, schedule="cosine", weight_decay=1.0, ema_decay=0.999)
+_DIGITS_OPTIMIZER = Optimizer(
+    algorithm="adamw", learning_rate=1e-3, schedule="cosine", weight_decay=1.0, ema_decay=0.999
+)
 
 _TINY_GAN = {"latent_dim": 2, "hidden": (8, 8), "channels": (4, 4)}
 
 
-def _players(learning_rate: float, b1: float = 0.0, b2: float = 0.99, schedule: str = "constant") -> dict[str, Optimizer]:
-    """Adam for both players of a GAN, and a moving average of the generator, which samples are drawn from."""
+def _players(
+    learning_rate: float, b1: float = 0.0, b2: float = 0.99, schedule: str = "constant"
+) -> dict[str, Optimizer]:
+    """Adam for both players of a GAN, and a moving average of the generator, which samples are
+    drawn from.
+    """
     both = Optimizer(learning_rate=learning_rate, b1=b1, b2=b2, schedule=schedule)  # type: ignore[arg-type]
     return {"discriminator": both, "generator": dataclasses.replace(both, ema_decay=0.999)}
 
@@ -45,25 +53,39 @@ _TINY_DENOISER = {
 }
 _TINY_DIFFUSION = {**_TINY_DENOISER, "n_bound_samples": 2}
 _TINY_FLOW = {**_TINY_DENOISER, "n_probes": 1}
-_DENOISER_OPTIMIZER = Optimizer(algorithm="adamw", learning_rate=1e-3, schedule="cosine", weight_decay=0.1, ema_decay=0.999)
+_DENOISER_OPTIMIZER = Optimizer(
+    algorithm="adamw", learning_rate=1e-3, schedule="cosine", weight_decay=0.1, ema_decay=0.999
+)
 _PLANE_TRAINING: dict[str, Any] = {
     "optimizer": Optimizer(learning_rate=1e-3, schedule="cosine", ema_decay=0.999),
-    "schedule": Schedule(steps=10_000, batch_size=512, evaluate_every=2000, sample_every=2000, checkpoint_every=2000),
+    "schedule": Schedule(
+        steps=10_000, batch_size=512, evaluate_every=2000, sample_every=2000, checkpoint_every=2000
+    ),
 }
 # Patches of 2 x 2 pixels make a step of a U-Net four times as fast on a CPU.
 _UNET = {"net": "unet", "channels": (24, 48), "patch": 2, "n_heads": 2}
 _UNET_TRAINING: dict[str, Any] = {
-    "optimizer": Optimizer(learning_rate=2e-3, schedule="cosine", warmup_steps=100, clip_norm=1.0, ema_decay=0.999),
+    "optimizer": Optimizer(
+        learning_rate=2e-3, schedule="cosine", warmup_steps=100, clip_norm=1.0, ema_decay=0.999
+    ),
     "schedule": Schedule(
-        steps=6_000, batch_size=64, steps_per_call=10, evaluate_every=0, sample_every=2000, checkpoint_every=1000
+        steps=6_000,
+        batch_size=64,
+        steps_per_call=10,
+        evaluate_every=0,
+        sample_every=2000,
+        checkpoint_every=1000,
     ),
 }
 _TINY_VRNN = {"latent_dim": 2, "d_hidden": 4, "hidden": (4,)}
 
-# Names in a row, cut into 64 streams that each step reads on by 64 characters: truncated back-propagation.
+# Names in a row, cut into 64 streams that each step reads on by 64 characters: truncated
+# back-propagation.
 _STREAMS = {"layout": "stream", "context": 64, "order": "stream"}
 _RECURRENT = {"d_embed": 64, "d_hidden": 256, "lanes": 64, "restart": 0.1}
-_SEQUENCE_OPTIMIZER = Optimizer(algorithm="adamw", learning_rate=4e-3, schedule="cosine", clip_norm=1.0, ema_decay=0.99)
+_SEQUENCE_OPTIMIZER = Optimizer(
+    algorithm="adamw", learning_rate=4e-3, schedule="cosine", clip_norm=1.0, ema_decay=0.99
+)
 _ATTENTION_OPTIMIZER = Optimizer(
     algorithm="adamw",
     learning_rate=1e-3,
@@ -74,11 +96,17 @@ _ATTENTION_OPTIMIZER = Optimizer(
     clip_norm=1.0,
     ema_decay=0.99,
 )
-_SEQUENCE_SCHEDULE = Schedule(steps=2_000, batch_size=64, log_every=50, evaluate_every=500, sample_every=1000)
+_SEQUENCE_SCHEDULE = Schedule(
+    steps=2_000, batch_size=64, log_every=50, evaluate_every=500, sample_every=1000
+)
 
 
-def _chorales(learning_rate: float, weight_decay: float = 0.1, steps: int = 1_600) -> dict[str, Any]:
-    """How the rows of the chorales are trained; 229 pieces are few, so they need all the regularisation."""
+def _chorales(
+    learning_rate: float, weight_decay: float = 0.1, steps: int = 1_600
+) -> dict[str, Any]:
+    """How the rows of the chorales are trained; 229 pieces are few, so they need all the
+    regularisation.
+    """
     return {
         "optimizer": Optimizer(
             algorithm="adamw",
@@ -89,12 +117,18 @@ def _chorales(learning_rate: float, weight_decay: float = 0.1, steps: int = 1_60
             ema_decay=0.99,
         ),
         "schedule": Schedule(
-            steps=steps, batch_size=16, steps_per_call=10, log_every=50, evaluate_every=200, sample_every=1000
+            steps=steps,
+            batch_size=16,
+            steps_per_call=10,
+            log_every=50,
+            evaluate_every=200,
+            sample_every=1000,
         ),
     }
 
 
-# A bound with one sample says little of a model that was trained with many, so those rows validate with more.
+# A bound with one sample says little of a model that was trained with many, so those rows validate
+# with more.
 _ROWS = (
     Recipe(
         name="vae",
@@ -157,7 +191,13 @@ _ROWS = (
         family=vae,
         data="ring",
         summary="VAE of eight Gaussians on a ring",
-        model={"latent_dim": 2, "hidden": (128, 128), "scale": "element", "n_samples": 16, "n_bound_samples": 64},
+        model={
+            "latent_dim": 2,
+            "hidden": (128, 128),
+            "scale": "element",
+            "n_samples": 16,
+            "n_bound_samples": 64,
+        },
         optimizer=Optimizer(learning_rate=1e-3, schedule="cosine", clip_norm=10.0, ema_decay=0.999),
         schedule=Schedule(steps=10_000, batch_size=256),
         evaluation={"n_bound_samples": 1000},
@@ -172,7 +212,12 @@ _ROWS = (
         data_options={"binarize": "dynamic"},
         optimizer=Optimizer(learning_rate=2e-3, schedule="cosine", ema_decay=0.999),
         schedule=Schedule(
-            steps=25_000, batch_size=128, log_every=500, evaluate_every=5000, sample_every=10_000, checkpoint_every=5000
+            steps=25_000,
+            batch_size=128,
+            log_every=500,
+            evaluate_every=5000,
+            sample_every=10_000,
+            checkpoint_every=5000,
         ),
         evaluation={"n_bound_samples": 5000},
         tiny={**_TINY_VAE, "n_pseudo_inputs": 3},
@@ -182,7 +227,13 @@ _ROWS = (
         family=gan,
         data="ring",
         summary="GAN of eight Gaussians on a ring, relativistic with R1 and R2",
-        model={"latent_dim": 2, "hidden": (128, 128), "objective": "relativistic", "r1": 0.1, "r2": 0.1},
+        model={
+            "latent_dim": 2,
+            "hidden": (128, 128),
+            "objective": "relativistic",
+            "r1": 0.1,
+            "r2": 0.1,
+        },
         optimizer=_players(1e-3, schedule="cosine"),
         schedule=Schedule(steps=10_000, batch_size=128, sample_every=2000, checkpoint_every=2000),
         tiny=_TINY_GAN,
@@ -192,7 +243,13 @@ _ROWS = (
         family=gan,
         data="grid",
         summary="GAN of 25 Gaussians on a grid, relativistic with R1 and R2",
-        model={"latent_dim": 2, "hidden": (128, 128), "objective": "relativistic", "r1": 0.1, "r2": 0.1},
+        model={
+            "latent_dim": 2,
+            "hidden": (128, 128),
+            "objective": "relativistic",
+            "r1": 0.1,
+            "r2": 0.1,
+        },
         optimizer=_players(1e-3, schedule="cosine"),
         schedule=Schedule(steps=20_000, batch_size=128, sample_every=2000, checkpoint_every=2000),
         tiny=_TINY_GAN,
@@ -246,7 +303,14 @@ _ROWS = (
         family=gan,
         data="mnist",
         summary="residual GAN, relativistic with R1 and R2",
-        model={"latent_dim": 64, "net": "resnet", "channels": (16, 32), "objective": "relativistic", "r1": 1.0, "r2": 1.0},
+        model={
+            "latent_dim": 64,
+            "net": "resnet",
+            "channels": (16, 32),
+            "objective": "relativistic",
+            "r1": 1.0,
+            "r2": 1.0,
+        },
         optimizer=_players(2e-4, b2=0.99),
         schedule=Schedule(steps=4_000, batch_size=64, sample_every=1000, checkpoint_every=1000),
         tiny=_TINY_GAN,
@@ -332,7 +396,9 @@ _ROWS = (
         summary="GRU of first names",
         model={"cell": "gru", "d_embed": 64, "d_hidden": 220, "dropout": 0.35, "forget_bias": 1.0},
         optimizer=dataclasses.replace(_ATTENTION_OPTIMIZER, learning_rate=4e-3, ema_decay=0.999),
-        schedule=dataclasses.replace(_SEQUENCE_SCHEDULE, steps=20_000, batch_size=128, evaluate_every=1000),
+        schedule=dataclasses.replace(
+            _SEQUENCE_SCHEDULE, steps=20_000, batch_size=128, evaluate_every=1000
+        ),
         tiny=_TINY_RNN,
     ),
     Recipe(
@@ -341,9 +407,13 @@ _ROWS = (
         data="shakespeare",
         summary="Transformer of Shakespeare's plays, of the size of nanoGPT's example for a CPU",
         model={"d_model": 128, "n_layers": 4, "n_heads": 4, "bias": False},
-        data_options={"context": 65},  # nanoGPT's 64 and the first character, which it does not predict
+        data_options={
+            "context": 65
+        },  # nanoGPT's 64 and the first character, which it does not predict
         optimizer=dataclasses.replace(_ATTENTION_OPTIMIZER, learning_rate=3e-3),
-        schedule=Schedule(steps=2_000, batch_size=12, log_every=50, evaluate_every=500, sample_every=1000),
+        schedule=Schedule(
+            steps=2_000, batch_size=12, log_every=50, evaluate_every=500, sample_every=1000
+        ),
         tiny=_TINY_TRANSFORMER,
     ),
     Recipe(
@@ -353,7 +423,13 @@ _ROWS = (
         summary="recurrent VAE of digits, a row a step",
         model={"cell": "gru", "latent_dim": 8, "d_hidden": 128, "hidden": (128,)},
         data_options={"conditional": True},
-        optimizer=Optimizer(algorithm="adamw", learning_rate=2e-3, schedule="cosine", weight_decay=0.3, ema_decay=0.99),
+        optimizer=Optimizer(
+            algorithm="adamw",
+            learning_rate=2e-3,
+            schedule="cosine",
+            weight_decay=0.3,
+            ema_decay=0.99,
+        ),
         schedule=Schedule(steps=3_000, batch_size=64),
         evaluation={"bound_estimator": "iwae", "n_bound_samples": 100},
         tiny=_TINY_VRNN,
@@ -390,7 +466,8 @@ _ROWS = (
         family=vrnn,
         data="jsb",
         summary="recurrent VAE of Bach's chorales",
-        # With the ELBO as objective the latent vectors go unused (KL 0.002 nats a piece): particles keep them in use.
+        # With the ELBO as objective the latent vectors go unused (KL 0.002 nats a piece): particles
+        # keep them in use.
         model={
             "cell": "gru",
             "latent_dim": 32,
@@ -411,10 +488,21 @@ _ROWS = (
         family=diffusion,
         data="digits",
         summary="diffusion of digits, conditional on the digit, with guidance",
-        model={"hidden": (512, 512, 512), "sigma_data": 0.75, "cond_dropout": 0.15, "guidance": 1.5},
+        model={
+            "hidden": (512, 512, 512),
+            "sigma_data": 0.75,
+            "cond_dropout": 0.15,
+            "guidance": 1.5,
+        },
         data_options={"conditional": True},
         optimizer=_DENOISER_OPTIMIZER,
-        schedule=Schedule(steps=4_000, batch_size=128, evaluate_every=1000, sample_every=2000, checkpoint_every=2000),
+        schedule=Schedule(
+            steps=4_000,
+            batch_size=128,
+            evaluate_every=1000,
+            sample_every=2000,
+            checkpoint_every=2000,
+        ),
         evaluation={"n_bound_samples": 256},
         tiny=_TINY_DIFFUSION,
     ),
@@ -423,7 +511,12 @@ _ROWS = (
         family=diffusion,
         data="ring",
         summary="diffusion of points in the plane",
-        model={"hidden": (256, 256, 256), "noise_schedule": "edm", "precondition": "edm", "sigma_data": 0.7},
+        model={
+            "hidden": (256, 256, 256),
+            "noise_schedule": "edm",
+            "precondition": "edm",
+            "sigma_data": 0.7,
+        },
         **_PLANE_TRAINING,
         tiny=_TINY_DIFFUSION,
     ),
@@ -432,7 +525,13 @@ _ROWS = (
         family=diffusion,
         data="mnist",
         summary="EDM of MNIST with a U-Net",
-        model={**_UNET, "noise_schedule": "edm", "precondition": "edm", "sigma_data": 0.5, "n_steps": 18},
+        model={
+            **_UNET,
+            "noise_schedule": "edm",
+            "precondition": "edm",
+            "sigma_data": 0.5,
+            "n_steps": 18,
+        },
         **_UNET_TRAINING,
         evaluation={"n_bound_samples": 16},
         tiny=_TINY_DIFFUSION,
@@ -449,8 +548,16 @@ _ROWS = (
             "weighting": "elbo",
             "prediction": "epsilon",
         },
-        optimizer=Optimizer(algorithm="adamw", learning_rate=2e-3, schedule="cosine", weight_decay=0.1, ema_decay=0.999),
-        schedule=Schedule(steps=3_000, batch_size=64, evaluate_every=500, sample_every=1000, checkpoint_every=1000),
+        optimizer=Optimizer(
+            algorithm="adamw",
+            learning_rate=2e-3,
+            schedule="cosine",
+            weight_decay=0.1,
+            ema_decay=0.999,
+        ),
+        schedule=Schedule(
+            steps=3_000, batch_size=64, evaluate_every=500, sample_every=1000, checkpoint_every=1000
+        ),
         evaluation={"n_bound_samples": 256},
         tiny={**_TINY_DIFFUSION, "net": "mlp"},
     ),
@@ -459,7 +566,8 @@ _ROWS = (
         family=flow_matching,
         data="digits",
         summary="flow matching of digits, conditional on the digit, with guidance",
-        # While it trains, its bound is estimated by one random probe: the exact divergence costs 64 derivatives a step.
+        # While it trains, its bound is estimated by one random probe: the exact divergence costs 64
+        # derivatives a step.
         model={
             "hidden": (512, 512, 512),
             "cond_dropout": 0.15,
@@ -470,7 +578,13 @@ _ROWS = (
         },
         data_options={"conditional": True},
         optimizer=_DENOISER_OPTIMIZER,
-        schedule=Schedule(steps=10_000, batch_size=128, evaluate_every=1000, sample_every=2000, checkpoint_every=2000),
+        schedule=Schedule(
+            steps=10_000,
+            batch_size=128,
+            evaluate_every=1000,
+            sample_every=2000,
+            checkpoint_every=2000,
+        ),
         evaluation={"n_likelihood_steps": 40, "n_probes": 0},
         tiny=_TINY_FLOW,
     ),

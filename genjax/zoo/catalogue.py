@@ -1,4 +1,6 @@
-"""The zoo with what is known of each row: its size, and the results that the benchmarks measured."""
+"""The zoo with what is known of each row: its size, and the results that the benchmarks
+measured.
+"""
 
 import json
 from importlib import resources
@@ -13,7 +15,9 @@ from genjax.zoo.recipe import Recipe
 
 
 def measured() -> dict[str, Any]:
-    """Results by recipe, as `python -m benchmarks results` wrote them into genjax/zoo/results.json."""
+    """Results by recipe, as `python -m benchmarks results` wrote them into
+    genjax/zoo/results.json.
+    """
     return json.loads(resources.files("genjax.zoo").joinpath("results.json").read_text())
 
 
@@ -28,7 +32,9 @@ def describe(recipe: Recipe, result: dict[str, Any] | None) -> dict[str, Any]:
         "family": recipe.family.__name__,
         "summary": recipe.summary,
         "data": recipe.data,
-        "score": "samples" if scoring is None else {"log_prob": "exact", "bound": "bound"}[scoring[0]],
+        "score": "samples"
+        if scoring is None
+        else {"log_prob": "exact", "bound": "bound"}[scoring[0]],
         "conditional": "no"
         if not spec.conditional
         else f"{spec.n_classes} classes"
