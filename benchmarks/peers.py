@@ -211,7 +211,7 @@ def differences(recipe: Recipe, twin: Twin) -> dict[str, float]:
         }
 
         def loss(own: Any, player: str = player, key: Any = key) -> jax.Array:
-            return model.losses[player]({**params, player: own}, state, batch, key)[0].mean()
+            return model.losses[player]({**params, player: own}, state, batch, key, 0)[0].mean()
 
         value, grads = jax.jit(jax.value_and_grad(loss))(params[player])
         mine[player] = [

@@ -1,36 +1,46 @@
 """The contract: a generative model is a handful of pure functions. Read this file first.
 
 A family's builder, such as `vae(spec, ...)`, takes a `DataSpec` and returns a `Model`.
-`train.training(model, tx)` turns a model and an optimiser into a `Training`, two functions over one
-`TrainState`. Everything else is composition over those
-two functions: ensembles, sweeps, k steps a dispatch, gradient accumulation, sharding, exact resume.
+`training(model, tx)` turns a model and an optimiser into a `Training`, pure functions over one
+`TrainState`. Everything else is composition over those functions: ensembles, sweeps, k steps a
+dispatch, gradient accumulation, sharding, exact resume.
 
 The rules that make it work:
 
 * A one-player and a two-player family are the same thing. A VAE has one loss, a GAN two. The
   gradient of a player's loss is taken with respect to `params[player]` only, and each turn sees
-  what the turn before it left. An entry of `params` that has no loss is frozen.
+  what the turn before it left. An entry of `params` that has no loss is frozen, or `follows` one.
 * `state` is what is carried but not differentiated (batch statistics, codebooks, replay buffers).
-  Its structure, shapes and dtypes never change. Weight averages belong to optimisation and live in
-  `opt`; caches live inside `sample`.
+  Its structure, shapes and dtypes never change, and it advances once for each turn of an optimiser
+  step. Where a batch is split (`microbatch`), every part begins with the state that the turn began
+  with; of what the parts leave, real numbers are averaged, weighted as the parts are, and anything
+  else is that of the first part. For a moving average of statistics that is the moving average of
+  the parts' mean. A state for which this is wrong, such as the carry of streams, refuses parts in
+  its loss. Weight averages belong to optimisation and live in `opt`; caches live inside `sample`.
 * Losses run in training mode; `log_prob` and `bound` run in evaluation mode.
 * Losses and metrics are per example, `[B]`, in nats where they are log-probabilities, summed over
-  the event's dimensions. The mean over the batch, with `batch.weight`, is taken in one place:
-  `train.py`.
+  the event's dimensions. The mean over the batch, with `batch.weight`, is taken in one place,
+  `learning/step.py`, which refuses values of any other shape.
 * Randomness is data. Typed keys only (`jax.random.key`). A step's key is `fold_in(ts.key, ts.step)`
   (with J turns a step, turn j has `fold_in(ts.key, ts.step J + j)`), and the order of the data is a
   pure function of (seed, step), so resume is exact by construction.
+* A loss sees the number of the optimiser step, for what changes as training goes on. Nothing else
+  of the training procedure enters a loss.
 * Conditioning is one optional argument: `batch.cond` and `sample(..., cond=)`. A model is
   conditional if and only if its spec describes a condition (`n_classes` or `cond_dim`).
 * What goes in comes out: `sample` returns values of the same kind, range and dtype as `batch.x`
   (see `DataSpec.kind`).
 * `log_prob` is exact and `bound` is a lower bound in expectation; they are two fields so that
   nobody mixes them up.
+* Parameters are matched by name: a tree with a missing, surplus, renamed or re-shaped leaf is
+  refused with the paths that differ, by every function of a model that was `checks.checked`.
 
 What differs from the first sketch of this contract, and why: `Model` also carries its `spec`, so
-that shapes are checked in one place (`checked`) for every family, and the name of its `estimator`,
-so that a report can say what a figure is; `Training` also carries `rewrap`, because accumulating
-gradients needs a way in between the gradient and the optimiser.
+that shapes are checked in one place for every family, and the name of its `estimator`, so that a
+report can say what a figure is. What a family can do beside `sample` stands in typed records
+(`Latent`, `Autoregressive`, `Denoiser`), since a bag of names was asked by inspecting signatures.
+`Training` also carries `rewrap`, because accumulating gradients needs a way in between the gradient
+and the optimiser, and `within`, because members that share a batch may take their steps alone.
 """
 
 import dataclasses
@@ -38,11 +48,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
-import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 
 Array = jax.Array
 Key = jax.Array
@@ -183,17 +190,26 @@ class DataSpec:
         """The dtype of `batch.x`: int32 for tokens, float32 for all else."""
         return jnp.int32 if self.kind == "tokens" else jnp.float32
 
+    @property
+    def top(self) -> int | None:
+        """The largest value: 1 of binary data, levels - 1 of discrete data and tokens, or None."""
+        if self.kind == "binary":
+            return 1
+        return None if self.levels is None else self.levels - 1
+
+    def embed(self, cond: Any) -> Array | None:
+        """A condition as vectors [n, cond_size]: labels one-hot, vectors and None as they are."""
+        return cond if self.n_classes is None else jax.nn.one_hot(cond, self.n_classes)
+
     def normalize(self, x: Array) -> Array:
         """Values as a network wants them: binary and discrete ones mapped linearly to [-1, 1],
         continuous ones unchanged.
         """
-        top = {"binary": 1, "discrete": (self.levels or 2) - 1}.get(self.kind)
-        return x if top is None else x * (2 / top) - 1
+        return x if self.top is None else x * (2 / self.top) - 1
 
     def denormalize(self, y: Array) -> Array:
         """The inverse of `normalize`, without rounding."""
-        top = {"binary": 1, "discrete": (self.levels or 2) - 1}.get(self.kind)
-        return y if top is None else (y + 1) * (top / 2)
+        return y if self.top is None else (y + 1) * (self.top / 2)
 
 
 class Batch(NamedTuple):
@@ -223,8 +239,10 @@ class InitFn(Protocol):
 
 
 class LossFn(Protocol):
+    """`step` is the number of the optimiser step, an int32 scalar, for schedules inside a loss."""
+
     def __call__(
-        self, params: Params, state: State, batch: Batch, key: Key
+        self, params: Params, state: State, batch: Batch, key: Key, step: Array
     ) -> tuple[Array, Aux]: ...
 
 
@@ -240,15 +258,100 @@ class ScoreFn(Protocol):
     def __call__(self, params: Params, state: State, batch: Batch, key: Key) -> Array: ...
 
 
+class PrepareFn(Protocol):
+    """Initialisation from data; `batch.weight` 0 takes an example out of it."""
+
+    def __call__(
+        self, params: Params, state: State, batch: Batch, key: Key
+    ) -> tuple[Params, State]: ...
+
+
+class NoiseFn(Protocol):
+    """What a loss draws from its key for a batch, as a record of the family's own."""
+
+    def __call__(self, key: Key, batch: Batch) -> Any: ...
+
+
+class Latent(NamedTuple):
+    """What a latent-variable model offers: p(x) = ∫ p(z) p(x | z) dz, with q(z | x).
+
+    Attributes:
+        spec: of the latents of one event: continuous, shape (d,), or (T, d) for sequences.
+        encode: (params, state, x, cond=None) -> mean and log-scale of q(z | x), [B, *spec.shape].
+        decode: (params, state, z, cond=None) -> the mean of p(x | z), [B, *shape].
+        draw: (params, state, key, z, cond=None) -> x ~ p(x | z), as `sample` returns it.
+        log_likelihood: (params, state, batch, z) -> ln p(x | z) in nats, [B].
+        reconstruct: (params, state, x, cond=None) -> decode of the mean of q(z | x).
+        sample_mean: (params, state, key, n, cond=None) -> decode of z ~ p(z), what papers show.
+    """
+
+    spec: DataSpec
+    encode: Callable[..., tuple[Array, Array]]
+    decode: Callable[..., Array] | None = None
+    draw: Callable[..., Array] | None = None
+    log_likelihood: Callable[..., Array] | None = None
+    reconstruct: Callable[..., Array] | None = None
+    sample_mean: Callable[..., Array] | None = None
+
+
+class Autoregressive(NamedTuple):
+    """What a model of sequences offers that is sampled step by step: p(x) = Π_t p(x_t | x_<t).
+
+    `dropped` bool [n] says which examples go without their condition.
+
+    Attributes:
+        generate: (params, state, key, n, cond=None, *, prompt, prompt_length, length, ...) -> x;
+            with `begin` as `parts.decoding.generator` has it.
+        begin: (params, state, n, cond=None, dropped=None) -> outputs [n, n_outputs] for the first
+            step, and a carry. None where steps have latent variables.
+        advance: (params, state, carry, x [n, *event], cond=None, dropped=None) -> outputs for the
+            step after x, and a carry.
+        step_log_prob: (params, state, batch) -> ln p(x_t | x_<t) [B, T] in nats, 0 where padded.
+        outputs: (params, state, x, cond=None, dropped=None) -> the parameters of p(x_t | x_<t),
+            [B, T, n_outputs].
+        stream: (params, carry | None, batch) -> step_log_prob of windows that go on from each
+            other, and the carry.
+        context: the longest sequence that there is room for; None for no limit.
+        guided: whether `generate` takes a scale of guidance.
+    """
+
+    generate: Callable[..., Array]
+    begin: Callable[..., tuple[Array, PyTree]] | None = None
+    advance: Callable[..., tuple[Array, PyTree]] | None = None
+    step_log_prob: Callable[..., Array] | None = None
+    outputs: Callable[..., Array] | None = None
+    stream: Callable[..., tuple[Array, PyTree]] | None = None
+    context: int | None = None
+    guided: bool = False
+
+
+class Denoiser(NamedTuple):
+    """What a model offers that goes from noise to data along a path x_t = alpha(t) x0 + sigma(t) ε.
+
+    Attributes:
+        path: (params) -> the `parts.paths.Path`.
+        denoise: (params, state, x_t, t, cond=None, dropped=None) -> the estimate of E[x0 | x_t],
+            [n, *shape], on the normalised scale; `dropped` as in `Autoregressive`.
+        generate: (params, state, key, n, cond=None, *, solver, n_steps, grid, guidance, every)
+            -> x; see `parts.noise_to_data`.
+        guided: whether `generate` takes a scale of guidance.
+    """
+
+    path: Callable[[Params], Any]
+    denoise: Callable[..., Array]
+    generate: Callable[..., Array]
+    guided: bool = False
+
+
 class Model(NamedTuple):
     """A generative model as a record of pure functions; a family's builder returns it through
-    `checked`.
+    `checks.checked`.
 
     Attributes:
         spec: the data that it models.
         init: (key) -> (params, state): dicts with one entry per player.
-        losses: for each player (params, state, batch, key) -> (loss [B], Aux), to be minimised, in
-            training mode.
+        losses: for each player (params, state, batch, key, step) -> (loss [B], Aux), to be
+            minimised, in training mode.
         sample: (params, state, key, n, cond=None) -> x [n, *shape], of the kind that `spec` says.
         log_prob: exact log p(x) or log p(x | cond) in nats, [B], in evaluation mode; None if there
             is none.
@@ -256,7 +359,19 @@ class Model(NamedTuple):
         estimator: what `log_prob` or `bound` computes, in words, for reports: "ELBO, 1 sample".
         turns: ((player, times), ...) within one step; empty means each player once, in the order of
             `losses`.
-        extras: other pure functions by name: encode, decode, reconstruct, score, denoise, energy.
+        follows: entry of params -> (player, decay): an average of that player's parameters, which
+            begins as their copy and is decay average + (1 - decay) player after each optimiser
+            step. It is in `params`, for losses to use, and is never differentiated. A decay may be
+            a function of the step.
+        prepare: (params, state, batch, key) -> (params, state): initialisation from data, run once
+            on the first training batch before step 0; None if there is none.
+        labels: ((pattern, label), ...): what a parameter is, for optimisers: "matrix", "vector",
+            "embedding", "dynamics" ... The first pattern (a regular expression) that is found in
+            the path "player/..." counts. A leaf that no pattern names is a "matrix" if it has more
+            than one dimension, else a "vector".
+        noise: player -> (key, batch) -> what its loss draws from that key; the loss itself uses it.
+        latent, autoregressive, denoiser: what the model can do beside sampling, where it can.
+        extras: what no record has, as a record of the family's own.
     """
 
     spec: DataSpec
@@ -267,7 +382,26 @@ class Model(NamedTuple):
     bound: ScoreFn | None = None
     estimator: str = ""
     turns: tuple[tuple[str, int], ...] = ()
-    extras: Mapping[str, Callable[..., Any]] = {}
+    follows: Mapping[str, tuple[str, float | Callable[[Array], Array]]] = {}
+    prepare: PrepareFn | None = None
+    labels: tuple[tuple[str, str], ...] = ()
+    noise: Mapping[str, NoiseFn] = {}
+    latent: Latent | None = None
+    autoregressive: Autoregressive | None = None
+    denoiser: Denoiser | None = None
+    extras: Any = None
+
+    @property
+    def score(self) -> ScoreFn | None:
+        """`log_prob` where there is one, else `bound`, else None."""
+        return self.bound if self.log_prob is None else self.log_prob
+
+    @property
+    def score_name(self) -> str | None:
+        """ "log_prob" or "bound", whichever `score` is; None for a model that has neither."""
+        if self.log_prob is not None:
+            return "log_prob"
+        return None if self.bound is None else "bound"
 
 
 class TrainState(NamedTuple):
@@ -291,13 +425,20 @@ class Gradient(Protocol):
     """
 
     def __call__(
-        self, player: str, params: Params, state: State, batch: Batch, weight: Array, key: Key
+        self,
+        player: str,
+        params: Params,
+        state: State,
+        batch: Batch,
+        weight: Array,
+        key: Key,
+        step: Array,
     ) -> tuple[PyTree, State, Metrics]: ...
 
 
 class Training(NamedTuple):
-    """A training procedure as two pure functions; every transform in `train.py` maps a Training to
-    a Training.
+    """A training procedure as pure functions; every transform in `learning` maps a Training to a
+    Training.
 
     Attributes:
         init: (key) -> TrainState.
@@ -308,115 +449,15 @@ class Training(NamedTuple):
         within: (f: Training -> Training) -> Training: the same members, each with its own procedure
             transformed by f, whose metrics have the members' axis first. None where there are no
             members or they do not share what a step is given.
+        prepare: (TrainState, what `step` is given) -> TrainState: initialisation from the first
+            batch, to be run once, before the first step. None if the model has none.
     """
 
     init: Callable[[Key], TrainState]
     step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
     rewrap: Callable[[Callable[[Gradient], Gradient]], "Training"]
     within: Callable[[Callable[["Training"], "Training"]], "Training"] | None = None
-
-
-def check_key(key: Key) -> None:
-    """Refuse anything but a typed PRNG key.
-
-    Raises:
-        TypeError: for an old-style uint32 key or something that is no key at all.
-    """
-    if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
-        found = (
-            f"an array of {key.dtype}{list(key.shape)}"
-            if hasattr(key, "dtype")
-            else f"a {type(key).__name__}"
-        )
-        raise TypeError(
-            f"Expected a typed PRNG key; got {found}. Make one with jax.random.key(seed), not "
-            "PRNGKey(seed)."
-        )
-
-
-def check_cond(spec: DataSpec, cond: PyTree | None, n: int) -> None:
-    """Check a condition against the spec: present exactly when the model is conditional, [n] labels
-    or [n, cond_dim].
-
-    Raises:
-        ValueError: for a missing, superfluous or mis-shaped condition, or a label that is out of
-            range (where the labels
-            are concrete: inside a trace their values are not known).
-        TypeError: for labels that are not whole numbers or vectors that are not real.
-    """
-    if not spec.conditional:
-        if cond is not None:
-            raise ValueError(
-                f"A condition was given, but this model of {spec.name} is unconditional: leave "
-                "`cond` out."
-            )
-        return
-    wanted = (
-        f"labels 0..{spec.n_classes - 1}, int [{n}]"
-        if spec.n_classes
-        else f"vectors, float [{n}, {spec.cond_dim}]"
-    )
-    if cond is None:
-        raise ValueError(f"This model of {spec.name} is conditional: give `cond` ({wanted}).")
-    cond = jnp.asarray(cond)
-    shape = (n,) if spec.n_classes else (n, spec.cond_dim)
-    if cond.shape != shape:
-        raise ValueError(f"`cond` must be {wanted}; got shape {list(cond.shape)}.")
-    right = jnp.issubdtype(cond.dtype, jnp.integer if spec.n_classes else jnp.floating)
-    if not right:
-        raise TypeError(f"`cond` must be {wanted}; got dtype {cond.dtype}.")
-    if spec.n_classes and not isinstance(cond, Tracer) and n:
-        labels = np.asarray(cond)  # in a trace, jax would trace even operations on constants
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= spec.n_classes:
-            raise ValueError(f"`cond` must be {wanted}; got labels from {low} to {high}.")
-
-
-def check_batch(spec: DataSpec, batch: Batch) -> None:
-    """Check a batch's ranks, shapes and dtypes against the spec; it costs nothing once traced.
-
-    Raises:
-        ValueError, TypeError: see the text, which names what was expected and found.
-    """
-    if not isinstance(batch, Batch):
-        raise TypeError(
-            f"Expected a genjax.Batch(x, cond, weight, length); got {type(batch).__name__}."
-        )
-    x = batch.x
-    if not hasattr(x, "shape") or x.ndim != len(spec.shape) + 1 or tuple(x.shape[1:]) != spec.shape:
-        found = list(x.shape) if hasattr(x, "shape") else type(x).__name__
-        raise ValueError(
-            f"batch.x of {spec.name} must have shape [B, {', '.join(map(str, spec.shape))}]; got "
-            f"{found}."
-        )
-    if spec.kind == "tokens" and not jnp.issubdtype(x.dtype, jnp.integer):
-        raise TypeError(
-            f"batch.x of {spec.name} holds tokens and must be whole numbers; got {x.dtype}."
-        )
-    if spec.kind != "tokens" and not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(
-            f"batch.x of {spec.name} is {spec.kind} and must be floating point; got {x.dtype}."
-        )
-    if batch.weight is not None and batch.weight.shape != (x.shape[0],):
-        raise ValueError(
-            f"batch.weight must have shape [{x.shape[0]}]; got {list(batch.weight.shape)}."
-        )
-    if spec.lengths != (batch.length is not None):
-        found = (
-            "it is missing: sequences of unequal length need it" if spec.lengths else "it was given"
-        )
-        raise ValueError(
-            f"batch.length goes with a spec that says lengths=True; that of {spec.name} says "
-            f"{spec.lengths}, and {found}."
-        )
-    if batch.length is not None and (
-        batch.length.shape != (x.shape[0],) or not jnp.issubdtype(batch.length.dtype, jnp.integer)
-    ):
-        raise ValueError(
-            f"batch.length must be int [{x.shape[0]}]; got "
-            f"{batch.length.dtype}{list(batch.length.shape)}."
-        )
-    check_cond(spec, batch.cond, x.shape[0])
+    prepare: Callable[[TrainState, Any], TrainState] | None = None
 
 
 def step_mask(spec: DataSpec, batch: Batch) -> Array:
@@ -432,74 +473,3 @@ def step_mask(spec: DataSpec, batch: Batch) -> Array:
     if batch.length is not None:
         return jnp.arange(t, dtype=batch.length.dtype)[None] < batch.length[:, None]
     return jnp.ones((n, t), bool)
-
-
-def checked(model: Model) -> Model:
-    """The same model with every argument checked at trace time, and every result held to the
-    contract.
-
-    A builder ends with `return checked(Model(...))`, so that no family writes these checks itself.
-    `n` of `sample` must be a Python whole number, because it is a shape.
-    """
-    spec = model.spec
-
-    def check_arguments(batch: Batch, key: Key) -> int:
-        check_batch(spec, batch)
-        check_key(key)
-        return batch.x.shape[0]
-
-    def loss_of(player: str, loss_fn: LossFn) -> LossFn:
-        def loss(params: Params, state: State, batch: Batch, key: Key) -> tuple[Array, Aux]:
-            n = check_arguments(batch, key)
-            value, aux = loss_fn(params, state, batch, key)
-            chex.assert_shape(
-                value, (n,), custom_message=f"The loss of {player!r} must be per example."
-            )
-            for name, metric in aux.metrics.items():
-                chex.assert_shape(
-                    metric,
-                    (n,),
-                    custom_message=f"The metric {name!r} of {player!r} must be per example.",
-                )
-            chex.assert_trees_all_equal_shapes_and_dtypes(aux.state, state)
-            return value, aux
-
-        return loss
-
-    def score_of(name: str, score_fn: ScoreFn | None) -> ScoreFn | None:
-        if score_fn is None:
-            return None
-
-        def score(params: Params, state: State, batch: Batch, key: Key) -> Array:
-            n = check_arguments(batch, key)
-            value = score_fn(params, state, batch, key)
-            chex.assert_shape(value, (n,), custom_message=f"{name} must be per example.")
-            return value
-
-        return score
-
-    def init(key: Key) -> tuple[Params, State]:
-        check_key(key)
-        return model.init(key)
-
-    def sample(
-        params: Params, state: State, key: Key, n: int, cond: PyTree | None = None
-    ) -> PyTree:
-        check_key(key)
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(
-                "sample needs a whole number n >= 1 of samples (it is a shape, so not traced); "
-                f"got {n!r}."
-            )
-        check_cond(spec, cond, n)
-        x = model.sample(params, state, key, n, cond)
-        chex.assert_shape(x, (n, *spec.shape))
-        return x
-
-    return model._replace(
-        init=init,
-        losses={player: loss_of(player, loss) for player, loss in model.losses.items()},
-        sample=sample,
-        log_prob=score_of("log_prob", model.log_prob),
-        bound=score_of("bound", model.bound),
-    )

@@ -216,7 +216,7 @@ def test_the_familys_losses_are_those_of_the_table(x64, name):
     np.testing.assert_allclose(model.extras["logit"](params, state, batch.x), real, rtol=1e-12)
 
     def mean(params, player):
-        value, aux = model.losses[player](params, state, batch, KEY)
+        value, aux = model.losses[player](params, state, batch, KEY, 0)
         return jnp.mean(value), (value, aux.metrics)
 
     run = jax.value_and_grad(mean, has_aux=True)
@@ -301,7 +301,7 @@ def test_a_linear_wasserstein_critic_settles_where_the_penalty_balances_the_gap(
             **params,
             "discriminator": {**params["discriminator"], "logit": {"layer": {"kernel": kernel}}},
         }
-        value, aux = model.losses["discriminator"](own, state, Batch(x), KEY)
+        value, aux = model.losses["discriminator"](own, state, Batch(x), KEY, 0)
         return jnp.mean(value), aux.metrics
 
     kernel = params["discriminator"]["logit"]["layer"]["kernel"]
@@ -469,7 +469,7 @@ def test_penalties_add_to_every_objective_in_proportion_to_their_weights(x64, na
             **dict(zip(PENALTIES, weights, strict=True)),
         )
         return [
-            model.losses[player](params, state, Batch(x), KEY)[0]
+            model.losses[player](params, state, Batch(x), KEY, 0)[0]
             for player in ("discriminator", "generator")
         ]
 
@@ -479,10 +479,10 @@ def test_penalties_add_to_every_objective_in_proportion_to_their_weights(x64, na
     np.testing.assert_allclose(slopes, np.tile(wanted, (5, 1)), rtol=1e-10)
     np.testing.assert_array_equal(none, 0)
     np.testing.assert_allclose(
-        loss, plain.losses["discriminator"](params, state, Batch(x), KEY)[0] + weights @ wanted
+        loss, plain.losses["discriminator"](params, state, Batch(x), KEY, 0)[0] + weights @ wanted
     )
     np.testing.assert_allclose(
-        generator, plain.losses["generator"](params, state, Batch(x), KEY)[0]
+        generator, plain.losses["generator"](params, state, Batch(x), KEY, 0)[0]
     )
 
 

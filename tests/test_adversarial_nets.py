@@ -360,7 +360,7 @@ def test_penalties_of_binary_data_are_on_the_scale_from_minus_one_to_one(x64):
     params, state = random(model)
     slope = np.asarray(params["discriminator"]["logit"]["layer"]["kernel"]).reshape(2, 2)
     x = np.random.default_rng(7).integers(0, 2, size=(6, 2, 2)).astype(float)
-    value, aux = model.losses["discriminator"](params, state, Batch(jnp.asarray(x)), KEY)
+    value, aux = model.losses["discriminator"](params, state, Batch(jnp.asarray(x)), KEY, 0)
     np.testing.assert_allclose(
         aux.metrics["real_logit"], ((2 * x - 1) * slope).sum((1, 2)), rtol=1e-10
     )

@@ -215,7 +215,7 @@ def test_scanned_or_recomputed_layers_have_the_same_loss_and_gradient(x64, rate)
         loss = transformer(TOKENS, **TINY, dropout=rate, **options).losses["transformer"]
         return quick(
             jax.value_and_grad(
-                lambda p: loss(p, {"transformer": {}}, batch, jax.random.key(3))[0].sum()
+                lambda p: loss(p, {"transformer": {}}, batch, jax.random.key(3), 0)[0].sum()
             )
         )(params)
 
@@ -235,7 +235,7 @@ def test_the_gradient_of_a_tied_table_is_the_sum_of_its_two_uses(x64):
 
     def gradient(model, p):
         loss = lambda p: model.losses["transformer"](
-            p, {"transformer": {}}, Batch(tokens(0, 4)), jax.random.key(0)
+            p, {"transformer": {}}, Batch(tokens(0, 4)), jax.random.key(0), 0
         )[0].sum()  # noqa: E731
         value, grad = quick(jax.value_and_grad(loss))({"transformer": p})
         return value, grad["transformer"]

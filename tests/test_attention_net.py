@@ -12,19 +12,16 @@ from flax import nnx
 from gates import quick
 
 from genjax.nets.attention import (
-    EPSILON,
     Attention,
-    Dense,
     FeedForward,
-    Norm,
     attend,
     causal,
     dense_attention,
     fused_attention,
     rotary,
-    unit_rms,
 )
 from genjax.nets.functional import functional
+from genjax.nets.layers import EPSILON, Dense, Norm, unit_rms
 
 
 def normal(seed, *shape):

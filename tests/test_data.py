@@ -14,9 +14,10 @@ import pytest
 from data_checks import LABELS, assert_same, with_value
 
 from genjax import data
+from genjax.checks import check_batch
 from genjax.data.source import DATA_TAG
 from genjax.errors import ConfigError, DataError
-from genjax.protocol import Batch, DataSpec, check_batch
+from genjax.protocol import Batch, DataSpec
 
 # --- source --------------------------------------------------------------------------------------
 

@@ -9,8 +9,9 @@ import pytest
 from data_checks import LABELS, with_value
 
 from genjax import data
+from genjax.checks import check_batch
 from genjax.errors import ConfigError, DataError
-from genjax.protocol import DataSpec, check_batch
+from genjax.protocol import DataSpec
 
 
 def npz(tmp_path, **arrays):

@@ -10,8 +10,8 @@ from data_checks import assert_same, assert_uniform
 from gates import optimised
 
 from genjax import data
+from genjax.checks import check_batch
 from genjax.errors import ConfigError
-from genjax.protocol import check_batch
 
 DENSITIES = ("ring", "grid", "moons", "pinwheel", "checkerboard", "swiss_roll")
 HALF_WIDTH = {

@@ -11,9 +11,10 @@ import pytest
 from data_checks import assert_same
 
 from genjax import data
+from genjax.checks import check_batch
 from genjax.data import images
 from genjax.errors import ConfigError, DataError
-from genjax.protocol import Batch, DataSpec, check_batch
+from genjax.protocol import Batch, DataSpec
 
 MNIST_FILES = (
     "train-images-idx3-ubyte",

@@ -13,9 +13,10 @@ import pytest
 import scipy.io
 
 from genjax import data
+from genjax.checks import check_batch
 from genjax.data import music
 from genjax.errors import CheckpointError, ConfigError, DataError
-from genjax.protocol import DataSpec, check_batch, step_mask
+from genjax.protocol import DataSpec, step_mask
 
 
 def pieces(*lengths, seed=0):

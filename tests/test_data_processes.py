@@ -14,9 +14,10 @@ from gates import quick
 from scipy.stats import multivariate_normal
 
 from genjax import data
+from genjax.checks import check_batch
 from genjax.data import processes
 from genjax.errors import ConfigError
-from genjax.protocol import DataSpec, check_batch
+from genjax.protocol import DataSpec
 
 NAMES = ("markov", "hmm", "lgssm")
 markov_log_prob, hmm_log_likelihood = (

@@ -18,8 +18,9 @@ import pytest
 from data_checks import assert_same
 
 from genjax import data
+from genjax.checks import check_batch
 from genjax.errors import ConfigError, DataError
-from genjax.protocol import DataSpec, check_batch, step_mask
+from genjax.protocol import DataSpec, step_mask
 
 MODULE = importlib.import_module("genjax.data.text")  # the package has a function of this name
 

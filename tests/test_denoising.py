@@ -176,7 +176,7 @@ def test_loss_at_init_is_known(x64):
         / np.sqrt(s2 * 0.64 / (s2 + 0.64)),
     }
     loss = lambda p: {
-        name: m.losses["diffusion"](p, state, Batch(x0), jax.random.key(5))
+        name: m.losses["diffusion"](p, state, Batch(x0), jax.random.key(5), 0)
         for name, m in models.items()
     }  # noqa: E731
     for name, (value, aux) in jit(loss)(f64(params)).items():

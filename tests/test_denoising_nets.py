@@ -12,7 +12,6 @@ from flax import nnx
 from gates import assert_close, member, quick, stack
 
 from genjax.errors import ConfigError
-from genjax.nets.attention import EPSILON
 from genjax.nets.conditioned import (
     FREQUENCIES,
     DenoiserMlp,
@@ -25,6 +24,7 @@ from genjax.nets.conditioned import (
 from genjax.nets.dit import Block, DiT, positions
 from genjax.nets.fast_conv import Conv
 from genjax.nets.functional import functional
+from genjax.nets.layers import EPSILON
 from genjax.nets.unet import AdaptiveGroupNorm, ResidualBlock, UNet, group_norm, n_groups
 
 KEY = jax.random.key(0)

@@ -124,7 +124,7 @@ def test_g1_loss_equals_the_analytic_value(name):
     params, known = ANALYTIC[row.recipe.family](row)
     assert known.keys() == row.losses.keys()
     for player, wanted in known.items():
-        value, _ = row.losses[player](params, row.state, batch(name), jax.random.key(1))
+        value, _ = row.losses[player](params, row.state, batch(name), jax.random.key(1), 0)
         np.testing.assert_allclose(value, wanted(batch(name)), rtol=1e-5)
 
 
@@ -424,9 +424,9 @@ def gradient(name, player):
         params, state = widen((rows.grown(row.params), row.state))
 
         def mean_loss(own, batch):
-            return model.losses[player]({**params, player: own}, state, batch, jax.random.key(2))[
-                0
-            ].mean()
+            return model.losses[player](
+                {**params, player: own}, state, batch, jax.random.key(2), 0
+            )[0].mean()
 
         return params[player], quick(jax.value_and_grad(mean_loss))
 

@@ -21,7 +21,7 @@ FILES = {
 ORDER = (
     {"errors"},
     {"protocol"},
-    {"checks"},
+    {"checks", "settings"},
     {"nets", "data"},
     {"parts", "learning"},
     {"families"},

@@ -16,13 +16,14 @@ import numpy as np
 import optax
 import pytest
 
+from genjax.checks import checked
 from genjax.data import Source, Splits, batch_indices, cast
 from genjax.errors import DataError, Interrupted, NonFiniteError
 from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.loop import DEVICE_LIMIT, Feed, Hook, choose_feed, device_feed, fit, host_feed
 from genjax.learning.optim import track_ema
 from genjax.learning.step import ensemble, skip_nonfinite, training
-from genjax.protocol import Aux, Batch, DataSpec, Model, Training, TrainState, checked
+from genjax.protocol import Aux, Batch, DataSpec, Model, Training, TrainState
 
 pytestmark = pytest.mark.both_ends
 

@@ -66,7 +66,7 @@ def test_computing_again_gives_the_same_in_less_memory(name):
         (player,) = model.losses
 
         def total(params):
-            value = model.losses[player](params, state, batch, jax.random.key(2))[0]
+            value = model.losses[player](params, state, batch, jax.random.key(2), 0)[0]
             return value.mean(), value
 
         return jax.jit(jax.value_and_grad(total, has_aux=True))

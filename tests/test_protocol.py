@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from genjax.checks import check_batch
 from genjax.data import cast, example_batch
 from genjax.evaluation.estimates import padded
 from genjax.nets.functional import functional
 from genjax.nets.sequence import EventEmbed, dropout
-from genjax.parts.distributions import emission
-from genjax.protocol import Batch, DataSpec, check_batch, step_mask
+from genjax.parts.likelihoods import emission
+from genjax.protocol import Batch, DataSpec, step_mask
 
 NAMES = DataSpec((5,), "tokens", levels=3, vocabulary=("\n", "a", "b"), step="character", end=0)
 ROLLS = DataSpec((4, 2), "binary", step="frame", lengths=True)

@@ -17,7 +17,7 @@ from rows import grown, widen
 from genjax.data import example_batch
 from genjax.errors import ConfigError
 from genjax.families.rnn import rnn
-from genjax.parts.distributions import emission
+from genjax.parts.likelihoods import emission
 from genjax.protocol import Batch, DataSpec
 
 TINY = {"d_embed": 5, "d_hidden": 6}
@@ -158,7 +158,7 @@ def test_padding_changes_neither_values_nor_gradients(spec, x64):
         counts = jnp.arange(5)[None] < batch.length[:, None]
         other = batch._replace(x=jnp.where(counts[..., None], batch.x, 1e6))
     value = quick(
-        jax.value_and_grad(lambda p, batch: model.losses["rnn"](p, state, batch, KEY)[0].sum())
+        jax.value_and_grad(lambda p, batch: model.losses["rnn"](p, state, batch, KEY, 0)[0].sum())
     )
     assert_same(value(params, other), value(params, batch))
     assert_same(
@@ -207,15 +207,15 @@ def test_the_gradient_of_one_window_is_the_full_one_and_stops_at_its_edge(x64):
     long, _, _ = setup(LONG)
     x = example_batch(LONG, jax.random.key(3), 2).x
     gradient = quick(
-        jax.grad(lambda p, state, x: model.losses["rnn"](p, state, Batch(x), KEY)[0].sum())
+        jax.grad(lambda p, state, x: model.losses["rnn"](p, state, Batch(x), KEY, 0)[0].sum())
     )
-    full = jax.grad(lambda p: whole.losses["rnn"](p, nothing, Batch(x[:, :4]), KEY)[0].sum())(
+    full = jax.grad(lambda p: whole.losses["rnn"](p, nothing, Batch(x[:, :4]), KEY, 0)[0].sum())(
         params
     )
     assert_close(gradient(params, start, x[:, :4]), full, rtol=1e-12)
     # Over two windows, the gradient is that of the second with its carry held fixed: not that of
     # the long sequence.
-    state = model.losses["rnn"](params, start, Batch(x[:, :4]), KEY)[1].state
+    state = model.losses["rnn"](params, start, Batch(x[:, :4]), KEY, 0)[1].state
     cut = gradient(params, state, x[:, 4:8])
     fixed = jax.grad(lambda p: -model.extras["stream"](p, state["rnn"], Batch(x[:, 4:8]))[0].sum())(
         params
@@ -310,10 +310,10 @@ def test_dropout_is_for_losses_only():
     )
     assert_close(
         score(params, state, batch, KEY),
-        -plain.losses["rnn"](params, state, batch, KEY)[0],
+        -plain.losses["rnn"](params, state, batch, KEY, 0)[0],
         rtol=1e-6,
     )
-    loss = quick(lambda key: model.losses["rnn"](params, state, batch, key)[0])
+    loss = quick(lambda key: model.losses["rnn"](params, state, batch, key, 0)[0])
     assert (loss(jax.random.key(0)) != loss(jax.random.key(1))).all()
 
 
@@ -358,4 +358,4 @@ def test_a_batch_that_does_not_fill_the_lanes():
     with pytest.raises(
         ConfigError, match="carries the state of 2 streams, so a batch must hold 2 examples; got 3"
     ):
-        model.losses["rnn"](params, state, example_batch(WINDOW, KEY, 3), KEY)
+        model.losses["rnn"](params, state, example_batch(WINDOW, KEY, 3), KEY, 0)

@@ -20,7 +20,6 @@ from genjax.families.flow_matching import (
     PATHS,
     SOFTENING,
     TIMES,
-    dequantized_bound,
     flow_matching,
     line_velocity,
     noise_level,
@@ -29,6 +28,7 @@ from genjax.families.flow_matching import (
 from genjax.families.vae import vae
 from genjax.learning.step import training
 from genjax.nets.functional import Net
+from genjax.parts.likelihoods import dequantized_bound
 from genjax.parts.paths import PREDICTIONS, diffuse, score_of, velocity_of
 from genjax.protocol import Batch, DataSpec
 
@@ -178,14 +178,14 @@ def test_the_least_loss_is_the_conditional_variance(name, times, loss, x64):
     """
     batch, key = normal_batch(40_000), jax.random.key(3)
     model, params, state = gaussian(name, loss=loss, times=times)
-    value = np.asarray(model.losses["flow"](params, state, batch, key)[0])
+    value = np.asarray(model.losses["flow"](params, state, batch, key, 0)[0])
     assert abs(value.mean() - least_losses(name, loss, times)) < 4 * value.std() / math.sqrt(
         len(value)
     )
     if loss == "velocity":
         off = closed_form(name, lambda *args: gaussian_velocity(*args) + 0.3)
         other = flow_matching(POINTS, probability_path=name, net=off, times=times)
-        more = np.asarray(other.losses["flow"](params, state, batch, key)[0]) - value
+        more = np.asarray(other.losses["flow"](params, state, batch, key, 0)[0]) - value
         assert abs(more.mean() - D * 0.3**2) < 4 * more.std() / math.sqrt(len(more))
 
 
@@ -385,7 +385,7 @@ def test_noise_is_exchanged_within_a_class_only(x64):
     x = jnp.asarray(np.where(labels[:, None] == 1, 10.0, -10.0) * np.ones((1, 2)))
     model = flow_matching(spec, net=net, coupling="optimal")
     loss = jax.jit(
-        lambda key: model.losses["flow"]({"flow": {}}, {}, Batch(x, jnp.asarray(labels)), key)[0]
+        lambda key: model.losses["flow"]({"flow": {}}, {}, Batch(x, jnp.asarray(labels)), key, 0)[0]
     )
     values = np.stack(
         [loss(key) for key in jax.random.split(jax.random.key(0), 6)]
@@ -451,7 +451,7 @@ def test_the_condition_is_dropped_as_often_as_asked():
         jnp.asarray(rng.integers(0, 3, 400)),
     )
     loss = lambda cond: np.asarray(
-        model.losses["flow"](params, state, Batch(x, cond), jax.random.key(2))[0]
+        model.losses["flow"](params, state, Batch(x, cond), jax.random.key(2), 0)[0]
     )  # noqa: E731
     same = (loss(cond) == loss((cond + 1) % 3)).mean()
     assert abs(same - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 400)

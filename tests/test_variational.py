@@ -36,7 +36,7 @@ from vae_oracles import (
 
 from genjax.families.vae import vae
 from genjax.learning.step import scan_steps, training
-from genjax.parts.distributions import bounded_log_scale
+from genjax.parts.likelihoods import bounded_log_scale
 from genjax.protocol import Batch, DataSpec
 
 # --- at the exact posterior -----------------------------------------------------------------------
@@ -81,7 +81,9 @@ def test_the_loss_has_its_minimum_at_the_ppca_solution(x64):
     batch = Batch(jnp.asarray(p.x))
     model = linear_vae(gradient="stl")
     grads = over_keys(
-        lambda key: jax.grad(lambda q: model.losses["vae"](q, state, batch, key)[0].mean())(params),
+        lambda key: jax.grad(lambda q: model.losses["vae"](q, state, batch, key, 0)[0].mean())(
+            params
+        ),
         1,
         400,
     )
@@ -234,7 +236,7 @@ def test_a_posterior_that_collapsed_to_a_point_has_a_finite_bound_and_finds_its_
         jit(model.extras["encode"])(params, state, batch.x)[1], -15, rtol=1e-5
     )
     assert np.isfinite(np.asarray(jit(model.bound)(params, state, batch, jax.random.key(1)))).all()
-    loss = lambda p: model.losses["vae"](p, state, batch, jax.random.key(1))[0].mean()  # noqa: E731
+    loss = lambda p: model.losses["vae"](p, state, batch, jax.random.key(1), 0)[0].mean()  # noqa: E731
     gradient = jit(jax.grad(loss))(params)["vae"]["encoder"]["layers"][0]["bias"]
     np.testing.assert_allclose(gradient[2:], -1, atol=1e-3)  # d/ds (½ e^2s - s) far below 0
 
@@ -247,7 +249,8 @@ def test_the_closed_form_kl_equals_the_monte_carlo_kl(x64):
 
     def both(key):
         return tuple(
-            model.losses["vae"](params, state, batch, key)[1].metrics for model in (closed, sampled)
+            model.losses["vae"](params, state, batch, key, 0)[1].metrics
+            for model in (closed, sampled)
         )
 
     one, other = over_keys(both, 6, 3000)

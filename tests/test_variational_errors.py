@@ -164,7 +164,7 @@ def test_keys_and_numbers_that_do_not_fit():
         lambda: model.init(old),
         lambda: model.sample(params, state, old, 2),
         lambda: model.bound(params, state, Batch(X), old),
-        lambda: model.losses["vae"](params, state, Batch(X), old),
+        lambda: model.losses["vae"](params, state, Batch(X), old, 0),
     ):
         with pytest.raises(
             TypeError,

@@ -48,7 +48,7 @@ def gradients(gradient, k, beta=1.0, prior="normal", n=20_000):
         params = f64(params)
         batch = Batch(jnp.asarray(POINTS))
         flatten = lambda tree: jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])  # noqa: E731
-        grad = jax.grad(lambda p, key: model.losses["vae"](p, state, batch, key)[0].sum())
+        grad = jax.grad(lambda p, key: model.losses["vae"](p, state, batch, key, 0)[0].sum())
         mine = flatten(
             {
                 "vae": {
@@ -132,9 +132,9 @@ def test_at_the_exact_posterior_the_low_variance_gradients_of_the_encoder_vanish
     batch, key = Batch(jnp.asarray(p.x[:8])), jax.random.key(14)
 
     def encoder_gradient(model):
-        return jit(jax.grad(lambda q: model.losses["vae"](q, state, batch, key)[0].mean()))(params)[
-            "vae"
-        ]["encoder"]
+        return jit(jax.grad(lambda q: model.losses["vae"](q, state, batch, key, 0)[0].mean()))(
+            params
+        )["vae"]["encoder"]
 
     for leaf in jax.tree.leaves(encoder_gradient(linear_vae(gradient=gradient, n_samples=k))):
         np.testing.assert_allclose(leaf, 0.0, atol=1e-10)

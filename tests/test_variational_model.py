@@ -102,7 +102,7 @@ def test_a_condition_without_effect_or_without_change_is_no_condition(x64, net, 
     def everything(model, params, cond):
         batch = Batch(x, cond)
         return (
-            model.losses["vae"](params, state, batch, key)[0],
+            model.losses["vae"](params, state, batch, key, 0)[0],
             model.bound(params, state, batch, key),
             model.sample(params, state, key, 4, cond),
             model.extras["encode"](params, state, x, cond),
@@ -269,7 +269,7 @@ def test_bfloat16_arithmetic_keeps_float32_parameters_and_losses(net):
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     batch = Batch(jnp.ones((4, 4, 4, 1)))
     value = lambda p, m: (lambda loss, aux: (loss.sum(), (loss, aux)))(
-        *m.losses["vae"](p, state, batch, jax.random.key(38))
+        *m.losses["vae"](p, state, batch, jax.random.key(38), 0)
     )  # noqa: E731
     (_, (one, aux)), grads = jit(jax.value_and_grad(partial(value, m=narrow), has_aux=True))(params)
     other, _ = jit(wide.losses["vae"])(params, state, batch, jax.random.key(38))

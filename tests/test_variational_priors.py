@@ -210,7 +210,7 @@ def test_pseudo_inputs_and_their_conditions_are_learned():
         jnp.ones((4, 3)), jnp.array([0, 1, 0, 1])
     )  # labels that are constants of the program are checked too
     grads = jit(
-        jax.grad(lambda p: model.losses["vae"](p, state, batch, jax.random.key(0))[0].sum())
+        jax.grad(lambda p: model.losses["vae"](p, state, batch, jax.random.key(0), 0)[0].sum())
     )(params)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
 

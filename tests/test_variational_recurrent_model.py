@@ -55,7 +55,9 @@ def test_padding_changes_neither_values_nor_gradients(how, x64):
 
     def value_of(model):
         return quick(
-            jax.value_and_grad(lambda p, batch: model.losses["vrnn"](p, state, batch, KEY)[0].sum())
+            jax.value_and_grad(
+                lambda p, batch: model.losses["vrnn"](p, state, batch, KEY, 0)[0].sum()
+            )
         )
 
     value = value_of(model)
@@ -220,7 +222,7 @@ def test_ten_thousand_random_inits_are_finite_with_their_gradients():
     def run(key):
         params, state = model.init(key)
         params = jax.tree.map(lambda leaf: 3 * leaf, params)
-        value = lambda p: model.losses["vrnn"](p, state, Batch(x), key)[0].sum()  # noqa: E731
+        value = lambda p: model.losses["vrnn"](p, state, Batch(x), key, 0)[0].sum()  # noqa: E731
         loss, gradient = jax.value_and_grad(value)(params)
         scale = model.extras["encode"](params, state, x)[1]
         return loss, jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), gradient), scale.min()

@@ -321,7 +321,7 @@ def vdm():
 def test_schedule_gradient_is_that_of_the_square_and_leaves_all_else_alone(x64, vdm):
     models, params, state, batch = vdm
     loss = lambda how: (
-        lambda p: models[how].losses["diffusion"](p, state, batch, jax.random.key(14))
+        lambda p: models[how].losses["diffusion"](p, state, batch, jax.random.key(14), 0)
     )  # noqa: E731
     values = {how: jit(loss(how))(params) for how in models}
     np.testing.assert_allclose(values["variance"][0], values["bound"][0], rtol=1e-12)
@@ -397,7 +397,7 @@ def test_learning_the_schedule_reduces_the_variance_of_the_loss(x64):
             }
         }
         key_x, key_loss = jax.random.split(key)
-        value, aux = model.losses["diffusion"](p, state, Batch(x(key_x)), key_loss)
+        value, aux = model.losses["diffusion"](p, state, Batch(x(key_x)), key_loss, 0)
         return value.mean(), aux.metrics["diffusion"]
 
     tx = optax.adam(0.03)

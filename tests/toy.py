@@ -12,8 +12,9 @@ import numpy as np
 import optax
 from gates import quick
 
+from genjax.checks import checked
 from genjax.learning.step import microbatch, training
-from genjax.protocol import Aux, Batch, DataSpec, Model, checked
+from genjax.protocol import Aux, Batch, DataSpec, Model
 
 jitted = functools.cache(quick)  # many tests run the same step
 SPEC = DataSpec((3,), "continuous", name="toy")

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from genjax.checks import check_cond, checked
 from genjax.errors import ConfigError, unknown_name
 from genjax.nets.denoiser import BUILDS, denoiser
 from genjax.nets.functional import Net
@@ -51,18 +52,7 @@ from genjax.parts.solvers import (
     likelihood_in_words,
     ode_log_prob,
 )
-from genjax.protocol import (
-    Array,
-    Aux,
-    Batch,
-    DataSpec,
-    Key,
-    Model,
-    Params,
-    State,
-    check_cond,
-    checked,
-)
+from genjax.protocol import Array, Aux, Batch, DataSpec, Key, Model, Params, State
 
 SCHEDULES: dict[str, Callable[[], Path]] = {"cosine": cosine, "linear": linear, "edm": edm}
 
@@ -395,7 +385,9 @@ def diffusion(
 
         return denoise
 
-    def loss(params: Params, state: State, batch: Batch, key: Key) -> tuple[Array, Aux]:
+    def loss(
+        params: Params, state: State, batch: Batch, key: Key, step: Array
+    ) -> tuple[Array, Aux]:
         p, x0, n = params["diffusion"], spec.normalize(batch.x), batch.x.shape[0]
         key_time, key_noise, key_cond, key_end = jax.random.split(key, 4)
         t = draw_times(key_time, path_of(p), n, x0.dtype)

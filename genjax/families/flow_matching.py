@@ -7,7 +7,6 @@ Salimans 2022 (classifier-free guidance). As everywhere here, t = 0 is data and 
 papers count the other way, and their velocity is the negative of ours.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -15,12 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from genjax.checks import check_cond, checked
 from genjax.errors import ConfigError, unknown_name
 from genjax.nets.denoiser import BUILDS, denoiser
 from genjax.nets.functional import Net
 from genjax.parts.bounds import squared
 from genjax.parts.guidance import generator
 from genjax.parts.guidance import guided as guide
+from genjax.parts.likelihoods import dequantize, dequantized_bound
 from genjax.parts.pairing import COUPLINGS
 from genjax.parts.paths import (
     PREDICTIONS,
@@ -39,18 +40,7 @@ from genjax.parts.solvers import (
     likelihood_in_words,
     ode_log_prob,
 )
-from genjax.protocol import (
-    Array,
-    Aux,
-    Batch,
-    DataSpec,
-    Key,
-    Model,
-    Params,
-    State,
-    check_cond,
-    checked,
-)
+from genjax.protocol import Array, Aux, Batch, DataSpec, Key, Model, Params, State
 
 PATHS: dict[str, Callable[[], Path]] = {
     "conditional_ot": conditional_ot,
@@ -116,38 +106,6 @@ LOSSES: dict[str, Callable[[Path, Array], Array]] = {"velocity": unit_weight, "x
 
 
 # --- discrete data --------------------------------------------------------------------------------
-
-
-def dequantize(spec: DataSpec, x: Array, key: Key) -> Array:
-    """Normalised events with which a density can be fitted: x + u, u uniform on [-½, ½), for binary
-    and discrete data.
-    """
-    if spec.kind == "continuous":
-        return spec.normalize(x)
-    return spec.normalize(x + jax.random.uniform(key, x.shape, x.dtype, -0.5, 0.5))
-
-
-def log_level_volume(spec: DataSpec) -> float:
-    """ln of the volume that one value of an event has on the normalised scale: D ln(2 / (levels -
-    1)); 0 if continuous.
-    """
-    return 0.0 if spec.kind == "continuous" else spec.size * math.log(2 / ((spec.levels or 2) - 1))
-
-
-def dequantized_bound(
-    spec: DataSpec, log_density: Callable[[Array], Array], x: Array, key: Key
-) -> Array:
-    """ln p(x + u) per level, [n] nats: in expectation at most ln P(x), P(x) = ∫ p(x + u) du. Theis
-    2016.
-
-    Args:
-        spec: binary or discrete data, D dimensions.
-        log_density: (normalised events [n, *shape]) -> ln p [n]; in those units a level has the
-            volume (2 / (levels - 1))^D.
-        x: events in the units of the data, [n, *shape].
-        key: of u.
-    """
-    return log_density(dequantize(spec, x, key)) + log_level_volume(spec)
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -336,7 +294,9 @@ def flow_matching(
     def drop(key: Key, n: int) -> Array | None:
         return jax.random.bernoulli(key, cond_dropout, (n,)) if guided else None
 
-    def loss_of(params: Params, state: State, batch: Batch, key: Key) -> tuple[Array, Aux]:
+    def loss_of(
+        params: Params, state: State, batch: Batch, key: Key, step: Array
+    ) -> tuple[Array, Aux]:
         key_noise, key_pairs, key_data, key_cond, key_time = jax.random.split(key, 5)
         x0, n = dequantize(spec, batch.x, key_data), batch.x.shape[0]
         epsilon = jax.random.normal(key_noise, x0.shape, x0.dtype)
@@ -472,7 +432,9 @@ def reflow(
         copy = lambda: jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), teacher)  # noqa: E731
         return {"flow": copy(), "teacher": copy()}, jax.tree.map(jnp.array, state)
 
-    def loss(params: Params, state: State, batch: Batch, key: Key) -> tuple[Array, Aux]:
+    def loss(
+        params: Params, state: State, batch: Batch, key: Key, step: Array
+    ) -> tuple[Array, Aux]:
         key_noise, key_cond, key_time = jax.random.split(key, 3)
         n, cond, frozen = batch.x.shape[0], batch.cond, {"flow": params["teacher"]}
         epsilon, dropped = (

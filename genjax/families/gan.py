@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from genjax.checks import check_cond, checked
 from genjax.errors import ConfigError, unknown_name
 from genjax.nets.functional import Net, functional
 from genjax.nets.gan import (
@@ -27,18 +28,7 @@ from genjax.nets.gan import (
     ResidualGenerator,
 )
 from genjax.parts.distributions import softplus
-from genjax.protocol import (
-    Array,
-    Aux,
-    Batch,
-    DataSpec,
-    Key,
-    Model,
-    Params,
-    State,
-    check_cond,
-    checked,
-)
+from genjax.protocol import Array, Aux, Batch, DataSpec, Key, Model, Params, State
 
 
 class Objective(NamedTuple):
@@ -338,7 +328,7 @@ def gan(
         return jax.random.normal(key, (n, latent_dim))
 
     def discriminator_loss(
-        params: Params, state: State, batch: Batch, key: Key
+        params: Params, state: State, batch: Batch, key: Key, step: Array
     ) -> tuple[Array, Aux]:
         key_z, key_between = jax.random.split(key)
         real, c = spec.normalize(batch.x), condition(batch.cond)
@@ -369,7 +359,9 @@ def gan(
                 value += weight * penalty(logit, x)
         return value, Aux({**state, "discriminator": after}, metrics)
 
-    def generator_loss(params: Params, state: State, batch: Batch, key: Key) -> tuple[Array, Aux]:
+    def generator_loss(
+        params: Params, state: State, batch: Batch, key: Key, step: Array
+    ) -> tuple[Array, Aux]:
         real, c = spec.normalize(batch.x), condition(batch.cond)
         fake, after = generated(params, state, latent(key, real.shape[0]), c, train=True)
         judge = partial(discriminator.apply, params["discriminator"], state["discriminator"])

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from genjax.checks import check_cond, checked
 from genjax.errors import ConfigError, unknown_name
 from genjax.nets.functional import functional
 from genjax.nets.recurrent import Cell, RecurrentNet, cell_of
 from genjax.parts.decoding import generator
-from genjax.parts.distributions import emission
+from genjax.parts.likelihoods import emission
 from genjax.protocol import (
     Array,
     Aux,
@@ -27,8 +28,6 @@ from genjax.protocol import (
     Params,
     PyTree,
     State,
-    check_cond,
-    checked,
     step_mask,
 )
 
@@ -172,7 +171,9 @@ def rnn(
             "started": jnp.ones(len(x), bool),
         }
 
-    def loss(params: Params, state: State, batch: Batch, key: Key) -> tuple[Array, Aux]:
+    def loss(
+        params: Params, state: State, batch: Batch, key: Key, step: Array
+    ) -> tuple[Array, Aux]:
         p, n = params["rnn"], batch.x.shape[0]
         key_net, key_cond, key_restart = jax.random.split(key, 3)
         carry = fresh(p, n, batch.x.dtype)

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from genjax.checks import check_cond, checked
 from genjax.errors import ConfigError, unknown_name
 from genjax.nets.attention import Attention, FeedForward, Inputs, Readout, output_std
 from genjax.nets.functional import functional
 from genjax.nets.sequence import dropout as drop
 from genjax.parts.decoding import generator
-from genjax.parts.distributions import emission
+from genjax.parts.likelihoods import emission
 from genjax.protocol import (
     Array,
     Aux,
@@ -29,8 +30,6 @@ from genjax.protocol import (
     Params,
     PyTree,
     State,
-    check_cond,
-    checked,
     step_mask,
 )
 
@@ -226,7 +225,9 @@ def transformer(
         """ln p(x_t | x_<t, c) [B, T], 0 where padded."""
         return jnp.where(step_mask(spec, batch), emit.log_prob(batch.x, outputs), 0)
 
-    def loss(params: Params, state: State, batch: Batch, key: Key) -> tuple[Array, Aux]:
+    def loss(
+        params: Params, state: State, batch: Batch, key: Key, step: Array
+    ) -> tuple[Array, Aux]:
         key_net, key_cond = jax.random.split(key)
         dropped = (
             jax.random.bernoulli(key_cond, cond_dropout, batch.x.shape[:1])

@@ -13,34 +13,21 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from genjax.checks import check_cond, checked
 from genjax.errors import ConfigError, unknown_name
 from genjax.nets.conv import ConvDecoder, ConvEncoder
 from genjax.nets.functional import Net, functional
 from genjax.nets.mlp import ACTIVATIONS, MLP, flatten_with
 from genjax.parts.distributions import (
-    LIKELIHOOD_OF_KIND,
-    LIKELIHOODS,
     LOG_2PI,
-    bounded_log_scale,
     log_mean_exp,
     normal_kl,
     normal_log_prob,
     normal_sample,
     sum_event,
 )
-from genjax.protocol import (
-    Array,
-    Aux,
-    Batch,
-    DataSpec,
-    Key,
-    Metrics,
-    Model,
-    Params,
-    State,
-    check_cond,
-    checked,
-)
+from genjax.parts.likelihoods import LIKELIHOOD_OF_KIND, LIKELIHOODS, bounded_log_scale
+from genjax.protocol import Array, Aux, Batch, DataSpec, Key, Metrics, Model, Params, State
 
 # Given normalised events [N, *shape] and conditions [N, E] (or None), the mean and log-scale of
 # q(z|x, c), each [N, d].
@@ -381,7 +368,9 @@ def vae(
         z = normal_sample(key, mean, log_scale)
         return log_likelihood(p, x, z[None], c)[0], prior.kl(p["prior"], mean, log_scale)
 
-    def loss(params: Params, state: State, batch: Batch, key: Key) -> tuple[Array, Aux]:
+    def loss(
+        params: Params, state: State, batch: Batch, key: Key, step: Array
+    ) -> tuple[Array, Aux]:
         p, c = params["vae"], condition(batch.cond)
         metrics: Metrics
         if n_samples == 1 and gradient == "pathwise":

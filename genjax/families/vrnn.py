@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from genjax.checks import check_cond, check_key, checked
 from genjax.errors import ConfigError, unknown_name
 from genjax.nets.functional import functional
 from genjax.nets.mlp import ACTIVATIONS
 from genjax.nets.recurrent import Cell, cell_of, rematerialised
 from genjax.nets.vrnn import VariationalRecurrentNet
 from genjax.parts.distributions import (
-    emission,
     log_mean_exp,
     normal_kl,
     normal_log_prob,
@@ -26,6 +26,7 @@ from genjax.parts.distributions import (
     softplus,
     sum_event,
 )
+from genjax.parts.likelihoods import emission
 from genjax.protocol import (
     Array,
     Aux,
@@ -37,9 +38,6 @@ from genjax.protocol import (
     Params,
     PyTree,
     State,
-    check_cond,
-    check_key,
-    checked,
     step_mask,
 )
 
@@ -353,7 +351,9 @@ def vrnn(
             model_of(p), x, observed, step_mask(spec, batch).T, carry, key, k, choose, remat
         )
 
-    def loss(params: Params, state: State, batch: Batch, key: Key) -> tuple[Array, Aux]:
+    def loss(
+        params: Params, state: State, batch: Batch, key: Key, step: Array
+    ) -> tuple[Array, Aux]:
         p, n = params["vrnn"], batch.x.shape[0]
         key_z, key_cond, key_net = jax.random.split(key, 3)
         dropped = jax.random.bernoulli(key_cond, cond_dropout, (n,)) if spec.conditional else None

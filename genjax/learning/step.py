@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from genjax.checks import check_batch, check_key
 from genjax.errors import ConfigError
 from genjax.learning.optim import averaged
 from genjax.protocol import (
@@ -34,8 +35,6 @@ from genjax.protocol import (
     State,
     Training,
     TrainState,
-    check_batch,
-    check_key,
 )
 
 Mode = Literal["vmap", "map", "auto"]
@@ -82,10 +81,16 @@ def training(
             raise ConfigError(f"Player {player!r} has a loss but no turn; turns are {turns}.")
 
     def gradient(
-        player: str, params: Params, state: State, batch: Batch, weight: Array, key: Key
+        player: str,
+        params: Params,
+        state: State,
+        batch: Batch,
+        weight: Array,
+        key: Key,
+        step: Array,
     ) -> tuple[PyTree, State, Metrics]:
         def objective(own: PyTree) -> tuple[Array, tuple[State, Metrics]]:
-            loss, aux = model.losses[player]({**params, player: own}, state, batch, key)
+            loss, aux = model.losses[player]({**params, player: own}, state, batch, key, step)
             metrics = {
                 f"{player}/{name}": _dot(weight, value)
                 for name, value in {**aux.metrics, "loss": loss}.items()
@@ -122,7 +127,7 @@ def training(
         metrics: Metrics = {}
         for index, player in enumerate(order):
             key = jax.random.fold_in(ts.key, ts.step * len(order) + index)
-            grads, state, new = gradient(player, ts.params, ts.state, batch, weight, key)
+            grads, state, new = gradient(player, ts.params, ts.state, batch, weight, key, ts.step)
             with jax.numpy_dtype_promotion(
                 "standard"
             ):  # optax's own arithmetic mixes whole and real numbers
@@ -198,7 +203,13 @@ def microbatch(t: Training, n: int) -> Training:
 
     def wrap(gradient: Gradient) -> Gradient:
         def accumulated(
-            player: str, params: Params, state: State, batch: Batch, weight: Array, key: Key
+            player: str,
+            params: Params,
+            state: State,
+            batch: Batch,
+            weight: Array,
+            key: Key,
+            step: Array,
         ) -> tuple[PyTree, State, Metrics]:
             size = batch.x.shape[0]
             if size % n:
@@ -208,7 +219,7 @@ def microbatch(t: Training, n: int) -> Training:
                 (grads, metrics), state = carry
                 part_batch, part_weight, part_key = xs
                 more, state, more_metrics = gradient(
-                    player, params, state, part_batch, part_weight, part_key
+                    player, params, state, part_batch, part_weight, part_key, step
                 )
                 return (jax.tree.map(jnp.add, (grads, metrics), (more, more_metrics)), state), None
 
@@ -216,7 +227,9 @@ def microbatch(t: Training, n: int) -> Training:
             parts = (split(batch), split(weight) if weight.ndim else jnp.broadcast_to(weight, (n,)))
             keys = jax.random.split(key, n)
             first = jax.tree.map(lambda leaf: leaf[0], (*parts, keys))
-            shapes = jax.eval_shape(lambda *args: gradient(player, params, state, *args), *first)
+            shapes = jax.eval_shape(
+                lambda *args: gradient(player, params, state, *args, step), *first
+            )
             zeros = jax.tree.map(
                 lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes[0], shapes[2])
             )

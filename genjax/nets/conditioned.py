@@ -18,7 +18,8 @@ import numpy as np
 from flax import nnx
 
 from genjax.errors import ConfigError
-from genjax.nets.attention import Dense, attend, wide
+from genjax.nets.attention import attend
+from genjax.nets.layers import Dense, wide
 from genjax.protocol import Array
 
 _ZERO = nnx.initializers.zeros_init()

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from genjax.errors import ConfigError
-from genjax.nets.attention import Dense, unit_rms, wide
 from genjax.nets.conditioned import (
     Embedding,
     SelfAttention,
@@ -16,6 +15,7 @@ from genjax.nets.conditioned import (
     to_patches,
     zero_linear,
 )
+from genjax.nets.layers import Dense, unit_rms, wide
 from genjax.protocol import Array
 
 

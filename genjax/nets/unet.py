@@ -11,9 +11,9 @@ import numpy as np
 from flax import nnx
 
 from genjax.errors import ConfigError
-from genjax.nets.attention import EPSILON, wide
 from genjax.nets.conditioned import Embedding, SelfAttention, from_patches, to_patches, zero_linear
 from genjax.nets.fast_conv import Conv, double
+from genjax.nets.layers import EPSILON, wide
 from genjax.protocol import Array
 
 

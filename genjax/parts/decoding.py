@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from genjax.checks import check_cond, check_key
 from genjax.errors import ConfigError
 from genjax.parts.guidance import classifier_free
-from genjax.protocol import Array, DataSpec, Key, Params, PyTree, State, check_cond, check_key
+from genjax.protocol import Array, DataSpec, Key, Params, PyTree, State
 
 # (logits [n, V], counts int32 [n, V] of each token so far) -> logits [n, V].
 Rule = Callable[[Array, Array], Array]

@@ -20,10 +20,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from genjax.checks import check_cond, check_key
 from genjax.errors import ConfigError
 from genjax.parts import solvers
 from genjax.parts.paths import Denoise, Path, coefficients, prior
-from genjax.protocol import Array, DataSpec, Key, Params, State, check_cond, check_key
+from genjax.protocol import Array, DataSpec, Key, Params, State
 
 
 def classifier_free(conditional: Array, unconditional: Array, scale: Array | float) -> Array:

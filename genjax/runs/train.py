@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from genjax.checks import check_cond
 from genjax.data import Source, Splits, example_batch
 from genjax.errors import CheckpointError, ConfigError, GenjaxError, replacing
 from genjax.evaluation import quality
@@ -55,7 +56,6 @@ from genjax.protocol import (
     ScoreFn,
     State,
     TrainState,
-    check_cond,
     step_mask,
 )
 from genjax.runs import pictures, samples

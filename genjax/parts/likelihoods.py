@@ -1,0 +1,220 @@
+"""What a net's outputs say of data: likelihoods of images and vectors, emissions of sequences."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from genjax.parts.distributions import (
+    bernoulli_log_prob,
+    bernoulli_sample,
+    categorical_log_prob,
+    discretized_logistic_log_prob,
+    discretized_logistic_sample,
+    normal_log_prob,
+    normal_sample,
+    sum_event,
+)
+from genjax.protocol import Array, DataSpec, Key
+
+
+class Likelihood(NamedTuple):
+    """p(x | outputs) for the outputs of a decoder, [..., *event, n_outputs]; elementwise over the
+    event.
+
+    Attributes:
+        n_outputs: how many numbers the decoder gives per element.
+        log_prob: (x, outputs, log_scale) -> nats per element, [..., *event].
+        sample: (key, outputs, log_scale) -> x.
+        mean: (outputs, log_scale) -> the expectation of x (for the logistic its location), in the
+            units of x.
+        scaled: whether it uses a scale; where n_outputs is 2 the second output is the log-scale and
+            `log_scale` is ignored.
+    """
+
+    n_outputs: int
+    log_prob: Callable[[Array, Array, Array | float], Array]
+    sample: Callable[[Key, Array, Array | float], Array]
+    mean: Callable[[Array, Array | float], Array]
+    scaled: bool
+
+
+def bounded_log_scale(raw: Array, min_log_scale: float = -7.0) -> Array:
+    """min + softplus(raw - min): a log-scale that never falls below a floor and keeps a gradient, ≈
+    raw far above it.
+
+    Without the floor a Gaussian likelihood is unbounded, and one bad step is enough for
+    exp(-log_scale) to overflow.
+    """
+    return min_log_scale + jax.nn.softplus(raw - min_log_scale)
+
+
+def _split_scale(outputs: Array, log_scale: Array | float) -> tuple[Array, Array]:
+    mean = outputs[..., 0]
+    return mean, bounded_log_scale(outputs[..., 1]) if outputs.shape[-1] == 2 else jnp.asarray(
+        log_scale, mean.dtype
+    )
+
+
+def bernoulli(spec: DataSpec, per_element_scale: bool) -> Likelihood:
+    """Bernoulli likelihood of binary data; it has no scale."""
+    return Likelihood(
+        n_outputs=1,
+        log_prob=lambda x, outputs, log_scale: bernoulli_log_prob(x, outputs[..., 0]),
+        sample=lambda key, outputs, log_scale: bernoulli_sample(key, outputs[..., 0]),
+        mean=lambda outputs, log_scale: jax.nn.sigmoid(outputs[..., 0]),
+        scaled=False,
+    )
+
+
+def gaussian(spec: DataSpec, per_element_scale: bool) -> Likelihood:
+    """Normal likelihood of continuous data, in the units of the data."""
+    return Likelihood(
+        n_outputs=2 if per_element_scale else 1,
+        log_prob=lambda x, outputs, log_scale: normal_log_prob(
+            x, *_split_scale(outputs, log_scale)
+        ),
+        sample=lambda key, outputs, log_scale: normal_sample(
+            key, *_split_scale(outputs, log_scale)
+        ),
+        mean=lambda outputs, log_scale: outputs[..., 0],
+        scaled=True,
+    )
+
+
+def discretized_logistic(spec: DataSpec, per_element_scale: bool) -> Likelihood:
+    """Discretised logistic likelihood of discrete data; mean and scale are on the normalised range
+    [-1, 1].
+    """
+    levels = spec.levels or 2
+    return Likelihood(
+        n_outputs=2 if per_element_scale else 1,
+        log_prob=lambda x, outputs, log_scale: discretized_logistic_log_prob(
+            x, *_split_scale(outputs, log_scale), levels
+        ),
+        sample=lambda key, outputs, log_scale: discretized_logistic_sample(
+            key, *_split_scale(outputs, log_scale), levels
+        ),
+        mean=lambda outputs, log_scale: jnp.clip(spec.denormalize(outputs[..., 0]), 0, levels - 1),
+        scaled=True,
+    )
+
+
+LIKELIHOODS: dict[str, Callable[[DataSpec, bool], Likelihood]] = {
+    "bernoulli": bernoulli,
+    "gaussian": gaussian,
+    "discretized_logistic": discretized_logistic,
+}
+
+
+# The likelihood that makes sense for each kind of data; another one would compare densities with
+# probabilities.
+LIKELIHOOD_OF_KIND = {
+    "binary": "bernoulli",
+    "continuous": "gaussian",
+    "discrete": "discretized_logistic",
+}
+
+
+class Emission(NamedTuple):
+    """p(event | outputs) for one step of a sequence, whose event has the shape `spec.shape[1:]`.
+
+    Attributes:
+        n_outputs: how many numbers a network gives per step.
+        log_prob: (x [..., *event], outputs [..., n_outputs]) -> nats [...], summed over the event.
+        sample: (key, outputs [..., n_outputs]) -> x [..., *event], in the dtype of the data.
+    """
+
+    n_outputs: int
+    log_prob: Callable[[Array, Array], Array]
+    sample: Callable[[Key, Array], Array]
+
+
+def emission(spec: DataSpec, n_components: int = 1) -> Emission:
+    """The distribution of one step that fits the kind of data.
+
+    Tokens and discrete values are categorical (the outputs are logits, `levels` of them for each
+    value), binary values Bernoulli, all independent within the step; continuous vectors are a
+    mixture of `n_components` Gaussians with diagonal covariance (Graves 2013, section 4.1, without
+    correlations), which need not be independent.
+    """
+    event = spec.shape[1:]
+    size, ndim = math.prod(event), len(event)
+    if spec.kind in ("tokens", "discrete"):
+        levels = spec.levels or 2
+        logits_of = lambda outputs: outputs.reshape(*outputs.shape[:-1], *event, levels)  # noqa: E731
+        return Emission(
+            size * levels,
+            lambda x, outputs: sum_event(categorical_log_prob(x, logits_of(outputs)), ndim),
+            lambda key, outputs: jax.random.categorical(key, logits_of(outputs)).astype(spec.dtype),
+        )
+    if spec.kind == "binary":
+        logits_of = lambda outputs: outputs.reshape(*outputs.shape[:-1], *event)  # noqa: E731
+        return Emission(
+            size,
+            lambda x, outputs: sum_event(bernoulli_log_prob(x, logits_of(outputs)), ndim),
+            lambda key, outputs: bernoulli_sample(key, logits_of(outputs)),
+        )
+    m = n_components
+
+    def parts(outputs: Array) -> tuple[Array, Array, Array]:
+        """Log-weights [..., m], means and log-scales [..., m, size]."""
+        mean, raw = jnp.split(
+            outputs[..., m:].reshape(*outputs.shape[:-1], m, 2 * size), 2, axis=-1
+        )
+        return jax.nn.log_softmax(outputs[..., :m]), mean, bounded_log_scale(raw)
+
+    def log_prob(x: Array, outputs: Array) -> Array:
+        log_weight, mean, log_scale = parts(outputs)
+        flat = x.reshape(*outputs.shape[:-1], 1, size)
+        return jax.nn.logsumexp(
+            log_weight + sum_event(normal_log_prob(flat, mean, log_scale)), axis=-1
+        )
+
+    def sample(key: Key, outputs: Array) -> Array:
+        key_component, key_noise = jax.random.split(key)
+        log_weight, mean, log_scale = parts(outputs)
+        chosen = jax.random.categorical(key_component, log_weight)[..., None, None]
+        take = lambda values: jnp.take_along_axis(values, chosen, axis=-2)[..., 0, :]  # noqa: E731
+        return normal_sample(key_noise, take(mean), take(log_scale)).reshape(
+            *outputs.shape[:-1], *event
+        )
+
+    return Emission(m * (1 + 2 * size), log_prob, sample)
+
+
+# --- discrete data
+
+
+def dequantize(spec: DataSpec, x: Array, key: Key) -> Array:
+    """Normalised events with which a density can be fitted: x + u, u uniform on [-½, ½), for binary
+    and discrete data.
+    """
+    if spec.kind == "continuous":
+        return spec.normalize(x)
+    return spec.normalize(x + jax.random.uniform(key, x.shape, x.dtype, -0.5, 0.5))
+
+
+def log_level_volume(spec: DataSpec) -> float:
+    """ln of the volume that one value of an event has on the normalised scale: D ln(2 / (levels -
+    1)); 0 if continuous.
+    """
+    return 0.0 if spec.kind == "continuous" else spec.size * math.log(2 / ((spec.levels or 2) - 1))
+
+
+def dequantized_bound(
+    spec: DataSpec, log_density: Callable[[Array], Array], x: Array, key: Key
+) -> Array:
+    """ln p(x + u) per level, [n] nats: in expectation at most ln P(x), P(x) = ∫ p(x + u) du. Theis
+    2016.
+
+    Args:
+        spec: binary or discrete data, D dimensions.
+        log_density: (normalised events [n, *shape]) -> ln p [n]; in those units a level has the
+            volume (2 / (levels - 1))^D.
+        x: events in the units of the data, [n, *shape].
+        key: of u.
+    """
+    return log_density(dequantize(spec, x, key)) + log_level_volume(spec)

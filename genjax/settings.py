@@ -1,0 +1,264 @@
+"""Settings: what their annotations say of them is checked in one place, and groups that several
+builders share are declared once.
+
+    @builder
+    def vae(
+        spec: DataSpec,
+        *,
+        latent_dim: Count = 16,
+        activation: Literal["gelu", "relu"] = "gelu",
+        beta: NonNegative = 1.0,
+        network: DenoiserNet = DenoiserNet(),
+    ) -> Model: ...
+
+    vae(spec, latent_dim=0)       # refused: latent_dim must be at least 1; got 0.
+    vae(spec, hidden=(64, 64))    # a field of DenoiserNet
+
+A parameter whose default is a `Settings` record is a group: callers give its fields as keyword
+arguments of their own, and the builder gets the record. `inspect.signature` and the docstring show
+them all, the command line makes flags of them, and their help stands where they are declared.
+
+Numbers may be traced, as a sweep does; what is traced has no value to check.
+"""
+
+import dataclasses
+import functools
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from jax.core import Tracer
+
+from genjax.errors import ConfigError, unknown_name
+from genjax.protocol import DataSpec, Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Within:
+    """A number from `low` to `high`, the ends included unless `above` or `below` says otherwise."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def holds(self, value: Any) -> bool:
+        over = value > self.low if self.above else value >= self.low
+        under = value < self.high if self.below else value <= self.high
+        return math.isfinite(value) and bool(over) and bool(under)
+
+    def __str__(self) -> str:
+        if math.isfinite(self.low) and math.isfinite(self.high):
+            begin, end = "(" if self.above else "[", ")" if self.below else "]"
+            return f"in {begin}{self.low:g}, {self.high:g}{end}"
+        if math.isfinite(self.low):
+            return "positive" if self.above and self.low == 0 else f"at least {self.low:g}"
+        return "finite" if self.high == math.inf else f"at most {self.high:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+    """A name in a table: for choices that a module keeps as a dict, such as solvers."""
+
+    names: Iterable[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Help:
+    """The help text of a setting, for types that several builders share."""
+
+    text: str
+
+
+Count = Annotated[int, Within(1)]
+Whole = Annotated[int, Within(0)]
+Rate = Annotated[float, Within(0, 1, below=True)]
+Positive = Annotated[float, Within(0, above=True)]
+NonNegative = Annotated[float, Within(0)]
+Finite = Annotated[float, Within()]
+
+Dtype = Annotated[
+    Literal["float32", "bfloat16"],
+    Help("of the networks' arithmetic; parameters and losses stay float32."),
+]
+CondDropout = Annotated[
+    Rate,
+    Help("how often training leaves out the condition, which guidance needs (Ho & Salimans 2022)."),
+]
+
+
+class Settings:
+    """The base of a group: a frozen dataclass whose `Attributes:` are the help of its fields."""
+
+
+def used(number: Any) -> bool:
+    """Whether a number is not 0: a traced one, being swept, is meant to be used."""
+    return isinstance(number, Tracer) or number != 0
+
+
+def guided_by(spec: DataSpec, cond_dropout: Any) -> bool:
+    """Whether a model of such data is trained without its condition at times."""
+    return spec.conditional and used(cond_dropout)
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def check_setting(name: str, value: Any, hint: Any) -> None:
+    """Hold one setting to its annotation.
+
+    Raises:
+        ConfigError: for a name that is no choice, a number out of range, or another type.
+    """
+    text = _fault(name, value, hint)
+    if text is not None:
+        raise text
+
+
+def _fault(name: str, value: Any, hint: Any) -> ConfigError | None:
+    """What is wrong with a value, or None."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or isinstance(value, Tracer):
+        return None
+    if origin is Annotated:
+        return _fault(name, value, args[0]) or _limits(name, value, args[1:])
+    if origin is Literal:
+        return None if value in args else unknown_name(_words(name), str(value), map(str, args))
+    if origin in (types.UnionType, typing.Union):
+        return _fault_of_union(name, value, args)
+    if origin is tuple:
+        return _fault_of_tuple(name, value, args)
+    if origin is not None or not isinstance(hint, type):  # a protocol or a callable, not checked
+        return None
+    return _fault_of_type(name, value, hint)
+
+
+def _limits(name: str, value: Any, metadata: Iterable[Any]) -> ConfigError | None:
+    for limit in metadata:
+        if isinstance(limit, Within) and not limit.holds(value):
+            return ConfigError(f"{name} must be {limit}; got {value}.")
+        if isinstance(limit, OneOf) and value not in limit.names:
+            return unknown_name(_words(name), str(value), limit.names)
+    return None
+
+
+def _fault_of_union(name: str, value: Any, args: tuple[Any, ...]) -> ConfigError | None:
+    faults = [_fault(name, value, one) for one in args]
+    if None in faults:
+        return None
+    # Of the alternatives the one is named that the user seems to have meant: a name or a number.
+    fits = {str: Literal, int: Annotated, float: Annotated}.get(type(value))
+    meant = [
+        fault for one, fault in zip(args, faults, strict=True) if typing.get_origin(one) is fits
+    ]
+    return meant[0] if meant else faults[0]
+
+
+def _fault_of_tuple(name: str, value: Any, args: tuple[Any, ...]) -> ConfigError | None:
+    if not isinstance(value, tuple | list):
+        return ConfigError(f"{name} must be a sequence; got {value!r}.")
+    faults = (_fault(f"{name}[{index}]", one, args[0]) for index, one in enumerate(value))
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def _fault_of_type(name: str, value: Any, hint: type) -> ConfigError | None:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    real = whole or isinstance(value, float | np.floating) or getattr(value, "shape", None) == ()
+    right = {int: whole, float: real, bool: isinstance(value, bool | np.bool_)}
+    if right.get(hint, isinstance(value, hint)):
+        return None
+    called = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    wanted = called.get(hint, f"a {hint.__name__}")
+    return ConfigError(f"{name} must be {wanted}; got {value!r}.")
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def check_fields(record: Any) -> None:
+    """Hold every field of a dataclass to its annotation, for its `__post_init__`.
+
+    Raises:
+        ConfigError: see `check_setting`.
+    """
+    hints = _hints(type(record))
+    for field in dataclasses.fields(record):
+        check_setting(field.name, getattr(record, field.name), hints[field.name])
+
+
+@functools.cache
+def _hints(thing: Any) -> dict[str, Any]:
+    return typing.get_type_hints(thing, include_extras=True)
+
+
+# --- builders -------------------------------------------------------------------------------------
+
+
+def builder(build: Callable[..., Model]) -> Callable[..., Model]:
+    """A family's builder with its settings checked by their annotations and its groups opened.
+
+    Raises:
+        ConfigError: from the builder, for a setting that does not exist or is not what its
+            annotation says.
+    """
+    groups = groups_of(build)
+    signature = _flat(build, groups)
+
+    @functools.wraps(build)
+    def checked_build(spec: DataSpec, **given: Any) -> Model:
+        for name in given:
+            if name not in signature.parameters:
+                known = [known for known in signature.parameters if known != "spec"]
+                raise unknown_name(f"setting of {build.__name__}", name, known)
+        hints = _hints(build)
+        own = {name: value for name, value in given.items() if name in hints}
+        for name, value in own.items():
+            check_setting(name, value, hints[name])
+        for name, default in groups.items():
+            fields = {field.name for field in dataclasses.fields(default)}
+            changes = {key: value for key, value in given.items() if key in fields}
+            own[name] = dataclasses.replace(default, **changes)
+            check_fields(own[name])
+        return build(spec, **own)
+
+    checked_build.__signature__ = signature  # type: ignore[attr-defined]
+    checked_build.__doc__ = _documented(build, groups)
+    return checked_build
+
+
+def groups_of(build: Callable[..., Any]) -> dict[str, Any]:
+    """The groups of a builder: parameter -> the record that is its default."""
+    parameters = inspect.signature(inspect.unwrap(build)).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    return {name: value for name, value in defaults.items() if isinstance(value, Settings)}
+
+
+def _flat(build: Callable[..., Any], groups: Mapping[str, Any]) -> inspect.Signature:
+    """The signature with the fields of each group in its place."""
+    own = inspect.signature(build)
+    found = []
+    for name, parameter in own.parameters.items():
+        if name not in groups:
+            found.append(parameter)
+            continue
+        for field in dataclasses.fields(groups[name]):
+            default = getattr(groups[name], field.name)
+            kind = inspect.Parameter.KEYWORD_ONLY
+            hint = field.type
+            found.append(inspect.Parameter(field.name, kind, default=default, annotation=hint))
+    return own.replace(parameters=found)
+
+
+def _documented(build: Callable[..., Any], groups: Mapping[str, Any]) -> str:
+    """The builder's docstring, with what the groups say of their fields below it."""
+    parts = [inspect.getdoc(build) or ""]
+    for default in groups.values():
+        text = inspect.getdoc(type(default)) or ""
+        title, _, fields = text.partition("Attributes:")
+        parts.append(f"{title.splitlines()[0]} Keyword arguments, too:{fields.rstrip()}")
+    return "\n\n".join(parts) + "\n"
