@@ -18,7 +18,9 @@ from benchmarks.common import alternate, ratio, summary, write
 from genjax.data import batch_at
 from genjax.evaluation import quality
 from genjax.learning import loop
-from genjax.learning.step import compiled, ensemble, eval_params, feed, scan_steps
+from genjax.learning.members import ensemble
+from genjax.learning.step import eval_params
+from genjax.learning.transforms import compiled, feed, repeat_steps
 from genjax.profiling.measure import stepper
 from genjax.runs import train as run
 from genjax.zoo import ZOO
@@ -86,7 +88,7 @@ def members(seconds: float) -> dict[str, Any]:
     source = recipe.source()
     arrays = jax.device_put(source.load().train)
     k = 20
-    t = scan_steps(feed(recipe.training(source.spec), batch_at(source, 64, 0)), k)
+    t = repeat_steps(feed(recipe.training(source.spec), batch_at(source, 64, 0)), k)
     keys = jax.random.split(jax.random.key(0), SEEDS)
     calls = {}
     for mode in ("vmap", "map"):

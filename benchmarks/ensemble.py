@@ -13,7 +13,8 @@ import jax
 
 from benchmarks.common import alternate, ratio, summary, write
 from genjax.data import batch_at
-from genjax.learning.step import compiled, ensemble, feed, scan_steps
+from genjax.learning.members import ensemble
+from genjax.learning.transforms import compiled, feed, repeat_steps
 from genjax.profiling.measure import stepper
 from genjax.zoo import ZOO
 
@@ -36,7 +37,7 @@ def compared(
     arrays = jax.device_put(source.load().train)
     t = feed(recipe.training(source.spec), batch_at(source, batch_size, 0))
     keys = jax.random.split(jax.random.key(0), members)
-    alone = compiled(scan_steps(t, STEPS))
+    alone = compiled(repeat_steps(t, STEPS))
     each = [stepper(alone.step, alone.init(key), arrays) for key in keys]
     calls = {
         "one": stepper(alone.step, alone.init(keys[0]), arrays),
@@ -44,7 +45,7 @@ def compared(
     }
     for mode in MODES:
         # The members are inside of the scan, where "auto" chooses with steps of all of them.
-        c = compiled(scan_steps(ensemble(t, mode), STEPS))  # type: ignore[arg-type]
+        c = compiled(repeat_steps(ensemble(t, mode), STEPS))  # type: ignore[arg-type]
         calls[mode] = stepper(c.step, c.init(keys), arrays)
     rounds = alternate(calls, seconds)
     found = {

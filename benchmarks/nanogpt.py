@@ -26,7 +26,8 @@ from genjax.data import example_batch
 from genjax.errors import ConfigError
 from genjax.families.transformer import transformer
 from genjax.learning.optim import Optimizer
-from genjax.learning.step import compiled, scan_steps, training
+from genjax.learning.step import training
+from genjax.learning.transforms import compiled, scan_steps
 from genjax.profiling.measure import stepper
 from genjax.protocol import DataSpec
 

@@ -26,7 +26,8 @@ from genjax.families.transformer import transformer
 from genjax.families.vae import vae
 from genjax.families.vrnn import vrnn
 from genjax.learning import loop
-from genjax.learning.step import compiled, training
+from genjax.learning.step import training
+from genjax.learning.transforms import compiled
 from genjax.profiling.measure import stepper
 from genjax.protocol import DataSpec, Model
 from genjax.runs.log import Log

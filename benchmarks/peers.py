@@ -26,7 +26,7 @@ from benchmarks.common import in_turns, ratio, summary, write
 from benchmarks.processes import AskedProcess
 from genjax.data import example_batch
 from genjax.evaluation.estimates import count
-from genjax.learning.step import compiled, scan_steps
+from genjax.learning.transforms import compiled, scan_steps
 from genjax.profiling.measure import cost_of, matmul_peak, stepper
 from genjax.protocol import Batch, Model, Training
 from genjax.zoo import ZOO

@@ -11,7 +11,9 @@ from benchmarks.common import alternate, summary, write
 from benchmarks.overhead import SIZES
 from genjax.data import example_batch
 from genjax.families.vae import vae
-from genjax.learning.step import compiled, ensemble, scan_steps, training
+from genjax.learning.members import ensemble
+from genjax.learning.step import training
+from genjax.learning.transforms import compiled, repeat_steps
 from genjax.profiling.measure import cost_of, matmul_peak, stepper
 from genjax.protocol import DataSpec, Training
 
@@ -24,7 +26,7 @@ def variants(t: Training) -> dict[str, tuple[Training, int, int]]:
     """name -> (training, optimiser steps per call, members)."""
     table = {"solo": (t, 1, 1)}
     for k in SCANS:
-        table[f"scan k={k}"] = (scan_steps(t, k), k, 1)
+        table[f"scan k={k}"] = (repeat_steps(t, k), k, 1)
     for members in MEMBERS:
         for mode in ("vmap", "map"):
             table[f"{mode} x{members}"] = (ensemble(t, mode), 1, members)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from benchmarks.common import alternate, summary, write
 from genjax.data import example_batch
-from genjax.learning.step import compiled, scan_steps
+from genjax.learning.transforms import compiled, scan_steps
 from genjax.profiling.measure import cost_of, stepper
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import replace

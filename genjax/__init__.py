@@ -14,18 +14,19 @@ _HOME = {
     "Model": "protocol",
     "TrainState": "protocol",
     "Training": "protocol",
-    "compiled": "learning.step",
-    "ensemble": "learning.step",
+    "compiled": "learning.transforms",
+    "ensemble": "learning.members",
     "eval_params": "learning.step",
-    "feed": "learning.step",
-    "grid": "learning.step",
-    "microbatch": "learning.step",
-    "scan_steps": "learning.step",
+    "feed": "learning.transforms",
+    "grid": "learning.members",
+    "microbatch": "learning.transforms",
+    "repeat_steps": "learning.transforms",
+    "scan_steps": "learning.transforms",
     "TENSOR_RULES": "learning.sharding",
     "make_mesh": "learning.sharding",
     "shard": "learning.sharding",
-    "skip_nonfinite": "learning.step",
-    "sweep": "learning.step",
+    "skip_nonfinite": "learning.transforms",
+    "sweep": "learning.members",
     "training": "learning.step",
     "batch_at": "data",
     "example_batch": "data",
@@ -55,18 +56,16 @@ if TYPE_CHECKING:
     from genjax.families.vae import Prior, vae
     from genjax.families.vrnn import vrnn
     from genjax.learning.loop import fit
+    from genjax.learning.members import ensemble, grid, sweep
     from genjax.learning.sharding import TENSOR_RULES, make_mesh, shard
-    from genjax.learning.step import (
+    from genjax.learning.step import eval_params, training
+    from genjax.learning.transforms import (
         compiled,
-        ensemble,
-        eval_params,
         feed,
-        grid,
         microbatch,
+        repeat_steps,
         scan_steps,
         skip_nonfinite,
-        sweep,
-        training,
     )
     from genjax.protocol import Aux, Batch, DataSpec, Model, Training, TrainState
     from genjax.zoo import ZOO

@@ -28,7 +28,8 @@ from genjax.families.gan import (
     zero_centred_penalty,
 )
 from genjax.learning.optim import track_ema
-from genjax.learning.step import compiled, eval_params, feed, scan_steps, training
+from genjax.learning.step import eval_params, training
+from genjax.learning.transforms import compiled, feed, repeat_steps
 from genjax.protocol import Batch, DataSpec, TrainState
 
 KEY = jax.random.key(0)
@@ -264,7 +265,9 @@ def test_a_trained_discriminator_is_the_log_ratio():
 
     rate = optax.cosine_decay_schedule(3e-3, steps)
     fit = compiled(
-        scan_steps(feed(training(alone(model, "discriminator"), optax.adam(rate)), batch_at), steps)
+        repeat_steps(
+            feed(training(alone(model, "discriminator"), optax.adam(rate)), batch_at), steps
+        )
     )
     ts = fit.init(KEY)
     start = jax.tree.map(jnp.asarray, generator)  # its buffers are donated

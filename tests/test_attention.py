@@ -17,7 +17,8 @@ from rows import widen
 
 from genjax.errors import ConfigError
 from genjax.families.transformer import transformer
-from genjax.learning.step import scan_steps, training
+from genjax.learning.step import training
+from genjax.learning.transforms import scan_steps
 from genjax.parts.decoding import beam_search, generate, sampler, top_k
 from genjax.protocol import Batch, DataSpec
 

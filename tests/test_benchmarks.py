@@ -18,7 +18,8 @@ from benchmarks import by_hand, common, overhead, peers, report
 from genjax.data import example_batch, open_source
 from genjax.errors import ConfigError
 from genjax.families.vae import vae
-from genjax.learning.step import compiled, training
+from genjax.learning.step import training
+from genjax.learning.transforms import compiled
 from genjax.protocol import DataSpec
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import replace

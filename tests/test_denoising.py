@@ -27,7 +27,8 @@ from genjax.families.diffusion import (
     log_normal_times,
     uniform_times,
 )
-from genjax.learning.step import eval_params, scan_steps, training
+from genjax.learning.step import eval_params, training
+from genjax.learning.transforms import scan_steps
 from genjax.nets.functional import Net
 from genjax.parts.guidance import guided
 from genjax.parts.paths import PREDICTIONS, coefficients, diffuse, log_snr

@@ -57,8 +57,10 @@ from genjax.families.transformer import transformer
 from genjax.families.vae import vae
 from genjax.families.vrnn import vrnn
 from genjax.learning.checkpoint import Checkpoints
+from genjax.learning.members import ensemble, sweep
 from genjax.learning.sharding import shard
-from genjax.learning.step import ensemble, microbatch, scan_steps, sweep, training
+from genjax.learning.step import training
+from genjax.learning.transforms import microbatch, scan_steps
 from genjax.protocol import Batch, InitFn, LossFn, SampleFn, ScoreFn, step_mask
 from genjax.zoo import ZOO
 

@@ -21,8 +21,10 @@ from genjax.data import Source, Splits, batch_indices, cast
 from genjax.errors import DataError, Interrupted, NonFiniteError
 from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.loop import DEVICE_LIMIT, Feed, Hook, choose_feed, device_feed, fit, host_feed
+from genjax.learning.members import ensemble
 from genjax.learning.optim import track_ema
-from genjax.learning.step import ensemble, skip_nonfinite, training
+from genjax.learning.step import training
+from genjax.learning.transforms import skip_nonfinite
 from genjax.protocol import Aux, Batch, DataSpec, Model, Training, TrainState
 
 pytestmark = pytest.mark.both_ends

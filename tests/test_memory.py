@@ -14,7 +14,8 @@ from genjax.data import example_batch
 from genjax.families.rnn import rnn
 from genjax.families.transformer import transformer
 from genjax.families.vrnn import vrnn
-from genjax.learning.step import scan_steps, training
+from genjax.learning.step import training
+from genjax.learning.transforms import repeat_steps
 from genjax.profiling.measure import state_bytes, step_program, step_shapes
 from genjax.protocol import DataSpec
 
@@ -29,7 +30,7 @@ def test_the_new_state_is_written_over_the_donated_one(name):
     spec = setup(name).spec
     t = setup(name).recipe.training(spec)
     state, batch = step_shapes(t, spec, B)
-    looped = jax.jit(scan_steps(t, 3).step, donate_argnums=0).lower(state, batch).compile(QUICK)
+    looped = jax.jit(repeat_steps(t, 3).step, donate_argnums=0).lower(state, batch).compile(QUICK)
     for program in (step_program(t, spec, B, QUICK), looped):
         assert program.memory_analysis().alias_size_in_bytes == state_bytes(state) > 0
 

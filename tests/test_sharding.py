@@ -20,9 +20,11 @@ from genjax.families.diffusion import diffusion
 from genjax.families.transformer import transformer
 from genjax.families.vae import vae
 from genjax.learning.checkpoint import Checkpoints
+from genjax.learning.members import ensemble
 from genjax.learning.optim import track_ema
 from genjax.learning.sharding import TENSOR_RULES, describe, layout, make_mesh, parse_mesh, shard
-from genjax.learning.step import ensemble, microbatch, scan_steps, training
+from genjax.learning.step import training
+from genjax.learning.transforms import microbatch, scan_steps
 from genjax.protocol import Batch, DataSpec
 from genjax.runs.train import train
 from genjax.zoo import ZOO

@@ -32,21 +32,18 @@ from toy import (
 )
 
 from genjax.errors import ConfigError
-from genjax.learning import step as train
+from genjax.learning import members as train
+from genjax.learning.members import ensemble, fastest_mode, grid, sweep
 from genjax.learning.optim import track_ema
 from genjax.learning.sharding import make_mesh, shard
-from genjax.learning.step import (
+from genjax.learning.step import eval_params, training
+from genjax.learning.transforms import (
     compiled,
-    ensemble,
-    eval_params,
-    fastest_mode,
     feed,
-    grid,
     microbatch,
+    repeat_steps,
     scan_steps,
     skip_nonfinite,
-    sweep,
-    training,
 )
 from genjax.protocol import Batch
 
@@ -325,7 +322,7 @@ def test_mapped_members_take_all_steps_of_a_dispatch_before_the_next_one(make, f
     """
     t, arrays = make(), stack(batches())
     fed_by = lambda arrays, step: jax.tree.map(lambda leaf: leaf[step], arrays)  # noqa: E731
-    t = scan_steps(feed(t, fed_by), STEPS) if fed else scan_steps(t)
+    t = repeat_steps(feed(t, fed_by), STEPS) if fed else scan_steps(t)
     program = jax.make_jaxpr(t.step)(jitted(t.init)(keys()), arrays)
     assert [(one, [inner for inner, _ in within]) for one, within in loops(program.jaxpr)] == [
         (MEMBERS, [STEPS])
@@ -425,11 +422,11 @@ def test_fed_members_equal_solo_runs(name):
     compose = {
         "feed(ensemble)": lambda t: feed(ensemble(t), batch_at),
         "ensemble(feed)": lambda t: ensemble(feed(t, batch_at)),
-        "scan_steps(feed(ensemble), k)": lambda t: scan_steps(feed(ensemble(t), batch_at), STEPS),
-        "scan_steps(feed(ensemble), k), map": lambda t: scan_steps(
+        "scan_steps(feed(ensemble), k)": lambda t: repeat_steps(feed(ensemble(t), batch_at), STEPS),
+        "scan_steps(feed(ensemble), k), map": lambda t: repeat_steps(
             feed(ensemble(t, "map"), batch_at), STEPS
         ),
-        "ensemble(scan_steps(feed, k))": lambda t: ensemble(scan_steps(feed(t, batch_at), STEPS)),
+        "ensemble(scan_steps(feed, k))": lambda t: ensemble(repeat_steps(feed(t, batch_at), STEPS)),
     }[name]
     for parts in (1, 2):
         t = compose(TRAIN) if parts == 1 else microbatch(compose(TRAIN), parts)

@@ -35,7 +35,8 @@ from vae_oracles import (
 )
 
 from genjax.families.vae import vae
-from genjax.learning.step import scan_steps, training
+from genjax.learning.step import training
+from genjax.learning.transforms import repeat_steps
 from genjax.parts.likelihoods import bounded_log_scale
 from genjax.protocol import Batch, DataSpec
 
@@ -96,7 +97,7 @@ def test_the_loss_has_its_minimum_at_the_ppca_solution(x64):
 def test_a_trained_linear_vae_is_ppca(gradient):
     p, steps = ppca(), 10_000
     model = linear_vae(gradient=gradient, n_bound_samples=64)
-    t = scan_steps(training(model, optax.adam(optax.cosine_decay_schedule(0.1, steps))), steps)
+    t = repeat_steps(training(model, optax.adam(optax.cosine_decay_schedule(0.1, steps))), steps)
     batch = Batch(jnp.asarray(p.x, jnp.float32))
     trained, _ = optimised(t.step)(jax.jit(t.init)(jax.random.key(3)), batch)
     own = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), trained.params["vae"])

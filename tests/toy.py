@@ -13,7 +13,8 @@ import optax
 from gates import quick
 
 from genjax.checks import checked
-from genjax.learning.step import microbatch, training
+from genjax.learning.step import training
+from genjax.learning.transforms import microbatch
 from genjax.protocol import Aux, Batch, DataSpec, Model
 
 jitted = functools.cache(quick)  # many tests run the same step

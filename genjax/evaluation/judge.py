@@ -24,7 +24,8 @@ from genjax.data import Source, batch_at
 from genjax.errors import CheckpointError, ConfigError, replacing
 from genjax.evaluation.estimates import Estimate, class_agreement
 from genjax.learning.optim import track_ema
-from genjax.learning.step import eval_params, feed, scan_steps, training
+from genjax.learning.step import eval_params, training
+from genjax.learning.transforms import feed, repeat_steps
 from genjax.nets.conv import ConvClassifier
 from genjax.nets.functional import functional
 from genjax.protocol import Array, Aux, Batch, Key, Model, Params, State
@@ -135,7 +136,7 @@ def _train(source: Source, net: Any, steps: int) -> Params:
     per_call = 50 if steps % 50 == 0 else 1
     arrays = jax.device_put(source.load().train)
     size = min(BATCH, len(source.load().train.x))
-    run = jax.jit(scan_steps(feed(t, batch_at(source, size, 0)), per_call).step, donate_argnums=0)
+    run = jax.jit(repeat_steps(feed(t, batch_at(source, size, 0)), per_call).step, donate_argnums=0)
     ts = jax.jit(t.init)(jax.random.key(0))
     for _ in range(steps // per_call):
         ts, _ = run(ts, arrays)

@@ -26,7 +26,7 @@ from genjax.errors import Interrupted, NonFiniteError
 from genjax.learning import distributed
 from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.sharding import batch_spec_of
-from genjax.learning.step import compiled, feed, scan_steps
+from genjax.learning.transforms import compiled, feed, repeat_steps, scan_steps
 from genjax.protocol import Batch, Key, PyTree, Training, TrainState
 
 DEVICE_LIMIT = 2 * 2**30  # bytes of training data that place="auto" still puts on the device
@@ -61,7 +61,7 @@ def device_feed(
     """
     resident = jax.tree.map(lambda leaf: _put(leaf, sharding), arrays)
     fed = feed(t, batch_at(source, batch_size, seed))
-    return Feed(lambda k: scan_steps(fed, k), lambda step, k: resident, prefetch=False)
+    return Feed(lambda k: repeat_steps(fed, k), lambda step, k: resident, prefetch=False)
 
 
 def host_feed(

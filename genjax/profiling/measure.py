@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from genjax.data import example_batch
-from genjax.learning.step import compiled
+from genjax.learning.transforms import compiled
 from genjax.protocol import Batch, DataSpec, Training, TrainState
 from genjax.zoo.recipe import Recipe
 

@@ -13,7 +13,8 @@ from genjax.evaluation import quality
 from genjax.evaluation.estimates import score_examples, scorer
 from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.loop import Progress, choose_feed, fit
-from genjax.learning.step import Mode, ensemble, eval_params, grid, sweep
+from genjax.learning.members import Mode, ensemble, grid, sweep
+from genjax.learning.step import eval_params
 from genjax.protocol import Array, Batch, Key, Params, State
 from genjax.runs.log import logging_in
 from genjax.runs.train import VALID_SEED, environment, go_on, open_folder, score_of, write_json

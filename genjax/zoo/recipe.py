@@ -20,7 +20,8 @@ import docstring_parser
 from genjax.data import Source, loader, open_source
 from genjax.errors import ConfigError, unknown_name
 from genjax.learning.optim import Optimizer
-from genjax.learning.step import microbatch, skip_nonfinite, training
+from genjax.learning.step import training
+from genjax.learning.transforms import microbatch, skip_nonfinite
 from genjax.protocol import DataSpec, Model, Training
 
 
