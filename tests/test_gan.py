@@ -17,7 +17,7 @@ import pytest
 import scipy.optimize
 import scipy.special
 import scipy.stats
-from adversarial_oracles import DATA, MODEL, RATIO, expected, optimum
+from gan_oracles import DATA, MODEL, RATIO, expected, optimum
 from gates import assert_close, assert_same, differ, quick
 
 from genjax.families.gan import (
