@@ -5,6 +5,7 @@ traced. `settings.py` does the same for the settings that a builder takes.
 """
 
 import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -176,9 +177,16 @@ def by_name(given: PyTree, wanted: PyTree, what: str) -> PyTree:
     )
 
 
-def _check_names(model: Model) -> None:
-    """Refuse turns, averages, noise and labels that name what is not there."""
+def check_model(model: Model) -> None:
+    """Refuse what can be seen of a model before it runs: averages and noise that name no player,
+    and losses that do not take a step.
+
+    Raises:
+        ConfigError: see above.
+    """
     players = tuple(model.losses)
+    for player, loss in model.losses.items():
+        _check_loss(player, loss)
     for entry, (player, decay) in model.follows.items():
         if player not in players:
             raise ConfigError(
@@ -196,6 +204,20 @@ def _check_names(model: Model) -> None:
             )
 
 
+def _check_loss(player: str, loss: LossFn) -> None:
+    try:
+        signature = inspect.signature(loss)
+    except (TypeError, ValueError):  # of some callables it cannot be seen
+        return
+    try:
+        signature.bind("params", "state", "batch", "key", "step")
+    except TypeError:
+        raise ConfigError(
+            f"The loss of {player!r} takes {signature}; a loss takes (params, state, batch, key, "
+            "step). Add `step`, the number of the optimiser step, as its fifth argument."
+        ) from None
+
+
 def checked(model: Model) -> Model:
     """The same model with every argument checked at trace time, and every result held to the
     contract; entries that follow a player are made by `init`.
@@ -207,7 +229,7 @@ def checked(model: Model) -> Model:
         ConfigError: for `follows` or `noise` that name no player; and, when they are called, for
             parameters or a state that are not those of `init`, with the paths that differ.
     """
-    _check_names(model)
+    check_model(model)
     spec = model.spec
 
     def init(key: Key) -> tuple[Params, State]:

@@ -14,9 +14,10 @@ The rules that make it work:
   Its structure, shapes and dtypes never change, and it advances once for each turn of an optimiser
   step. Where a batch is split (`microbatch`), every part begins with the state that the turn began
   with; of what the parts leave, real numbers are averaged, weighted as the parts are, and anything
-  else is that of the first part. For a moving average of statistics that is the moving average of
-  the parts' mean. A state for which this is wrong, such as the carry of streams, refuses parts in
-  its loss. Weight averages belong to optimisation and live in `opt`; caches live inside `sample`.
+  else is that of the first part that counts. For a moving average of statistics that is the moving
+  average of the parts' mean. A state for which this is wrong, such as the carry of streams, refuses
+  parts in its loss. Weight averages belong to optimisation and live in `opt`; caches live inside
+  `sample`.
 * Losses run in training mode; `log_prob` and `bound` run in evaluation mode.
 * Losses and metrics are per example, `[B]`, in nats where they are log-probabilities, summed over
   the event's dimensions. The mean over the batch, with `batch.weight`, is taken in one place,
@@ -404,6 +405,16 @@ class Model(NamedTuple):
         return None if self.bound is None else "bound"
 
 
+class Trained(NamedTuple):
+    """A model with the parameters and the state that training left it: what a composed builder
+    takes, and what a run folder holds.
+    """
+
+    model: Model
+    params: Params
+    state: State
+
+
 class TrainState(NamedTuple):
     """All that a run carries, and all that a checkpoint holds. Create it under `jax.jit`, so that
     buffers are not shared.
@@ -446,9 +457,12 @@ class Training(NamedTuple):
             named "player/name".
         rewrap: (wrap: Gradient -> Gradient) -> Training: the same procedure with its gradient
             function wrapped.
-        within: (f: Training -> Training) -> Training: the same members, each with its own procedure
-            transformed by f, whose metrics have the members' axis first. None where there are no
-            members or they do not share what a step is given.
+        within: (f: Training -> Training, steps=0) -> Training: the same members, each with its own
+            procedure transformed by f, whose metrics have the members' axis first. `steps` is how
+            many axes f puts in front of what a member's step is given. None where there are no
+            members, or none that f could reach.
+        own_batches: whether the members' batches are their own, in the place of one that they
+            share.
         prepare: (TrainState, what `step` is given) -> TrainState: initialisation from the first
             batch, to be run once, before the first step. None if the model has none.
     """
@@ -456,8 +470,9 @@ class Training(NamedTuple):
     init: Callable[[Key], TrainState]
     step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
     rewrap: Callable[[Callable[[Gradient], Gradient]], "Training"]
-    within: Callable[[Callable[["Training"], "Training"]], "Training"] | None = None
+    within: Callable[..., "Training"] | None = None
     prepare: Callable[[TrainState, Any], TrainState] | None = None
+    own_batches: bool = False
 
 
 def step_mask(spec: DataSpec, batch: Batch) -> Array:

@@ -45,7 +45,7 @@ def toy() -> Model:
         return params, {"a": {"count": jnp.zeros((), jnp.int32)}, "b": {}}
 
     def loss_of(player: str, column: int):
-        def loss(params, state, batch: Batch, key):
+        def loss(params, state, batch: Batch, key, step):
             x, w = batch.x[:, column], params[player]["w"]
             noise = jax.random.normal(key, x.shape)
             value = jnp.square(x + 0.1 * noise - jnp.mean(w))

@@ -43,12 +43,12 @@ def toy(turns=TURNS, noisy=True):
     def noise(key, x):
         return jax.random.normal(key, x.shape) if noisy else jnp.zeros(x.shape)
 
-    def gen(params, state, batch, key):
+    def gen(params, state, batch, key, step):
         w, a, c = params["gen"]["w"][None], params["disc"]["a"][None], params["frozen"]["c"][None]
         value = 0.5 * c * (w - batch.x) ** 2 + w * a + w * noise(key, batch.x)
         return value.sum(-1), Aux(state, {"first": batch.x[:, 0]})
 
-    def disc(params, state, batch, key):
+    def disc(params, state, batch, key, step):
         w, a = params["gen"]["w"][None], params["disc"]["a"][None]
         value = 0.5 * a**2 - a * (batch.x - w) + a * noise(key, batch.x)
         return value.sum(-1), Aux({"disc": {"evaluations": state["disc"]["evaluations"] + 1}}, {})

@@ -11,29 +11,186 @@ import numpy as np
 
 from genjax.checks import check_key
 from genjax.errors import ConfigError
-from genjax.protocol import (
-    Array,
-    Key,
-    Metrics,
-    Training,
-    TrainState,
-)
+from genjax.protocol import Array, Key, Metrics, PyTree, Training, TrainState
 
 Mode = Literal["vmap", "map", "auto"]
-
 # The members of an ensemble share the step counter, so that what depends on it alone (data order)
 # is computed once.
 MEMBER_AXES: Any = TrainState(step=None, key=0, params=0, state=0, opt=0)  # type: ignore[arg-type]
+# What one member does: (hyper, ts, batch) -> (ts, metrics).
+One = Callable[[PyTree, TrainState, Any], tuple[TrainState, Metrics]]
+
+
+def ensemble(t: Training, mode: Mode = "vmap", batch_axis: int | None = None) -> Training:
+    """Train many members that differ in their keys as one program: init takes keys [S], and states
+    get a leading axis S.
+
+    The members share the step counter and, unless `batch_axis` names an axis of the batch, the
+    batch. Metrics get a leading axis S. A vmapped run agrees with solo runs to rounding, not
+    bitwise.
+
+    Args:
+        mode: "vmap" is one batched program, "map" runs the members one after the other in one
+            program, "auto" times both.
+        batch_axis: the axis of every leaf of the batch that holds the members' own batches; None
+            shares one batch.
+
+    Example:
+        >>> import jax, optax
+        >>> from genjax import DataSpec, ensemble, example_batch, training, vae
+        >>> model = vae(DataSpec((2,), "continuous"), hidden=(4,), latent_dim=1)
+        >>> t = ensemble(training(model, optax.adam(1e-3)))
+        >>> ts = jax.jit(t.init)(jax.random.split(jax.random.key(0), 3))
+        >>> ts, metrics = jax.jit(t.step)(ts, example_batch(model.spec, jax.random.key(1), 8))
+        >>> int(ts.step), metrics["vae/loss"].shape
+        (1, (3,))
+    """
+
+    def init(keys: Key) -> TrainState:
+        _check_members(keys)
+        return jax.vmap(t.init, out_axes=MEMBER_AXES)(keys)
+
+    def one(hyper: PyTree, ts: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        return t.step(ts, batch)
+
+    def step(ts: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        return _over_members(one, mode, {}, ts, batch, batch_axis)
+
+    def one_prepared(hyper: PyTree, ts: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        return t.prepare(ts, batch), {}  # type: ignore[misc]
+
+    def prepare(ts: TrainState, batch: Any) -> TrainState:
+        return _over_members(one_prepared, _at_once(mode), {}, ts, batch, batch_axis)[0]
+
+    def within(f: Callable[[Training], Training], steps: int = 0) -> Training:
+        return ensemble(f(t), mode, None if batch_axis is None else batch_axis + steps)
+
+    return Training(
+        init=init,
+        step=step,
+        rewrap=lambda wrap: ensemble(t.rewrap(wrap), mode, batch_axis),
+        within=within,
+        prepare=None if t.prepare is None else prepare,
+        own_batches=batch_axis is not None,
+    )
+
+
+def sweep(make: Callable[..., Training], *, mode: Mode = "vmap", **axes: Any) -> Training:
+    """Train one member for each row of hyper-parameters as one program; init takes keys [S].
+
+    A builder that is called inside the trace may be given a traced number, so any float setting of
+    any family or optimiser can be an axis.
+
+    Args:
+        make: (**hyper) -> Training, with one scalar per axis.
+        mode: as in `ensemble`.
+        **axes: arrays [S], all of one length; `grid` makes a product.
+
+    Raises:
+        ConfigError: if there is no axis, or the axes differ in length.
+
+    Example:
+        >>> import jax, optax
+        >>> from genjax import DataSpec, example_batch, grid, sweep, training, vae
+        >>> spec = DataSpec((2,), "continuous")
+        >>> def make(rate, beta):
+        ...     return training(vae(spec, hidden=(4,), latent_dim=1, beta=beta), optax.adam(rate))
+        >>> t = sweep(make, **grid(rate=[1e-3, 1e-2], beta=[0.5, 1.0]))
+        >>> ts = jax.jit(t.init)(jax.random.split(jax.random.key(0), 4))
+        >>> ts, metrics = jax.jit(t.step)(ts, example_batch(spec, jax.random.key(1), 8))
+        >>> metrics["vae/loss"].shape
+        (4,)
+    """
+    values = {name: jnp.asarray(value) for name, value in axes.items()}
+    lengths = {name: value.shape for name, value in values.items()}
+    vectors = all(len(shape) == 1 for shape in lengths.values())
+    if not vectors or len(set(lengths.values())) != 1:
+        raise ConfigError(
+            "sweep needs axes that are vectors of one length (see genjax.grid); got "
+            f"{lengths or 'none'}."
+        )
+    return _swept(make, mode, values, _prepares(make, values))
+
+
+def _prepares(make: Callable[..., Training], values: dict[str, Array]) -> bool:
+    """Whether what a sweep trains has something to prepare; nothing is computed to find out."""
+    found: list[bool] = []
+
+    def look(hyper: dict[str, Array]) -> int:
+        found.append(make(**hyper).prepare is not None)
+        return 0
+
+    jax.eval_shape(jax.vmap(look, out_axes=None), values)
+    return found[0]
+
+
+def _swept(
+    make: Callable[..., Training], mode: Mode, values: dict[str, Array], prepares: bool
+) -> Training:
+    """`sweep` over axes that were checked."""
+    rows = len(next(iter(values.values())))
+
+    def init(keys: Key) -> TrainState:
+        _check_members(keys)
+        if len(keys) != rows:
+            raise ConfigError(
+                f"sweep needs one key for each of the {rows} rows of its axes; got {len(keys)} "
+                "keys."
+            )
+        members = jax.vmap(lambda hyper, key: make(**hyper).init(key), out_axes=MEMBER_AXES)
+        return members(values, keys)
+
+    def one(hyper: PyTree, ts: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        return make(**hyper).step(ts, batch)
+
+    def step(ts: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        return _over_members(one, mode, values, ts, batch, None)
+
+    def one_prepared(hyper: PyTree, ts: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        return make(**hyper).prepare(ts, batch), {}  # type: ignore[misc]
+
+    def prepare(ts: TrainState, batch: Any) -> TrainState:
+        return _over_members(one_prepared, _at_once(mode), values, ts, batch, None)[0]
+
+    def within(f: Callable[[Training], Training], steps: int = 0) -> Training:
+        return _swept(lambda **hyper: f(make(**hyper)), mode, values, prepares)
+
+    return Training(
+        init=init,
+        step=step,
+        rewrap=lambda wrap: within(lambda t: t.rewrap(wrap)),
+        within=within,
+        prepare=prepare if prepares else None,
+    )
+
+
+def grid(**axes: Sequence[float]) -> dict[str, np.ndarray]:
+    """The product of some axes as columns for `sweep`, the last axis fastest: grid(a=[1, 2], b=[3,
+    4]) has 4 rows.
+    """
+    rows = list(itertools.product(*axes.values()))
+    return {
+        name: np.asarray([row[index] for row in rows], np.float32)
+        for index, name in enumerate(axes)
+    }
+
+
+def _check_members(keys: Key) -> None:
+    check_key(keys)
+    # More axes are for the members of members: ensemble(sweep(...)) takes keys [S, rows].
+    if keys.ndim < 1:
+        raise ConfigError(
+            "init needs one key per member, [S]: jax.random.split(key, S); got keys of shape "
+            f"{list(keys.shape)}."
+        )
+
+
+# --- one program over members ---------------------------------------------------------------------
 
 
 def _over_members(
-    one: Callable[..., Any],
-    mode: Mode,
-    hyper: Any,
-    ts: TrainState,
-    batch: Any,
-    batch_axis: int | None,
-) -> Any:
+    one: One, mode: Mode, hyper: PyTree, ts: TrainState, batch: Any, batch_axis: int | None
+) -> tuple[TrainState, Metrics]:
     """Run one(hyper, ts, batch) for every member, as one batched program or one after the other."""
     if mode == "auto":
         mode = fastest_mode(one, hyper, ts, batch, batch_axis)
@@ -48,21 +205,24 @@ def _over_members(
         hyper, rest, own_batch = args
         return one(hyper, TrainState(ts.step, *rest), batch if batch_axis is None else own_batch)
 
-    own = (
-        None
-        if batch_axis is None
-        else jax.tree.map(lambda leaf: jnp.moveaxis(leaf, batch_axis, 0), batch)
-    )
+    own = None
+    if batch_axis is not None:
+        own = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, batch_axis, 0), batch)
     new, metrics = jax.lax.map(member, (hyper, tuple(ts)[1:], own))
     return new._replace(step=new.step[0]), metrics
+
+
+def _at_once(mode: Mode) -> Mode:
+    """The mode for what is run once only, and so is not worth timing."""
+    return "map" if mode == "auto" else mode
 
 
 _MEASURED: dict[Any, Mode] = {}
 
 
 def fastest_mode(
-    one: Callable[..., Any],
-    hyper: Any,
+    one: One,
+    hyper: PyTree,
     ts: TrainState,
     batch: Any,
     batch_axis: int | None = None,
@@ -81,23 +241,23 @@ def fastest_mode(
         (hyper, ts, batch),
     )
     signature = (one, batch_axis, jax.default_backend(), str(shapes))
-    if signature in _MEASURED:
-        return _MEASURED[signature]
+    if signature not in _MEASURED:
+        _MEASURED[signature] = _timed(one, shapes, batch_axis, repeats)
+    return _MEASURED[signature]
 
-    def concrete(leaf: jax.ShapeDtypeStruct) -> Any:
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            seeds = np.arange(np.prod(leaf.shape, dtype=int), dtype=np.uint32).reshape(leaf.shape)
-            return jax.vmap(jax.random.key)(seeds) if leaf.shape else jax.random.key(0)
-        return np.ones(leaf.shape, leaf.dtype)
 
+def _timed(one: One, shapes: Any, batch_axis: int | None, repeats: int) -> Mode:
+    """The mode whose fastest run of several was faster."""
     with jax.ensure_compile_time_eval():
         # On the device once: with members inside `feed`, the batch is the whole data set.
-        arguments = jax.device_put(jax.tree.map(concrete, shapes))
+        arguments = jax.device_put(jax.tree.map(_ones, shapes))
 
     def program(mode: Mode) -> Any:
-        def run(n: Array, hyper: Any, ts: TrainState, batch: Any) -> TrainState:
-            body = lambda _, ts: _over_members(one, mode, hyper, ts, batch, batch_axis)[0]  # noqa: E731
-            return jax.lax.fori_loop(0, n, body, ts)
+        def run(n: Array, hyper: PyTree, ts: TrainState, batch: Any) -> TrainState:
+            def step(_: Array, ts: TrainState) -> TrainState:
+                return _over_members(one, mode, hyper, ts, batch, batch_axis)[0]
+
+            return jax.lax.fori_loop(0, n, step, ts)
 
         return jax.jit(run).lower(jax.ShapeDtypeStruct((), np.int32), *shapes).compile()
 
@@ -111,113 +271,15 @@ def fastest_mode(
     first = max(timed(mode, 1) for mode in programs)
     n = int(np.clip(0.05 / first, 1, 50))
     seconds = dict.fromkeys(programs, np.inf)
-    for _ in range(
-        int(np.clip(1 / first, 1, repeats))
-    ):  # in alternation, so that a busy machine hurts both
-        for mode in programs:
+    for _ in range(int(np.clip(1 / first, 1, repeats))):
+        for mode in programs:  # in alternation, so that a busy machine hurts both
             seconds[mode] = min(seconds[mode], timed(mode, n))
-    _MEASURED[signature] = min(seconds, key=lambda mode: seconds[mode])
-    return _MEASURED[signature]
+    return min(seconds, key=lambda mode: seconds[mode])
 
 
-def ensemble(t: Training, mode: Mode = "vmap", batch_axis: int | None = None) -> Training:
-    """Train many members that differ in their keys as one program: init takes keys [S], and states
-    get a leading axis S.
-
-    The members share the step counter and, unless `batch_axis` names an axis of the batch, the
-    batch. Metrics get a leading axis S. A vmapped run agrees with solo runs to rounding, not
-    bitwise.
-
-    Args:
-        mode: "vmap" is one batched program, "map" runs the members one after the other in one
-            program, "auto" times both.
-        batch_axis: the axis of every leaf of the batch that holds the members' own batches; None
-            shares one batch.
-    """
-
-    def init(keys: Key) -> TrainState:
-        _check_members(keys)
-        return jax.vmap(t.init, out_axes=MEMBER_AXES)(keys)
-
-    def one(hyper: Any, ts: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        return t.step(ts, batch)
-
-    def step(ts: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        return _over_members(one, mode, {}, ts, batch, batch_axis)
-
-    within = None if batch_axis is not None else lambda f: ensemble(f(t), mode)
-    return Training(init, step, lambda wrap: ensemble(t.rewrap(wrap), mode, batch_axis), within)
-
-
-def sweep(make: Callable[..., Training], *, mode: Mode = "vmap", **axes: Any) -> Training:
-    """Train one member for each row of hyper-parameters as one program; init takes keys [S].
-
-    A builder that is called inside the trace may be given a traced number, so any float setting of
-    any family or
-    optimiser can be an axis: `sweep(lambda lr, beta: training(vae(spec, beta=beta), adam(lr)),
-        **grid(lr=..., beta=...))`.
-
-    Args:
-        make: (**hyper) -> Training, with one scalar per axis.
-        mode: as in `ensemble`.
-        **axes: arrays [S], all of one length; `grid` makes a product.
-
-    Raises:
-        ConfigError: if there is no axis, or the axes differ in length.
-    """
-    values = {name: jnp.asarray(value) for name, value in axes.items()}
-    lengths = {name: value.shape for name, value in values.items()}
-    if (
-        not values
-        or len(set(lengths.values())) != 1
-        or any(len(shape) != 1 for shape in lengths.values())
-    ):
-        raise ConfigError(
-            "sweep needs axes that are vectors of one length (see genjax.grid); got "
-            f"{lengths or 'none'}."
-        )
-
-    def init(keys: Key) -> TrainState:
-        _check_members(keys)
-        (n_rows,) = next(iter(lengths.values()))
-        if len(keys) != n_rows:
-            raise ConfigError(
-                f"sweep needs one key for each of the {n_rows} rows of its axes; got {len(keys)} "
-                "keys."
-            )
-        return jax.vmap(lambda hyper, key: make(**hyper).init(key), out_axes=MEMBER_AXES)(
-            values, keys
-        )
-
-    def one(hyper: Any, ts: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        return make(**hyper).step(ts, batch)
-
-    def step(ts: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        return _over_members(one, mode, values, ts, batch, None)
-
-    def changed(f: Callable[[Training], Training]) -> Training:
-        return sweep(lambda **hyper: f(make(**hyper)), mode=mode, **axes)
-
-    return Training(init, step, lambda wrap: changed(lambda t: t.rewrap(wrap)), changed)
-
-
-def grid(**axes: Sequence[float]) -> dict[str, np.ndarray]:
-    """The product of some axes as columns for `sweep`, the last axis fastest: grid(a=[1, 2], b=[3,
-    4]) has 4 rows.
-    """
-    rows = list(itertools.product(*axes.values()))
-    return {
-        name: np.asarray([row[index] for row in rows], np.float32)
-        for index, name in enumerate(axes)
-    }
-
-
-def _check_members(keys: Key) -> None:
-    check_key(keys)
-    if (
-        keys.ndim < 1
-    ):  # more axes are for the members of members: ensemble(sweep(...)) takes keys [S, rows]
-        raise ConfigError(
-            "init needs one key per member, [S]: jax.random.split(key, S); got keys of shape "
-            f"{list(keys.shape)}."
-        )
+def _ones(leaf: jax.ShapeDtypeStruct) -> Any:
+    """Ones of a shape, or keys with seeds 0, 1, ..."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        seeds = np.arange(np.prod(leaf.shape, dtype=int), dtype=np.uint32).reshape(leaf.shape)
+        return jax.vmap(jax.random.key)(seeds) if leaf.shape else jax.random.key(0)
+    return np.ones(leaf.shape, leaf.dtype)

@@ -1,15 +1,20 @@
 """Optimisers: the settings of one as plain data, and the optax transforms that optax lacks."""
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 
+from genjax.checks import leaves_by_name
 from genjax.errors import ConfigError, unknown_name
+from genjax.learning.labels import LABELS, Labels, labels_of
 from genjax.protocol import PyTree
+from genjax.settings import NonNegative, Positive, Rate, Whole, Within, check_fields, used
 
 
 class TrackEmaState(NamedTuple):
@@ -67,6 +72,21 @@ def averaged(opt: Any, params: PyTree) -> PyTree:
     return states[-1].ema if states else params
 
 
+def scale_by_label(
+    factors: Mapping[str, float], labels: Labels = (), player: str | None = None
+) -> optax.GradientTransformation:
+    """Multiply the update of each parameter by the factor of its label, 1 where it has none."""
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
+        def scaled(update: jax.Array, label: str) -> jax.Array:
+            factor = factors.get(label, 1.0)
+            return update if factor == 1 else update * jnp.asarray(factor, update.dtype)
+
+        return jax.tree.map(scaled, updates, labels_of(updates, labels, player)), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
 ALGORITHMS = ("adam", "adamw", "sgd", "rmsprop", "lion")
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -86,77 +106,162 @@ class Optimizer:
             the first on.
         b1: decay of the first moment (the momentum of sgd).
         b2: decay of the second moment (rmsprop's decay).
-        weight_decay: decoupled weight decay of matrices and kernels (not of vectors), for adamw and
-            lion.
+        weight_decay: decoupled weight decay of what `decayed` names, for adamw and lion.
         clip_norm: clip the gradient to this global norm; 0 does not clip.
         ema_decay: keep an exponential moving average of the weights, used to sample and evaluate; 0
             keeps none.
+        decayed: the labels of the parameters that weight decay applies to; a "matrix" is what has
+            more than one dimension, where the model says nothing else.
+        rates: the step size of some labels as a factor of that of the others: "dynamics=0.1".
     """
 
     algorithm: Literal["adam", "adamw", "sgd", "rmsprop", "lion"] = "adam"
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    final_fraction: float = 0.0
-    warmup_steps: int = 0
-    b1: float = 0.9
-    b2: float = 0.999
-    weight_decay: float = 0.0
-    clip_norm: float = 0.0
-    ema_decay: float = 0.0
+    final_fraction: Annotated[float, Within(0, 1)] = 0.0
+    warmup_steps: Whole = 0
+    b1: Rate = 0.9
+    b2: Rate = 0.999
+    weight_decay: NonNegative = 0.0
+    clip_norm: NonNegative = 0.0
+    ema_decay: Rate = 0.0
+    decayed: tuple[str, ...] = ("matrix", "embedding")
+    rates: tuple[str, ...] = ()
 
-    def build(self, steps: int) -> optax.GradientTransformation:
+    def __post_init__(self) -> None:
+        for name in ("decayed", "rates"):  # JSON gives lists back
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_fields(self)
+        _factors(self.rates)
+
+    def build(
+        self, steps: int, labels: Labels = (), player: str | None = None
+    ) -> optax.GradientTransformation:
         """The optax transform for a run of `steps` optimiser steps. Float settings may be traced,
         as a sweep does.
 
+        Args:
+            steps: of the whole run, for the schedule.
+            labels: `Model.labels`, whose patterns are found in paths "player/...".
+            player: whose parameters are to be updated; needed with labels.
+
         Raises:
-            ConfigError: for an unknown algorithm or schedule, a decay that the algorithm does not
-                have, or a warm-up as long as the run.
+            ConfigError: for a decay that the algorithm does not have, a warm-up as long as the run,
+                or `decayed` and `rates` of a label that does not exist; and from the transform's
+                `init`, for a parameter with a label that no rule covers.
+
+        Example:
+            >>> from genjax import training, vae, DataSpec
+            >>> from genjax.learning.optim import Optimizer
+            >>> model = vae(DataSpec((2,), "continuous"), hidden=(4,), latent_dim=1)
+            >>> settings = Optimizer("adamw", 1e-3, weight_decay=0.1, schedule="cosine")
+            >>> t = training(model, {"vae": settings.build(1000, model.labels, "vae")})
         """
-        if self.algorithm not in ALGORITHMS:
-            raise unknown_name("optimiser", self.algorithm, ALGORITHMS)
-        if self.schedule not in SCHEDULES:
-            raise unknown_name("schedule", self.schedule, SCHEDULES)
-        decays = self.algorithm in ("adamw", "lion")
-        if not decays and (isinstance(self.weight_decay, Tracer) or self.weight_decay != 0):
-            raise ConfigError(
-                f"{self.algorithm} has no weight decay; use adamw or lion, or leave weight_decay "
-                "at 0."
-            )
+        labels = tuple(labels)
+        if labels and player is None:
+            raise ConfigError("Labels go by paths 'player/...': build(steps, labels, player).")
+        factors = _factors(self.rates)
+        for name in (*self.decayed, *factors):
+            known = dict.fromkeys((*LABELS, *(label for _, label in labels)))
+            if name not in known:
+                raise unknown_name("label", name, known)
         if self.warmup_steps and self.warmup_steps >= steps:
             raise ConfigError(
                 f"warmup_steps must be below the run's {steps} steps; got {self.warmup_steps}."
             )
+        parts = [self._rule(steps, labels, player)]
+        if factors:
+            parts.append(scale_by_label(factors, labels, player))
+        if used(self.clip_norm):
+            parts.insert(0, optax.clip_by_global_norm(self.clip_norm))
+        if used(self.ema_decay):
+            parts.append(track_ema(self.ema_decay))
+        tx = optax.chain(*parts) if len(parts) > 1 else parts[0]
+        covered = {*LABELS, *self.decayed, *factors}
+        return _covering(tx, covered, labels, player) if labels else tx
+
+    def _rule(self, steps: int, labels: Labels, player: str | None) -> optax.GradientTransformation:
+        """The algorithm with its step size and decay."""
         rate: Any = self.learning_rate
         if self.schedule != "constant" or self.warmup_steps:
-            rate = lambda count: self.learning_rate * self._multiplier(count, steps)  # noqa: E731
-        decay = {
-            "weight_decay": self.weight_decay,
-            "mask": lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
-        }
-        rules = {
-            "adam": lambda: optax.adam(rate, self.b1, self.b2),
-            "adamw": lambda: optax.adamw(rate, self.b1, self.b2, **decay),
-            "sgd": lambda: optax.sgd(rate, self.b1),
-            "rmsprop": lambda: optax.rmsprop(rate, self.b2),
-            "lion": lambda: optax.lion(rate, self.b1, self.b2, **decay),
-        }
-        parts: list[optax.GradientTransformation] = [rules[self.algorithm]()]
-        # A traced number cannot be compared with 0, and being swept it is meant to be used.
-        if isinstance(self.clip_norm, Tracer) or self.clip_norm > 0:
-            parts.insert(0, optax.clip_by_global_norm(self.clip_norm))
-        if isinstance(self.ema_decay, Tracer) or self.ema_decay > 0:
-            parts.append(track_ema(self.ema_decay))
-        return optax.chain(*parts) if len(parts) > 1 else parts[0]
+            rate = functools.partial(self._rate, steps)
+        if self.algorithm == "adam":
+            rule = optax.adam(rate, self.b1, self.b2)
+        elif self.algorithm == "sgd":
+            rule = optax.sgd(rate, self.b1)
+        elif self.algorithm == "rmsprop":
+            rule = optax.rmsprop(rate, self.b2)
+        else:
+            mask = functools.partial(self._mask, labels, player)
+            rules = {"adamw": optax.adamw, "lion": optax.lion}
+            return rules[self.algorithm](
+                rate, self.b1, self.b2, weight_decay=self.weight_decay, mask=mask
+            )
+        if used(self.weight_decay):
+            raise ConfigError(
+                f"{self.algorithm} has no weight decay; use adamw or lion, or leave weight_decay "
+                "at 0."
+            )
+        return rule
+
+    def _mask(self, labels: Labels, player: str | None, params: PyTree) -> PyTree:
+        """Which parameters decay."""
+        return jax.tree.map(lambda label: label in self.decayed, labels_of(params, labels, player))
+
+    def _rate(self, steps: int, count: jax.Array) -> jax.Array:
+        """The step size after `count` of `steps` steps."""
+        return self.learning_rate * self._multiplier(count, steps)
 
     def _multiplier(self, count: jax.Array, steps: int) -> jax.Array:
         count = jnp.asarray(count, jnp.float32)
-        warm = (
-            jnp.minimum(1.0, (count + 1) / max(self.warmup_steps, 1)) if self.warmup_steps else 1.0
-        )
         done = jnp.clip((count - self.warmup_steps) / max(steps - self.warmup_steps, 1), 0.0, 1.0)
         shape = {
             "constant": 0.0 * done,
             "linear": done,
             "cosine": 0.5 - 0.5 * jnp.cos(jnp.pi * done),
         }[self.schedule]
+        warm: Any = 1.0
+        if self.warmup_steps:
+            warm = jnp.minimum(1.0, (count + 1) / self.warmup_steps)
         return warm * (1 - (1 - self.final_fraction) * shape)
+
+
+def _factors(rates: Iterable[str]) -> dict[str, float]:
+    """The step sizes that "label=factor" texts say.
+
+    Raises:
+        ConfigError: for a text of another form, a factor below 0, or a label that comes twice.
+    """
+    factors: dict[str, float] = {}
+    for text in rates:
+        label, _, number = text.partition("=")
+        try:
+            factor = float(number)
+        except ValueError:
+            factor = math.nan
+        if not label or label in factors or not 0 <= factor < math.inf:
+            raise ConfigError(
+                "rates are written as dynamics=0.1, each label once and no factor below 0; got "
+                f"{text!r}."
+            )
+        factors[label] = factor
+    return factors
+
+
+def _covering(
+    tx: optax.GradientTransformation, covered: set[str], labels: Labels, player: str | None
+) -> optax.GradientTransformation:
+    """The transform, whose `init` refuses parameters with a label that no rule covers."""
+
+    def init(params: PyTree) -> Any:
+        for name, label in leaves_by_name(labels_of(params, labels, player)).items():
+            if label not in covered:
+                raise ConfigError(
+                    f"The parameter {player}/{name} is labelled {label!r}, for which the optimiser "
+                    f"has no rule. Give it a step size, as rates=('{label}=1',) does, or name it "
+                    "in `decayed`, for weight decay."
+                )
+        return tx.init(params)
+
+    return optax.GradientTransformation(init, tx.update)

@@ -1,9 +1,9 @@
 """Meshes and rules: how a training state and its batches lie on many devices.
 
     mesh = make_mesh({"data": 2, "fsdp": 4})
-    sharded = shard(training(model, tx), mesh)                    # the same step on 8 devices
-    split = shard(training(model, tx), make_mesh({"data": 4, "tensor": 2}))  # of a Transformer or a
-    DiT
+    sharded = shard(training(model, tx), mesh)           # the same step on 8 devices
+    mesh = make_mesh({"data": 4, "tensor": 2})           # of a Transformer or a DiT
+    split = shard(training(model, tx), mesh)
 
 A mesh has some of four axes. `data` splits the batch and keeps the state whole on every device;
 `fsdp` splits the batch too, and with it every array of the state (parameters, moments, averages);
@@ -14,7 +14,7 @@ and the compiler puts in the sums and gathers that it takes (Xu 2021, GSPMD).
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -114,67 +114,79 @@ def layout(state: PyTree, mesh: Mesh, rules: Rules | None = None) -> PyTree:
             the mesh lacks, or splits a dimension that its axis does not divide.
     """
     _check_mesh(mesh)
+    pairs = _pairs(rules, mesh)
+
+    def one(path: Any, leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*_entries(_name(path), leaf, mesh, pairs)))
+
+    found = jax.tree_util.tree_map_with_path(one, state)
+    paths = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    names = [name for name in paths if name.startswith("params/")]
+    used = [_rule(name, pairs) for name in names]
+    for rule in pairs:
+        if rule not in used:
+            raise ConfigError(
+                f"The rule {rule[0]!r} matches no parameter. There are, among others: "
+                f"{', '.join(names[:5])}."
+            )
+    return found
+
+
+def _pairs(rules: Rules | None, mesh: Mesh) -> tuple[tuple[str, PartitionSpec], ...]:
+    """The rules as pairs, each of them over axes that the mesh has."""
     if rules is None:
         rules = TENSOR_RULES if "tensor" in mesh.shape else ()
-    rules = tuple(rules.items() if isinstance(rules, Mapping) else rules)
-    for pattern, spec in rules:
+    pairs = tuple(rules.items() if isinstance(rules, Mapping) else rules)
+    for pattern, spec in pairs:
         for axis in (name for entry in spec if entry for name in _names(entry)):
             if axis not in mesh.shape:
                 raise ConfigError(
                     f"The rule {pattern!r} splits over {axis!r}; the mesh is "
                     f"{describe(mesh.shape)}."
                 )
-    matched: set[str] = set()
+    return pairs
 
-    def one(path: Any, leaf: Any) -> NamedSharding:
-        name = _name(path)
-        if name == "step":  # which the members of an ensemble share
-            return NamedSharding(mesh, PartitionSpec())
-        entries: list[Any] = [None] * leaf.ndim
-        if "member" in mesh.shape:
-            _check_members(name, leaf, mesh.shape["member"])
-            entries[0] = "member"
-        begin = entries.count("member")
-        rule = next(((pattern, spec) for pattern, spec in rules if re.search(pattern, name)), None)
-        if rule is not None:
-            pattern, spec = rule
-            start = leaf.ndim - len(spec)
-            fits = start >= begin and all(
-                leaf.shape[start + i] % _size(mesh, entry) == 0 for i, entry in enumerate(spec)
-            )
-            if name.startswith("params/"):
-                matched.add(pattern)
-                if not fits:
-                    raise ConfigError(
-                        f"The rule {pattern!r} splits {name}, of shape {list(leaf.shape)}, as "
-                        f"{tuple(spec)} over a mesh "
-                        f"{describe(mesh.shape)}, which does not divide it."
-                    )
-            if fits:  # an optimiser may keep something of another shape for a parameter
-                entries[start:] = spec
-        if "fsdp" in mesh.shape and not any("fsdp" in _names(entry) for entry in entries):
-            size = mesh.shape["fsdp"]
-            free = [
-                i
-                for i in range(begin, leaf.ndim)
-                if entries[i] is None and leaf.shape[i] and leaf.shape[i] % size == 0
-            ]
-            if free:
-                entries[max(free, key=lambda i: leaf.shape[i])] = "fsdp"
-        return NamedSharding(mesh, PartitionSpec(*entries))
 
-    found = jax.tree_util.tree_map_with_path(one, state)
-    if unused := [pattern for pattern, _ in rules if pattern not in matched]:
-        names = [
-            name
-            for name in map(_name, dict(jax.tree_util.tree_leaves_with_path(state)))
-            if name.startswith("params/")
-        ]
+def _rule(name: str, pairs: Sequence[tuple[str, PartitionSpec]]) -> tuple[str, Any] | None:
+    """The first rule that matches a path."""
+    return next((pair for pair in pairs if re.search(pair[0], name)), None)
+
+
+def _entries(
+    name: str, leaf: Any, mesh: Mesh, pairs: Sequence[tuple[str, PartitionSpec]]
+) -> list[Any]:
+    """The axes of the mesh along each dimension of one array."""
+    if name == "step":  # which the members of an ensemble share
+        return []
+    entries: list[Any] = [None] * leaf.ndim
+    if "member" in mesh.shape:
+        _check_members(name, leaf, mesh.shape["member"])
+        entries[0] = "member"
+    begin = entries.count("member")
+    pattern, spec = _rule(name, pairs) or ("", ())
+    start = leaf.ndim - len(spec)
+    fits = start >= begin and all(
+        leaf.shape[start + i] % _size(mesh, entry) == 0 for i, entry in enumerate(spec)
+    )
+    if not fits and name.startswith("params/"):
         raise ConfigError(
-            f"The rule {unused[0]!r} matches no parameter. There are, among others: "
-            f"{', '.join(names[:5])}."
+            f"The rule {pattern!r} splits {name}, of shape {list(leaf.shape)}, as {tuple(spec)} "
+            f"over a mesh {describe(mesh.shape)}, which does not divide it."
         )
-    return found
+    if fits:  # an optimiser may keep something of another shape for a parameter
+        entries[start:] = spec
+    if "fsdp" in mesh.shape and not any("fsdp" in _names(entry) for entry in entries):
+        _split_longest(entries, leaf.shape, mesh.shape["fsdp"])
+    return entries
+
+
+def _split_longest(entries: list[Any], shape: Sequence[int], size: int) -> None:
+    """Give "fsdp" the longest dimension that is left and that it divides, if there is one."""
+    free = [
+        i for i, entry in enumerate(entries) if entry is None and shape[i] and shape[i] % size == 0
+    ]
+    if free:
+        entries[max(free, key=lambda i: shape[i])] = "fsdp"
 
 
 def shard(
@@ -205,20 +217,37 @@ def shard(
         return place(t.init(key))
 
     def step(ts: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        for leaf in jax.tree.leaves(batch):
-            for size, entry in zip(leaf.shape, spec, strict=False):
-                if size % _size(mesh, entry):
-                    raise ConfigError(
-                        f"A batch of {size} does not divide over the {_size(mesh, entry)} devices "
-                        "of the mesh's "
-                        f"{' x '.join(_names(entry))}."
-                    )
-        new, metrics = t.step(
-            place(ts), jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, spec))
-        )
+        new, metrics = t.step(place(ts), _split(batch, mesh, spec))
         return place(new), metrics
 
-    return Training(init, step, lambda wrap: shard(t.rewrap(wrap), mesh, rules, batch_spec))
+    def prepare(ts: TrainState, batch: Any) -> TrainState:
+        return place(t.prepare(place(ts), _split(batch, mesh, spec)))  # type: ignore[misc]
+
+    members = t.within
+
+    def within(f: Callable[[Training], Training], steps: int = 0) -> Training:
+        several = PartitionSpec(*[None] * steps, *spec)
+        return shard(members(f, steps), mesh, rules, several)  # type: ignore[misc]
+
+    return t._replace(
+        init=init,
+        step=step,
+        rewrap=lambda wrap: shard(t.rewrap(wrap), mesh, rules, batch_spec),
+        within=None if members is None else within,
+        prepare=None if t.prepare is None else prepare,
+    )
+
+
+def _split(batch: PyTree, mesh: Mesh, spec: PartitionSpec) -> PyTree:
+    """A batch over the devices of a mesh."""
+    for leaf in jax.tree.leaves(batch):
+        for size, entry in zip(leaf.shape, spec, strict=False):
+            if size % _size(mesh, entry):
+                raise ConfigError(
+                    f"A batch of {size} does not divide over the {_size(mesh, entry)} devices of "
+                    f"the mesh's {' x '.join(_names(entry))}."
+                )
+    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, spec))
 
 
 def batch_spec_of(mesh: Mesh) -> PartitionSpec:
@@ -249,7 +278,9 @@ def _name(path: Any) -> str:
 
 
 def _names(entry: Any) -> tuple[str, ...]:
-    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
 
 
 def _size(mesh: Mesh, entry: Any) -> int:

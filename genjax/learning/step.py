@@ -1,9 +1,16 @@
 """One train step for every family.
 
-train = training(vae(spec), optax.adam(1e-3))
-many = ensemble(train)                   # vmap over keys: one program trains all members
-fast = scan_steps(many)                  # k optimiser steps per dispatch
-run = compiled(fast)                     # jit, with the state's buffers donated
+    train = training(vae(spec), optax.adam(1e-3))
+    many = ensemble(train)                   # vmap over keys: one program trains all members
+    fast = scan_steps(many)                  # k optimiser steps per dispatch
+    run = compiled(fast)                     # jit, with the state's buffers donated
+
+    ts = run.init(jax.random.split(key, 8))
+    if run.prepare is not None:              # a model that is initialised from data
+        ts = run.prepare(ts, batches)
+    ts, metrics = run.step(ts, batches)
+
+`transforms.py`, `members.py` and `sharding.py` are functions Training -> Training of what is here.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,9 +18,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from genjax.checks import check_batch, check_key
+from genjax.checks import by_name, check_batch, check_key, check_model, check_per_example
 from genjax.errors import ConfigError
 from genjax.learning.optim import averaged
 from genjax.protocol import (
@@ -30,10 +38,12 @@ from genjax.protocol import (
     TrainState,
 )
 
+Optimizers = optax.GradientTransformation | Mapping[str, optax.GradientTransformation]
+# No turn of a step has this number, so no loss draws what the preparation draws.
+PREPARATION = np.uint32(2**32 - 1)
 
-def training(
-    model: Model, tx: optax.GradientTransformation | Mapping[str, optax.GradientTransformation]
-) -> Training:
+
+def training(model: Model, tx: Optimizers) -> Training:
     """The training procedure of any model: each step takes the turns of `model.turns`, one gradient
     and one update each.
 
@@ -42,51 +52,38 @@ def training(
     are weighted means named "player/name"; "player/loss" is always there, and a player with several
     turns reports its last.
 
+    After the last turn, once a step, every entry of `model.follows` moves: params[entry] <- d
+    params[entry] + (1 - d) params[player], where d may be a function of the step. It has no
+    optimiser state. Gradients are taken with respect to `params[player]` only, so what a loss does
+    with an entry that follows needs no `stop_gradient`.
+
+    `prepare(ts, batch)` is there where the model's is, to be called once, on the first batch,
+    before step 0. It draws from a key of its own, and examples of weight 0 are blanked as in a
+    step. Optimisers then begin anew, so that averages begin at the prepared parameters, and so do
+    the entries that follow a player.
+
     Args:
         model: what a family's builder returned.
         tx: one optimiser for all players, or one for each player by name.
 
     Raises:
-        ConfigError: if `tx` or `model.turns` name a player that has no loss, or leave one out.
+        ConfigError: if `tx` or `model.turns` name a player that has no loss, or leave one out; for
+            `follows` that name none; and, at the first step, for a loss or a metric that is not
+            per example, [B].
+
+    Example:
+        >>> import jax, optax
+        >>> from genjax import DataSpec, example_batch, training, vae
+        >>> model = vae(DataSpec((2,), "continuous"), hidden=(4,), latent_dim=1)
+        >>> t = training(model, optax.adam(1e-3))
+        >>> ts = t.init(jax.random.key(0))
+        >>> ts, metrics = jax.jit(t.step)(ts, example_batch(model.spec, jax.random.key(1), 8))
+        >>> int(ts.step), sorted(metrics)
+        (1, ['vae/kl', 'vae/loss', 'vae/reconstruction'])
     """
-    players = tuple(model.losses)
-    turns = model.turns or tuple((player, 1) for player in players)
-    order = [player for player, times in turns for _ in range(times)]
-    by_player = dict(tx) if isinstance(tx, Mapping) else dict.fromkeys(players, tx)
-    if set(by_player) != set(players):
-        raise ConfigError(
-            f"Give one optimiser for each player ({', '.join(players)}); got them for: "
-            f"{', '.join(by_player) or 'none'}."
-        )
-    for player, times in turns:
-        if player not in players or times < 1:
-            raise ConfigError(
-                f"A turn must name a player ({', '.join(players)}) and a count >= 1; got "
-                f"{(player, times)}."
-            )
-    for player in players:
-        if player not in dict(turns):
-            raise ConfigError(f"Player {player!r} has a loss but no turn; turns are {turns}.")
-
-    def gradient(
-        player: str,
-        params: Params,
-        state: State,
-        batch: Batch,
-        weight: Array,
-        key: Key,
-        step: Array,
-    ) -> tuple[PyTree, State, Metrics]:
-        def objective(own: PyTree) -> tuple[Array, tuple[State, Metrics]]:
-            loss, aux = model.losses[player]({**params, player: own}, state, batch, key, step)
-            metrics = {
-                f"{player}/{name}": _dot(weight, value)
-                for name, value in {**aux.metrics, "loss": loss}.items()
-            }
-            return metrics[f"{player}/loss"], (aux.state, metrics)
-
-        grads, (state, metrics) = jax.grad(objective, has_aux=True)(params[player])
-        return grads, state, metrics
+    check_model(model)
+    by_player = _optimizers(model, tx)
+    order = _order(model)
 
     def init(key: Key) -> TrainState:
         check_key(key)
@@ -97,44 +94,113 @@ def training(
             )
         key_model, key_train = jax.random.split(key)
         params, state = model.init(key_model)
-        opt = {player: by_player[player].init(params[player]) for player in players}
+        params = _with_followers(model, params)
+        opt = {player: tx.init(params[player]) for player, tx in by_player.items()}
         return TrainState(jnp.zeros((), jnp.int32), key_train, params, state, opt)
 
     def step_with(gradient: Gradient, ts: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         check_batch(model.spec, batch)
-        n = batch.x.shape[0]
-        # A mean with equal weights is a sum times one number: a vector of them costs the whole step
-        # 5 % on a CPU.
-        weight = (
-            jnp.asarray(1 / n, jnp.float32)
-            if batch.weight is None
-            else batch.weight / jnp.sum(batch.weight)
-        )
-        if batch.weight is not None:
-            batch = _blank(batch, batch.weight > 0)
+        batch, weight = _weighted(batch)
         metrics: Metrics = {}
         for index, player in enumerate(order):
             key = jax.random.fold_in(ts.key, ts.step * len(order) + index)
             grads, state, new = gradient(player, ts.params, ts.state, batch, weight, key, ts.step)
-            with jax.numpy_dtype_promotion(
-                "standard"
-            ):  # optax's own arithmetic mixes whole and real numbers
+            with jax.numpy_dtype_promotion("standard"):  # optax mixes whole and real numbers
                 updates, opt = by_player[player].update(grads, ts.opt[player], ts.params[player])
             own = optax.apply_updates(ts.params[player], updates)
             ts = ts._replace(
                 params={**ts.params, player: own}, state=state, opt={**ts.opt, player: opt}
             )
             metrics |= new
-        return ts._replace(step=ts.step + 1), metrics
+        return ts._replace(step=ts.step + 1, params=_followed(model, ts.params, ts.step)), metrics
+
+    def prepare(ts: TrainState, batch: Batch) -> TrainState:
+        check_batch(model.spec, batch)
+        batch, _ = _weighted(batch)
+        key = jax.random.fold_in(ts.key, PREPARATION)
+        params, state = model.prepare(ts.params, ts.state, batch, key)  # type: ignore[misc]
+        copies = {
+            entry: jax.tree.map(jnp.copy, params[player])
+            for entry, (player, _) in model.follows.items()
+        }
+        opt = {player: tx.init(params[player]) for player, tx in by_player.items()}
+        return ts._replace(params={**params, **copies}, state=state, opt=opt)
 
     def make(wrap: Callable[[Gradient], Gradient]) -> Training:
         # The wrapper given last is outermost: it splits the batch before those that were given
         # earlier see it.
         return Training(
-            init, partial(step_with, wrap(gradient)), lambda more: make(lambda g: more(wrap(g)))
+            init=init,
+            step=partial(step_with, wrap(partial(_gradient, model))),
+            rewrap=lambda more: make(lambda g: more(wrap(g))),
+            prepare=None if model.prepare is None else prepare,
         )
 
     return make(lambda g: g)
+
+
+def _optimizers(model: Model, tx: Optimizers) -> dict[str, optax.GradientTransformation]:
+    """One optimiser for each player, in the order of the losses."""
+    players = tuple(model.losses)
+    given = dict(tx) if isinstance(tx, Mapping) else dict.fromkeys(players, tx)
+    if set(given) != set(players):
+        raise ConfigError(
+            f"Give one optimiser for each player ({', '.join(players)}); got them for: "
+            f"{', '.join(given) or 'none'}."
+        )
+    return {player: given[player] for player in players}
+
+
+def _order(model: Model) -> list[str]:
+    """The player of each turn of a step."""
+    players = tuple(model.losses)
+    turns = model.turns or tuple((player, 1) for player in players)
+    for player, times in turns:
+        if player not in players or times < 1:
+            raise ConfigError(
+                f"A turn must name a player ({', '.join(players)}) and a count >= 1; got "
+                f"{(player, times)}."
+            )
+    for player in players:
+        if player not in dict(turns):
+            raise ConfigError(f"Player {player!r} has a loss but no turn; turns are {turns}.")
+    return [player for player, times in turns for _ in range(times)]
+
+
+def _gradient(
+    model: Model,
+    player: str,
+    params: Params,
+    state: State,
+    batch: Batch,
+    weight: Array,
+    key: Key,
+    step: Array,
+) -> tuple[PyTree, State, Metrics]:
+    """∂/∂params[player] of Σ_i weight_i loss_i, with the state after it and the metrics' sums."""
+
+    def objective(own: PyTree) -> tuple[Array, tuple[State, Metrics]]:
+        loss, aux = model.losses[player]({**params, player: own}, state, batch, key, step)
+        check_per_example(loss, aux.metrics, batch.x.shape[0], player)
+        metrics = {
+            f"{player}/{name}": _dot(weight, value)
+            for name, value in {**aux.metrics, "loss": loss}.items()
+        }
+        return metrics[f"{player}/loss"], (aux.state, metrics)
+
+    grads, (state, metrics) = jax.grad(objective, has_aux=True)(params[player])
+    return grads, state, metrics
+
+
+def _weighted(batch: Batch) -> tuple[Batch, Array]:
+    """The batch with examples of weight 0 blanked, and weights that sum to 1.
+
+    A mean with equal weights is a sum times one number: a vector of them costs the whole step 5 %
+    on a CPU.
+    """
+    if batch.weight is None:
+        return batch, jnp.asarray(1 / batch.x.shape[0], jnp.float32)
+    return _blank(batch, batch.weight > 0), batch.weight / jnp.sum(batch.weight)
 
 
 def _blank(batch: Batch, kept: Array) -> Batch:
@@ -152,16 +218,60 @@ def _dot(weight: Array, value: Array) -> Array:
     """Σ weight value for a weight [B], or [] for all alike; a weight of 0 silences even a NaN, such
     as that of padding.
     """
-    value = (
-        value if value.dtype == jnp.float64 else value.astype(jnp.float32)
-    )  # sums of few bits would lose them
+    if value.dtype != jnp.float64:
+        value = value.astype(jnp.float32)  # sums of few bits would lose them
     if not weight.ndim:
         return jnp.sum(value) * weight.astype(value.dtype)
     return jnp.sum(jnp.where(weight > 0, value, 0) * weight.astype(value.dtype))
 
 
+# --- entries that follow a player -----------------------------------------------------------------
+
+
+def _with_followers(model: Model, params: Params) -> Params:
+    """Parameters with a copy of its player for each entry that follows one and is not there yet.
+
+    Raises:
+        ConfigError: for one that `init` made and that is not like its player.
+    """
+    for entry, (player, _) in model.follows.items():
+        own = params[player]
+        if entry in params:
+            own = by_name(params[entry], own, f"params[{entry!r}], which follows {player!r},")
+        else:
+            own = jax.tree.map(jnp.copy, own)  # an alias could not be donated
+        params = {**params, entry: own}
+    return params
+
+
+def _followed(model: Model, params: Params, step: Array) -> Params:
+    """Parameters after `step` with every entry that follows a player moved towards it.
+
+    Raises:
+        ConfigError: if an entry is not in the parameters.
+    """
+    for entry, (player, decay) in model.follows.items():
+        if entry not in params:
+            raise ConfigError(
+                f"params has no entry {entry!r}, which follows {player!r}. Begin with the state "
+                "that the training's own `init` returns."
+            )
+        d = jnp.asarray(decay(step) if callable(decay) else decay)
+        moved = jax.tree.map(partial(_average, d), params[entry], params[player])
+        params = {**params, entry: moved}
+    return params
+
+
+def _average(d: Array, average: Array, value: Array) -> Array:
+    """d average + (1 - d) value, where 0 and 1 and an average of equal values are exact."""
+    if not jnp.issubdtype(average.dtype, jnp.floating):
+        return jnp.where(d == 1, average, value)
+    between = average + (1 - d).astype(average.dtype) * (value - average)
+    return jnp.where(d == 0, value, jnp.where(d == 1, average, between))
+
+
 def eval_params(ts: TrainState) -> Params:
     """The parameters to sample and evaluate with: each player's moving average where its optimiser
-    tracks one.
+    tracks one. Entries without an optimiser, such as those that follow a player, are as they are.
     """
     return {player: averaged(ts.opt.get(player, ()), own) for player, own in ts.params.items()}

@@ -2,6 +2,17 @@
 
 Every transform is a function of pure functions, so any order that makes sense works:
 `microbatch(ensemble(t), 4)`, `scan_steps(shard(t, mesh))`, `ensemble(sweep(make, lr=rates))`.
+
+What holds for all of them, those of `members.py` and `sharding.py` included:
+
+* The transform given last is outermost. Each axis that one adds to metrics is put in front of those
+  that are there: `scan_steps(ensemble(t))` has metrics [steps, members], `ensemble(scan_steps(t))`
+  [members, steps].
+* Members are trained alike, whatever stands around them. What looks at the result of a step, or
+  takes several, reaches every member alone (`Training.within`): `skip_nonfinite(ensemble(t))` is
+  `ensemble(skip_nonfinite(t))`, and a member's NaN stops no other.
+* `prepare` is passed on: it takes what `step` takes, uses the batch of the first step of it, and is
+  None where the model has nothing to prepare.
 """
 
 from collections.abc import Callable
@@ -27,159 +38,284 @@ from genjax.protocol import (
 
 
 def compiled(t: Training) -> Training:
-    """The same training with `init` and `step` jit-compiled, and the state's buffers donated to the
-    step.
+    """The same training with its functions jit-compiled, and the state's buffers donated to `step`
+    and `prepare`.
     """
-    return Training(
-        jax.jit(t.init), jax.jit(t.step, donate_argnums=0), lambda wrap: compiled(t.rewrap(wrap))
+    within = t.within
+    return t._replace(
+        init=jax.jit(t.init),
+        step=jax.jit(t.step, donate_argnums=0),
+        rewrap=lambda wrap: compiled(t.rewrap(wrap)),
+        within=None if within is None else lambda f, steps=0: compiled(within(f, steps)),
+        prepare=None if t.prepare is None else jax.jit(t.prepare, donate_argnums=0),
     )
 
 
+# --- parts of a batch -----------------------------------------------------------------------------
+
+
 def microbatch(t: Training, n: int) -> Training:
-    """The same step with its gradient accumulated over `n` equal parts of the batch, so that memory
+    """The same step with its gradient accumulated over n equal parts of the batch, so that memory
     falls by about n.
 
     The update equals that of the whole batch for the same noise; each part draws its noise with its
-    own key, and batch statistics are updated part by part.
+    own key. Every part begins with the state that the turn began with, and the turn leaves the mean
+    of what the parts leave, weighted as they are; of what is no real number it leaves that of the
+    first part that has a weight. So a decay in the state is applied once, and what all parts agree
+    on is kept exactly. `prepare` sees the whole batch.
 
     Raises:
         ConfigError: if the batch does not divide into n parts.
+
+    Example:
+        >>> import jax, optax
+        >>> from genjax import DataSpec, example_batch, microbatch, training, vae
+        >>> model = vae(DataSpec((2,), "continuous"), hidden=(4,), latent_dim=1)
+        >>> t = microbatch(training(model, optax.adam(1e-3)), 4)
+        >>> batch = example_batch(model.spec, jax.random.key(1), 8)
+        >>> ts, metrics = jax.jit(t.step)(t.init(jax.random.key(0)), batch)
+        >>> int(ts.step), metrics["vae/loss"].shape
+        (1, ())
     """
     if n < 1:
         raise ConfigError(f"microbatch needs at least 1 part; got {n}.")
+    return t.rewrap(lambda gradient: partial(_accumulated, gradient, n))
 
-    def wrap(gradient: Gradient) -> Gradient:
-        def accumulated(
-            player: str,
-            params: Params,
-            state: State,
-            batch: Batch,
-            weight: Array,
-            key: Key,
-            step: Array,
-        ) -> tuple[PyTree, State, Metrics]:
-            size = batch.x.shape[0]
-            if size % n:
-                raise ConfigError(f"A batch of {size} does not divide into {n} equal parts.")
 
-            def part(carry: Any, xs: Any) -> tuple[Any, None]:
-                (grads, metrics), state = carry
-                part_batch, part_weight, part_key = xs
-                more, state, more_metrics = gradient(
-                    player, params, state, part_batch, part_weight, part_key, step
-                )
-                return (jax.tree.map(jnp.add, (grads, metrics), (more, more_metrics)), state), None
+def _accumulated(
+    gradient: Gradient,
+    n: int,
+    player: str,
+    params: Params,
+    state: State,
+    batch: Batch,
+    weight: Array,
+    key: Key,
+    step: Array,
+) -> tuple[PyTree, State, Metrics]:
+    """The sum of a gradient and of metrics over n parts of a batch, and the mean of the states."""
+    size = batch.x.shape[0]
+    if size % n:
+        raise ConfigError(f"A batch of {size} does not divide into {n} equal parts.")
 
-            split = partial(jax.tree.map, lambda leaf: leaf.reshape(n, size // n, *leaf.shape[1:]))
-            parts = (split(batch), split(weight) if weight.ndim else jnp.broadcast_to(weight, (n,)))
-            keys = jax.random.split(key, n)
-            first = jax.tree.map(lambda leaf: leaf[0], (*parts, keys))
-            shapes = jax.eval_shape(
-                lambda *args: gradient(player, params, state, *args, step), *first
-            )
-            zeros = jax.tree.map(
-                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes[0], shapes[2])
-            )
-            ((grads, metrics), state), _ = jax.lax.scan(part, (zeros, state), (*parts, keys))
-            return grads, state, metrics
+    def split(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: leaf.reshape(n, size // n, *leaf.shape[1:]), tree)
 
-        return accumulated
+    def of_part(batch: Batch, weight: Array, key: Key) -> tuple[PyTree, State, Metrics]:
+        return gradient(player, params, state, batch, weight, key, step)
 
-    return t.rewrap(wrap)
+    def part(carry: Any, given: Any) -> tuple[Any, None]:
+        sums, mean, before = carry
+        grads, after, metrics = of_part(*given)
+        share = jnp.sum(given[1])  # of equal parts all shares are 1 / size, which will do
+        total = before + share
+        mean = jax.tree.map(partial(_running_mean, before, share, total), mean, after)
+        return (jax.tree.map(jnp.add, sums, (grads, metrics)), mean, total), None
+
+    weights = split(weight) if weight.ndim else jnp.broadcast_to(weight, (n,))
+    parts = (split(batch), weights, jax.random.split(key, n))
+    grads, _, metrics = jax.eval_shape(of_part, *jax.tree.map(lambda leaf: leaf[0], parts))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (grads, metrics))
+    nothing = jnp.zeros((), weight.dtype)
+    (sums, mean, _), _ = jax.lax.scan(part, (zeros, state, nothing), parts)
+    return sums[0], mean, sums[1]
+
+
+def _running_mean(before: Array, share: Array, total: Array, mean: Array, new: Array) -> Array:
+    """The mean of what the parts up to one leave of a leaf of the state (West 1979).
+
+    In this form what all parts agree on stays exactly that. A part of weight 0 counts for nothing,
+    its NaN neither.
+    """
+    if not _is_float(new):
+        return jnp.where(before > 0, mean, new)
+    towards = (share / jnp.where(total > 0, total, 1)).astype(new.dtype)
+    moved = (share > 0) & (new != mean)  # of two infinities the difference is NaN
+    later = jnp.where(moved, mean + towards * (new - mean), mean)
+    return jnp.where((before == 0) & (share > 0), new, later)
+
+
+def _is_float(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+# --- several steps a dispatch ---------------------------------------------------------------------
 
 
 def scan_steps(t: Training, k: None = None) -> Training:
-    """Several optimiser steps in one dispatch, over a tree of batches with a leading axis of steps;
-    metrics get that axis too. See `repeat_steps` for one and the same payload.
+    """Several optimiser steps in one dispatch, over batches stacked along a new first axis; metrics
+    get that axis too. For one and the same payload see `repeat_steps`.
 
-    Members that share their batch take all steps by themselves: "map" then takes a member's state
-    out of the others' and puts it back once, not at every step.
+    Members that share their batches take all steps by themselves: "map" then takes a member's state
+    out of the others' and puts it back once, not at every step. `prepare` takes the first batch.
+
+    Raises:
+        ConfigError: for a number of steps, which is `repeat_steps(t, k)`.
+
+    Example:
+        >>> import jax, optax
+        >>> from genjax import DataSpec, example_batch, scan_steps, training, vae
+        >>> model = vae(DataSpec((2,), "continuous"), hidden=(4,), latent_dim=1)
+        >>> t = scan_steps(training(model, optax.adam(1e-3)))
+        >>> keys = jax.random.split(jax.random.key(1), 5)
+        >>> batches = jax.vmap(lambda key: example_batch(model.spec, key, 8))(keys)
+        >>> ts, metrics = jax.jit(t.step)(t.init(jax.random.key(0)), batches)
+        >>> int(ts.step), metrics["vae/loss"].shape
+        (5, (5,))
     """
     if k is not None:
         raise ConfigError(
             "scan_steps(t) goes over stacked batches; k steps that are all given the same are "
             f"repeat_steps(t, {k})."
         )
-    if t.within is not None:
-        many = t.within(scan_steps)
-        return Training(t.init, _steps_first(many.step), lambda wrap: scan_steps(t.rewrap(wrap)))
 
     def step(ts: TrainState, batches: Any) -> tuple[TrainState, Metrics]:
         return jax.lax.scan(t.step, ts, batches)
 
-    return Training(t.init, step, lambda wrap: scan_steps(t.rewrap(wrap)))
+    def prepare(ts: TrainState, batches: Any) -> TrainState:
+        return t.prepare(ts, jax.tree.map(lambda leaf: leaf[0], batches))  # type: ignore[misc]
+
+    return Training(
+        init=t.init,
+        step=step if t.within is None else _steps_first(t.within(scan_steps, 1)),
+        rewrap=lambda wrap: scan_steps(t.rewrap(wrap)),
+        prepare=None if t.prepare is None else prepare,
+    )
 
 
 def repeat_steps(t: Training, k: int) -> Training:
-    """k optimiser steps in one dispatch that are all given the same, as after `feed`; metrics get a
-    leading axis of steps. Members take them as under `scan_steps`.
+    """k optimiser steps in one dispatch that are all given the same, the form to use after `feed`;
+    metrics get a leading axis of steps. Members take them by themselves, as under `scan_steps`.
+
+    Raises:
+        ConfigError: for k < 1.
+
+    Example:
+        >>> import jax, optax
+        >>> from genjax import DataSpec, example_batch, repeat_steps, training, vae
+        >>> model = vae(DataSpec((2,), "continuous"), hidden=(4,), latent_dim=1)
+        >>> t = repeat_steps(training(model, optax.adam(1e-3)), 5)
+        >>> batch = example_batch(model.spec, jax.random.key(1), 8)
+        >>> ts, metrics = jax.jit(t.step)(t.init(jax.random.key(0)), batch)
+        >>> int(ts.step), metrics["vae/loss"].shape
+        (5, (5,))
     """
-    if t.within is not None:
-        many = t.within(lambda one: repeat_steps(one, k))
-        return Training(
-            t.init, _steps_first(many.step), lambda wrap: repeat_steps(t.rewrap(wrap), k)
-        )
+    if k < 1:
+        raise ConfigError(f"repeat_steps needs at least 1 step; got {k}.")
 
     def step(ts: TrainState, given: Any) -> tuple[TrainState, Metrics]:
         return jax.lax.scan(lambda ts, _: t.step(ts, given), ts, length=k)
 
-    return Training(t.init, step, lambda wrap: repeat_steps(t.rewrap(wrap), k))
+    def repeat(one: Training) -> Training:
+        return repeat_steps(one, k)
+
+    return Training(
+        init=t.init,
+        step=step if t.within is None else _steps_first(t.within(repeat)),
+        rewrap=lambda wrap: repeat(t.rewrap(wrap)),
+        prepare=t.prepare,
+    )
 
 
-def _steps_first(step: Callable[..., Any]) -> Callable[..., Any]:
-    """The step with its metrics' axes of members and of steps exchanged."""
+def _steps_first(members: Training) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The step of members that take several, with metrics [steps, members] in the place of
+    [members, steps].
+    """
 
-    def exchanged(ts: TrainState, given: Any) -> tuple[TrainState, Metrics]:
-        ts, metrics = step(ts, given)
+    def step(ts: TrainState, given: Any) -> tuple[TrainState, Metrics]:
+        ts, metrics = members.step(ts, given)
         return ts, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), metrics)
 
-    return exchanged
+    return step
 
 
 def feed(t: Training, batch_at: Callable[[Any, Array], Batch]) -> Training:
     """A step that takes the whole data set and gathers its own batch: step(ts, arrays) = t.step(ts,
-    batch_at(arrays, step)).
+    batch_at(arrays, step)), and `prepare` the same.
 
     With device-resident arrays a scanned step then never waits for the host.
+
+    Example:
+        >>> import jax, optax
+        >>> from genjax import DataSpec, example_batch, feed, training, vae
+        >>> model = vae(DataSpec((2,), "continuous"), hidden=(4,), latent_dim=1)
+        >>> arrays = example_batch(model.spec, jax.random.key(1), 24)
+        >>> def batch_at(arrays, step):  # `genjax.batch_at(source, 8, seed)` makes a better one
+        ...     rows = 8 * (step % 3) + jax.numpy.arange(8)
+        ...     return jax.tree.map(lambda leaf: leaf[rows], arrays)
+        >>> t = feed(training(model, optax.adam(1e-3)), batch_at)
+        >>> ts, metrics = jax.jit(t.step)(t.init(jax.random.key(0)), arrays)
+        >>> int(ts.step), metrics["vae/loss"].shape
+        (1, ())
     """
+
+    def step(ts: TrainState, arrays: Any) -> tuple[TrainState, Metrics]:
+        return t.step(ts, batch_at(arrays, ts.step))
+
+    def prepare(ts: TrainState, arrays: Any) -> TrainState:
+        return t.prepare(ts, batch_at(arrays, ts.step))  # type: ignore[misc]
+
     members = t.within
-    return Training(
-        t.init,
-        lambda ts, arrays: t.step(ts, batch_at(arrays, ts.step)),
-        lambda wrap: feed(t.rewrap(wrap), batch_at),
-        None if members is None else lambda f: members(lambda one: f(feed(one, batch_at))),
+
+    def within(f: Callable[[Training], Training], steps: int = 0) -> Training:
+        return members(lambda one: f(feed(one, batch_at)), steps)  # type: ignore[misc]
+
+    return t._replace(
+        step=step,
+        rewrap=lambda wrap: feed(t.rewrap(wrap), batch_at),
+        # Only of what all members share can a member gather its own.
+        within=None if members is None or t.own_batches else within,
+        prepare=None if t.prepare is None else prepare,
     )
+
+
+# --- steps that are left out ----------------------------------------------------------------------
 
 
 def skip_nonfinite(t: Training) -> Training:
     """A step that changes nothing but the step counter when its result is not finite, and says so
-    in metric "skipped" (0 or 1).
+    in metric "skipped" (0 or 1; [S] of S members, each of which skips its own steps).
 
     It looks at the new parameters, state and optimiser state, all players together, and costs one
-    pass over them.
+    pass over them. To be put inside of `scan_steps` and `repeat_steps`: around them, one bad step
+    undoes the whole dispatch.
+
+    Raises:
+        ConfigError: around `feed` of members with batches of their own; put it inside.
+
+    Example:
+        >>> import jax, optax
+        >>> from genjax import Batch, DataSpec, skip_nonfinite, training, vae
+        >>> model = vae(DataSpec((2,), "continuous"), hidden=(4,), latent_dim=1)
+        >>> t = skip_nonfinite(training(model, optax.adam(1e-3)))
+        >>> ts, metrics = jax.jit(t.step)(
+        ...     t.init(jax.random.key(0)), Batch(jax.numpy.full((8, 2), jax.numpy.nan))
+        ... )
+        >>> int(ts.step), float(metrics["skipped"])
+        (1, 1.0)
     """
+    if t.within is not None:
+        return t.within(skip_nonfinite)
+    if t.own_batches:
+        raise ConfigError(
+            "skip_nonfinite cannot reach the members of `feed(t, batch_at)`, which have batches of "
+            "their own: write feed(skip_nonfinite(t), batch_at)."
+        )
 
     def step(ts: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         new, metrics = t.step(ts, batch)
         kept = (new.params, new.state, new.opt)
-        finite = [
-            jnp.all(jnp.isfinite(leaf))
-            for leaf in jax.tree.leaves((kept, metrics))
-            if _is_float(leaf)
-        ]
+        leaves = filter(_is_float, jax.tree.leaves((kept, metrics)))
+        finite = [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
         # The barrier keeps them one vector. Without, XLA puts all of its terms into the choice of
         # every leaf: a program of leaves² operations, which takes several times as long to compile.
         ok = jax.lax.optimization_barrier(jnp.stack(finite)).all()
-        choose = lambda a, b: jax.tree.map(lambda x, y: jnp.where(ok, x, y), a, b)  # noqa: E731
-        params, state, opt = choose(kept, (ts.params, ts.state, ts.opt))
+        params, state, opt = jax.tree.map(
+            partial(jnp.where, ok), kept, (ts.params, ts.state, ts.opt)
+        )
         # A skipped step's NaN metrics would spoil the mean of the whole window.
         metrics = {name: jnp.where(ok, value, 0) for name, value in metrics.items()}
-        return new._replace(params=params, state=state, opt=opt), metrics | {
-            "skipped": 1 - ok.astype(jnp.float32)
-        }
+        skipped = 1 - ok.astype(jnp.float32)
+        return new._replace(params=params, state=state, opt=opt), metrics | {"skipped": skipped}
 
-    return Training(t.init, step, lambda wrap: skip_nonfinite(t.rewrap(wrap)))
-
-
-def _is_float(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.floating)
+    return t._replace(step=step, rewrap=lambda wrap: skip_nonfinite(t.rewrap(wrap)))

@@ -5,17 +5,11 @@ so there is one place where a setting is named, typed, explained and given a def
 """
 
 import dataclasses
-import functools
 import hashlib
 import inspect
 import json
-import operator
-import types
-import typing
 from collections.abc import Callable, Mapping
-from typing import Any
-
-import docstring_parser
+from typing import Annotated, Any, Literal
 
 from genjax.data import Source, loader, open_source
 from genjax.errors import ConfigError, unknown_name
@@ -23,6 +17,20 @@ from genjax.learning.optim import Optimizer
 from genjax.learning.step import training
 from genjax.learning.transforms import microbatch, skip_nonfinite
 from genjax.protocol import DataSpec, Model, Training
+from genjax.settings import Count, Whole, Within, check_fields
+from genjax.zoo.sections import parameters_of as parameters_of
+from genjax.zoo.sections import replace as replace
+from genjax.zoo.sections import sections_of
+
+
+class _Seeds(Within):
+    """What `jax.random.key` takes apart: one number of 32 bits."""
+
+    def __str__(self) -> str:
+        return "from 0 to 2**32 - 1"
+
+
+Seed = Annotated[int, _Seeds(0, 2**32 - 1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,38 +54,26 @@ class Schedule:
             or "auto": the device up to 2 GiB, and the host where several processes train.
     """
 
-    steps: int = 2000
-    batch_size: int = 128
-    seed: int = 0
-    microbatches: int = 1
+    steps: Count = 2000
+    batch_size: Count = 128
+    seed: Seed = 0
+    microbatches: Count = 1
     skip_nonfinite: bool = False
-    steps_per_call: int = 50
-    log_every: int = 100
-    evaluate_every: int = 500
-    sample_every: int = 500
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 3
-    place: typing.Literal["auto", "device", "host"] = "auto"
+    steps_per_call: Count = 50
+    log_every: Count = 100
+    evaluate_every: Whole = 500
+    sample_every: Whole = 500
+    checkpoint_every: Count = 500
+    keep_checkpoints: Count = 3
+    place: Literal["auto", "device", "host"] = "auto"
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "microbatches",
-            "steps_per_call",
-            "log_every",
-            "checkpoint_every",
-            "keep_checkpoints",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        check_fields(self)
         if self.batch_size % self.microbatches:
             raise ConfigError(
                 f"A batch of {self.batch_size} does not divide into {self.microbatches} equal "
                 "microbatches."
             )
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed must be from 0 to 2**32 - 1; got {self.seed}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,13 +117,9 @@ class Recipe:
         """
         if data == self.data:
             return self
-        conditional = (
-            self.data_options.get("conditional")
-            and "conditional" in inspect.signature(loader(data)).parameters
-        )
-        return dataclasses.replace(
-            self, data=data, data_options={"conditional": True} if conditional else {}
-        )
+        can_be = "conditional" in inspect.signature(loader(data)).parameters
+        kept = {"conditional": True} if can_be and self.data_options.get("conditional") else {}
+        return dataclasses.replace(self, data=data, data_options=kept)
 
     def build(self, spec: DataSpec, **changes: Any) -> Model:
         """The model, with some builder arguments changed."""
@@ -135,114 +127,13 @@ class Recipe:
 
     def training(self, spec: DataSpec) -> Training:
         """The whole training procedure that the settings describe."""
-        by_player = self.optimizer if isinstance(self.optimizer, Mapping) else None
-        tx: Any = (
-            {p: o.build(self.schedule.steps) for p, o in by_player.items()} if by_player else None
-        )
-        t = training(self.build(spec), tx or self.optimizer.build(self.schedule.steps))  # type: ignore[union-attr]
+        model, own = self.build(spec), self.optimizer
+        by_player = own if isinstance(own, Mapping) else dict.fromkeys(model.losses, own)
+        steps = self.schedule.steps
+        t = training(model, {p: o.build(steps, model.labels, p) for p, o in by_player.items()})
         if self.schedule.microbatches > 1:
             t = microbatch(t, self.schedule.microbatches)
         return skip_nonfinite(t) if self.schedule.skip_nonfinite else t
-
-
-@functools.cache
-def _described(thing: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """The types and the help of what a function or a dataclass takes, by name, from its annotations
-    and docstring.
-    """
-    docs = docstring_parser.parse(inspect.getdoc(thing) or "")
-    help_of = {param.arg_name: " ".join((param.description or "").split()) for param in docs.params}
-    return typing.get_type_hints(thing), help_of
-
-
-def parameters_of(function: Callable[..., Any]) -> dict[str, tuple[Any, Any, str]]:
-    """The keyword settings of a builder or loader: name -> (type, default, help), from its
-    signature and docstring.
-
-    Types that cannot be written on a command line (a record of functions) are left out of a union.
-    """
-    hints, help_of = _described(function)
-    settings = {}
-    for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.default is inspect.Parameter.empty:
-            continue
-        settings[name] = (_writable(hints[name]), parameter.default, help_of.get(name, ""))
-    return settings
-
-
-def _writable(hint: Any) -> Any:
-    if typing.get_origin(hint) not in (types.UnionType, typing.Union):
-        return hint
-    plain = [
-        a for a in typing.get_args(hint) if not (isinstance(a, type) and hasattr(a, "_fields"))
-    ]
-    return functools.reduce(operator.or_, plain)
-
-
-def replace(recipe: Recipe, **changes: Any) -> Recipe:
-    """The recipe with settings changed by name, wherever they belong: builder, loader, optimiser or
-    schedule.
-
-    Raises:
-        ConfigError: for a name that is no setting of this recipe, with the nearest ones.
-    """
-    sections: dict[str, set[str]] = {
-        name: set(fields) for name, fields in sections_of(recipe).items()
-    }
-    for name, value in changes.items():
-        section = next((section for section, fields in sections.items() if name in fields), None)
-        if section is None:
-            raise unknown_name("setting", name, sorted(set().union(*sections.values())))
-        current: Any = getattr(recipe, section)
-        if isinstance(current, Optimizer | Schedule):
-            new: Any = dataclasses.replace(current, **{name: value})
-        elif section == "optimizer":
-            player, field = name.split(".")
-            new = {**current, player: dataclasses.replace(current[player], **{field: value})}
-        else:
-            new = {**current, name: value}
-        recipe = dataclasses.replace(recipe, **{section: new})
-    return recipe
-
-
-def sections_of(recipe: Recipe) -> dict[str, dict[str, tuple[Any, Any, str]]]:
-    """Every setting of a recipe: section -> name -> (type, value, help). Settings of a player are
-    named "player.field".
-    """
-
-    def of_dataclass(value: Any, prefix: str = "") -> dict[str, tuple[Any, Any, str]]:
-        hints, help_of = _described(type(value))
-        return {
-            prefix + f.name: (hints[f.name], getattr(value, f.name), help_of.get(f.name, ""))
-            for f in dataclasses.fields(value)
-        }
-
-    def of_function(
-        function: Callable[..., Any], given: Mapping[str, Any]
-    ) -> dict[str, tuple[Any, Any, str]]:
-        fields = parameters_of(function)
-        for name in given:
-            if name not in fields:
-                raise unknown_name(f"setting of {function.__name__}", name, fields)
-        return {
-            name: (hint, given.get(name, default), text)
-            for name, (hint, default, text) in fields.items()
-        }
-
-    if isinstance(recipe.optimizer, Mapping):
-        optimizer = {
-            k: v
-            for player, o in recipe.optimizer.items()
-            for k, v in of_dataclass(o, f"{player}.").items()
-        }
-    else:
-        optimizer = of_dataclass(recipe.optimizer)
-    return {
-        "model": of_function(recipe.family, recipe.model),
-        "data_options": of_function(loader(recipe.data), recipe.data_options),
-        "optimizer": optimizer,
-        "schedule": of_dataclass(recipe.schedule),
-    }
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -265,11 +156,8 @@ def from_dict(values: Mapping[str, Any], rows: Mapping[str, Recipe]) -> Recipe:
     if values.get("recipe") not in rows:
         raise unknown_name("recipe", str(values.get("recipe")), rows)
     row = rows[values["recipe"]]
-    as_tuples = lambda section: {
-        k: tuple(v) if isinstance(v, list) else v for k, v in section.items()
-    }  # noqa: E731
     try:
-        optimizer: Any = values["optimizer"]
+        optimizer: Any = _as_tuples(values["optimizer"])
         if isinstance(row.optimizer, Mapping):
             by_player: dict[str, dict[str, Any]] = {player: {} for player in row.optimizer}
             for name, value in optimizer.items():
@@ -281,8 +169,8 @@ def from_dict(values: Mapping[str, Any], rows: Mapping[str, Recipe]) -> Recipe:
         return dataclasses.replace(
             row,
             data=values["data"],
-            model=as_tuples(values["model"]),
-            data_options=as_tuples(values["data_options"]),
+            model=_as_tuples(values["model"]),
+            data_options=_as_tuples(values["data_options"]),
             optimizer=optimizer,
             schedule=Schedule(**values["schedule"]),
         )
@@ -292,15 +180,21 @@ def from_dict(values: Mapping[str, Any], rows: Mapping[str, Recipe]) -> Recipe:
         ) from error
 
 
+def _as_tuples(section: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has lists where settings have tuples."""
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in section.items()
+    }
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as "section.name" -> value."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= (
-            flatten(value, f"{prefix}{name}.")
-            if isinstance(value, Mapping)
-            else {prefix + name: value}
-        )
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
     return flat
 
 

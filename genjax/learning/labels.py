@@ -1,0 +1,56 @@
+"""What a parameter is, for optimisers that treat kinds of parameters differently."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from genjax.errors import ConfigError
+from genjax.protocol import PyTree
+
+Labels = Iterable[tuple[str, str]]
+# What every optimiser knows. A model may use others, which its optimiser must then be told of.
+LABELS = ("matrix", "vector", "embedding", "dynamics")
+
+
+def labels_of(params: PyTree, labels: Labels = (), player: str | None = None) -> PyTree:
+    """The label of each parameter, in the structure of the parameters.
+
+    The first pattern that is found in a leaf's path "player/..." counts. A leaf that no pattern
+    names is a "matrix" if it has more than one dimension, else a "vector".
+
+    Args:
+        params: all players' parameters; or those of one, which is then named.
+        labels: `Model.labels`: (regular expression, label).
+        player: whose parameters they are.
+
+    Raises:
+        ConfigError: for a pattern that is no regular expression.
+
+    Example:
+        >>> import numpy as np
+        >>> from genjax.learning.labels import labels_of
+        >>> params = {"net": {"table": np.zeros((5, 2)), "kernel": np.zeros((2, 3))}}
+        >>> labels_of(params, (("table$", "embedding"),))
+        {'net': {'kernel': 'matrix', 'table': 'embedding'}}
+    """
+    patterns = [(_compiled(pattern), label) for pattern, label in labels]
+    prefix = "" if player is None else f"{player}/"
+
+    def label_of(path: Any, leaf: jax.Array) -> str:
+        name = prefix + jax.tree_util.keystr(path, simple=True, separator="/")
+        found = (label for pattern, label in patterns if pattern.search(name))
+        return next(found, "matrix" if jnp.ndim(leaf) > 1 else "vector")
+
+    return jax.tree_util.tree_map_with_path(label_of, params)
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(
+            f"The label's pattern {pattern!r} is no regular expression: {error}."
+        ) from None
