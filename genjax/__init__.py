@@ -13,6 +13,7 @@ _HOME = {
     "DataSpec": "protocol",
     "Model": "protocol",
     "TrainState": "protocol",
+    "Trained": "protocol",
     "Training": "protocol",
     "compiled": "learning.transforms",
     "ensemble": "learning.members",
@@ -35,7 +36,7 @@ _HOME = {
     "fit": "learning.loop",
     "flow_matching": "families.flow_matching",
     "gan": "families.gan",
-    "reflow": "families.flow_matching",
+    "reflow": "families.compose",
     "rnn": "families.rnn",
     "transformer": "families.transformer",
     "vrnn": "families.vrnn",
@@ -48,8 +49,9 @@ __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from genjax.data import batch_at, example_batch, open_source
+    from genjax.families.compose import reflow
     from genjax.families.diffusion import diffusion
-    from genjax.families.flow_matching import flow_matching, reflow
+    from genjax.families.flow_matching import flow_matching
     from genjax.families.gan import gan
     from genjax.families.rnn import rnn
     from genjax.families.transformer import transformer
@@ -67,7 +69,7 @@ if TYPE_CHECKING:
         scan_steps,
         skip_nonfinite,
     )
-    from genjax.protocol import Aux, Batch, DataSpec, Model, Training, TrainState
+    from genjax.protocol import Aux, Batch, DataSpec, Model, Trained, Training, TrainState
     from genjax.zoo import ZOO
 
 

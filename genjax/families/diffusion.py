@@ -3,20 +3,20 @@ network learns to take it away.
 
 Ho 2020 (DDPM), Song 2021 (score SDEs), Kingma 2021 (VDM: the bound, learned schedules), Salimans &
 Ho 2022 (v), Karras 2022 (EDM), Hang 2023 (min-SNR), Ho & Salimans 2022 (classifier-free guidance).
-The path and its conversions are in `paths.py`, the ways back from noise to data in `solvers.py`.
+The path and its conversions are in `parts/paths.py`, the bound in `parts/bounds.py`, the way back
+from noise to data in `parts/solvers.py`, and what flow matching shares in `parts/noise_to_data.py`.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
-from genjax.checks import check_cond, checked
-from genjax.errors import ConfigError, unknown_name
-from genjax.nets.denoiser import BUILDS, denoiser
+from genjax.checks import checked
+from genjax.errors import ConfigError
+from genjax.nets.denoiser import DenoiserNet, denoiser
 from genjax.nets.functional import Net
 from genjax.parts.bounds import (
     end_nats,
@@ -25,184 +25,314 @@ from genjax.parts.bounds import (
     learned_gamma,
     log_snr_of_values,
     prior_kl,
-    snr_drop,
     squared,
-    time_of_step,
     variational_bound,
 )
-from genjax.parts.guidance import generator
+from genjax.parts.noise_to_data import (
+    NoiseToData,
+    OdeLikelihood,
+    Sampling,
+    check_events,
+    denoiser_of,
+    dropped_conditions,
+    ode_density,
+)
 from genjax.parts.paths import (
     PREDICTIONS,
     Denoise,
     Path,
     Prediction,
-    coefficients,
     cosine,
     diffuse,
     edm,
+    edm_prediction,
     expand,
     from_log_snr,
+    input_scale,
     linear,
     log_snr,
 )
-from genjax.parts.solvers import (
-    GRIDS,
-    LIKELIHOOD_SOLVERS,
-    SOLVERS,
-    likelihood_in_words,
-    ode_log_prob,
+from genjax.parts.weightings import (
+    WEIGHTINGS,
+    Times,
+    Weighting,
+    discrete_elbo_weight,
+    discrete_times,
+    log_normal_times,
+    uniform_times,
 )
-from genjax.protocol import Array, Aux, Batch, DataSpec, Key, Model, Params, State
+from genjax.protocol import Array, Aux, Batch, DataSpec, Key, Metrics, Model, Params, State
+from genjax.settings import CondDropout, Count, Dtype, Finite, Positive, builder, guided_by
 
 SCHEDULES: dict[str, Callable[[], Path]] = {"cosine": cosine, "linear": linear, "edm": edm}
 
 
-# --- what a network sees and predicts -------------------------------------------------------------
+# --- the model, as functions of its parameters p --------------------------------------------------
 
 
-def input_scale(path: Path, t: Array, sigma_data: Array | float) -> Array:
-    """c_in = 1 / sqrt(alpha² sigma_data² + sigma²): with it, inputs have unit variance if data have
-    sigma_data². Of t's shape.
+class DiffusionModel(NamedTuple):
+    """What a diffusion model consists of. Its parameters p are {"net": ..., "schedule": ...}, the
+    schedule only where it is learned.
 
-    1 for a path that preserves the variance and sigma_data = 1; Karras 2022, table 1, has alpha =
-    1.
+    Attributes:
+        spec: the data.
+        net: (c_in x_t, log-SNR / 4, cond, dropped) -> y, [n, *shape].
+        path: the path; of a learned schedule that at the beginning.
+        learned: whether p has the schedule.
+        prediction: what y is, from and to x0.
+        sigma_data: the data's standard deviation on the normalised scale.
+        times: (key, path, n, dtype) -> where the loss looks, t [n].
+        weigh: of the squared error of y.
+        whole: whether the loss is the whole bound: with its ends, not the weighted error alone.
+        by_variance: whether the inner parameters of the schedule are learned by the variance.
+        cond_dropout: how often training leaves out the condition.
+        guided: whether it ever does.
     """
-    return jax.lax.rsqrt(jnp.square(path.alpha(t) * sigma_data) + jnp.square(path.sigma(t)))
+
+    spec: DataSpec
+    net: Net
+    path: Path
+    learned: bool
+    prediction: Prediction
+    sigma_data: Any
+    times: Times
+    weigh: Weighting
+    whole: bool
+    by_variance: bool
+    cond_dropout: Any
+    guided: bool
 
 
-def edm_prediction(sigma_data: Array | float) -> Prediction:
-    """F with x0 = c_skip x_t / alpha + c_out F: what is left to predict once the best linear guess
-    is made.
+class DiffusionNoise(NamedTuple):
+    """What the loss draws for a batch.
 
-    Karras 2022, table 1. With s = sigma / alpha: c_skip = sigma_data² / (s² + sigma_data²), c_out =
-    s sigma_data / sqrt(s² + sigma_data²). The target has unit variance at every t, and x0 is x_t /
-    alpha as s goes to 0.
+    Attributes:
+        t: times, [n].
+        epsilon: the noise in x_t, [n, *shape].
+        dropped: which examples go without their condition, bool [n]; None if none ever does.
+        end: the noise in x_end, [n, *shape], where the loss is the whole bound; else None.
     """
 
-    def parts(path: Path, x_t: Array, t: Array | float) -> tuple[Array, Array]:
-        alpha, sigma = coefficients(path, t, x_t)
-        s, d = jnp.square(sigma / alpha), jnp.square(jnp.asarray(sigma_data, x_t.dtype))
-        return d / (s + d) * x_t / alpha, jnp.sqrt(s * d / (s + d))
-
-    def to_x0(path: Path, value: Array, x_t: Array, t: Array | float) -> Array:
-        linear_guess, c_out = parts(path, x_t, t)
-        return linear_guess + c_out * value
-
-    def from_x0(path: Path, x0: Array, x_t: Array, t: Array | float) -> Array:
-        linear_guess, c_out = parts(path, x_t, t)
-        return (x0 - linear_guess) / c_out
-
-    return Prediction(to_x0, from_x0)
+    t: Array
+    epsilon: Array
+    dropped: Array | None
+    end: Array | None
 
 
-# --- losses: how errors are weighted, and at which times ------------------------------------------
+def init_params(model: DiffusionModel, key: Key) -> Any:
+    """p of a new model."""
+    params: dict[str, Any] = {"net": model.net.init(key)[0]}
+    if model.learned:
+        params["schedule"] = initial_schedule(model.spec)
+    return params
 
 
-def unit_weight(path: Path, t: Array, scale: Array, sigma_data: Array | float) -> Array:
-    """1: the squared error of what the network predicts. Ho 2020, equation 14, for ε."""
-    return jnp.ones_like(t)
-
-
-def elbo_weight(path: Path, t: Array, scale: Array, sigma_data: Array | float) -> Array:
-    """-½ dSNR/dt of the squared error of x0, -½ d log-SNR/dt of that of ε: the variational bound.
-    Kingma 2021, section 4.
+def initial_schedule(spec: DataSpec) -> Any:
+    """The parameters that a learned schedule begins with: the values of discrete data are just
+    apart at its end.
     """
-    rate = jax.jvp(partial(log_snr, path), (t,), (jnp.ones_like(t),))[1]
-    length = jnp.asarray(path.start, t.dtype) - jnp.asarray(
-        path.end, t.dtype
-    )  # times are uniform on it
-    return -0.5 * rate * length * jnp.exp(log_snr(path, t)) * jnp.square(scale)
+    if spec.kind == "continuous":
+        return init_schedule()
+    return init_schedule(log_snr_of_values(spec))
 
 
-def discrete_elbo_weight(
-    n_times: int, path: Path, t: Array, scale: Array, sigma_data: Array | float
+def path_of(model: DiffusionModel, p: Any) -> Path:
+    """The path of a model with parameters p."""
+    return from_log_snr(learned_gamma(p["schedule"])) if model.learned else model.path
+
+
+def predict(
+    model: DiffusionModel, p: Any, x_t: Array, t: Array, c: Array | None, dropped: Array | None
 ) -> Array:
-    """T/2 (SNR(s) - SNR(t)) of the squared error of x0, s being the step before t. Kingma 2021,
-    equation 14.
+    """y, [n, *shape], of x_t [n, *shape], t [n] and embedded conditions c [n, cond_size]."""
+    path = path_of(model, p)
+    scaled = expand(input_scale(path, t, model.sigma_data), x_t) * x_t
+    return model.net.apply(p["net"], {}, scaled, log_snr(path, t) / 4, c, dropped)[0]
+
+
+def denoise_of(model: DiffusionModel, p: Any, cond: Any, dropped: Array | None = None) -> Denoise:
+    """(x_t [n, *shape], t [] or [n]) -> the estimate of E[x0 | x_t, cond], [n, *shape]."""
+    c = model.spec.embed(cond)
+
+    def denoise(x_t: Array, t: Array) -> Array:
+        each = jnp.broadcast_to(jnp.asarray(t, x_t.dtype), x_t.shape[:1])
+        y = predict(model, p, x_t, each, c, dropped)
+        return model.prediction.to_x0(path_of(model, p), y, x_t, each)
+
+    return denoise
+
+
+def x0_at_end(spec: DataSpec, denoise: Denoise, path: Path, x_end: Array, t_end: Array) -> Array:
+    """x_end / alpha or, of values that are rounded, the estimate of x0."""
+    return x_end / path.alpha(t_end) if spec.kind == "continuous" else denoise(x_end, t_end)
+
+
+def draw(model: DiffusionModel, key: Key, batch: Batch) -> DiffusionNoise:
+    """The randomness of the loss: the only place that splits its key."""
+    x, n = batch.x, batch.x.shape[0]
+    key_time, key_noise, key_cond, key_end = jax.random.split(key, 4)
+    # A path that is learned begins and ends at fixed times, and those are all that is asked of it.
+    t = model.times(key_time, model.path, n, x.dtype)
+    epsilon = jax.random.normal(key_noise, x.shape, x.dtype)
+    dropped = dropped_conditions(key_cond, model.cond_dropout, n, model.guided)
+    end = jax.random.normal(key_end, x.shape, x.dtype) if model.whole else None
+    return DiffusionNoise(t, epsilon, dropped, end)
+
+
+def errors(
+    model: DiffusionModel, p: Any, batch: Batch, noise: DiffusionNoise
+) -> tuple[Array, Array]:
+    """‖y - y_network(x_t, t)‖² and its weight w(t), each [n]."""
+    path, x0, t = path_of(model, p), model.spec.normalize(batch.x), noise.t
+    x_t = diffuse(path, x0, noise.epsilon, t)
+    y = predict(model, p, x_t, t, model.spec.embed(batch.cond), noise.dropped)
+    missed = y - model.prediction.from_x0(path, x0, x_t, t)
+    scale = model.prediction.to_x0(path, jnp.ones_like(t), jnp.zeros_like(t), t)
+    return squared(missed), model.weigh(path, t, scale, model.sigma_data)
+
+
+def end_terms(
+    model: DiffusionModel, p: Any, batch: Batch, dropped: Array | None, epsilon: Array
+) -> tuple[Array, Array]:
+    """What the bound has beside the errors on the way, in nats [n]: the KL to the prior where the
+    path starts, and ln p(x | x_end), `epsilon` being the noise in x_end. Kingma 2021, equation 8.
     """
-    s = t - (path.start - path.end) / n_times
-    return 0.5 * n_times * snr_drop(path, s, t) * jnp.square(scale)
+    path, spec = path_of(model, p), model.spec
+    denoise = denoise_of(model, p, batch.cond, dropped)
+    log_lik = end_nats(denoise, path, spec, batch.x, epsilon)
+    return prior_kl(path, spec.normalize(batch.x)), log_lik
 
 
-def min_snr_weight(path: Path, t: Array, scale: Array, sigma_data: Array | float) -> Array:
-    """min(SNR, 5) of the squared error of x0. Hang 2023, section 3.4."""
-    return jnp.minimum(jnp.exp(log_snr(path, t)), 5) * jnp.square(scale)
+def with_inner(p: Any, inner: Any) -> Any:
+    """p with other inner parameters of the schedule, which decide on its form between its ends."""
+    return {**p, "schedule": {**p["schedule"], "inner": inner}}
 
 
-def edm_weight(path: Path, t: Array, scale: Array, sigma_data: Array | float) -> Array:
-    """(s² + sigma_data²) / (s sigma_data)² of the squared error of x0, s = sigma / alpha. Karras
-    2022, table 1.
+def variance_of(model: DiffusionModel, p: Any, batch: Batch, noise: DiffusionNoise) -> Array:
+    """(w ‖y - y_network‖²)² / (range of log-SNR · D), [n], as a function of the schedule's inner
+    parameters alone.
+
+    The mean of what is squared does not depend on them in continuous time, so that the gradient of
+    the square is that of the variance (Kingma 2021, appendix I). It is divided by the mean of twice
+    the value that a network of zeros has, to be of the size of the other gradients.
     """
-    s = path.sigma(t) / path.alpha(t)
-    return (1 / jnp.square(sigma_data) + 1 / jnp.square(s)) * jnp.square(scale)
+    frozen = jax.lax.stop_gradient(p)
+    here = with_inner(frozen, p["schedule"]["inner"])
+    error, weight = errors(model, here, batch, noise)
+    return jnp.square(weight * error) / (jnp.exp(frozen["schedule"]["ends"][1]) * model.spec.size)
 
 
-# (path, t [n], scale [n], sigma_data) -> the weight [n] of the squared error of what the network
-# predicts, where scale = dx0 / d(prediction): the weight of an error of x0, times scale².
-Weighting = Callable[[Path, Array, Array, Array | float], Array]
-WEIGHTINGS: dict[str, Weighting] = {
-    "unit": unit_weight,
-    "elbo": elbo_weight,
-    "min_snr": min_snr_weight,
-    "edm": edm_weight,
-}
+def loss_of(
+    model: DiffusionModel, p: Any, batch: Batch, noise: DiffusionNoise
+) -> tuple[Array, Metrics]:
+    """w(t) ‖y - y_network(x_t, t)‖², [n]; or with the ends of the bound added to it the whole
+    negative bound at t, in nats.
+    """
+    here = p
+    if model.by_variance:
+        here = with_inner(p, jax.lax.stop_gradient(p["schedule"]["inner"]))
+    error, weight = errors(model, here, batch, noise)
+    value, metrics = weight * error, {"mse": error / model.spec.size}
+    if noise.end is not None:
+        kl, log_lik = end_terms(model, here, batch, noise.dropped, noise.end)
+        metrics |= {"diffusion": value, "prior_kl": kl, "reconstruction": -log_lik}
+        value = value + kl - log_lik
+    if model.by_variance:
+        square = variance_of(model, p, batch, noise)
+        value = value + square - jax.lax.stop_gradient(square)
+    return value, metrics
 
 
-def uniform_times(key: Key, path: Path, n: int, dtype: Any) -> Array:
-    """t [n] uniform from path.end to path.start."""
-    end, start = jnp.asarray(path.end, dtype), jnp.asarray(path.start, dtype)
-    return end + (start - end) * jax.random.uniform(key, (n,), dtype)
-
-
-def log_normal_times(p_mean: Any, p_std: Any, key: Key, path: Path, n: int, dtype: Any) -> Array:
-    """t [n] with ln(sigma / alpha) ~ N(p_mean, p_std²), within the path. Karras 2022, table 1."""
-    log_ratio = p_mean + p_std * jax.random.normal(key, (n,), dtype)
-    return jnp.clip(
-        path.time_of_log_snr(-2 * log_ratio),
-        jnp.asarray(path.end, dtype),
-        jnp.asarray(path.start, dtype),
+def noise_to_data(model: DiffusionModel) -> NoiseToData:
+    """The same model as what solvers and the ODE's likelihood know of it."""
+    return NoiseToData(
+        spec=model.spec,
+        path=lambda params: path_of(model, params["diffusion"]),
+        denoise=lambda params, cond, dropped: denoise_of(model, params["diffusion"], cond, dropped),
+        guided=model.guided,
+        finish=partial(x0_at_end, model.spec),
     )
 
 
-def discrete_times(n_times: int, key: Key, path: Path, n: int, dtype: Any) -> Array:
-    """t [n], each of the steps 1 .. n_times with the same probability."""
-    return time_of_step(path, jax.random.randint(key, (n,), 1, n_times + 1).astype(dtype), n_times)
+# --- settings -------------------------------------------------------------------------------------
 
 
-# --- the model ------------------------------------------------------------------------------------
+def path_named(spec: DataSpec, noise_schedule: str | Path) -> Path:
+    """The path of a schedule; of "learned" that at the beginning."""
+    if isinstance(noise_schedule, Path):
+        return noise_schedule
+    if noise_schedule == "learned":
+        return from_log_snr(learned_gamma(initial_schedule(spec)))
+    return ending_at_values(SCHEDULES[noise_schedule](), spec)
 
 
+def regression_on(
+    times: str, weighting: str, n_times: int | None, p_mean: Any, p_std: Any
+) -> tuple[Times, Weighting]:
+    """Where the loss looks, and how it weights what it finds there."""
+    if n_times is None:
+        law = partial(log_normal_times, p_mean, p_std)
+        return law if times == "log_normal" else uniform_times, WEIGHTINGS[weighting]
+    weigh = partial(discrete_elbo_weight, n_times) if weighting == "elbo" else WEIGHTINGS[weighting]
+    return partial(discrete_times, n_times), weigh
+
+
+def check_fits(
+    learned: bool,
+    n_times: int | None,
+    prediction: str | None,
+    precondition: str,
+    weighting: str,
+    times: str,
+) -> None:
+    """Refuse settings that do not fit each other.
+
+    Raises:
+        ConfigError: see the text.
+    """
+    if precondition == "edm" and prediction is not None:
+        raise ConfigError(
+            "precondition='edm' decides what the network predicts; leave out "
+            f"prediction={prediction!r}."
+        )
+    if learned and weighting != "elbo":
+        raise ConfigError(
+            "A learned schedule is learned by the bound: it needs weighting='elbo'; got "
+            f"{weighting!r}."
+        )
+    if times == "log_normal" and (weighting == "elbo" or n_times is not None):
+        raise ConfigError(
+            "weighting='elbo' and n_times go with times='uniform'; got times='log_normal'."
+        )
+
+
+def bound_in_words(n_samples: int, n_times: int | None) -> str:
+    """What `variational_bound` computes, for reports."""
+    if n_times is not None:
+        return f"variational bound, {min(n_samples, n_times)} of {n_times} steps"
+    return f"variational bound, {n_samples} noise level{'s' * (n_samples > 1)}"
+
+
+@builder
 def diffusion(
     spec: DataSpec,
     *,
     noise_schedule: Literal["cosine", "linear", "edm", "learned"] | Path = "cosine",
-    n_times: int | None = None,
+    n_times: Count | None = None,
     prediction: Literal["epsilon", "x0", "v", "score", "velocity"] | None = None,
     precondition: Literal["none", "edm"] = "none",
     weighting: Literal["unit", "elbo", "min_snr", "edm"] = "unit",
     times: Literal["uniform", "log_normal"] | None = None,
-    p_mean: float = -1.2,
-    p_std: float = 1.2,
-    sigma_data: float = 1.0,
+    p_mean: Finite = -1.2,
+    p_std: Positive = 1.2,
+    sigma_data: Positive = 1.0,
     schedule_gradient: Literal["variance", "bound"] = "variance",
-    net: Literal["mlp", "unet", "dit"] | Net = "mlp",
-    hidden: tuple[int, ...] = (256, 256, 256),
-    channels: tuple[int, ...] = (32, 64),
-    n_blocks: int = 1,
-    patch: int | None = None,
-    d_model: int = 128,
-    n_layers: int = 4,
-    n_heads: int = 4,
-    cond_dropout: float = 0.0,
-    solver: str = "heun",
-    n_steps: int = 50,
-    grid: str = "karras",
-    guidance: float | None = None,
-    n_bound_samples: int = 16,
-    likelihood_solver: str = "rk4",
-    n_likelihood_steps: int = 100,
-    n_probes: int = 0,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    network: DenoiserNet = DenoiserNet(),
+    cond_dropout: CondDropout = 0.0,
+    sampling: Sampling = Sampling(grid="karras"),
+    n_bound_samples: Count = 16,
+    likelihood: OdeLikelihood = OdeLikelihood(n_likelihood_steps=100),
+    dtype: Dtype = "float32",
 ) -> Model:
     """A diffusion model; conditional if the spec has a condition.
 
@@ -211,18 +341,21 @@ def diffusion(
     t)‖² at one random t for each example, w being the `weighting`; with "elbo" it is the whole
     negative bound in nats, at that t. Shapes: x_t [n, *shape], t [] or [n].
 
-    `bound` is the variational bound with `n_bound_samples` noise levels for each example;
+    `bound` is the variational bound with `n_bound_samples` noise levels for each example, in nats;
     `log_prob`, for continuous data, the likelihood of the probability-flow ODE (Song 2021, section
     4.3), from x as x_end: without the noise that the path ends with.
 
-    Extras, in normalised units but for what `generate` returns:
-        denoise: (params, state, x_t, t, cond=None, dropped=None) -> the estimate of E[x0 | x_t],
-            [n, *shape]; `dropped` bool [n] says which examples go without their condition.
-        path: the `Path`, or with a learned schedule (params) -> Path.
-        generate: (params, state, key, n, cond=None, *, solver=None, n_steps=None, grid=None,
-            guidance=None, every=False) -> x; what is not given is as in the builder. `every` gives
-            all steps, [n_steps + 1, n, *shape], of which only the last is rounded to the values
-            that discrete data have.
+    `denoiser` has the path, the estimate of E[x0 | x_t] and `generate`, which takes other settings
+    of samples than the builder's (`parts.noise_to_data.denoiser_of`); `noise` gives a
+    `DiffusionNoise`.
+
+    Example:
+        >>> import jax
+        >>> from genjax import DataSpec, diffusion
+        >>> model = diffusion(DataSpec((2,), "continuous"), hidden=(8,), n_steps=4)
+        >>> params, state = model.init(jax.random.key(0))
+        >>> model.sample(params, state, jax.random.key(1), 3).shape
+        (3, 2)
 
     Args:
         spec: the data; binary, discrete or continuous, and no sequences.
@@ -243,262 +376,69 @@ def diffusion(
         sigma_data: the data's standard deviation on the normalised scale, which inputs are scaled
             by.
         schedule_gradient: of the inner parameters of a learned schedule, which the bound does not
-            depend on in continuous time:
-            that of the "variance" of the estimate, or plainly that of the "bound", which is noise.
-        net: "mlp", "unet" or "dit" (both for images), or in Python any `Net` (c_in x_t, log-SNR /
-            4, cond, dropped) -> y.
-        hidden: for "mlp": widths of the layers.
-        channels: for "unet": channels at each resolution, each half of the one before.
-        n_blocks: for "unet": residual blocks at each resolution.
-        patch: the side of a patch, which "unet" and "dit" see as one pixel with more channels; 1
-            and 2 unless given.
-        d_model: for "dit": the width.
-        n_layers: for "dit": how many blocks.
-        n_heads: of attention, for "unet" and "dit".
+            depend on in continuous time: that of the "variance" of the estimate, or plainly that of
+            the "bound", which is noise.
         cond_dropout: how often training leaves out the condition, which guidance needs (Ho &
             Salimans 2022).
-        solver: how samples go from noise to data, a name in `solvers.SOLVERS`.
-        n_steps: how many steps it takes.
-        grid: where they are, a name in `solvers.GRIDS`.
-        guidance: the scale of classifier-free guidance of samples; None, the same as 1, costs half
-            as much.
         n_bound_samples: noise levels in `bound`, for each example.
-        likelihood_solver: of the ODE in `log_prob`, a name in `solvers.LIKELIHOOD_SOLVERS`.
-        n_likelihood_steps: its steps in `log_prob`.
-        n_probes: random vectors that estimate the divergence in `log_prob` (Hutchinson); 0 computes
-            it exactly, one derivative for each dimension.
         dtype: of the network's arithmetic; parameters and losses stay float32.
 
     Raises:
         ConfigError: for settings that do not exist or do not fit each other or the data.
     """
-    if spec.kind == "tokens" or spec.step is not None:
-        found = "tokens" if spec.kind == "tokens" else "sequences"
-        raise ConfigError(
-            f"Diffusion models vectors and images; {spec.name} are {found}. Use a sequence family."
-        )
-    if likelihood_solver in SOLVERS and likelihood_solver not in LIKELIHOOD_SOLVERS:
-        raise ConfigError(
-            f"{likelihood_solver} gives no likelihood; those that do are: "
-            f"{', '.join(LIKELIHOOD_SOLVERS)}."
-        )
+    check_events(spec, "Diffusion")
     learned = noise_schedule == "learned"
-    if isinstance(noise_schedule, str) and noise_schedule not in (*SCHEDULES, "learned"):
-        raise unknown_name("noise schedule", noise_schedule, (*SCHEDULES, "learned"))
     if times is None:
         times = "log_normal" if noise_schedule == "edm" and n_times is None else "uniform"
-    chosen = {
-        "prediction": ("v" if prediction is None else prediction, PREDICTIONS),
-        "precondition": (precondition, ("none", "edm")),
-        "weighting": (weighting, WEIGHTINGS),
-        "times": (times, ("uniform", "log_normal")),
-        "schedule_gradient": (schedule_gradient, ("variance", "bound")),
-        "net": (net if isinstance(net, str) else "mlp", BUILDS),
-        "likelihood_solver": (likelihood_solver, LIKELIHOOD_SOLVERS),
-        "dtype": (dtype, ("float32", "bfloat16")),
-    }
-    for what, (name, names) in chosen.items():
-        if name not in names:
-            raise unknown_name(what, name, names)
-    counts = {
-        "n_times": 1 if n_times is None else n_times,
-        "n_steps": n_steps,
-        "n_bound_samples": n_bound_samples,
-    }
-    for label, number in (
-        counts | {"n_likelihood_steps": n_likelihood_steps, "n_probes": n_probes + 1}
-    ).items():
-        if number < 1:
-            least = 0 if label == "n_probes" else 1
-            raise ConfigError(f"{label} must be at least {least}; got {number - 1 + least}.")
-    for label, value in {"sigma_data": sigma_data, "p_std": p_std}.items():
-        if isinstance(value, int | float) and value <= 0:
-            raise ConfigError(f"{label} must be positive; got {value}.")
-    if isinstance(cond_dropout, int | float) and not 0 <= cond_dropout < 1:
-        raise ConfigError(f"cond_dropout must be in [0, 1); got {cond_dropout}.")
-    if precondition == "edm" and prediction is not None:
-        raise ConfigError(
-            "precondition='edm' decides what the network predicts; leave out "
-            f"prediction={prediction!r}."
-        )
-    if learned and weighting != "elbo":
-        raise ConfigError(
-            "A learned schedule is learned by the bound: it needs weighting='elbo'; got "
-            f"{weighting!r}."
-        )
-    if times == "log_normal" and (weighting == "elbo" or n_times is not None):
-        raise ConfigError(
-            "weighting='elbo' and n_times go with times='uniform'; got times='log_normal'."
-        )
-
-    guided = spec.conditional and (isinstance(cond_dropout, Tracer) or cond_dropout > 0)
-    own = denoiser(
-        spec,
-        net,
-        guided,
-        dtype,
-        hidden=hidden,
-        channels=channels,
-        n_blocks=n_blocks,
-        patch=patch,
-        d_model=d_model,
-        n_layers=n_layers,
-        n_heads=n_heads,
-    )
-    fixed = noise_schedule
-    if not isinstance(fixed, Path):
-        fixed = ending_at_values(SCHEDULES.get(fixed, cosine)(), spec)
-    highest = 13.3 if spec.kind == "continuous" else log_snr_of_values(spec)
+    check_fits(learned, n_times, prediction, precondition, weighting, times)
     kind = edm_prediction(sigma_data) if precondition == "edm" else PREDICTIONS[prediction or "v"]
-    weigh, draw_times = WEIGHTINGS[weighting], uniform_times
-    if times == "log_normal":
-        draw_times = partial(log_normal_times, p_mean, p_std)
-    if n_times is not None:
-        draw_times = partial(discrete_times, n_times)
-        weigh = partial(discrete_elbo_weight, n_times) if weighting == "elbo" else weigh
-    only_variance = learned and n_times is None and schedule_gradient == "variance"
+    draw_times, weigh = regression_on(times, weighting, n_times, p_mean, p_std)
+    guided = guided_by(spec, cond_dropout)
+    own = DiffusionModel(
+        spec=spec,
+        net=denoiser(spec, network, guided, dtype),
+        path=path_named(spec, noise_schedule),
+        learned=learned,
+        prediction=kind,
+        sigma_data=sigma_data,
+        times=draw_times,
+        weigh=weigh,
+        whole=weighting == "elbo",
+        by_variance=learned and n_times is None and schedule_gradient == "variance",
+        cond_dropout=cond_dropout,
+        guided=guided,
+    )
+    way, noise = noise_to_data(own), partial(draw, own)
+    record = denoiser_of(way, sampling)
 
     def init(key: Key) -> tuple[Params, State]:
-        params: dict[str, Any] = {"net": own.init(key)[0]}
-        return {"diffusion": params | ({"schedule": init_schedule(highest)} if learned else {})}, {
-            "diffusion": {}
-        }
-
-    def path_of(p: Any) -> Path:
-        return from_log_snr(learned_gamma(p["schedule"])) if learned else fixed
-
-    def condition(cond: Any) -> Array | None:
-        return jax.nn.one_hot(cond, spec.n_classes) if spec.n_classes else cond
-
-    def predict(p: Any, x_t: Array, t: Array, c: Array | None, dropped: Array | None) -> Array:
-        """What the network predicts, [n, *shape], for t [n]."""
-        path = path_of(p)
-        scaled = expand(input_scale(path, t, sigma_data), x_t) * x_t
-        return own.apply(p["net"], {}, scaled, log_snr(path, t) / 4, c, dropped)[0]
-
-    def denoise_of(p: Any, cond: Any, dropped: Array | None = None) -> Denoise:
-        c = condition(cond)
-
-        def denoise(x_t: Array, t: Array) -> Array:
-            each = jnp.broadcast_to(jnp.asarray(t, x_t.dtype), x_t.shape[:1])
-            return kind.to_x0(path_of(p), predict(p, x_t, each, c, dropped), x_t, each)
-
-        return denoise
+        return {"diffusion": init_params(own, key)}, {"diffusion": {}}
 
     def loss(
         params: Params, state: State, batch: Batch, key: Key, step: Array
     ) -> tuple[Array, Aux]:
-        p, x0, n = params["diffusion"], spec.normalize(batch.x), batch.x.shape[0]
-        key_time, key_noise, key_cond, key_end = jax.random.split(key, 4)
-        t = draw_times(key_time, path_of(p), n, x0.dtype)
-        epsilon = jax.random.normal(key_noise, x0.shape, x0.dtype)
-        dropped = jax.random.bernoulli(key_cond, cond_dropout, (n,)) if guided else None
-
-        def errors(p: Any) -> tuple[Array, Array]:
-            """The squared error of what the network predicts, and its weight, each [n]."""
-            path = path_of(p)
-            x_t = diffuse(path, x0, epsilon, t)
-            missed = predict(p, x_t, t, condition(batch.cond), dropped) - kind.from_x0(
-                path, x0, x_t, t
-            )
-            return squared(missed), weigh(
-                path, t, kind.to_x0(path, jnp.ones_like(t), jnp.zeros_like(t), t), sigma_data
-            )
-
-        with_inner = lambda p, inner: {**p, "schedule": {**p["schedule"], "inner": inner}}  # noqa: E731
-        frozen = jax.lax.stop_gradient(p)
-        here = with_inner(p, frozen["schedule"]["inner"]) if only_variance else p
-        error, weight = errors(here)
-        value, metrics = weight * error, {"mse": error / spec.size}
-        if weighting == "elbo":
-            kl = prior_kl(path_of(here), x0)
-            log_lik = end_nats(
-                denoise_of(here, batch.cond, dropped), path_of(here), spec, batch.x, key_end
-            )
-            metrics |= {"diffusion": value, "prior_kl": kl, "reconstruction": -log_lik}
-            value = value + kl - log_lik
-        if only_variance:
-            # Its mean does not depend on them, so that the gradient of the square is that of the
-            # variance; divided by the mean of twice the value that a network of zeros has, to be of
-            # the size of the other gradients.
-            error, weight = errors(with_inner(frozen, p["schedule"]["inner"]))
-            square = jnp.square(weight * error) / (
-                jnp.exp(frozen["schedule"]["ends"][1]) * spec.size
-            )
-            value = value + square - jax.lax.stop_gradient(square)
+        value, metrics = loss_of(own, params["diffusion"], batch, noise(key, batch))
         return value, Aux(state, metrics)
 
     def bound(params: Params, state: State, batch: Batch, key: Key) -> Array:
-        p = params["diffusion"]
-        return variational_bound(
-            denoise_of(p, batch.cond), path_of(p), spec, batch.x, key, n_bound_samples, n_times
-        )
+        denoise, path = way.denoise(params, batch.cond, None), way.path(params)
+        return variational_bound(denoise, path, spec, batch.x, key, n_bound_samples, n_times)
 
     def log_prob(params: Params, state: State, batch: Batch, key: Key) -> Array:
-        p = params["diffusion"]
-        path = path_of(p)
-        times = GRIDS["log_snr"](path, n_likelihood_steps)
-        alpha = path.alpha(times[-1])  # x_end is alpha x
-        nats = ode_log_prob(
-            denoise_of(p, batch.cond),
-            path,
-            alpha * batch.x,
-            times,
-            key,
-            n_probes,
-            likelihood_solver,
-        )
-        return nats + spec.size * jnp.log(alpha)
-
-    def denoise(
-        params: Params,
-        state: State,
-        x_t: Array,
-        t: Array,
-        cond: Any = None,
-        dropped: Array | None = None,
-    ) -> Array:
-        check_cond(spec, cond, x_t.shape[0])
-        return denoise_of(params["diffusion"], cond, dropped)(x_t, t)
-
-    def finish(estimate: Denoise, path: Path, x: Array, t: Array) -> Array:
-        """x_end / alpha or, of values that are rounded, the estimate of x0."""
-        return x / path.alpha(t) if spec.kind == "continuous" else estimate(x, t)
-
-    generate = generator(
-        spec,
-        lambda params: path_of(params["diffusion"]),
-        lambda params, cond, dropped: denoise_of(params["diffusion"], cond, dropped),
-        finish,
-        guided,
-        solver,
-        n_steps,
-        grid,
-        guidance,
-    )
-
-    def sample(params: Params, state: State, key: Key, n: int, cond: Any = None) -> Array:
-        return generate(params, state, key, n, cond)
+        return ode_density(way, likelihood, "log_snr", params, batch.x, batch.cond, key)
 
     exact = spec.kind == "continuous"
-    if exact:
-        estimator = f"probability-flow ODE, {likelihood_in_words(likelihood_solver, n_likelihood_steps, n_probes)}"
-    elif n_times is None:
-        estimator = f"variational bound, {n_bound_samples} noise level{'s' * (n_bound_samples > 1)}"
-    else:
-        estimator = f"variational bound, {min(n_bound_samples, n_times)} of {n_times} steps"
-    extras: dict[str, Any] = {"denoise": denoise, "generate": generate, "path": fixed}
-    if learned:
-        extras["path"] = lambda params: path_of(params["diffusion"])
+    words = f"probability-flow ODE, {likelihood.in_words}"
     return checked(
         Model(
             spec=spec,
             init=init,
             losses={"diffusion": loss},
-            sample=sample,
+            sample=record.generate,
             log_prob=log_prob if exact else None,
             bound=bound,
-            estimator=estimator,
-            extras=extras,
+            estimator=words if exact else bound_in_words(n_bound_samples, n_times),
+            noise={"diffusion": noise},
+            denoiser=record,
         )
     )

@@ -2,55 +2,89 @@
 matching become a net.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from genjax.nets.conditioned import DenoiserMlp
 from genjax.nets.dit import DiT
 from genjax.nets.functional import Net, functional
 from genjax.nets.unet import UNet
 from genjax.protocol import DataSpec
+from genjax.settings import Count, Settings, Whole
 
-# (shape, cond_size, guided, settings) -> a builder of the module. A patch is a pixel for a U-Net
-# unless one is given.
-BUILDS: dict[str, Callable[[tuple[int, ...], int, bool, dict[str, Any]], Callable[..., Any]]] = {
-    "mlp": lambda shape, size, guided, s: partial(
-        DenoiserMlp, shape, tuple(s["hidden"]), size, guided
-    ),
-    "unet": lambda shape, size, guided, s: partial(
+
+@dataclasses.dataclass(frozen=True)
+class DenoiserNet(Settings):
+    """The network that goes from noisy events to what is predicted of them.
+
+    Attributes:
+        net: "mlp", "unet" or "dit" (both for images), or in Python any `Net` (x_t as the family
+            scales it, noise level, cond, dropped) -> y.
+        hidden: for "mlp": widths of the layers.
+        channels: for "unet": channels at each resolution, each half of the one before.
+        n_blocks: for "unet": residual blocks at each resolution.
+        patch: the side of a patch, which "unet" and "dit" see as one pixel with more channels; 1
+            and 2 unless given.
+        d_model: for "dit": the width.
+        n_layers: for "dit": how many blocks.
+        n_heads: of attention, for "unet" (0 for none) and "dit".
+    """
+
+    net: Literal["mlp", "unet", "dit"] | Net = "mlp"
+    hidden: tuple[Count, ...] = (256, 256, 256)
+    channels: tuple[Count, ...] = (32, 64)
+    n_blocks: Count = 1
+    patch: Count | None = None
+    d_model: Count = 128
+    n_layers: Count = 4
+    n_heads: Whole = 4
+
+
+def _mlp(spec: DataSpec, network: DenoiserNet, guided: bool) -> Callable[..., Any]:
+    return partial(DenoiserMlp, spec.shape, tuple(network.hidden), spec.cond_size, guided)
+
+
+def _unet(spec: DataSpec, network: DenoiserNet, guided: bool) -> Callable[..., Any]:
+    return partial(
         UNet,
-        shape,
-        tuple(s["channels"]),
-        size,
+        spec.shape,
+        tuple(network.channels),
+        spec.cond_size,
         guided,
-        patch=s["patch"] or 1,
-        n_blocks=s["n_blocks"],
-        n_heads=s["n_heads"],
-    ),
-    "dit": lambda shape, size, guided, s: partial(
-        DiT, shape, s["patch"] or 2, s["d_model"], s["n_layers"], s["n_heads"], size, guided
-    ),
+        patch=network.patch or 1,
+        n_blocks=network.n_blocks,
+        n_heads=network.n_heads,
+    )
+
+
+def _dit(spec: DataSpec, network: DenoiserNet, guided: bool) -> Callable[..., Any]:
+    sizes = (network.patch or 2, network.d_model, network.n_layers, network.n_heads)
+    return partial(DiT, spec.shape, *sizes, spec.cond_size, guided)
+
+
+# (the data, the settings, guided) -> a builder of the module.
+BUILDS: dict[str, Callable[[DataSpec, DenoiserNet, bool], Callable[..., Any]]] = {
+    "mlp": _mlp,
+    "unet": _unet,
+    "dit": _dit,
 }
 
 
-def denoiser(spec: DataSpec, net: str | Net, guided: bool, dtype: str, **settings: Any) -> Net:
-    """(params, {}, x [n, *event], noise level [n], cond, dropped) -> y [n, *event]: the net of that
-    name, or the one given.
+def denoiser(spec: DataSpec, network: DenoiserNet, guided: bool, dtype: str) -> Net:
+    """(params, {}, x [n, *event], noise level [n], cond, dropped) -> y [n, *event]: the net that
+    the settings name, or the one given there.
 
     Args:
         spec: the data.
-        net: a name in BUILDS, or a net.
+        network: the settings.
         guided: whether a vector is learned that stands for a dropped condition.
         dtype: of the arithmetic.
-        **settings: hidden, channels, n_blocks, patch, d_model, n_layers, n_heads: as the families
-            describe them.
 
     Raises:
         ConfigError: for settings that do not fit the data.
     """
-    return (
-        net
-        if isinstance(net, Net)
-        else functional(BUILDS[net](spec.shape, spec.cond_size, guided, settings), dtype)
-    )
+    if isinstance(network.net, Net):
+        return network.net
+    return functional(BUILDS[network.net](spec, network, guided), dtype)

@@ -74,7 +74,7 @@ class DiT(nnx.Module):
         d: the width of the blocks, a multiple of 4 and of n_heads; the length of e too.
         n_layers: blocks.
         n_heads: heads of attention.
-        cond_size, guided: see `nets.denoising.DenoiserMlp`.
+        cond_size, guided: see `nets.conditioned.DenoiserMlp`.
         d_hidden: the width of the layer between W_1 and W_2; 4 d unless given.
 
     Raises:
@@ -102,8 +102,8 @@ class DiT(nnx.Module):
         if min(patch, n_layers, n_heads, d) < 1 or any(side % patch for side in shape[:2]):
             raise ConfigError(
                 "patch must divide both sides of the image, and n_layers and n_heads be at least "
-                f"1; got patch={patch} for "
-                f"{shape[0]} x {shape[1]}, n_layers={n_layers}, n_heads={n_heads}."
+                f"1; got patch={patch} for {shape[0]} x {shape[1]}, n_layers={n_layers}, "
+                f"n_heads={n_heads}."
             )
         if d % 4 or d % n_heads:
             raise ConfigError(

@@ -94,7 +94,7 @@ class UNet(nnx.Module):
         shape: (height, width, channels) of an image; sides must be multiples of patch ·
             2^(len(channels) - 1).
         channels: widths, the finest resolution first.
-        cond_size, guided: see `nets.denoising.DenoiserMlp`.
+        cond_size, guided: see `nets.conditioned.DenoiserMlp`.
         patch: the side p of a patch.
         n_blocks: residual blocks at each resolution, on each way.
         n_heads: of the attention; they divide the last width. 0 for no attention.
@@ -119,9 +119,11 @@ class UNet(nnx.Module):
     ) -> None:
         check_sizes(shape, channels, patch, n_blocks, n_heads)
         d = 4 * channels[0] if d_embed is None else d_embed
-        row = lambda d_in, d_out: nnx.List(  # noqa: E731
-            [ResidualBlock(d_out if i else d_in, d_out, d, rngs=rngs) for i in range(n_blocks)]
-        )
+
+        def row(d_in: int, d_out: int) -> nnx.List:
+            widths = [d_in] + [d_out] * (n_blocks - 1)
+            return nnx.List([ResidualBlock(width, d_out, d, rngs=rngs) for width in widths])
+
         pairs, d_last = list(itertools.pairwise(channels)), channels[-1]
         self.patch = patch
         self.embed = Embedding(d, cond_size, guided, rngs=rngs)
@@ -194,9 +196,8 @@ def check_sizes(
         advice = f"Give at most {fits} entries of channels" if fits else "Give another patch"
         raise ConfigError(
             f"{len(channels)} resolutions halve an image {times} times, and patches are {patch} "
-            "wide, so its sides must be "
-            f"multiples of {patch * 2**times}; got {shape[0]} x {shape[1]}. {advice}, or pad the "
-            "images."
+            f"wide, so its sides must be multiples of {patch * 2**times}; got {shape[0]} x "
+            f"{shape[1]}. {advice}, or pad the images."
         )
     if n_heads < 0 or (n_heads and channels[-1] % n_heads):
         raise ConfigError(

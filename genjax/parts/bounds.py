@@ -43,7 +43,7 @@ def log_snr_of_values(spec: DataSpec) -> float:
     sigma / alpha = 1 / (3 (levels - 1)) for values evenly spaced on [-1, 1]; 13.3 for 256 of them,
     as in Kingma 2021.
     """
-    return 2 * math.log(3 * ((spec.levels or 2) - 1))
+    return 2 * math.log(3 * (spec.top or 1))
 
 
 def ending_at_values(path: Path, spec: DataSpec) -> Path:
@@ -146,11 +146,14 @@ def discrete_nats(
     return _mean_error(denoise, path, x0, key, k, at)
 
 
-def end_nats(denoise: Denoise, path: Path, spec: DataSpec, x: Array, key: Key) -> Array:
-    """ln p(x | x_end) [n] nats for one draw of x_end."""
+def end_nats(denoise: Denoise, path: Path, spec: DataSpec, x: Array, epsilon: Array) -> Array:
+    """ln p(x | x_end) [n] nats, for x [n, *event] in the units of the data and the noise in
+    x_end.
+    """
     x0, t = spec.normalize(x), jnp.asarray(path.end, x.dtype)
-    x_end = diffuse(path, x0, jax.random.normal(key, x.shape, x.dtype), t)
-    denoised = denoise(x_end, jnp.broadcast_to(t, x.shape[:1])) if spec.kind == "continuous" else x0
+    x_end = denoised = diffuse(path, x0, epsilon, t)
+    if spec.kind == "continuous":
+        denoised = denoise(x_end, jnp.broadcast_to(t, x.shape[:1]))
     return reconstruction(spec, path, x, x_end, denoised)
 
 
@@ -173,7 +176,8 @@ def variational_bound(
     x0 = spec.normalize(x)
     nats = diffusion_nats if n_times is None else partial(discrete_nats, n_times=n_times)
     between = nats(denoise, path, x0, key_path, n_samples=n_samples)
-    return end_nats(denoise, path, spec, x, key_end) - between - prior_kl(path, x0)
+    epsilon = jax.random.normal(key_end, x.shape, x.dtype)
+    return end_nats(denoise, path, spec, x, epsilon) - between - prior_kl(path, x0)
 
 
 # --- a learned schedule ---------------------------------------------------------------------------
@@ -203,11 +207,15 @@ def learned_gamma(schedule: Any) -> Callable[[Array], Array]:
     (first, log_range), inner = schedule["ends"], schedule["inner"]
 
     def g(t: Array) -> Array:
-        over = lambda v: v.reshape(*[1] * t.ndim, -1)  # noqa: E731
-        steps = jax.nn.sigmoid(
-            over(jnp.exp(inner["slope"])) * (t[..., None] - over(inner["centre"]))
+        weight, slope, centre = (
+            v.reshape(*[1] * t.ndim, -1)
+            for v in (
+                jax.nn.softplus(inner["weight"]),
+                jnp.exp(inner["slope"]),
+                inner["centre"],
+            )
         )
-        return t + jnp.sum(over(jax.nn.softplus(inner["weight"])) * steps, axis=-1)
+        return t + jnp.sum(weight * jax.nn.sigmoid(slope * (t[..., None] - centre)), axis=-1)
 
     def gamma(t: Array) -> Array:
         low, high = g(jnp.zeros((), t.dtype)), g(jnp.ones((), t.dtype))

@@ -1,9 +1,6 @@
 """Guidance: predictions put together. For arrays such as logits, `classifier_free`; the rest are
 wrappers, denoise -> denoise.
 
-At the end `generator`, the samples of a model that can be guided, which diffusion and flow matching
-share.
-
 A `Denoise` is a plain callable, (x_t [n, *event], t []) -> an estimate of E[x0 | x_t] (`paths.py`),
 so all of these serve diffusion and flow matching alike, with every solver, and compose with each
 other. The score is (alpha x0 - x_t) / sigma²: where weights sum to 1, mixing estimates of x0 is
@@ -14,17 +11,14 @@ those of the product of powers at t = 0 only approximately, because adding noise
 the product of noisy densities (Du 2023).
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from genjax.checks import check_cond, check_key
 from genjax.errors import ConfigError
-from genjax.parts import solvers
-from genjax.parts.paths import Denoise, Path, coefficients, prior
-from genjax.protocol import Array, DataSpec, Key, Params, State
+from genjax.parts.paths import Denoise, Path, coefficients
+from genjax.protocol import Array
 
 
 def classifier_free(conditional: Array, unconditional: Array, scale: Array | float) -> Array:
@@ -199,8 +193,10 @@ def inpaint(denoise: Denoise, known: Array, mask: Array) -> Denoise:
                     f"{list(x.shape[1:])}, or of all, "
                     f"{list(x.shape)}; got {list(array.shape)}."
                 )
-        whole = lambda array: jnp.broadcast_to(array.reshape(-1, *x.shape[1:]), x.shape)  # noqa: E731
-        return jnp.where(whole(mask), whole(known).astype(x.dtype), denoise(x, t))
+        everywhere, given = (
+            jnp.broadcast_to(array.reshape(-1, *x.shape[1:]), x.shape) for array in (mask, known)
+        )
+        return jnp.where(everywhere, given.astype(x.dtype), denoise(x, t))
 
     return replaced
 
@@ -224,102 +220,3 @@ def rescale(inside: Denoise, conditional: Denoise, phi: Array | float = 0.7) -> 
         return g * (share * ratio + 1 - share)
 
     return denoise
-
-
-# --- samples --------------------------------------------------------------------------------------
-
-
-def generator(
-    spec: DataSpec,
-    path_of: Callable[[Params], Path],
-    denoise_of: Callable[[Params, Any, Array | None], Denoise],
-    finish: Callable[[Denoise, Path, Array, Array], Array],
-    can_guide: bool,
-    solver: str,
-    n_steps: int,
-    grid: str,
-    guidance: Any,
-) -> Callable[..., Array]:
-    """The `generate` extra of a model that goes from noise to data, by a solver and with guidance.
-
-    generate: (params, state, key, n, cond=None, *, solver=None, n_steps=None, grid=None,
-    guidance=None, every=False) -> x [n, *shape], in the units of the data, rounded to the values
-    that discrete data have; with `every` at all times, [n_steps + 1, n, *shape], of which only the
-    last is rounded. What is not given there is as given here.
-
-    Args:
-        spec: the data.
-        path_of: params -> the path.
-        denoise_of: (params, cond, dropped bool [n] | None) -> the estimate of E[x0 | x_t] for those
-            conditions.
-        finish: (denoise, path, x_end, t_end) -> the normalised event that x_end, the end of the
-            solver's way, stands for.
-        can_guide: whether the model was trained with its condition left out at times.
-        solver: a name in `solvers.SOLVERS`.
-        n_steps: how many steps it takes.
-        grid: a name in `solvers.GRIDS`.
-        guidance: the scale of classifier-free guidance; None for the conditional model alone.
-
-    Raises:
-        ConfigError: for guidance of a model that cannot be guided, or a solver or grid that does
-            not exist; so does generate.
-    """
-    defaults: dict[str, Any] = {
-        "solver": solver,
-        "n_steps": n_steps,
-        "grid": grid,
-        "guidance": guidance,
-    }
-
-    def settings(**given: Any) -> dict[str, Any]:
-        chosen = {
-            name: default if given.get(name) is None else given[name]
-            for name, default in defaults.items()
-        }
-        if chosen["guidance"] is not None and not can_guide:
-            why = (
-                "was never trained without its condition: build it with cond_dropout=0.1"
-                if spec.conditional
-                else "has none"
-            )
-            raise ConfigError(
-                f"Guidance needs a condition and its absence; this model of {spec.name} {why}."
-            )
-        return chosen | {
-            "solver": solvers.solver(chosen["solver"]),
-            "grid": solvers.grid(chosen["grid"]),
-        }
-
-    settings()
-
-    def generate(
-        params: Params,
-        state: State,
-        key: Key,
-        n: int,
-        cond: Any = None,
-        *,
-        solver: str | None = None,
-        n_steps: int | None = None,
-        grid: str | None = None,
-        guidance: Any = None,
-        every: bool = False,
-    ) -> Array:
-        check_key(key)
-        check_cond(spec, cond, n)
-        how = settings(solver=solver, n_steps=n_steps, grid=grid, guidance=guidance)
-        path, estimate = path_of(params), denoise_of(params, cond, None)
-        if how["guidance"] is not None:
-            estimate = guided(
-                estimate, denoise_of(params, cond, jnp.ones(n, bool)), how["guidance"]
-            )
-        key_start, key_solver = jax.random.split(key)
-        start = prior(path) * jax.random.normal(key_start, (n, *spec.shape))
-        times = how["grid"](path, how["n_steps"])
-        x = how["solver"](estimate, path, start, times, key_solver, every=every)
-        last = spec.denormalize(finish(estimate, path, x[-1] if every else x, times[-1]))
-        if spec.kind != "continuous":
-            last = jnp.clip(jnp.round(last), 0, (spec.levels or 2) - 1)
-        return jnp.concatenate([spec.denormalize(x[:-1]), last[None]]) if every else last
-
-    return generate

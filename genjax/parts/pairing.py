@@ -2,8 +2,8 @@
 
 Paired at random, the straight lines from noise to data cross, and the flow that is learned from
 them bends. Pairing noise and data of a batch by optimal transport makes them cross less (Pooladian
-2023, Tong 2024). Everything here runs inside a compiled
-step, on any device: the assignment is an auction, not a call out to the host.
+2023, Tong 2024). Everything here runs inside a compiled step, on any device: the assignment is an
+auction, not a call out to the host.
 """
 
 from collections.abc import Callable
@@ -53,9 +53,8 @@ def assignment(cost: Array, allowed: Array | None = None) -> Array:
     nobody = jnp.full(n, -1, rows.dtype)
 
     def bid(carry: tuple[Array, Array, Array], epsilon: Array) -> tuple[Array, Array, Array]:
-        price, taken, owner = (
-            carry  # taken [n]: whose partner is which; owner [n]: the inverse; -1 for none
-        )
+        # taken [n]: whose partner is which; owner [n]: the inverse; -1 for none
+        price, taken, owner = carry
         net = worth - price[None, :]
         best, favourite = jnp.max(net, axis=1), jnp.argmax(net, axis=1).astype(rows.dtype)
         chosen = favourite[:, None] == rows[None, :]
@@ -73,9 +72,10 @@ def assignment(cost: Array, allowed: Array | None = None) -> Array:
         return jnp.where(sold, highest, price), taken, owner
 
     def auction(price: Array, epsilon: Array) -> tuple[Array, Array]:
-        go_on = lambda carry: (carry[1] < 0).any()  # noqa: E731
         price, taken, _ = jax.lax.while_loop(
-            go_on, lambda carry: bid(carry, epsilon), (price, nobody, nobody)
+            lambda carry: (carry[1] < 0).any(),
+            lambda carry: bid(carry, epsilon),
+            (price, nobody, nobody),
         )
         return price - jnp.min(price), taken
 

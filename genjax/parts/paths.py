@@ -60,10 +60,10 @@ def coefficients(path: Path, t: Array | float, x: Array) -> tuple[Array, Array]:
 def rates(path: Path, t: Array | float, x: Array) -> tuple[Array, Array]:
     """alpha'(t) and sigma'(t), the derivatives, ready to multiply x [n, *event]."""
     t = jnp.asarray(t)
-    one = jnp.ones_like(t)
-    return expand(jax.jvp(path.alpha, (t,), (one,))[1], x), expand(
-        jax.jvp(path.sigma, (t,), (one,))[1], x
+    alpha_rate, sigma_rate = (
+        jax.jvp(part, (t,), (jnp.ones_like(t),))[1] for part in (path.alpha, path.sigma)
     )
+    return expand(alpha_rate, x), expand(sigma_rate, x)
 
 
 def log_snr(path: Path, t: Array | float) -> Array:
@@ -134,9 +134,8 @@ def linear(
 
     def time_of_log_snr(value: Array) -> Array:
         low, high = jnp.asarray(beta_min, value.dtype), jnp.asarray(beta_max, value.dtype)
-        integral = jax.nn.softplus(
-            -value
-        )  # -2 ln alpha: alpha² = sigmoid(log-SNR) where the variance is preserved
+        # -2 ln alpha: alpha² = sigmoid(log-SNR) where the variance is preserved
+        integral = jax.nn.softplus(-value)
         return 2 * integral / (low + jnp.sqrt(jnp.square(low) + 2 * (high - low) * integral))
 
     return Path(
@@ -168,7 +167,7 @@ def conditional_ot() -> Path:
     2023.
 
     Their time runs the other way: 0 is noise and 1 data there, and their velocity is the negative
-        of this one.
+    of this one.
     """
     return Path(
         alpha=lambda t: 1 - t,
@@ -379,3 +378,41 @@ def prediction(name: str) -> Prediction:
     if name not in PREDICTIONS:
         raise unknown_name("prediction", name, PREDICTIONS)
     return PREDICTIONS[name]
+
+
+# --- what a network sees, and the preconditioning of Karras ---------------------------------------
+
+
+def input_scale(path: Path, t: Array, sigma_data: Array | float) -> Array:
+    """c_in = 1 / sqrt(alpha² sigma_data² + sigma²): with it, inputs have unit variance if data have
+    sigma_data². Of t's shape.
+
+    1 for a path that preserves the variance and sigma_data = 1; Karras 2022, table 1, has alpha =
+    1.
+    """
+    return jax.lax.rsqrt(jnp.square(path.alpha(t) * sigma_data) + jnp.square(path.sigma(t)))
+
+
+def edm_prediction(sigma_data: Array | float) -> Prediction:
+    """F with x0 = c_skip x_t / alpha + c_out F: what is left to predict once the best linear guess
+    is made.
+
+    Karras 2022, table 1. With s = sigma / alpha: c_skip = sigma_data² / (s² + sigma_data²), c_out =
+    s sigma_data / sqrt(s² + sigma_data²). The target has unit variance at every t, and x0 is x_t /
+    alpha as s goes to 0.
+    """
+
+    def parts(path: Path, x_t: Array, t: Array | float) -> tuple[Array, Array]:
+        alpha, sigma = coefficients(path, t, x_t)
+        s, d = jnp.square(sigma / alpha), jnp.square(jnp.asarray(sigma_data, x_t.dtype))
+        return d / (s + d) * x_t / alpha, jnp.sqrt(s * d / (s + d))
+
+    def to_x0(path: Path, value: Array, x_t: Array, t: Array | float) -> Array:
+        linear_guess, c_out = parts(path, x_t, t)
+        return linear_guess + c_out * value
+
+    def from_x0(path: Path, x0: Array, x_t: Array, t: Array | float) -> Array:
+        linear_guess, c_out = parts(path, x_t, t)
+        return (x0 - linear_guess) / c_out
+
+    return Prediction(to_x0, from_x0)

@@ -1,14 +1,13 @@
-"""From noise to data along a path: solvers, time grids, the Langevin corrector, and the likelihood
-by the ODE.
+"""From noise to data along a path: solvers, the Langevin corrector and time grids.
 
 A solver is a short scan over a plain callable, `denoise`: (x_t [n, *event], t []) -> E[x0 | x_t],
 so whatever composes around that, guidance above all, works with every solver. Those that are
 deterministic follow the probability-flow ODE, dx/dt = alpha'(t) x0 + sigma'(t) epsilon
-(`paths.velocity_of`), whose solution has the law of the path at every t.
+(`paths.velocity_of`), whose solution has the law of the path at every t; `ode_likelihood.py` has
+the density of what they make.
 
-Ho 2020 (ancestral), Song 2020 (DDIM), Song 2021 (the ODE, its likelihood, predictor and corrector),
-Karras 2022 (Heun and its grid), Lu 2022 (DPM-Solver++), Hutchinson 1989 and Grathwohl 2018 (the
-divergence by probes).
+Ho 2020 (ancestral), Song 2020 (DDIM), Song 2021 (the ODE, predictor and corrector), Karras 2022
+(Heun and its grid), Lu 2022 (DPM-Solver++).
 """
 
 from collections.abc import Callable
@@ -19,7 +18,6 @@ import jax
 import jax.numpy as jnp
 
 from genjax.errors import ConfigError, unknown_name
-from genjax.parts.distributions import normal_log_prob, sum_event
 from genjax.parts.paths import (
     Denoise,
     Path,
@@ -27,7 +25,6 @@ from genjax.parts.paths import (
     epsilon_of,
     log_snr,
     posterior,
-    prior,
     score_of,
     velocity_of,
 )
@@ -197,7 +194,7 @@ def _moved(y: PyTree, h: Array, k: PyTree) -> PyTree:
     return jax.tree.map(lambda y, k: y + h * k, y, k)
 
 
-def _step(
+def runge_kutta_step(
     tableau: Tableau, field: Field, y: PyTree, t: Array, s: Array, last: Array | bool = False
 ) -> PyTree:
     """y at s from y at t; `last` says that the field must not be evaluated at s."""
@@ -222,7 +219,7 @@ def _least_time(path: Path, dtype: Any) -> Array:
     return path.time_of_log_snr(-2 * jnp.log(least)).astype(dtype)
 
 
-def _velocity(denoise: Denoise, path: Path, dtype: Any) -> Field:
+def ode_field(denoise: Denoise, path: Path, dtype: Any) -> Field:
     """dx/dt of the probability-flow ODE; at times nearer to sigma = 0 than can be, that at the
     nearest which can.
     """
@@ -247,11 +244,11 @@ def _runge_kutta(
     """The probability-flow ODE by `tableau`; Heun's step to sigma = 0 is Euler's. Karras 2022,
     algorithm 1, for Heun.
     """
-    field = _velocity(denoise, path, x.dtype)
+    field = ode_field(denoise, path, x.dtype)
 
     def step(x: Array, at: Any) -> Array:
         t, s = at
-        return _step(tableau, field, x, t, s, last=path.sigma(s) == 0)
+        return runge_kutta_step(tableau, field, x, t, s, last=path.sigma(s) == 0)
 
     return _march(step, x, lambda x: x, _pairs(times, x), every)
 
@@ -262,7 +259,7 @@ heun: Solver = partial(_runge_kutta, TABLEAUS["heun"])
 rk4: Solver = partial(_runge_kutta, TABLEAUS["rk4"])
 
 
-def _integrate(field: Field, y: PyTree, times: Array, tolerance: float, every: bool) -> PyTree:
+def integrate(field: Field, y: PyTree, times: Array, tolerance: float, every: bool) -> PyTree:
     """y at times[-1], or at all of `times`, by Tsitouras' 5(4) pair with a step size that keeps to
     `tolerance`.
     """
@@ -298,8 +295,8 @@ def adaptive_to(tolerance: float) -> Solver:
         key: Key | None = None,
         every: bool = False,
     ) -> Array:
-        return _integrate(
-            _velocity(denoise, path, x.dtype), x, jnp.asarray(times, x.dtype), tolerance, every
+        return integrate(
+            ode_field(denoise, path, x.dtype), x, jnp.asarray(times, x.dtype), tolerance, every
         )
 
     return solver
@@ -355,9 +352,8 @@ def langevin(
 
         def step(x: Array, key: Key) -> tuple[Array, None]:
             score = score_of(path, denoise(x, seen), x, seen)
-            return x + eta * score + jnp.sqrt(2 * eta) * jax.random.normal(
-                key, x.shape, x.dtype
-            ), None
+            noise = jnp.sqrt(2 * eta) * jax.random.normal(key, x.shape, x.dtype)
+            return x + eta * score + noise, None
 
         return jnp.where(clean, x, jax.lax.scan(step, x, jax.random.split(key, n_steps))[0])
 
@@ -467,108 +463,3 @@ def grid(name: str) -> Grid:
     if name not in GRIDS:
         raise unknown_name("grid", name, GRIDS)
     return GRIDS[name]
-
-
-# --- likelihood -----------------------------------------------------------------------------------
-
-LIKELIHOOD_SOLVERS = (*TABLEAUS, "adaptive")
-
-
-def likelihood_in_words(solver: str, n_steps: int, probes: int) -> str:
-    """How `ode_log_prob` computes, for reports: "rk4 in 100 steps, exact divergence"."""
-    steps = solver if solver == "adaptive" else f"{solver} in {n_steps} steps"
-    return f"{steps}, " + (
-        f"divergence by {probes} random probe{'s' * (probes > 1)}" if probes else "exact divergence"
-    )
-
-
-def _with_divergence(field: Field, probes: Array | None) -> Field:
-    """(x [n, *event], t) -> dx/dt and its divergence [n]: exact, one derivative a dimension, or by
-    probes [P, n, *event].
-    """
-
-    def both(y: tuple[Array, Array], t: Array) -> tuple[Array, Array]:
-        x = y[0]
-        rate, push = jax.linearize(lambda x: field(x, t), x)
-        flat = lambda x: x.reshape(x.shape[0], -1)  # noqa: E731
-        if probes is not None:
-            along = jax.lax.map(lambda probe: sum_event(flat(probe * push(probe))), probes)
-            return rate, jnp.mean(along, axis=0)
-
-        def one(i: Array) -> Array:
-            # Examples do not depend on each other, so one direction does for all of them.
-            direction = (jnp.arange(flat(x).shape[1]) == i).astype(x.dtype)
-            pushed = push(jnp.broadcast_to(direction.reshape(1, *x.shape[1:]), x.shape))
-            return flat(pushed)[:, i]
-
-        diagonal = jax.lax.map(
-            one, jnp.arange(flat(x).shape[1]), batch_size=min(64, flat(x).shape[1])
-        )
-        return rate, jnp.sum(diagonal, axis=0)
-
-    return both
-
-
-def ode_log_prob(
-    denoise: Denoise,
-    path: Path,
-    x: Array,
-    times: Array,
-    key: Key | None = None,
-    probes: int = 0,
-    solver: str = "rk4",
-    tolerance: float = TOLERANCE,
-) -> Array:
-    """ln p(x) in nats [n] of the samples of the ODE that begins at N(0, sigma(start)² I); exact but
-    for the solver's error.
-
-    ln p(x) = ln N(x_start; 0, sigma(start)²) + ∫ div(dx/dt) dt from `end` to `start`, where x_start
-    is x carried backwards through the ODE. Song 2021, equation 39. `denoise` must treat each
-    example by itself.
-
-    Args:
-        denoise: E[x0 | x_t], differentiable.
-        path: the path.
-        x: [n, *event], taken to be at times[-1], whose density is that at the noise level there.
-        times: [n_steps + 1], decreasing from path.start to path.end as for sampling; they are run
-            through backwards.
-        key: for probes.
-        probes: 0 for the exact divergence, at the price of one derivative a dimension; or the
-            number of Rademacher vectors, the same for all t, whose mean is an unbiased estimate of
-            ln p(x).
-        solver: one of LIKELIHOOD_SOLVERS; "adaptive" takes only the ends of `times`.
-        tolerance: of "adaptive".
-
-    Raises:
-        ConfigError: for a solver that has no likelihood, or probes without a key.
-    """
-    if solver not in LIKELIHOOD_SOLVERS:
-        if solver not in SOLVERS:
-            raise unknown_name("solver", solver, LIKELIHOOD_SOLVERS)
-        raise ConfigError(
-            f"The solver {solver!r} has no likelihood; those that follow the ODE itself have: "
-            f"{', '.join(LIKELIHOOD_SOLVERS)}."
-        )
-    if probes < 0:
-        raise ConfigError(f"probes must be 0 (exact) or more; got {probes}.")
-    if probes and key is None:
-        raise ConfigError(
-            "Probes are random and need a key: pass key=jax.random.key(seed), or probes=0 for the "
-            "exact divergence."
-        )
-    drawn = (
-        None
-        if key is None or not probes
-        else jax.random.rademacher(key, (probes, *x.shape), x.dtype)
-    )
-    field = _with_divergence(_velocity(denoise, path, x.dtype), drawn)
-    backwards = jnp.asarray(times, x.dtype)[::-1]
-    start = (x, jnp.zeros(x.shape[0], x.dtype))
-    if solver == "adaptive":
-        x_start, gained = _integrate(field, start, backwards, tolerance, every=False)
-    else:
-        tableau = TABLEAUS[solver]
-        step = lambda y, at: (_step(tableau, field, y, *at), None)  # noqa: E731
-        (x_start, gained), _ = jax.lax.scan(step, start, (backwards[:-1], backwards[1:]))
-    log_scale = jnp.log(prior(path)).astype(x.dtype)
-    return sum_event(normal_log_prob(x_start.reshape(x.shape[0], -1), 0.0, log_scale)) + gained
