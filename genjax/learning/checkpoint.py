@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from genjax.checks import leaves_by_name
 from genjax.errors import CheckpointError, writing
 from genjax.learning.distributed import several, told
 from genjax.protocol import PyTree, TrainState
@@ -58,9 +59,8 @@ def _unpack(packed: PyTree, like: PyTree) -> PyTree:
     def one(leaf: Any, wanted: Any) -> Any:
         array = leaf if _elsewhere(wanted) else jnp.array(leaf)
         if _is_key(wanted):
-            found: list[
-                Any
-            ] = []  # key_impl takes arrays and tracers but not shapes, so ask it inside a trace
+            # key_impl takes arrays and tracers but not shapes, so ask it inside a trace.
+            found: list[Any] = []
             shape = jax.ShapeDtypeStruct(wanted.shape, wanted.dtype)
             jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), shape)
             array = jax.random.wrap_key_data(array, impl=found[0])
@@ -93,22 +93,14 @@ def _abstract(like: PyTree) -> PyTree:
     return jax.tree.map(one, jax.eval_shape(_pack, like), like)
 
 
-def _leaves(tree: PyTree) -> dict[str, Any]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
 def _checksums(folder: Path) -> dict[str, str]:
     """The SHA-256 of every file below a folder, by its name there."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path != folder / CHECKSUMS:
             with path.open("rb") as file:
-                found[str(path.relative_to(folder))] = hashlib.file_digest(
-                    file, "sha256"
-                ).hexdigest()
+                digest = hashlib.file_digest(file, "sha256")
+            found[str(path.relative_to(folder))] = digest.hexdigest()
     return found
 
 
@@ -128,25 +120,55 @@ def _damage(folder: Path) -> str | None:
 
 def difference(saved: PyTree, wanted: PyTree, most: int = 8) -> list[str]:
     """The leaves whose name, shape or dtype differ, one line each, at most `most` of them."""
-    a, b = _leaves(saved), _leaves(wanted)
-    describe = lambda leaf: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"  # noqa: E731
-    lines = [
-        f"{name}: in the checkpoint {describe(a[name])}, in this model missing"
-        for name in a
-        if name not in b
-    ]
-    lines += [
-        f"{name}: in the checkpoint missing, in this model {describe(b[name])}"
-        for name in b
-        if name not in a
-    ]
-    lines += [
-        f"{name}: in the checkpoint {describe(a[name])}, in this model {describe(b[name])}"
-        for name in a
-        if name in b
-        and (tuple(a[name].shape), a[name].dtype) != (tuple(b[name].shape), b[name].dtype)
-    ]
-    return lines[:most] + ([f"... and {len(lines) - most} more"] if len(lines) > most else [])
+    a, b = leaves_by_name(saved), leaves_by_name(wanted)
+    both = [name for name in a if name in b and _kind(a[name]) != _kind(b[name])]
+    names = [*(name for name in a if name not in b), *(name for name in b if name not in a), *both]
+    lines = []
+    for name in names[:most]:
+        was = _kind(a[name]) if name in a else "missing"
+        now = _kind(b[name]) if name in b else "missing"
+        lines.append(f"{name}: in the checkpoint {was}, in this model {now}")
+    more = len(names) - most
+    return lines if more <= 0 else [*lines, f"... and {more} more"]
+
+
+def _kind(leaf: Any) -> str:
+    return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+
+class _Unreadable(Exception):
+    """Why Orbax cannot read a checkpoint whose files are whole."""
+
+
+def _read(path: Path, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """The state and the note of a checkpoint whose files are whole.
+
+    Raises:
+        CheckpointError: if it is of another tree, or if one of several processes cannot read it.
+        _Unreadable: if this one process cannot.
+    """
+    try:
+        metadata = ocp.metadata(str(path))
+        lines = difference(metadata.metadata, _abstract(like))
+        packed = None if lines else ocp.load(str(path), _abstract(like))
+    except Exception as error:  # such as a format that this version of Orbax does not know
+        if several():  # the others may have read it, and would go on without this one
+            raise CheckpointError(
+                f"Process {jax.process_index()} could not read the checkpoint {path}, whose files "
+                f"are whole: {_reason(error)}. All processes need one folder that each of them "
+                "sees; give it with --out."
+            ) from error
+        raise _Unreadable(_reason(error)) from error
+    if lines:
+        raise CheckpointError(
+            f"The checkpoint {path} is not of this model:\n  " + "\n  ".join(lines)
+        )
+    custom: Any = metadata.custom_metadata or {}
+    return _unpack(packed, like), custom.get("note", {})
+
+
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:600]
 
 
 class Checkpoints:
@@ -162,9 +184,8 @@ class Checkpoints:
     def __init__(self, folder: Path | str, keep: int = 3) -> None:
         self.folder = Path(folder).absolute()
         self.keep = keep
-        logging.getLogger("absl").setLevel(
-            logging.CRITICAL
-        )  # Orbax logs whole tracebacks of errors that it also raises
+        # Orbax logs whole tracebacks of errors that it also raises.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, oldest first; a half-written one has another name and
@@ -183,7 +204,7 @@ class Checkpoints:
         exists already stays.
 
         It returns when the checkpoint is on disk: the next step may then donate the state's
-            buffers.
+        buffers.
 
         Raises:
             CheckpointError: if it cannot be written (a full or read-only disk); older checkpoints
@@ -213,25 +234,19 @@ class Checkpoints:
             told(begin)
             ocp.save(str(part), _pack(state), custom_metadata={"note": note or {}})
             told(finish)
-        except (
-            Exception
-        ) as error:  # Orbax and TensorStore raise many types for a disk that does not take more
+        # Orbax and TensorStore raise many types for a disk that does not take more.
+        except Exception as error:
             for _ in range(10):  # writes that were already under way may still put files back
                 self._sweep()
                 if not list(self.folder.glob("*.part*")):
                     break
                 time.sleep(0.05)
-            have = self.steps()
-            left = (
-                f"The checkpoint of step {have[-1]} is still there"
-                if have
-                else "There is no earlier checkpoint"
-            )
-            reason = str(error).splitlines()[0][:600] if str(error) else type(error).__name__
+            left = "There is no earlier checkpoint"
+            if have := self.steps():
+                left = f"The checkpoint of step {have[-1]} is still there"
             raise CheckpointError(
-                f"Could not save step {step} in {self.folder}: {reason}. {left}. Check the disk's "
-                "space "
-                "and permissions, then run the same command again to go on."
+                f"Could not save step {step} in {self.folder}: {_reason(error)}. {left}. Check the "
+                "disk's space and permissions, then run the same command again to go on."
             ) from error
         return path
 
@@ -269,27 +284,9 @@ class Checkpoints:
             damage = told(functools.partial(_damage, path))
             if damage is None:
                 try:
-                    metadata = ocp.metadata(str(path))
-                    lines = difference(metadata.metadata, _abstract(like))
-                    packed = None if lines else ocp.load(str(path), _abstract(like))
-                except (
-                    Exception
-                ) as error:  # such as a format that this version of Orbax does not know
-                    damage = (str(error) or type(error).__name__).splitlines()[0][:600]
-                    if several():  # the others may have read it, and would go on without this one
-                        raise CheckpointError(
-                            f"Process {jax.process_index()} could not read the checkpoint {path}, "
-                            "whose files are whole: "
-                            f"{damage}. All processes need one folder that each of them sees; give "
-                            "it with --out."
-                        ) from error
-                else:
-                    if lines:
-                        raise CheckpointError(
-                            f"The checkpoint {path} is not of this model:\n  " + "\n  ".join(lines)
-                        )
-                    custom: Any = metadata.custom_metadata or {}
-                    return Restored(_unpack(packed, like), custom.get("note", {}), passed)
+                    return Restored(*_read(path, like), passed)
+                except _Unreadable as error:
+                    damage = str(error)
             passed[path] = damage
         if not have:
             return None
@@ -304,12 +301,9 @@ class Checkpoints:
         """
 
         def rename(path: Path, reason: str) -> None:
-            names = itertools.chain(
-                [f"{path.name}.damaged"], (f"{path.name}.damaged{n}" for n in itertools.count(2))
-            )
-            aside = next(
-                path.with_name(name) for name in names if not path.with_name(name).exists()
-            )
+            numbers = itertools.chain([""], itertools.count(2))
+            candidates = (path.with_name(f"{path.name}.damaged{number}") for number in numbers)
+            aside = next(candidate for candidate in candidates if not candidate.exists())
             with writing(aside):
                 path.rename(aside)
             logger.warning(

@@ -1,9 +1,10 @@
 """Several processes that train one model together: every process of a cluster runs the same
 command.
 
-    start()                                     # before anything else of jax; a cluster that jax
-    recognises needs no arguments
-    train(recipe, folder, mesh={"data": 8})     # the mesh holds the devices of all processes
+    start()                                  # before anything else of jax
+    train(recipe, folder, mesh={"data": 8})  # the mesh holds the devices of all processes
+
+A cluster that jax recognises needs no arguments of `start`.
 
 Process 0 alone writes what a person reads; checkpoints are written by all of them, into one folder.
 What processes must agree on, such as whether a file is there, process 0 finds out and tells the
@@ -35,9 +36,7 @@ from genjax import errors
 from genjax.errors import ConfigError, GenjaxError
 
 TIMEOUT = 300  # seconds that jax waits for all processes to start, and then ends those that did
-SHUTDOWN = (
-    30  # seconds that a process which ends waits for the others to end too, before jax ends them
-)
+SHUTDOWN = 30  # seconds that a process which ends waits for the others, before jax ends them
 # seconds that processes wait for one that compiles, draws or reads; jax notices before then if it
 # has died
 MEETING = 3600
@@ -92,11 +91,7 @@ def start(
             initialization_timeout=TIMEOUT,
             shutdown_timeout_seconds=SHUTDOWN,
         )
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-    ) as error:  # what jax raises where it recognises no cluster
+    except (ValueError, TypeError, KeyError) as error:  # where jax recognises no cluster
         known = {
             "--coordinator HOST:PORT": coordinator,
             "--processes N": processes,
@@ -107,16 +102,14 @@ def start(
             raise ConfigError(f"These processes cannot be joined: {error}") from error
         raise ConfigError(
             f"--distributed found no cluster that jax recognises; give {', '.join(missing)} too, "
-            "or set "
-            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. "
-            "The number of a process is its own, from 0; the rest is the same for all."
+            "or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. The number of a "
+            "process is its own, from 0; the rest is the same for all."
         ) from error
     except RuntimeError as error:
         raise ConfigError(
             f"The processes cannot be joined at {coordinator or 'the coordinator'}: "
-            f"{str(error).splitlines()[0][:300]}. "
-            "The coordinator is process 0, on a port that is free there and can be reached from "
-            "the others."
+            f"{str(error).splitlines()[0][:300]}. The coordinator is process 0, on a port that is "
+            "free there and can be reached from the others."
         ) from error
 
 
@@ -196,8 +189,7 @@ def check_shared(path: Path) -> None:
     if not path.is_file():
         raise ConfigError(
             f"Process {jax.process_index()} does not see {path.absolute()}, which process 0 has "
-            "written. All processes "
-            "need one folder that each of them sees; give it with --out."
+            "written. All processes need one folder that each of them sees; give it with --out."
         )
 
 
@@ -207,9 +199,9 @@ def whole(tree: Any) -> Any:
 
     All processes must call it, and each must have room for what it gathers.
     """
-    return (
-        jax.device_put(multihost_utils.process_allgather(tree, tiled=True)) if several() else tree
-    )
+    if not several():
+        return tree
+    return jax.device_put(multihost_utils.process_allgather(tree, tiled=True))
 
 
 @contextmanager
@@ -221,14 +213,15 @@ def stopping() -> Iterator[Callable[[], int]]:
     SIGINT counts as SIGTERM.
     """
     calls = itertools.count()
+
+    def caught() -> int:
+        reached = multihost_utils.reached_preemption_sync_point(next(calls))
+        return signal.SIGTERM if reached else 0
+
     before = signal.signal(
         signal.SIGINT, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM)
     )
     try:
-        yield (
-            lambda: (
-                signal.SIGTERM if multihost_utils.reached_preemption_sync_point(next(calls)) else 0
-            )
-        )
+        yield caught
     finally:
         signal.signal(signal.SIGINT, before)

@@ -80,17 +80,13 @@ def host_feed(
     """
 
     def payload(step: int, k: int) -> Any:
+        steps = range(step, step + k)
         if sharding is not None:
-            order = np.stack(
-                [
-                    np.asarray(source.order(len(arrays.x), batch_size, seed, s))
-                    for s in range(step, step + k)
-                ]
-            )
-            return jax.tree.map(
-                functools.partial(_put_rows, order=order, sharding=sharding), arrays
-            )
-        batches = [host_batch(source, arrays, batch_size, seed, s) for s in range(step, step + k)]
+            n = len(arrays.x)
+            order = np.stack([np.asarray(source.order(n, batch_size, seed, s)) for s in steps])
+            put = functools.partial(_put_rows, order=order, sharding=sharding)
+            return jax.tree.map(put, arrays)
+        batches = [host_batch(source, arrays, batch_size, seed, s) for s in steps]
         return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
 
     fed = feed(t, prepare_at(source, seed))
@@ -182,7 +178,7 @@ def fit(
     layout: Callable[[PyTree], PyTree] | None = None,
 ) -> TrainState:
     """Train to `steps` optimiser steps, going on from the newest checkpoint if there is one, and
-    return the last state.
+    return the last state. A new run begins with `Training.prepare`, where there is one.
 
     Args:
         feed: from `choose_feed`, `device_feed` or `host_feed`.
@@ -202,39 +198,13 @@ def fit(
         Interrupted: on SIGTERM or SIGINT, after the state was saved.
         CheckpointError: if a checkpoint cannot be written or read.
     """
-    init = compiled(feed.training(1)).init
-    window: dict[str, list[Any]] = {}
-    like = jax.eval_shape(init, key)
-    if layout is not None:
-        like = jax.tree.map(
-            lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
-            like,
-            layout(like),
-        )
-    restored = None if checkpoints is None else checkpoints.restore(like)
-    if checkpoints is not None and restored is not None:
-        checkpoints.set_aside_damaged(restored)
-        window |= {name: list(values) for name, values in restored.note.get("window", {}).items()}
-    state = init(key) if restored is None else restored.state
+    state, window = _begin(feed, key, checkpoints, layout)
     step = first = int(state.step)
     on_restore(step)
+    metrics = _Metrics(window, checkpoints, stop_on_nonfinite)
     programs: dict[int, Callable[..., Any]] = {}
-    pending: tuple[int, Any] | None = None
     started = time.perf_counter()
     shown: dict[str, Any] = {}  # the newest value of each metric, for the progress bar
-
-    def collect() -> None:
-        """Read the metrics of the dispatch before the last, which has had time to finish."""
-        nonlocal pending
-        if pending is None:
-            return
-        (begin, metrics), pending = pending, None
-        # On a CPU `jax.device_get` costs the host seven times as much.
-        values = {name: np.asarray(value) for name, value in metrics.items()}
-        if stop_on_nonfinite:
-            _check_finite(begin, values, checkpoints)
-        for name, value in values.items():
-            window.setdefault(name, []).extend(np.asarray(value, np.float64).tolist())
 
     def save() -> None:
         if checkpoints is None:
@@ -243,7 +213,7 @@ def fit(
             raise NonFiniteError(
                 _nonfinite_text(step, "the parameters are not finite", checkpoints)
             )
-        checkpoints.save(state, {"window": window})
+        checkpoints.save(state, {"window": metrics.window})
 
     with _signals() as caught, concurrent.futures.ThreadPoolExecutor(1) as pool:
         ahead: concurrent.futures.Future[Any] | None = None
@@ -253,22 +223,17 @@ def fit(
             if k not in programs:
                 programs[k] = compiled(feed.training(k)).step
                 distributed.compile_together(programs[k], state, payload)
-            after = min(steps_per_call, steps - step - k)
-            ahead = (
-                pool.submit(feed.payload, step + k, after) if feed.prefetch and after > 0 else None
-            )
-            state, metrics = programs[k](state, payload)
-            collect()
-            pending = (step, metrics)
+            after, ahead = min(steps_per_call, steps - step - k), None
+            if feed.prefetch and after > 0:
+                ahead = pool.submit(feed.payload, step + k, after)
+            state, new = programs[k](state, payload)
+            metrics.add(step, new)
             before, step = step, step + k
             due = [hook for hook in hooks if _crossed(before, step, hook.every, steps)]
             log_now = _crossed(before, step, log_every, steps)
             if log_now or due:
-                collect()
-                line: dict[str, Any] = {"step": step}
-                if log_now:
-                    line |= {name: _window_value(name, values) for name, values in window.items()}
-                    window.clear()
+                metrics.collect()
+                line = {"step": step, **(metrics.line() if log_now else {})}
                 for hook in due:
                     line |= hook.call(step, state) or {}
                 if len(line) > 1:
@@ -278,16 +243,81 @@ def fit(
                 progress(step, steps, time.perf_counter() - started, step - first, shown)
             stop = caught()
             if stop or _crossed(before, step, checkpoint_every, steps):
-                collect()
+                metrics.collect()
                 save()
             if stop and step < steps:
-                where = f"saved at step {step} of {steps}; run the same command again to go on"
-                raise Interrupted(
-                    f"{signal.Signals(stop).name}: "
-                    f"{where if checkpoints else f'stopped at step {step} of {steps}'}.",
-                    stop,
-                )
+                raise Interrupted(_stopped_text(stop, step, steps, checkpoints), stop)
     return state
+
+
+def _begin(
+    feed: Feed,
+    key: Key,
+    checkpoints: Checkpoints | None,
+    layout: Callable[[PyTree], PyTree] | None,
+) -> tuple[TrainState, dict[str, list[Any]]]:
+    """The state to go on from, with the metrics of its unfinished window: the newest checkpoint's,
+    or that of step 0, prepared from its batch where the model says how.
+    """
+    first = compiled(feed.training(1))
+    like = jax.eval_shape(first.init, key)
+    if layout is not None:
+        like = jax.tree.map(
+            lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+            like,
+            layout(like),
+        )
+    restored = None if checkpoints is None else checkpoints.restore(like)
+    if checkpoints is not None and restored is not None:
+        checkpoints.set_aside_damaged(restored)
+        window = restored.note.get("window", {})
+        return restored.state, {name: list(values) for name, values in window.items()}
+    state = first.init(key)
+    if first.prepare is not None:
+        payload = feed.payload(0, 1)
+        distributed.compile_together(first.prepare, state, payload)
+        state = first.prepare(state, payload)
+    return state, {}
+
+
+class _Metrics:
+    """The metrics since the last line, read one dispatch late so that the device never waits."""
+
+    def __init__(
+        self, window: dict[str, list[Any]], checkpoints: Checkpoints | None, check: bool
+    ) -> None:
+        self.window = window
+        self._checkpoints, self._check = checkpoints, check
+        self._pending: tuple[int, Any] | None = None
+
+    def add(self, begin: int, metrics: Any) -> None:
+        """Keep the metrics of a dispatch, which begins at a step, and read those of the one before,
+        which has had time to finish.
+        """
+        self.collect()
+        self._pending = (begin, metrics)
+
+    def collect(self) -> None:
+        """Read what was not read yet.
+
+        Raises:
+            NonFiniteError: for a loss that is not finite, if this is to be checked.
+        """
+        if self._pending is None:
+            return
+        (begin, metrics), self._pending = self._pending, None
+        # On a CPU `jax.device_get` costs the host seven times as much.
+        values = {name: np.asarray(value) for name, value in metrics.items()}
+        if self._check:
+            _check_finite(begin, values, self._checkpoints)
+        for name, value in values.items():
+            self.window.setdefault(name, []).extend(np.asarray(value, np.float64).tolist())
+
+    def line(self) -> dict[str, Any]:
+        """What the window comes to, as far as it was read; a new one begins."""
+        found = {name: _window_value(name, values) for name, values in self.window.items()}
+        self.window.clear()
+        return found
 
 
 def _crossed(before: int, step: int, every: int, last: int) -> bool:
@@ -321,15 +351,18 @@ def _check_finite(
             continue
         bad = np.argwhere(~np.isfinite(values[name]))
         if len(bad):
-            place = f"player {name.rsplit('/', 1)[0]!r}" + (
-                f", member {bad[0][1]}" if values[name].ndim > 1 else ""
-            )
-            value = float(values[name][tuple(bad[0])])
-            raise NonFiniteError(
-                _nonfinite_text(
-                    begin + int(bad[0][0]), f"the loss of {place} is {value}", checkpoints
-                )
-            )
+            place = f"player {name.rsplit('/', 1)[0]!r}"
+            if values[name].ndim > 1:
+                place += f", member {bad[0][1]}"
+            what = f"the loss of {place} is {float(values[name][tuple(bad[0])])}"
+            raise NonFiniteError(_nonfinite_text(begin + int(bad[0][0]), what, checkpoints))
+
+
+def _stopped_text(stop: int, step: int, steps: int, checkpoints: Checkpoints | None) -> str:
+    name = signal.Signals(stop).name
+    if checkpoints is None:
+        return f"{name}: stopped at step {step} of {steps}."
+    return f"{name}: saved at step {step} of {steps}; run the same command again to go on."
 
 
 def _nonfinite_text(step: int, what: str, checkpoints: Checkpoints | None) -> str:
@@ -337,8 +370,7 @@ def _nonfinite_text(step: int, what: str, checkpoints: Checkpoints | None) -> st
     kept = f" The last good checkpoint is that of step {have[-1]}." if have else ""
     return (
         f"At step {step} {what}, and training stopped.{kept} Try a smaller --learning-rate or "
-        "--clip-norm 1, "
-        "or leave such steps out and count them with --skip-nonfinite."
+        "--clip-norm 1, or leave such steps out and count them with --skip-nonfinite."
     )
 
 
