@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from genjax.cli.flags import parse_recipe
 from genjax.cli.terminal import numbers, print_table
 from genjax.errors import ConfigError, GenjaxError, Interrupted, unknown_name
 
@@ -118,105 +119,8 @@ class _Compile:
     mesh: str | None = None
 
 
-def _group(title: str, fields: dict[str, tuple[Any, Any, str]]) -> Any:
-    """A dataclass whose fields become flags: name -> (type, default, help)."""
-    import tyro
-
-    made = []
-    for name, (hint, default, text) in fields.items():
-        flag = (
-            tyro.conf.arg(help=text or None, name=name.replace("_", "-"))
-            if "." in name
-            else tyro.conf.arg(help=text or None)
-        )
-        made.append(
-            (name.replace(".", "__"), Annotated[hint, flag], dataclasses.field(default=default))
-        )
-    return dataclasses.make_dataclass(title, made, frozen=True, namespace={"__doc__": ""})
-
-
-def _parse_recipe(command: str, args: list[str], options: type) -> "tuple[Recipe, Recipe, Any]":
-    """Read NAME and flags: the recipe as set, the zoo's row, and the command's own options.
-
-    Raises:
-        ConfigError: for a name or data set that does not exist. Unknown and ill-typed flags end in
-            tyro's own message.
-    """
-    import tyro
-
-    from genjax.zoo import ZOO
-    from genjax.zoo.recipe import replace, sections_of
-
-    if not args or args[0].startswith("-"):
-        if args and args[0] in ("-h", "--help"):
-            print(f"usage: genjax {command} NAME [flags]\n")
-            print(f"`genjax {command} NAME --help` lists the flags of a recipe. There are:\n")
-            print(
-                "\n".join(f"  {name:<20} {row.summary}, on {row.data}" for name, row in ZOO.items())
-            )
-            raise SystemExit(0)
-        raise ConfigError(
-            f"genjax {command} needs the name of a recipe. There are: {', '.join(ZOO)}."
-        )
-    name, rest = args[0], args[1:]
-    if name not in ZOO:
-        raise unknown_name("recipe", name, ZOO)
-    row = ZOO[name]
-    data = _value_of("--data", rest) or row.data
-    # Another data set has other settings, so it is looked for before the flags are made.
-    recipe = row.on(data)
-    shown = sections_of(recipe)
-    without_prefix = tyro.conf.arg(name="")
-    fields: list[Any] = [
-        (
-            "data",
-            Annotated[
-                str,
-                tyro.conf.arg(
-                    help="a data set's name, or a file of your own: .npz, .npy, .txt or .mat"
-                ),
-            ],
-            data,
-        )
-    ]
-    fields += [
-        (section, Annotated[_group(section, entries), without_prefix], None)
-        for section, entries in shown.items()
-    ]
-    fields += [("options", Annotated[options, without_prefix], None)]
-    settings_type = dataclasses.make_dataclass(
-        "Settings",
-        [
-            (n, hint, dataclasses.field(default=d) if d is not None else dataclasses.field())
-            for n, hint, d in _required_first(fields)
-        ],
-        namespace={"__doc__": f"{row.summary}, on {row.data}."},
-    )
-    parsed: Any = tyro.cli(settings_type, prog=f"genjax {command} {name}", args=rest)
-    changes: dict[str, Any] = {}
-    for section, entries in shown.items():
-        for field, (_, default, _) in entries.items():
-            value = getattr(getattr(parsed, section), field.replace(".", "__"))
-            if value != default:
-                changes[field] = value
-    return replace(recipe, **changes), row, parsed.options
-
-
-def _required_first(fields: list[Any]) -> list[Any]:
-    return sorted(fields, key=lambda field: field[2] is not None)
-
-
-def _value_of(flag: str, args: Sequence[str]) -> str | None:
-    for index, arg in enumerate(args):
-        if arg == flag and index + 1 < len(args):
-            return args[index + 1]
-        if arg.startswith(flag + "="):
-            return arg.split("=", 1)[1]
-    return None
-
-
 def _train(args: list[str]) -> None:
-    recipe, row, options = _parse_recipe("train", args, _Train)
+    recipe, row, options = parse_recipe("train", args, _Train)
     from genjax.cli.progress import console
     from genjax.learning import distributed
     from genjax.learning.sharding import parse_mesh
@@ -261,7 +165,7 @@ def _sweep(args: list[str]) -> None:
             continue
         kept.append(args[index])
         index += 1
-    recipe, row, options = _parse_recipe("sweep", kept, _Sweep)
+    recipe, row, options = parse_recipe("sweep", kept, _Sweep)
     from genjax.cli.progress import console
     from genjax.runs import train as run
     from genjax.runs.sweeps import check_axes, run_sweep
@@ -299,7 +203,7 @@ def _number(value: float | None) -> str:
 
 
 def _bench(args: list[str]) -> None:
-    recipe, _, options = _parse_recipe("bench", args, _Bench)
+    recipe, _, options = parse_recipe("bench", args, _Bench)
     from genjax.profiling.measure import step_cost
     from genjax.runs.train import environment
 
@@ -328,7 +232,7 @@ def _compile(args: list[str]) -> None:
     os.environ.setdefault(
         "JAX_PLATFORMS", "cpu"
     )  # before jax is imported: what is compiled for is not here
-    recipe, _, options = _parse_recipe("compile", args, _Compile)
+    recipe, _, options = parse_recipe("compile", args, _Compile)
     from genjax.learning.sharding import describe, parse_mesh
     from genjax.profiling.ahead import compile_for, lowered_for_cuda
 

@@ -1,46 +1,103 @@
-"""The zoo with what is known of each row: its size, and the results that the benchmarks
-measured.
+"""The zoo with what is known of each row: its size, and the results that the benchmarks measured.
+
+Both are files beside this one, so that a list of the rows needs neither jax nor the rows. The
+results are written by `python -m benchmarks results`. What there is to say of a row and its model
+is in models.json, which is written again by
+
+    python -m genjax.zoo.catalogue
+
+after a row was added or a model has changed. `tests/test_catalogue.py` holds it to the models.
 """
 
+import hashlib
 import json
-from importlib import resources
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import jax
+from genjax.errors import replacing
 
-from genjax.evaluation.estimates import count
-from genjax.runs.train import score_of
-from genjax.zoo import ZOO
-from genjax.zoo.recipe import Recipe
+if TYPE_CHECKING:
+    from genjax.zoo.recipe import Recipe
+
+FOLDER = Path(__file__).parent
+PATH = FOLDER / "models.json"
+COUNTED = ("score", "conditional", "parameters")  # what a model is needed for
 
 
 def measured() -> dict[str, Any]:
     """Results by recipe, as `python -m benchmarks results` wrote them into
     genjax/zoo/results.json.
     """
-    return json.loads(resources.files("genjax.zoo").joinpath("results.json").read_text())
+    return json.loads((FOLDER / "results.json").read_text("utf-8"))
 
 
-def describe(recipe: Recipe, result: dict[str, Any] | None) -> dict[str, Any]:
-    """One row of `genjax list`; a recipe that nobody has measured says so."""
-    spec = recipe.source().spec
-    model = recipe.build(spec)
-    scoring = score_of(model)
-    params, _ = jax.eval_shape(model.init, jax.random.key(0))
+def known() -> dict[str, dict[str, Any]]:
+    """What models.json says of each row of the zoo; the models of rows that are not in it yet are
+    "not counted".
+    """
+    written = json.loads(PATH.read_text("utf-8"))
+    if written["rows_sha256"] == _fingerprint():
+        return written["rows"]
+    # The rows were edited since. They say what there is, and take longer to import.
+    from genjax.zoo import ZOO
+
+    uncounted = dict.fromkeys(COUNTED, "not counted")
+    counted = {name: {key: row[key] for key in COUNTED} for name, row in written["rows"].items()}
+    return {name: about(recipe) | counted.get(name, uncounted) for name, recipe in ZOO.items()}
+
+
+def about(recipe: "Recipe") -> dict[str, str]:
+    """What a row says of itself."""
     return {
-        "name": recipe.name,
         "family": recipe.family.__name__,
         "summary": recipe.summary,
         "data": recipe.data,
-        "score": "samples"
-        if scoring is None
-        else {"log_prob": "exact", "bound": "bound"}[scoring[0]],
-        "conditional": "no"
-        if not spec.conditional
-        else f"{spec.n_classes} classes"
-        if spec.n_classes
-        else f"vector [{spec.cond_dim}]",
-        "parameters": f"{count(params):,}",
+    }
+
+
+def counted(recipe: "Recipe") -> dict[str, Any]:
+    """What only the model of a row knows: how it is scored, on what it is conditional, and how many
+    parameters it learns (averages of a player's are no further ones). No array is made.
+    """
+    import jax
+
+    spec = recipe.source().spec
+    model = recipe.build(spec)
+    params, _ = jax.eval_shape(model.init, jax.random.key(0))
+    own = [tree for entry, tree in params.items() if entry not in model.follows]
+    if spec.n_classes:
+        conditional = f"{spec.n_classes} classes"
+    else:
+        conditional = f"vector [{spec.cond_dim}]" if spec.conditional else "no"
+    return {
+        "score": {"log_prob": "exact", "bound": "bound", None: "samples"}[model.score_name],
+        "conditional": conditional,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(own)),
+    }
+
+
+def write() -> None:
+    """Build every model of the zoo and write models.json."""
+    from genjax.zoo import ZOO
+
+    rows = {name: about(recipe) | counted(recipe) for name, recipe in ZOO.items()}
+    values = {"rows_sha256": _fingerprint(), "rows": rows}
+    with replacing(PATH) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def rows() -> list[dict[str, Any]]:
+    """Every row of the zoo as `genjax list` shows it; one that nobody has measured says so."""
+    results = measured()
+    return [_described(name, row, results.get(name)) for name, row in known().items()]
+
+
+def _described(name: str, row: dict[str, Any], result: dict[str, Any] | None) -> dict[str, Any]:
+    size = row["parameters"]
+    return {
+        "name": name,
+        **row,
+        "parameters": f"{size:,}" if isinstance(size, int) else size,
         "expected": "not measured" if result is None else expected(result),
         "time": "not measured" if result is None else f"{result['train_seconds']['mean']:.0f} s",
     }
@@ -50,17 +107,26 @@ def expected(result: dict[str, Any]) -> str:
     """A result in words: mean and sd over seeds, unit, estimator, split and n."""
     spread = f" ± {result['sd']:.2f}" if result["sd"] is not None else ""
     seeds = f"{len(result['seeds'])} seed{'s' if len(result['seeds']) != 1 else ''}"
-    about = f"{result['estimator']}; {result['split']}, n={result['n']:,}, {seeds}"
+    where = f"{result['estimator']}; {result['split']}, n={result['n']:,}, {seeds}"
     if "per_step" in result:
         per = result["per_step"]
         spread = f" ± {per['sd']:.3f}" if per["sd"] is not None else ""
-        return f"{per['nats']:.3f}{spread} nats per {per['step']} ({about})"
+        return f"{per['nats']:.3f}{spread} nats per {per['step']} ({where})"
     if "figures" not in result:
-        return f"{result['mean']:.2f}{spread} nats ({about})"
-    return f"{result['kind']} {result['mean']:.3f}{spread} ({about})"
+        return f"{result['mean']:.2f}{spread} nats ({where})"
+    return f"{result['kind']} {result['mean']:.3f}{spread} ({where})"
 
 
-def rows() -> list[dict[str, Any]]:
-    """Every row of the zoo, described."""
-    results = measured()
-    return [describe(recipe, results.get(name)) for name, recipe in ZOO.items()]
+def _fingerprint() -> str:
+    """Of the files that hold rows."""
+    texts = (
+        path.name + path.read_text("utf-8")
+        for path in sorted(FOLDER.glob("*.py"))
+        if path.name not in ("catalogue.py", "recipe.py", "sections.py")
+    )
+    return hashlib.sha256("".join(texts).encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    write()
+    print(f"written: {PATH}")
