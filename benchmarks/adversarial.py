@@ -22,7 +22,7 @@ from genjax.learning.members import ensemble
 from genjax.learning.step import eval_params
 from genjax.learning.transforms import compiled, feed, repeat_steps
 from genjax.profiling.measure import stepper
-from genjax.runs import train as run
+from genjax.runs.load import load
 from genjax.zoo import ZOO
 
 SEEDS = 8
@@ -128,7 +128,7 @@ def twin(seeds: tuple[int, ...] = (0, 1, 2), keep: Path | None = None) -> dict[s
         for seed in seeds:
             folder = (keep or Path(scratch)) / f"dcgan-mnist_seed{seed}"
             seconds = results_of_zoo.train("dcgan-mnist", seed, folder)
-            loaded = run.load(folder)
+            loaded = load(folder)
             sampler = quality.sampler_of(loaded.model, loaded.params, loaded.state)
             own = {f.name: f.value for f in quality.figures_of(recipe, sampler, seed=seed)}
             runs["genjax"].append({"training, s": seconds, **own})

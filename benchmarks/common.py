@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from genjax.runs.train import environment, write_json
+from genjax.runs.folder import environment, write_json
 from genjax.zoo import ZOO
 
 RESULTS = Path(__file__).parent / "results"

@@ -15,7 +15,7 @@ import jax
 from benchmarks import results_of_zoo
 from benchmarks.common import write
 from genjax.evaluation import estimates, quality
-from genjax.runs import train as run
+from genjax.runs.load import Loaded, load
 from genjax.zoo import ZOO
 
 PLANE = ("diffusion-2d", "flow-matching-2d")
@@ -27,16 +27,16 @@ FEW, MANY, FEW_SAMPLES = 18, 200, 1_000
 COMPARED = ("vdm-digits", "vae", "flow-matching")
 
 
-def trained(name: str, keep: Path, *flags: str) -> run.Loaded:
+def trained(name: str, keep: Path, *flags: str) -> Loaded:
     """A run of seed 0, trained unless it is in `keep`; flags that change settings go into the
     folder's name.
     """
     folder = keep / "-".join([f"{name}_seed0", *(flag.strip("-") for flag in flags)])
     results_of_zoo.train(name, 0, folder, *flags)
-    return run.load(folder)
+    return load(folder)
 
 
-def sampler(loaded: run.Loaded, **how: Any) -> quality.Sampler:
+def sampler(loaded: Loaded, **how: Any) -> quality.Sampler:
     """A run's samples with some settings of its solver or guidance changed."""
     generate = loaded.model.extras["generate"]
 

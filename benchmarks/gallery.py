@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from benchmarks.common import RESULTS
 from genjax.errors import ConfigError
 from genjax.runs import pictures, samples
-from genjax.runs import train as run
+from genjax.runs.load import Loaded, load
+from genjax.runs.samples import picture_cond, picture_sampler
 from genjax.zoo import ZOO
 
 COLUMNS = 4
@@ -36,7 +37,7 @@ def main(keep: Path) -> None:
     figure = Figure(figsize=(3.0 * COLUMNS, 3.3 * rows), layout="constrained")
     for index, (name, folder) in enumerate(have.items()):
         axes = figure.add_subplot(rows, COLUMNS, index + 1)
-        _panel(axes, run.load(folder))
+        _panel(axes, load(folder))
         axes.set_title(name, fontsize=9)
         axes.set_xticks([])
         axes.set_yticks([])
@@ -44,15 +45,15 @@ def main(keep: Path) -> None:
     print(f"written: {RESULTS / 'gallery.png'}")
 
 
-def _panel(axes: Any, loaded: run.Loaded) -> None:
+def _panel(axes: Any, loaded: Loaded) -> None:
     spec = loaded.model.spec
     n = 1000 if spec.shape == (2,) else TEXTS if spec.text else 1 if samples.is_music(spec) else 100
-    cond = run.picture_cond(spec, n)
+    cond = picture_cond(spec, n)
     if cond is not None:
         # Of classes with names for texts there may be more than there is room for.
         cond = cond[np.linspace(0, len(cond) - 1, min(n, len(cond))).astype(int)]
         n = len(cond)
-    draw = jax.jit(run.picture_sampler(loaded.model), static_argnums=3)
+    draw = jax.jit(picture_sampler(loaded.model), static_argnums=3)
     x = np.asarray(draw(loaded.params, loaded.state, jax.random.key(0), n, cond))
     x, spec = pictures.rows_as_images(x, spec)
     if pictures.is_image(spec):

@@ -16,7 +16,7 @@ import jax
 
 from benchmarks import common
 from genjax.profiling.measure import step_program
-from genjax.runs.train import environment, write_json
+from genjax.runs.folder import environment, write_json
 from genjax.zoo import ZOO
 
 # The first row of each family, and two of images: a convolutional one and a U-Net.

@@ -17,7 +17,7 @@ from benchmarks.common import over_seeds, write
 from genjax.errors import ConfigError
 from genjax.evaluation.estimates import padded, per_step
 from genjax.protocol import step_mask
-from genjax.runs import train as run
+from genjax.runs.load import load
 
 # row -> (nats per step, where from)
 REFERENCES = {
@@ -32,7 +32,7 @@ def value(folder: Path, batch_size: int = 100) -> dict[str, Any]:
     """Nats per step of one run on its test split without first steps, with the standard error over
     sequences.
     """
-    loaded = run.load(folder)
+    loaded = load(folder)
     spec, arrays = loaded.model.spec, loaded.recipe.source().load().test
 
     @jax.jit

@@ -17,8 +17,8 @@ from typing import Any
 
 import genjax
 from genjax.errors import GenjaxError
+from genjax.runs.folder import environment, write_json
 from genjax.runs.pictures import read_metrics
-from genjax.runs.train import environment, write_json
 from genjax.zoo import ZOO
 
 # Only so many test examples, the first, of rows whose estimator takes a second or more for each.

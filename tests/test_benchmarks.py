@@ -22,7 +22,7 @@ from genjax.learning.step import training
 from genjax.learning.transforms import compiled
 from genjax.protocol import DataSpec
 from genjax.zoo import ZOO
-from genjax.zoo.recipe import replace
+from genjax.zoo.sections import replace
 
 SIDE, WIDTH, LATENT = 4, 6, 2
 TORCH = os.environ.get("GENJAX_TORCH_PYTHON", "")
@@ -99,8 +99,9 @@ def test_alternation_gives_one_value_a_round_and_program() -> None:
 @pytest.mark.slow
 def test_a_value_without_first_steps_is_the_mean_over_all_others(tmp_path: Path) -> None:
     from benchmarks import published
-    from genjax.runs import train as run
-    from genjax.zoo.recipe import replace
+    from genjax.runs.load import load
+    from genjax.runs.train import train
+    from genjax.zoo.sections import replace
 
     recipe = replace(
         ZOO["transformer"],
@@ -112,8 +113,8 @@ def test_a_value_without_first_steps_is_the_mean_over_all_others(tmp_path: Path)
         steps=2,
         warmup_steps=0,
     )
-    run.train(replace(recipe, sample_every=0, evaluate_every=0), tmp_path / "run")
-    loaded = run.load(tmp_path / "run")
+    train(replace(recipe, sample_every=0, evaluate_every=0), tmp_path / "run")
+    loaded = load(tmp_path / "run")
     found = published.value(tmp_path / "run")
     x = loaded.recipe.source().load().test.x.astype(np.int32)
     outputs = jax.jit(loaded.model.extras["outputs"])(loaded.params, loaded.state, x)

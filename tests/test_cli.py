@@ -21,7 +21,7 @@ from program import BIN, arrays_in, environment, program, refused, start
 import genjax.cli
 from genjax.learning.checkpoint import Checkpoints
 from genjax.runs import pictures
-from genjax.runs.train import read_config
+from genjax.runs.folder import read_config
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import from_dict
 

@@ -10,18 +10,10 @@ import pytest
 from genjax.data import SOURCES
 from genjax.errors import ConfigError
 from genjax.learning.optim import Optimizer
-from genjax.runs import train as run
+from genjax.runs.folder import default_folder
 from genjax.zoo import ZOO
-from genjax.zoo.recipe import (
-    Schedule,
-    config_hash,
-    flatten,
-    from_dict,
-    parameters_of,
-    replace,
-    sections_of,
-    to_dict,
-)
+from genjax.zoo.recipe import Schedule, config_hash, flatten, from_dict, to_dict
+from genjax.zoo.sections import parameters_of, replace, sections_of
 
 every_row = pytest.mark.parametrize("name", ZOO)
 TWO = dataclasses.replace(
@@ -195,7 +187,7 @@ def test_a_run_folder_is_named_after_what_was_changed():
     row = ZOO["vae"]
 
     def folder(prefix="", **changes):
-        return str(run.default_folder(replace(row, **changes), row, prefix))
+        return str(default_folder(replace(row, **changes), row, prefix))
 
     assert folder() == "runs/vae"
     assert folder("sweep-") == "runs/sweep-vae"
@@ -204,9 +196,9 @@ def test_a_run_folder_is_named_after_what_was_changed():
     assert folder(latent_dim=row.model["latent_dim"]) == "runs/vae"  # set to what it was
     mine = dataclasses.replace(row, data="some/where/mine.npz", data_options={})
     assert (
-        run.default_folder(mine, row).parent.name == "runs"
+        default_folder(mine, row).parent.name == "runs"
     )  # no folder of its own for each part of a path
     long = replace(row, hidden=(128,) * 40)
-    assert str(run.default_folder(long, row)) == f"runs/vae,{config_hash(to_dict(long))}"
+    assert str(default_folder(long, row)) == f"runs/vae,{config_hash(to_dict(long))}"
     two = replace(TWO, **{"gen.learning_rate": 0.5})
-    assert str(run.default_folder(two, TWO)) == "runs/two,gen.learning-rate=0.5"
+    assert str(default_folder(two, TWO)) == "runs/two,gen.learning-rate=0.5"

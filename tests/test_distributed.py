@@ -33,7 +33,9 @@ from genjax.learning.loop import choose_feed
 from genjax.learning.sharding import make_mesh
 from genjax.learning.step import eval_params
 from genjax.runs import pictures
-from genjax.runs import train as run
+from genjax.runs.folder import read_config, write_json
+from genjax.runs.load import load
+from genjax.runs.train import train
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import from_dict, to_dict
 
@@ -103,7 +105,7 @@ def wait_for(folder: Path, step: int, process: subprocess.Popen[bytes]) -> None:
 
 def bits(folder: Path) -> list[tuple[str, bytes]]:
     """Every leaf of a run's last checkpoint as bytes, restored in this one process."""
-    recipe = from_dict(run.read_config(folder), ZOO)
+    recipe = from_dict(read_config(folder), ZOO)
     like = jax.eval_shape(recipe.training(recipe.source().spec).init, jax.random.key(0))
     restored = Checkpoints(folder / "checkpoints").restore(like)
     assert restored is not None
@@ -148,11 +150,11 @@ def test_two_processes_train_as_one_does_and_process_0_alone_speaks(
     have another order.
     """
     folder = trained / "run"
-    recipe = from_dict(run.read_config(folder), ZOO)
-    alone = run.train(recipe, tmp_path / "alone")
-    together = run.load(folder)  # in this process, which is one
+    recipe = from_dict(read_config(folder), ZOO)
+    alone = train(recipe, tmp_path / "alone")
+    together = load(folder)  # in this process, which is one
     assert together.step == 100
-    assert_close(together.params, run.load(tmp_path / "alone").params)
+    assert_close(together.params, load(tmp_path / "alone").params)
     ours, theirs = lines(tmp_path / "alone"), lines(folder)
     assert [line.keys() for line in theirs] == [line.keys() for line in ours]
     for mine, other in zip(ours, theirs, strict=True):
@@ -170,13 +172,13 @@ def test_two_processes_train_as_one_does_and_process_0_alone_speaks(
 
 @pytest.mark.slow
 def test_a_process_goes_on_alone_with_what_two_have_saved(trained: Path, tmp_path: Path) -> None:
-    recipe = from_dict(run.read_config(trained / "run"), ZOO)
+    recipe = from_dict(read_config(trained / "run"), ZOO)
     shutil.copytree(trained / "run" / "checkpoints" / "90", tmp_path / "checkpoints" / "90")
-    run.write_json(tmp_path / "config.json", to_dict(recipe))
+    write_json(tmp_path / "config.json", to_dict(recipe))
     told: list[str] = []
-    state = run.train(recipe, tmp_path, say=told.append)
+    state = train(recipe, tmp_path, say=told.append)
     assert told == [f"going on from step 90 of 100 in {tmp_path}"]
-    assert_close(eval_params(state), run.load(trained / "run").params)
+    assert_close(eval_params(state), load(trained / "run").params)
 
 
 @pytest.mark.slow

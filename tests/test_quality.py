@@ -13,10 +13,12 @@ import pytest
 
 from genjax.data import open_source
 from genjax.evaluation import judge, quality
-from genjax.runs import train as run
+from genjax.runs.evaluate import evaluate
+from genjax.runs.load import load
 from genjax.runs.sweeps import run_sweep
+from genjax.runs.train import train
 from genjax.zoo import ZOO
-from genjax.zoo.recipe import replace
+from genjax.zoo.sections import replace
 
 SHORT = {
     "steps": 40,
@@ -155,14 +157,14 @@ def test_labels_are_found_where_the_recipe_does_not_use_them() -> None:
 @pytest.mark.slow
 def test_a_run_without_a_likelihood_is_evaluated_by_its_samples(tmp_path: Path) -> None:
     recipe = replace(ZOO["gan-ring"], hidden=(8,), **SHORT)
-    run.train(recipe, tmp_path / "gan")
-    loaded = run.load(tmp_path / "gan")
-    report = run.evaluate(loaded, "valid", n=300)
+    train(recipe, tmp_path / "gan")
+    loaded = load(tmp_path / "gan")
+    report = evaluate(loaded, "valid", n=300)
     assert json.loads(json.dumps(report)) == report
     assert report["kind"] == report["figures"][0]["name"] == "high-quality share"
     assert (report["n"], report["split"], report["unit"]) == (300, "valid", "of samples")
     assert report["value"] == report["mean"] == report["figures"][0]["value"]
-    assert run.evaluate(loaded, "valid", n=300)["figures"] == report["figures"]
+    assert evaluate(loaded, "valid", n=300)["figures"] == report["figures"]
     # The samples are those of the averaged generator.
     x = np.asarray(loaded.model.sample(loaded.params, loaded.state, jax.random.key(0), 7))
     averaged = jax.tree.leaves(loaded.params["generator"])
@@ -173,14 +175,14 @@ def test_a_run_without_a_likelihood_is_evaluated_by_its_samples(tmp_path: Path) 
 @pytest.mark.slow
 def test_a_likelihood_stays_the_headline_beside_figures_about_samples(tmp_path: Path) -> None:
     recipe = replace(ZOO["vae-ring"], hidden=(8,), evaluate_every=0, **SHORT)
-    run.train(recipe, tmp_path / "vae")
-    report = run.evaluate(run.load(tmp_path / "vae"), "valid", n=50, about_samples=True)
+    train(recipe, tmp_path / "vae")
+    report = evaluate(load(tmp_path / "vae"), "valid", n=50, about_samples=True)
     assert report["kind"] == "lower bound on the log-probability"
     assert [figure["name"] for figure in report["figures"]][:2] == [
         "high-quality share",
         "modes covered",
     ]
-    assert "figures" not in run.evaluate(run.load(tmp_path / "vae"), "valid", n=50)
+    assert "figures" not in evaluate(load(tmp_path / "vae"), "valid", n=50)
 
 
 @pytest.mark.slow

@@ -19,10 +19,15 @@ from genjax.errors import CheckpointError, ConfigError, DataError
 from genjax.evaluation.estimates import estimate, score_examples, scorer
 from genjax.learning.checkpoint import Checkpoints
 from genjax.runs import pictures
-from genjax.runs import train as run
+from genjax.runs.evaluate import evaluate
+from genjax.runs.folder import default_folder, open_folder, read_spec, write_json
+from genjax.runs.load import Loaded, load, sample
+from genjax.runs.log import Log, logging_in
 from genjax.runs.sweeps import check_axes, run_sweep
+from genjax.runs.train import VALID_SEED, train
 from genjax.zoo import ZOO
-from genjax.zoo.recipe import Recipe, config_hash, from_dict, replace, to_dict
+from genjax.zoo.recipe import Recipe, config_hash, from_dict, to_dict
+from genjax.zoo.sections import replace
 
 pytestmark = pytest.mark.both_ends
 
@@ -47,14 +52,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small conditional model of the digits after 40 steps."""
     folder = tmp_path_factory.mktemp("run") / "cvae"
     said: list[str] = []
-    run.train(tiny("cvae"), folder, say=said.append)
+    train(tiny("cvae"), folder, say=said.append)
     assert said == []
     return folder
 
 
 @pytest.fixture(scope="module")
-def loaded(folder: Path) -> run.Loaded:
-    return run.load(folder)
+def loaded(folder: Path) -> Loaded:
+    return load(folder)
 
 
 def events(folder: Path) -> list[Event]:
@@ -90,7 +95,7 @@ def test_a_run_folder_is_what_the_documentation_says(folder: Path) -> None:
         "spec.json",
         "tensorboard",
     ]
-    assert run.read_spec(folder) == tiny("cvae").source().spec
+    assert read_spec(folder) == tiny("cvae").source().spec
     config = json.loads((folder / "config.json").read_text())
     assert config == to_dict(tiny("cvae"))
     assert to_dict(from_dict(config, ZOO)) == config
@@ -136,7 +141,7 @@ def test_tensorboard_shows_the_same_numbers(folder: Path) -> None:
 def test_running_a_finished_run_again_changes_nothing_but_says_so(folder: Path) -> None:
     before = contents(folder)
     said: list[str] = []
-    state = run.train(tiny("cvae"), folder, say=said.append)
+    state = train(tiny("cvae"), folder, say=said.append)
     assert int(state.step) == 40
     assert said == [f"all 40 steps of {folder} were done before; nothing is left to train"]
     after = contents(folder)
@@ -146,21 +151,21 @@ def test_running_a_finished_run_again_changes_nothing_but_says_so(folder: Path) 
     assert changed <= {"curves.png"}, "drawn again, of the same lines"
 
 
-def test_samples_are_a_function_of_the_key(loaded: run.Loaded) -> None:
+def test_samples_are_a_function_of_the_key(loaded: Loaded) -> None:
     assert loaded.step == 40
     cond = np.repeat(np.arange(10, dtype=np.int32), 2)
-    one, again, other = (run.sample(loaded, jax.random.key(seed), 20, cond) for seed in (0, 0, 1))
+    one, again, other = (sample(loaded, jax.random.key(seed), 20, cond) for seed in (0, 0, 1))
     assert one.shape == (20, 8, 8, 1)
     assert one.dtype == np.float32
     assert set(np.unique(one)) <= set(range(17))
     np.testing.assert_array_equal(one, again)
     assert (one != other).any()
-    means = run.sample(loaded, jax.random.key(0), 20, cond, means=True)
+    means = sample(loaded, jax.random.key(0), 20, cond, means=True)
     assert means.shape == one.shape
     assert not np.equal(means, np.round(means)).all()
 
 
-def test_a_run_is_sampled_with_its_averaged_weights(folder: Path, loaded: run.Loaded) -> None:
+def test_a_run_is_sampled_with_its_averaged_weights(folder: Path, loaded: Loaded) -> None:
     recipe = tiny("cvae")
     like = jax.eval_shape(recipe.training(loaded.model.spec).init, jax.random.key(0))
     restored = Checkpoints(folder / "checkpoints").restore(like)
@@ -180,22 +185,22 @@ def test_a_run_is_sampled_with_its_averaged_weights(folder: Path, loaded: run.Lo
         (np.zeros(4, np.float32), "got dtype float32"),
     ],
 )
-def test_conditions_that_do_not_fit(loaded: run.Loaded, cond: Any, message: str) -> None:
+def test_conditions_that_do_not_fit(loaded: Loaded, cond: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        run.sample(loaded, jax.random.key(0), 4, cond)
+        sample(loaded, jax.random.key(0), 4, cond)
 
 
-def test_means_of_a_family_without_them(loaded: run.Loaded) -> None:
+def test_means_of_a_family_without_them(loaded: Loaded) -> None:
     without = loaded._replace(model=loaded.model._replace(extras={}))
     with pytest.raises(
         ConfigError, match=r"has no means of p\(x\|z\) to show; sample without --means"
     ):
-        run.sample(without, jax.random.key(0), 1, np.zeros(1, np.int32), means=True)
+        sample(without, jax.random.key(0), 1, np.zeros(1, np.int32), means=True)
 
 
-def test_a_report_says_what_its_figure_is(folder: Path, loaded: run.Loaded) -> None:
+def test_a_report_says_what_its_figure_is(folder: Path, loaded: Loaded) -> None:
     told: list[tuple[int, int]] = []
-    report = run.evaluate(
+    report = evaluate(
         loaded,
         "test",
         seed=3,
@@ -242,26 +247,26 @@ def test_a_report_says_what_its_figure_is(folder: Path, loaded: run.Loaded) -> N
     assert json.loads(json.dumps(report)) == report
 
 
-def test_part_of_a_split_and_other_splits(loaded: run.Loaded) -> None:
-    report = run.evaluate(loaded, "valid", n=5)
+def test_part_of_a_split_and_other_splits(loaded: Loaded) -> None:
+    report = evaluate(loaded, "valid", n=5)
     assert (report["n"], report["split"]) == (5, "valid")
     with pytest.raises(ConfigError, match="There is no split 'dev'; there are: train, valid, test"):
-        run.evaluate(loaded, "dev")
+        evaluate(loaded, "dev")
     with pytest.raises(
         ConfigError, match="--n must be at least 2, so that there is a standard error; got 0"
     ):
-        run.evaluate(loaded, n=0)
+        evaluate(loaded, n=0)
 
 
-def test_an_exact_model_says_so(loaded: run.Loaded) -> None:
+def test_an_exact_model_says_so(loaded: Loaded) -> None:
     exact = loaded.model._replace(log_prob=loaded.model.bound, bound=None, estimator="exact")
-    assert run.evaluate(loaded._replace(model=exact), n=3)["kind"] == "exact log-probability"
+    assert evaluate(loaded._replace(model=exact), n=3)["kind"] == "exact log-probability"
 
 
 def test_another_run_in_the_folder_is_refused_with_a_readable_difference(folder: Path) -> None:
     before = contents(folder)
     with pytest.raises(ConfigError) as caught:
-        run.train(tiny("cvae", learning_rate=0.5, steps=50), folder)
+        train(tiny("cvae", learning_rate=0.5, steps=50), folder)
     assert str(caught.value) == (
         f"{folder} holds a run with other settings; nothing was changed:\n"
         "  optimizer.learning_rate: there 0.001, now 0.5\n"
@@ -269,7 +274,7 @@ def test_another_run_in_the_folder_is_refused_with_a_readable_difference(folder:
         "Give the same settings to go on with it, or another folder with --out."
     )
     with pytest.raises(ConfigError, match=r"\n  recipe: there 'cvae', now 'vae-vamp'\n"):
-        run.train(tiny("vae-vamp"), folder)
+        train(tiny("vae-vamp"), folder)
     assert contents(folder) == before
 
 
@@ -279,14 +284,14 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
         with pytest.raises(
             ConfigError, match="exists and is not a run folder; nothing was written"
         ):
-            run.open_folder(place, {})
+            open_folder(place, {})
     with pytest.raises(
         CheckpointError, match=r"Could not write .*config\.json: (Not a directory|File exists)"
     ):
-        run.open_folder(tmp_path / "thesis.txt" / "below", {})
+        open_folder(tmp_path / "thesis.txt" / "below", {})
     assert contents(tmp_path) == {"thesis.txt": b"mine"}
     with pytest.raises(ConfigError, match=r"is not a run folder: it has no config\.json"):
-        run.load(tmp_path)
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +307,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
 def test_a_damaged_configuration(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=message):
-        run.load(tmp_path)
+        load(tmp_path)
 
 
 def test_settings_that_do_not_fit_leave_no_folder_behind(tmp_path: Path) -> None:
@@ -312,25 +317,25 @@ def test_settings_that_do_not_fit_leave_no_folder_behind(tmp_path: Path) -> None
         (ConfigError, {"net": "conv", "channels": ()}),
     ):
         with pytest.raises(error):
-            run.train(tiny("vae", **changes), tmp_path / "run")
+            train(tiny("vae", **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_without_checkpoints_cannot_be_sampled(tmp_path: Path) -> None:
-    run.open_folder(tmp_path / "run", to_dict(tiny("cvae")))
+    open_folder(tmp_path / "run", to_dict(tiny("cvae")))
     with pytest.raises(CheckpointError, match="has no checkpoint yet"):
-        run.load(tmp_path / "run")
+        load(tmp_path / "run")
 
 
 def test_a_log_is_cut_back_to_the_step_that_training_goes_on_from(tmp_path: Path) -> None:
-    log = run.Log(tmp_path)
+    log = Log(tmp_path)
     log.restore(0)
     for step in (10, 20, 30):
         log({"step": step, "a/loss": 1 / step, "b/loss": [1.0, float("nan")]})
     log.close()
     with log.path.open("a") as file:
         file.write('{"step": 40, "a/lo')  # killed in the middle of a line
-    again = run.Log(tmp_path)
+    again = Log(tmp_path)
     again.restore(20)
     again({"step": 25, "a/loss": 7.0})
     again.close()
@@ -359,7 +364,7 @@ def test_a_log_is_cut_back_to_the_step_that_training_goes_on_from(tmp_path: Path
 
 
 def test_a_log_that_cannot_be_written_names_its_file(tmp_path: Path) -> None:
-    log = run.Log(tmp_path)
+    log = Log(tmp_path)
     log.restore(0)
     log.path.unlink()
     log.path.mkdir()
@@ -369,18 +374,18 @@ def test_a_log_that_cannot_be_written_names_its_file(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "tensorboard").write_text("in the way")
     with pytest.raises(CheckpointError, match=r"Could not write .*tensorboard: "):
-        run.Log(tmp_path / "other").restore(0)
+        Log(tmp_path / "other").restore(0)
 
 
 def test_curves_are_drawn_however_a_run_ends_and_hide_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(log: run.Log) -> None:
+    def fail(log: Log) -> None:
         log.restore(0)
         log({"step": 1, "a/loss": 1.0})
         raise KeyError("what went wrong")
 
-    with pytest.raises(KeyError, match="what went wrong"), run.logging_in(tmp_path, "title") as log:
+    with pytest.raises(KeyError, match="what went wrong"), logging_in(tmp_path, "title") as log:
         fail(log)
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
@@ -388,20 +393,20 @@ def test_curves_are_drawn_however_a_run_ends_and_hide_no_error(
         raise CheckpointError("the disk is full")
 
     monkeypatch.setattr(pictures, "save", full)
-    with pytest.raises(KeyError, match="what went wrong"), run.logging_in(tmp_path, "title"):
+    with pytest.raises(KeyError, match="what went wrong"), logging_in(tmp_path, "title"):
         raise KeyError("what went wrong")
     with (
         pytest.raises(CheckpointError, match="the disk is full"),
-        run.logging_in(tmp_path, "title"),
+        logging_in(tmp_path, "title"),
     ):
         pass
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "new" / "report.json"
-    run.write_json(path, {"a": 1})
+    write_json(path, {"a": 1})
     with pytest.raises(TypeError):
-        run.write_json(path, {"a": object()})
+        write_json(path, {"a": object()})
     assert contents(tmp_path) == {"new/report.json": b'{\n  "a": 1\n}\n'}
 
 
@@ -415,17 +420,17 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 )
 def test_each_command_has_a_folder_of_its_own(changes: dict[str, Any], name: str) -> None:
     row = ZOO["vae"]
-    assert run.default_folder(replace(row, **changes), row) == Path("runs") / name
+    assert default_folder(replace(row, **changes), row) == Path("runs") / name
 
 
 def test_folders_of_other_data_of_sweeps_and_of_many_settings() -> None:
     row = ZOO["cvae"]
     ring = row.on("ring")
-    assert run.default_folder(ring, row) == Path("runs/cvae,data=ring")
-    assert run.default_folder(replace(ring, conditional=False), row) == Path(
+    assert default_folder(ring, row) == Path("runs/cvae,data=ring")
+    assert default_folder(replace(ring, conditional=False), row) == Path(
         "runs/cvae,conditional=False,data=ring"
     )
-    assert run.default_folder(row, row, "sweep-", learning_rate=[1e-3, 3e-4], seeds=2) == Path(
+    assert default_folder(row, row, "sweep-", learning_rate=[1e-3, 3e-4], seeds=2) == Path(
         "runs/sweep-cvae,learning-rate=0.001_0.0003,seeds=2"
     )
     many = {
@@ -439,8 +444,8 @@ def test_folders_of_other_data_of_sweeps_and_of_many_settings() -> None:
         "learning_rate": 0.000123456,
     }
     names = {
-        run.default_folder(replace(row, **many), row),
-        run.default_folder(replace(row, **{**many, "seed": 2}), row),
+        default_folder(replace(row, **many), row),
+        default_folder(replace(row, **{**many, "seed": 2}), row),
     }
     assert len(names) == 2
     assert all(len(name.name) < 60 for name in names), (
@@ -484,14 +489,14 @@ def test_a_sweep_compares_its_members_on_the_validation_split(tmp_path: Path) ->
     for seed, found in enumerate(none["members"]):
         start = recipe.training(source.spec).init(jax.random.key(seed))
         solo = score_examples(
-            score, start.params, start.state, valid, jax.random.key(run.VALID_SEED)
+            score, start.params, start.state, valid, jax.random.key(VALID_SEED)
         ).mean()
         assert found == pytest.approx(solo, rel=1e-5)
 
     lines = pictures.read_metrics(tmp_path / "sweep" / "metrics.jsonl")
     assert np.shape(lines[-1]["vae/loss"]) == (6,)
     with pytest.raises(ConfigError, match="is a sweep of several members"):
-        run.load(tmp_path / "sweep")
+        load(tmp_path / "sweep")
     with pytest.raises(ConfigError, match=r"sweep\.seeds: there 2, now 3"):
         run_sweep(recipe, axes, 3, tmp_path / "sweep")
     said: list[str] = []

@@ -20,10 +20,11 @@ from genjax.families.rnn import rnn
 from genjax.families.vae import vae
 from genjax.protocol import DataSpec
 from genjax.runs import pictures, samples
-from genjax.runs import train as run
+from genjax.runs.folder import keep_spec, read_spec
 from genjax.runs.samples import Decoding
+from genjax.runs.train import train
 from genjax.zoo import ZOO
-from genjax.zoo.recipe import replace
+from genjax.zoo.sections import replace
 
 pytestmark = pytest.mark.both_ends
 
@@ -216,7 +217,7 @@ def flow(tmp_path_factory: pytest.TempPathFactory) -> Path:
         evaluate_every=4,
         n_likelihood_steps=1,
     )
-    run.train(recipe, where, say=lambda text: None)
+    train(recipe, where, say=lambda text: None)
     return where
 
 
@@ -335,7 +336,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         evaluate_every=20,
         sample_every=20,
     )
-    run.train(recipe, where / "run", say=lambda text: None)
+    train(recipe, where / "run", say=lambda text: None)
     return where / "run"
 
 
@@ -386,18 +387,18 @@ def test_a_report_on_text_counts_in_characters(
 
 
 def test_changed_data_are_noticed(folder: Path, tmp_path: Path) -> None:
-    spec = run.read_spec(folder)
+    spec = read_spec(folder)
     assert spec is not None
     assert spec.vocabulary == tuple(sorted(set("the cat sat on the mat. ")))
-    run.keep_spec(folder, spec)
+    keep_spec(folder, spec)
     changed = DataSpec(
         (16,), "tokens", levels=2, vocabulary=("a", "b"), step="character", name=spec.name
     )
     with pytest.raises(ConfigError, match=r"levels, vocabulary changed since"):
-        run.keep_spec(folder, changed)
+        keep_spec(folder, changed)
     (tmp_path / "spec.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"spec\.json is damaged"):
-        run.read_spec(tmp_path)
+        read_spec(tmp_path)
 
 
 def test_bad_settings_end_in_one_message(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

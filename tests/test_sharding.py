@@ -28,7 +28,7 @@ from genjax.learning.transforms import microbatch, scan_steps
 from genjax.protocol import Batch, DataSpec
 from genjax.runs.train import train
 from genjax.zoo import ZOO
-from genjax.zoo.recipe import replace
+from genjax.zoo.sections import replace
 
 pytestmark = pytest.mark.both_ends
 

@@ -15,7 +15,7 @@ import numpy as np
 from genjax.data import Source, decode, encode, midi
 from genjax.errors import ConfigError, replacing
 from genjax.parts import decoding
-from genjax.protocol import DataSpec, Key, Model, Params, State
+from genjax.protocol import Batch, DataSpec, Key, Model, Params, State
 from genjax.runs import pictures
 
 MIDI_FILES = 8  # at most so many of the samples are written as music
@@ -350,3 +350,34 @@ def play(x: np.ndarray, spec: DataSpec, stem: Path) -> list[Path]:
     for roll, path in zip(x, paths, strict=False):
         midi(roll, path)
     return paths
+
+
+def picture_cond(spec: Any, n: int, arrays: Batch | None = None) -> np.ndarray | None:
+    """Conditions for a picture of n samples: every class equally often, or vectors of the data."""
+    if not spec.conditional:
+        return None
+    if spec.n_classes:
+        per = max(1, n // spec.n_classes)
+        return np.repeat(np.arange(spec.n_classes, dtype=np.int32), per)
+    vectors: Any = None if arrays is None else arrays.cond
+    return np.resize(np.asarray(vectors, np.float32), (n, spec.cond_dim))
+
+
+def picture_sampler(model: Model) -> Callable[..., Any]:
+    """What a picture shows: the mean of p(x|z) for images where the family has it, as papers do,
+    otherwise samples.
+    """
+    latent = model.latent
+    if latent is None or latent.sample_mean is None or not shows_means(model):
+        return model.sample
+    return latent.sample_mean
+
+
+def picture_title(model: Model) -> str:
+    """What such a picture shows, in words."""
+    return "means of p(x|z), z ~ p(z)," if shows_means(model) else "samples"
+
+
+def shows_means(model: Model) -> bool:
+    has = model.latent is not None and model.latent.sample_mean is not None
+    return has and pictures.is_image(model.spec)

@@ -16,9 +16,11 @@ from genjax.learning.loop import Progress, choose_feed, fit
 from genjax.learning.members import Mode, ensemble, grid, sweep
 from genjax.learning.step import eval_params
 from genjax.protocol import Array, Batch, Key, Params, State
+from genjax.runs.folder import environment, open_folder, write_json
 from genjax.runs.log import logging_in
-from genjax.runs.train import VALID_SEED, environment, go_on, open_folder, score_of, write_json
-from genjax.zoo.recipe import Recipe, config_hash, replace, sections_of, to_dict
+from genjax.runs.train import VALID_SEED, go_on
+from genjax.zoo.recipe import Recipe, config_hash, to_dict
+from genjax.zoo.sections import replace, sections_of
 
 
 def check_axes(recipe: Recipe, axes: Mapping[str, Sequence[float]]) -> None:
@@ -113,9 +115,9 @@ def run_sweep(
         )
     of_members: list[dict[str, float]] = []
     model = recipe.build(source.spec)
-    scoring, estimator = score_of(model), model.estimator
-    if scoring is not None:
-        name, unit = f"valid/{scoring[0]}", "nats"
+    estimator = model.estimator
+    if model.score is not None:
+        name, unit = f"valid/{model.score_name}", "nats"
         values = _score_members(
             recipe, columns, eval_params(state), state.state, source, splits.valid
         )
@@ -202,9 +204,9 @@ def _score_members(
     """The validation score of every member, [S]: the mean over the split in nats."""
 
     def one(hyper: dict[str, Array], params: Params, state: State, batch: Batch, key: Key) -> Array:
-        found = score_of(replace(recipe, **hyper).build(source.spec))
-        assert found is not None
-        return found[1](params, state, batch, key)
+        score = replace(recipe, **hyper).build(source.spec).score
+        assert score is not None
+        return score(params, state, batch, key)
 
     def all_members(params: Params, state: State, batch: Batch, key: Key) -> Array:
         return jax.vmap(lambda hyper, p, s: one(hyper, p, s, batch, key), out_axes=1)(

@@ -1,0 +1,180 @@
+"""A run folder and what is in it: what `train`, `sweep`, `sample` and `evaluate` read and write.
+
+config.json      every setting of the run
+spec.json        what its data look like (shape, vocabulary, end token ...), so that sampling needs
+no data
+metrics.jsonl    one JSON object a line: step, seconds of training so far, means over the window,
+    validation
+tensorboard/     the same numbers as TensorBoard events
+checkpoints/     the newest few states
+samples/         pictures or text of samples, and *.npz (and *.mid) of what `genjax sample` drew
+curves.png       learning curves
+report.json      what `genjax evaluate` found
+"""
+
+import dataclasses
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from genjax.errors import ConfigError, replacing
+from genjax.protocol import (
+    DataSpec,
+)
+from genjax.zoo.recipe import Recipe, config_hash, flatten, to_dict
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON, whole or not at all.
+
+    Raises:
+        CheckpointError: if the disk does not take it; what was there before stays.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for reports."""
+    names = ("genjax-zoo", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    versions: dict[str, str] = {"python": platform.python_version()}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    device = jax.devices()[0]
+    hardware = {
+        "backend": jax.default_backend(),
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "cores": os.cpu_count(),
+    }
+    return {"versions": versions, "hardware": hardware}
+
+
+def open_folder(folder: Path, values: dict[str, Any]) -> None:
+    """Make a run folder, or check that the one that is there belongs to the same settings.
+
+    Raises:
+        ConfigError: if it holds another run (the message lists the differences) or something that
+            is no run.
+        CheckpointError: if it cannot be written.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(
+                f"{folder} exists and is not a run folder; nothing was written. Give another one "
+                "with --out."
+            )
+        write_json(path, values)
+        return
+    there = read_config(folder)
+    if there == values:
+        return
+    old, new = flatten(there), flatten(values)
+    missing = "(not set)"
+    lines = [
+        f"  {name}: there {old.get(name, missing)!r}, now {new.get(name, missing)!r}"
+        for name in sorted({*old, *new})
+        if old.get(name, missing) != new.get(name, missing)
+    ]
+    raise ConfigError(
+        f"{folder} holds a run with other settings; nothing was changed:\n"
+        + "\n".join(lines)
+        + "\n"
+        "Give the same settings to go on with it, or another folder with --out."
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings in a run folder.
+
+    Raises:
+        ConfigError: if there are none, or they are no JSON.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"{folder} is not a run folder: it has no config.json. `genjax train NAME` makes one."
+        )
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged: expected JSON, found {error}.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{path} is damaged: expected a JSON object, found {type(values).__name__}."
+        )
+    return values
+
+
+def keep_spec(folder: Path, spec: DataSpec) -> None:
+    """Write the spec of a run's data beside its settings, or check that the data are still as they
+    were.
+
+    Raises:
+        ConfigError: if they are not, such as a text file whose vocabulary has changed since.
+    """
+    path, values = folder / "spec.json", json.loads(json.dumps(dataclasses.asdict(spec)))
+    if not path.exists():
+        write_json(path, values)
+        return
+    there = read_spec(folder)
+    if there != spec:
+        old = dataclasses.asdict(there)  # type: ignore[arg-type]  # there is a file, so there is a spec
+        changed = [name for name, value in dataclasses.asdict(spec).items() if old[name] != value]
+        raise ConfigError(
+            f"The data are not those that {folder} was trained on: {', '.join(changed)} changed "
+            "since. "
+            "Bring the old data back, or train in another folder with --out."
+        )
+
+
+def read_spec(folder: Path) -> DataSpec | None:
+    """The spec of a run's data; None in a folder from before there was one.
+
+    Raises:
+        ConfigError: for a damaged file.
+    """
+    path = folder / "spec.json"
+    if not path.exists():
+        return None
+    try:
+        return DataSpec(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged: {error}.") from error
+
+
+def default_folder(recipe: Recipe, row: Recipe, prefix: str = "", **more: Any) -> Path:
+    """runs/NAME, followed by the settings that differ from the zoo's row, so that each command has
+    its own folder.
+
+    Args:
+        **more: what else tells this command from others, such as the axes of a sweep.
+    """
+    # Another data set has options of its own, of which only the changed ones need naming.
+    theirs = flatten(to_dict(row.on(recipe.data))) | {"data": row.data}
+    mine = flatten(to_dict(recipe))
+    changed = {
+        name.split(".", 1)[-1]: value for name, value in mine.items() if theirs[name] != value
+    }
+    parts = [
+        f"{name.replace('_', '-')}={_short(value)}"
+        for name, value in [*sorted(changed.items()), *more.items()]
+    ]
+    suffix = ",".join(parts)
+    if len(suffix) > 100:
+        suffix = config_hash(to_dict(recipe) | more)
+    return Path("runs") / (prefix + recipe.name + (f",{suffix}" if suffix else ""))
+
+
+def _short(value: Any) -> str:
+    text = "_".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return text.replace("/", "_")
