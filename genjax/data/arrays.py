@@ -7,13 +7,16 @@ from typing import Literal
 import numpy as np
 
 from genjax.data.order import permutation
-from genjax.data.source import Source, Splits, cast, validate
+from genjax.data.source import Source, Splits, cast, stored_dtype, validate
 from genjax.errors import ConfigError, DataError, unknown_name
 from genjax.protocol import Batch, DataSpec, Kind
 
 _KINDS = ("auto", "binary", "discrete", "continuous")
 _LABELS = ("y", "labels", "cond")
-_LAYOUT = f"x [+ {' | '.join(_LABELS)}], or x_train, x_test [, x_valid] [+ the same with y_, labels_ or cond_]"
+_LAYOUT = (
+    f"x [+ {' | '.join(_LABELS)}], or x_train, x_test [, x_valid] [+ the same with y_, labels_ or "
+    "cond_]"
+)
 
 
 def arrays(
@@ -196,8 +199,10 @@ def _values(
         raise DataError(f"{where}: the splits must hold examples of one shape; found {found}.")
     dtypes = {x.dtype.kind for x in xs}
     floating = "f" in dtypes
-    if kind == "auto":
-        kind = "continuous" if floating else "binary" if dtypes == {"b"} else "discrete"
+    if kind == "auto" and floating:
+        kind = "continuous"
+    elif kind == "auto":
+        kind = "binary" if dtypes == {"b"} else "discrete"
     if math.prod(xs[0].shape[1:]) == 0:
         raise DataError(f"{where}: the examples are empty: shape {list(xs[0].shape[1:])}.")
     xs = [x[..., None] if x.ndim == 3 else x for x in xs]
@@ -226,8 +231,8 @@ def _compact(splits: Splits, spec: DataSpec) -> Splits:
     """The same values, known to be valid by now, as uint8 or int32 if they are whole numbers."""
     if spec.kind == "continuous":
         return splits
-    small = np.uint8 if (spec.levels or 2) <= 256 else np.int32
-    return Splits(*(batch._replace(x=batch.x.astype(small)) for batch in splits))
+    compact = stored_dtype(spec)
+    return Splits(*(batch._replace(x=batch.x.astype(compact)) for batch in splits))
 
 
 def _conditions(conds: list, where: str) -> tuple[list[np.ndarray], int | None, int | None]:

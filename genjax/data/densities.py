@@ -271,8 +271,13 @@ def _source(
             Splits(split(0, n_train), split(1, _N_VALID), split(2, _N_TEST)), spec, name
         )
 
-    about = f"{n_train:,} train / {_N_VALID:,} valid / {_N_TEST:,} test points of a known density, drawn with fixed seeds"
-    fresh = lambda seed, n: split(3 + seed, n)  # noqa: E731
+    def fresh(seed: int, n: int) -> Batch:
+        return split(3 + seed, n)
+
+    about = (
+        f"{n_train:,} train / {_N_VALID:,} valid / {_N_TEST:,} test points of a known density, "
+        "drawn with fixed seeds"
+    )
     return Source(spec, load, cast(spec), log_prob, entropy, description=about, fresh=fresh)
 
 

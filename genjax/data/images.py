@@ -51,7 +51,8 @@ _SUBFOLDERS = {"mnist": ("mnist",), "fashion_mnist": ("fashion_mnist", "fashion-
 _SYSTEM = {"mnist": (), "fashion_mnist": (Path("/usr/share/datasets/fashion-mnist"),)}
 _HOW = {
     "mnist": "Set GENJAX_DATA to a folder that has them, or give path=.",
-    "fashion_mnist": "Set GENJAX_DATA to a folder that has them, give path=, or install Debian's dataset-fashion-mnist.",
+    "fashion_mnist": "Set GENJAX_DATA to a folder that has them, give path=, or install Debian's "
+    "dataset-fashion-mnist.",
 }
 
 
@@ -192,7 +193,8 @@ def fashion_mnist(
 
 def _image_source(grey: DataSpec, binarize: str, load: Callable[[], Splits], about: str) -> Source:
     """A source that stores grey levels, whatever `binarize` makes of them in `prepare`."""
-    top = (grey.levels or 256) - 1
+    top = grey.top
+    assert top is not None
     binary = dataclasses.replace(grey, kind="binary", levels=None)
     if binarize == "none":
         return Source(grey, load, cast(grey), description=about)
@@ -249,7 +251,10 @@ def _idx_source(
         return validate(Splits(*batches), grey, str(files[0].parent))
 
     places = [path] if path is not None else ["$GENJAX_DATA", *map(str, _SYSTEM[name])]
-    about = f"55,000 train / 5,000 valid / 10,000 test images of 28 x 28, from IDX files in {' or '.join(places)}"
+    about = (
+        "55,000 train / 5,000 valid / 10,000 test images of 28 x 28, from IDX files in "
+        f"{' or '.join(places)}"
+    )
     return _image_source(grey, binarize, load, about)
 
 

@@ -45,7 +45,8 @@ def jsb(path: str | None = None) -> Source:
         data, found = read_published("jsb", _FILE, _SHA256, path)
         return validate(_pad(_parse(data, found), _LONGEST), spec, found)
 
-    about = f"229 train / 76 valid / 77 test chorales of up to 160 frames, from {path or f'$GENJAX_DATA/{_FILE}'}"
+    where = path or f"$GENJAX_DATA/{_FILE}"
+    about = f"229 train / 76 valid / 77 test chorales of up to 160 frames, from {where}"
     return Source(spec, load, cast(spec), description=about)
 
 

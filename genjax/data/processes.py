@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import cho_solve, solve_triangular
 
-from genjax.data.source import Source, Splits, cast, validate
+from genjax.data.source import Source, Splits, cast, stored_dtype, validate
 from genjax.errors import ConfigError
 from genjax.protocol import Array, Batch, DataSpec
 
@@ -375,21 +375,17 @@ def _source(
         # Each split has a stream of its own, so that n_train does not change the sequences of the
         # others.
         x = draw(np.random.default_rng((zlib.crc32(spec.name.encode()), number)), n)
-        compact = (
-            np.float32
-            if spec.kind == "continuous"
-            else np.uint8
-            if (spec.levels or 2) <= 256
-            else np.int32
-        )
-        return Batch(x.astype(compact))
+        return Batch(x.astype(stored_dtype(spec)))
 
     def load() -> Splits:
         return validate(
             Splits(split(0, n_train), split(1, _N_HELD), split(2, _N_HELD)), spec, spec.name
         )
 
-    about = f"{n_train:,} train / {_N_HELD:,} valid / {_N_HELD:,} test sequences of a known process, drawn with fixed seeds"
+    about = (
+        f"{n_train:,} train / {_N_HELD:,} valid / {_N_HELD:,} test sequences of a known process, "
+        "drawn with fixed seeds"
+    )
     return Source(spec, load, cast(spec), log_prob=log_prob, entropy=entropy, description=about)
 
 

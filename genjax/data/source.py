@@ -81,6 +81,13 @@ def cast(spec: DataSpec) -> Callable[[Key, Batch], Batch]:
     return prepare
 
 
+def stored_dtype(spec: DataSpec) -> type[np.generic]:
+    """The most compact dtype that holds every value which the spec allows."""
+    if spec.top is None:
+        return np.float32
+    return np.uint8 if spec.top <= np.iinfo(np.uint8).max else np.int32
+
+
 def prepare_at(source: Source, seed: int | Array) -> Callable[[Batch, int | Array], Batch]:
     """(stored batch, step) -> prepared Batch, with the key of that step: the device's half of the
     host path.
@@ -132,10 +139,10 @@ def example_batch(spec: DataSpec, key: Key, n: int) -> Batch:
     """
     x_key, cond_key, length_key = jax.random.split(key, 3)
     shape = (n, *spec.shape)
-    if spec.kind == "continuous":
+    if spec.top is None:
         x = jax.random.normal(x_key, shape, jnp.float32)
     else:
-        x = jax.random.randint(x_key, shape, 0, spec.levels or 2, jnp.int32).astype(spec.dtype)
+        x = jax.random.randint(x_key, shape, 0, spec.top + 1, jnp.int32).astype(spec.dtype)
     cond = length = None
     if spec.n_classes is not None:
         cond = jax.random.randint(cond_key, (n,), 0, spec.n_classes, jnp.int32)
@@ -172,8 +179,7 @@ def _check_split(batch: Batch, spec: DataSpec, where: str) -> None:
         raise DataError(
             f"{where} must hold examples of shape {list(spec.shape)}; found {list(x.shape[1:])}."
         )
-    top = {"binary": 1, "continuous": None}.get(spec.kind, (spec.levels or 2) - 1)
-    _check_values(x, top, f"{where}: x")
+    _check_values(x, spec.top, f"{where}: x")
     if spec.lengths:
         length = batch.length
         if length is None or length.shape != (n,):

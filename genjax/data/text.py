@@ -217,7 +217,8 @@ def shakespeare(path: str | None = None, context: int = 64, order: Order = "shuf
         raw, found = read_published("shakespeare", where, _SHAKESPEARE_SHA256, path)
         return _by_position(encode(_decode_utf8(raw, found), _SHAKESPEARE, found).astype(np.uint8))
 
-    about = f"948,084 train / 55,770 valid / 111,540 test characters, from {path or f'$GENJAX_DATA/{where}'}"
+    place = path or f"$GENJAX_DATA/{where}"
+    about = f"948,084 train / 55,770 valid / 111,540 test characters, from {place}"
     return _stream_source(spec, parts, order, about, "shakespeare")
 
 
