@@ -36,9 +36,11 @@ _HOME = {
     "fit": "learning.loop",
     "flow_matching": "families.flow_matching",
     "gan": "families.gan",
+    "latent_spec": "families.compose",
     "reflow": "families.compose",
     "rnn": "families.rnn",
     "transformer": "families.transformer",
+    "two_stage": "families.compose",
     "vrnn": "families.vrnn",
     "vae": "families.vae",
     "Prior": "families.vae",
@@ -49,7 +51,7 @@ __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from genjax.data import batch_at, example_batch, open_source
-    from genjax.families.compose import reflow
+    from genjax.families.compose import latent_spec, reflow, two_stage
     from genjax.families.diffusion import diffusion
     from genjax.families.flow_matching import flow_matching
     from genjax.families.gan import gan

@@ -7,6 +7,7 @@ gives a `Source`; `batch_at` takes batches from it.
 import inspect
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from genjax.data.arrays import arrays
@@ -35,7 +36,7 @@ from genjax.data.text import (
     unicode_classes,
     unicode_names,
 )
-from genjax.errors import ConfigError, unknown_name
+from genjax.errors import ConfigError, DataError, unknown_name
 
 SOURCES: dict[str, Callable[..., Source]] = {
     "digits": digits,
@@ -68,18 +69,22 @@ FILES: dict[str, Callable[..., Source]] = {
 
 def loader(name: str | os.PathLike[str]) -> Callable[..., Source]:
     """The function that makes the source: one of `SOURCES`, or one of `FILES` for a path with its
-    ending.
+    ending; for a run folder one without options, since `runs.stages` opens those.
 
     Raises:
-        ConfigError: for a name that is neither.
+        ConfigError: for a name that is none of these.
     """
     name = os.fspath(name)
+    if is_run(name):
+        return run_folder
     if _is_path(name):
         return next(make for ending, make in FILES.items() if name.endswith(ending))
     if name not in SOURCES:
         *endings, last = FILES
         raise unknown_name(
-            "data set", name, [*SOURCES, f"a path ending in {', '.join(endings)} or {last}"]
+            "data set",
+            name,
+            [*SOURCES, f"a path ending in {', '.join(endings)} or {last}"],
         )
     return SOURCES[name]
 
@@ -95,7 +100,7 @@ def open_source(name: str | os.PathLike[str], **options: Any) -> Source:
     """
     name = os.fspath(name)
     make = loader(name)
-    bound = {"path": name} if _is_path(name) else {}
+    bound = {"path": name} if _is_path(name) or is_run(name) else {}
     takes = [option for option in inspect.signature(make).parameters if option not in bound]
     for option in options:
         if option not in takes:
@@ -104,6 +109,28 @@ def open_source(name: str | os.PathLike[str], **options: Any) -> Source:
                 f"{', '.join(takes)}."
             )
     return make(**bound, **options)
+
+
+def is_run(name: str) -> bool:
+    """Whether a name is that of a run folder, there or still to be trained: a folder that has a
+    config.json, or a path below a folder `runs`, or one without an ending.
+    """
+    path = Path(name)
+    if (path / "config.json").is_file():
+        return True
+    return len(path.parts) > 1 and ("runs" in path.parts or not path.suffix)
+
+
+def run_folder(path: str) -> Source:
+    """Not a source by itself: what a run has made is read by `genjax.runs.stages`.
+
+    Raises:
+        DataError: always, with the commands that open a run as data.
+    """
+    raise DataError(
+        f"{path} is a run folder: `genjax train` takes one in the place of data, `open_source` and "
+        "other commands do not."
+    )
 
 
 def _is_path(name: str) -> bool:
@@ -129,6 +156,7 @@ __all__ = [
     "grid",
     "hmm",
     "host_batch",
+    "is_run",
     "jsb",
     "lgssm",
     "loader",

@@ -4,15 +4,18 @@ A composed builder takes a `Trained`, and keeps its parameters as entries of `pa
 loss: they are saved with the rest, and stay as they are.
 """
 
+import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from genjax.checks import checked
-from genjax.errors import ConfigError, unknown_name
+from genjax.errors import ConfigError
 from genjax.families.flow_matching import Flow
+from genjax.parts.distributions import normal_log_prob, normal_sample, sum_event
 from genjax.parts.guidance import guided
 from genjax.parts.ode_likelihood import LIKELIHOOD_SOLVERS
 from genjax.parts.paths import Denoise, prior
@@ -21,8 +24,11 @@ from genjax.protocol import (
     Array,
     Aux,
     Batch,
+    DataSpec,
     Denoiser,
     Key,
+    Latent,
+    LossFn,
     Model,
     Params,
     PyTree,
@@ -30,6 +36,7 @@ from genjax.protocol import (
     State,
     Trained,
 )
+from genjax.settings import Count, Finite, OneOf, builder
 
 
 def copied(tree: PyTree) -> PyTree:
@@ -96,8 +103,13 @@ def teacher_of(
     return guided(given, without, guidance)
 
 
+@builder
 def reflow(
-    first: Trained, *, solver: str = "heun", n_steps: int = 50, guidance: Any = None
+    first: Trained,
+    *,
+    solver: Annotated[str, OneOf(LIKELIHOOD_SOLVERS)] = "heun",
+    n_steps: Count = 50,
+    guidance: Finite | None = None,
 ) -> Model:
     """The same model, to be trained on pairs that its own ODE makes: noise, and where that noise
     went. Liu 2023.
@@ -133,8 +145,6 @@ def reflow(
         raise ConfigError(
             "reflow makes pairs of noise and data of a flow-matching model; this model is another."
         )
-    if solver not in LIKELIHOOD_SOLVERS:
-        raise unknown_name("deterministic solver", solver, LIKELIHOOD_SOLVERS)
     if guidance is not None and not denoiser.guided:
         raise ConfigError(
             "Guidance needs a model that was trained with cond_dropout > 0, and a condition."
@@ -158,3 +168,204 @@ def reflow(
 
     whole = seeing(model, "flow")
     return checked(whole._replace(init=init, losses={"flow": loss}, noise={"flow": noise}))
+
+
+# --- two stages -----------------------------------------------------------------------------------
+
+FIRST = "first"  # the entry of `params` and `state` that holds a frozen first stage
+
+
+def latent_spec(first: Model) -> DataSpec:
+    """The latents of a model as data: its `latent.spec`, with the condition that the model has.
+
+    Raises:
+        ConfigError: for a model without latents that can be decoded.
+    """
+    latent = first.latent
+    if latent is None or latent.draw is None or latent.log_likelihood is None:
+        raise ConfigError(
+            f"A second stage models the latents of the first; this model of {first.spec.name} has "
+            "none that it can decode. Take a run of a VAE."
+        )
+    spec = first.spec
+    return dataclasses.replace(
+        latent.spec, n_classes=spec.n_classes, cond_dim=spec.cond_dim, class_names=spec.class_names
+    )
+
+
+class StageNoise(NamedTuple):
+    """What the loss of a second stage draws: ε of z = mean + scale ε, and the key of the second's
+    own loss.
+    """
+
+    epsilon: Array
+    second: Key
+
+
+def two_stage(first: Trained, second: Model) -> Model:
+    """The first stage's data with the second stage as the prior: p(x) = ∫ p_2(z) p_1(x | z) dz.
+
+    The second stage is trained by its own loss on z ~ q_1(z | x), drawn anew at each visit. The
+    first is frozen: it is an entry "first" of `params` and `state` that no loss changes, so that a
+    checkpoint has all that sampling needs. `sample` decodes samples of the second, and so does
+    `denoiser.generate`. `bound` joins both with one draw of z, in nats:
+
+        ln p(x) >= E_q [ln p_1(x | z) + ln p_2(z) - ln q_1(z | x)],
+
+    with the second's `log_prob`, or its bound. With N(0, I) as the second stage that is the bound
+    of a VAE. Shapes: x [B, *shape], z [B, d].
+
+    Rombach 2022 and Vahdat 2021, section 3; the latter train both stages at once.
+
+    Example:
+        >>> import jax
+        >>> from genjax import DataSpec, Trained, flow_matching, latent_spec, two_stage, vae
+        >>> first = vae(DataSpec((4,), "binary"), latent_dim=2, hidden=(8,))
+        >>> second = flow_matching(latent_spec(first), hidden=(8,), n_steps=2)
+        >>> both = two_stage(Trained(first, *first.init(jax.random.key(0))), second)
+        >>> params, state = both.init(jax.random.key(1))
+        >>> both.sample(params, state, jax.random.key(2), 3).shape
+        (3, 4)
+
+    Args:
+        first: a model with a `latent` that decodes, and what it was trained to.
+        second: a model of `latent_spec(first.model)`.
+
+    Raises:
+        ConfigError: for a first stage without latents, or a second of other data.
+    """
+    model, wanted = first.model, latent_spec(first.model)
+    _check_stage(second.spec, wanted)
+    latent: Any = model.latent
+
+    def init(key: Key) -> tuple[Params, State]:
+        params, state = second.init(key)
+        frozen = copied((first.params, first.state))
+        return {**params, FIRST: frozen[0]}, {**state, FIRST: frozen[1]}
+
+    def encoded(params: Params, state: State, batch: Batch, epsilon: Array) -> Batch:
+        """z ~ q_1(z | x) as a batch of the second stage."""
+        mean, log_scale = latent.encode(params[FIRST], state[FIRST], batch.x, batch.cond)
+        z = jax.lax.stop_gradient(mean + jnp.exp(log_scale) * epsilon)
+        return batch._replace(x=z, length=None)
+
+    def draw_noise(key: Key, batch: Batch) -> StageNoise:
+        key_z, key_second = jax.random.split(key)
+        shape = (batch.x.shape[0], *wanted.shape)
+        return StageNoise(jax.random.normal(key_z, shape), key_second)
+
+    def loss_of(player: str) -> LossFn:
+        def loss(
+            params: Params, state: State, batch: Batch, key: Key, step: Array
+        ) -> tuple[Array, Aux]:
+            noise = draw_noise(key, batch)
+            codes = encoded(params, state, batch, noise.epsilon)
+            own = _without_first(params), _without_first(state)
+            value, aux = second.losses[player](*own, codes, noise.second, step)
+            return value, Aux({**aux.state, FIRST: state[FIRST]}, aux.metrics)
+
+        return loss
+
+    def bound(params: Params, state: State, batch: Batch, key: Key) -> Array:
+        key_z, key_second = jax.random.split(key)
+        mean, log_scale = latent.encode(params[FIRST], state[FIRST], batch.x, batch.cond)
+        z = normal_sample(key_z, mean, log_scale)
+        log_q = sum_event(normal_log_prob(z, mean, log_scale), len(wanted.shape))
+        log_x = latent.log_likelihood(params[FIRST], state[FIRST], batch, z)
+        score: Any = second.score
+        own = _without_first(params), _without_first(state)
+        log_z = score(*own, batch._replace(x=z, length=None), key_second)
+        return log_x + log_z - log_q
+
+    def decoded(params: Params, state: State, key: Key, z: Array, cond: Any) -> Array:
+        return latent.draw(params[FIRST], state[FIRST], key, z, cond)
+
+    def sample(params: Params, state: State, key: Key, n: int, cond: Any = None) -> Array:
+        key_z, key_x = jax.random.split(key)
+        z = second.sample(_without_first(params), _without_first(state), key_z, n, cond)
+        return decoded(params, state, key_x, z, cond)
+
+    def sample_mean(params: Params, state: State, key: Key, n: int, cond: Any = None) -> Array:
+        z = second.sample(_without_first(params), _without_first(state), key, n, cond)
+        return latent.decode(params[FIRST], state[FIRST], z, cond)
+
+    def prepare(params: Params, state: State, batch: Batch, key: Key) -> tuple[Params, State]:
+        assert second.prepare is not None
+        noise = draw_noise(key, batch)
+        codes = encoded(params, state, batch, noise.epsilon)
+        own = _without_first(params), _without_first(state)
+        after, new = second.prepare(*own, codes, noise.second)
+        return {**after, FIRST: params[FIRST]}, {**new, FIRST: state[FIRST]}
+
+    return checked(
+        second._replace(
+            spec=model.spec,
+            init=init,
+            losses={player: loss_of(player) for player in second.losses},
+            sample=sample,
+            log_prob=None,
+            bound=None if second.score is None else bound,
+            estimator="" if second.score is None else f"joined bound, 1 sample; {second.estimator}",
+            prepare=None if second.prepare is None else prepare,
+            noise=dict.fromkeys(second.losses, draw_noise),
+            latent=_latent_of_stage(latent, sample_mean),
+            autoregressive=None,
+            denoiser=None if second.denoiser is None else _lifted(second.denoiser, decoded),
+            extras=None,
+        )
+    )
+
+
+def _without_first(tree: Any) -> Any:
+    """The second stage's own entries of params or state."""
+    return {name: entry for name, entry in tree.items() if name != FIRST}
+
+
+def _check_stage(found: DataSpec, wanted: DataSpec) -> None:
+    for what in ("shape", "kind", "n_classes", "cond_dim"):
+        given, needed = getattr(found, what), getattr(wanted, what)
+        if given != needed:
+            raise ConfigError(
+                f"The second stage must model the latents of the first, whose {what} is {needed}; "
+                f"its spec has {given}. Build it with `latent_spec` of the first stage."
+            )
+
+
+def _latent_of_stage(latent: Latent, sample_mean: Callable[..., Array]) -> Latent:
+    """The first stage's latents as functions of the joined parameters."""
+
+    def of_first(function: Callable[..., Any] | None) -> Any:
+        if function is None:
+            return None
+
+        def lifted(params: Params, state: State, *args: Any, **kwargs: Any) -> Any:
+            return function(params[FIRST], state[FIRST], *args, **kwargs)
+
+        return lifted
+
+    fields = ("encode", "decode", "draw", "log_likelihood", "reconstruct")
+    return latent._replace(
+        sample_mean=sample_mean, **{name: of_first(getattr(latent, name)) for name in fields}
+    )
+
+
+def _lifted(denoiser: Denoiser, decoded: Callable[..., Array]) -> Denoiser:
+    """The second stage's way from noise to codes, ending in decoded events."""
+
+    def path(params: Params) -> Any:
+        return denoiser.path(_without_first(params))
+
+    def denoise(params: Params, state: State, *args: Any, **kwargs: Any) -> Array:
+        return denoiser.denoise(_without_first(params), _without_first(state), *args, **kwargs)
+
+    def generate(
+        params: Params, state: State, key: Key, n: int, cond: Any = None, **how: Any
+    ) -> Array:
+        key_z, key_x = jax.random.split(key)
+        own = _without_first(params), _without_first(state)
+        z = denoiser.generate(*own, key_z, n, cond, **how)
+        if how.get("every"):  # [n_steps + 1, n, d]
+            return jax.vmap(lambda z: decoded(params, state, key_x, z, cond))(z)
+        return decoded(params, state, key_x, z, cond)
+
+    return Denoiser(path, denoise, generate, denoiser.guided)

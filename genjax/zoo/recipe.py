@@ -13,10 +13,11 @@ from typing import Annotated, Any, Literal
 
 from genjax.data import Source, loader, open_source
 from genjax.errors import ConfigError, unknown_name
+from genjax.families.compose import latent_spec, two_stage
 from genjax.learning.optim import Optimizer
 from genjax.learning.step import training
 from genjax.learning.transforms import microbatch, skip_nonfinite
-from genjax.protocol import DataSpec, Model, Training
+from genjax.protocol import DataSpec, Model, Trained, Training
 from genjax.settings import Count, Whole, Within, check_fields
 from genjax.zoo.sections import parameters_of as parameters_of
 from genjax.zoo.sections import replace as replace
@@ -82,8 +83,9 @@ class Recipe:
 
     Attributes:
         name: the row's name.
-        family: the builder, (spec, **model) -> Model.
-        data: a name in `genjax.data.SOURCES`, or the path of a file (`genjax.data.FILES`).
+        family: the builder, (spec, **model) -> Model, or (first: Trained, **model) -> Model.
+        data: a name in `genjax.data.SOURCES`, the path of a file (`genjax.data.FILES`), or a run
+            folder, whose model is then the first stage of this one.
         summary: what it is, in a few words.
         model: the builder's keyword arguments that differ from its defaults.
         data_options: the same for the data set's loader.
@@ -92,6 +94,7 @@ class Recipe:
         evaluation: builder arguments that `genjax evaluate` uses instead, such as more samples in a
             bound.
         tiny: builder arguments that make the model small enough for the tests' conformance gates.
+        first: the row that makes the run which `data` names, for messages and --first.
     """
 
     name: str
@@ -104,6 +107,7 @@ class Recipe:
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     evaluation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tiny: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    first: str | None = None
 
     def source(self) -> Source:
         """The data set; opening it reads no file of the zoo's own data sets, `source().load()`
@@ -121,13 +125,34 @@ class Recipe:
         kept = {"conditional": True} if can_be and self.data_options.get("conditional") else {}
         return dataclasses.replace(self, data=data, data_options=kept)
 
-    def build(self, spec: DataSpec, **changes: Any) -> Model:
-        """The model, with some builder arguments changed."""
-        return self.family(spec, **{**self.model, **changes})
+    @property
+    def composed(self) -> bool:
+        """Whether the builder takes a trained model in the place of a spec."""
+        return next(iter(inspect.signature(self.family).parameters)) == "first"
 
-    def training(self, spec: DataSpec) -> Training:
+    def build(self, on: DataSpec | Trained, **changes: Any) -> Model:
+        """The model of such data, with some builder arguments changed.
+
+        On a first stage a builder that takes one gets it; any other builds a density of its
+        latents, which `two_stage` joins with it.
+
+        Raises:
+            ConfigError: for a first stage that does not fit, or none where the builder needs it.
+        """
+        settings = {**self.model, **changes}
+        if self.composed:
+            if not isinstance(on, Trained):
+                raise ConfigError(
+                    f"{self.name} is made of a trained model: give a run folder with --data."
+                )
+            return self.family(on, **settings)
+        if isinstance(on, Trained):
+            return two_stage(on, self.family(latent_spec(on.model), **settings))
+        return self.family(on, **settings)
+
+    def training(self, on: DataSpec | Trained) -> Training:
         """The whole training procedure that the settings describe."""
-        model, own = self.build(spec), self.optimizer
+        model, own = self.build(on), self.optimizer
         by_player = own if isinstance(own, Mapping) else dict.fromkeys(model.losses, own)
         steps = self.schedule.steps
         t = training(model, {p: o.build(steps, model.labels, p) for p, o in by_player.items()})

@@ -1,0 +1,126 @@
+"""A run in the place of data: `genjax train NAME --data runs/X`.
+
+The recipe NAME is then trained on what runs/X has learned: a density of its latents, or what else
+the builder makes of a trained model (`families/compose.py`). The run keeps where that was, the step
+and a hash of its checkpoint (config.json, under "first"), its settings (the folder `first/`), and
+in its checkpoints its parameters. So a run folder can be moved and shared alone, and a first stage
+that changed since is told.
+"""
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from genjax.data import Source, is_run
+from genjax.errors import ConfigError, DataError, writing
+from genjax.learning.checkpoint import CHECKSUMS, Checkpoints
+from genjax.protocol import DataSpec, Trained
+from genjax.runs.folder import read_config, read_spec
+from genjax.zoo import ZOO
+from genjax.zoo.recipe import Recipe, from_dict
+
+KEPT = "first"  # the folder in a run that has the settings of its first stage
+
+
+class Opened(NamedTuple):
+    """What a recipe is trained on.
+
+    Attributes:
+        on: what `Recipe.build` takes: the spec of the data, or a first stage.
+        source: the data that batches are of.
+        first: of a first stage: its folder, the step and hash of its checkpoint; None without one.
+    """
+
+    on: DataSpec | Trained
+    source: Source
+    first: dict[str, Any] | None = None
+
+
+def opened(recipe: Recipe) -> Opened:
+    """The data that a recipe names, or the run.
+
+    Raises:
+        ConfigError: for a run that is not there, is not finished, or is a sweep.
+        CheckpointError: for one without a whole checkpoint.
+        DataError: see `Recipe.source`.
+    """
+    if not is_run(recipe.data):
+        source = recipe.source()
+        return Opened(source.spec, source)
+    folder = Path(recipe.data)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{recipe.name} stands on {folder}, which is not there. {how_to_train(recipe)}"
+        )
+    from genjax.runs.load import load, source_of
+
+    run = load(folder)
+    steps = run.recipe.schedule.steps
+    if run.step < steps:
+        raise ConfigError(
+            f"{folder} is at step {run.step} of {steps}, and a first stage has to be finished. Run "
+            "its command again, which goes on where it stopped."
+        )
+    source = source_of(run)
+    if source is None:
+        raise DataError(
+            f"The data of {folder}, {run.recipe.data}, cannot be read, and training needs them."
+        )
+    about = {"folder": str(folder), "step": run.step, "hash": checkpoint_hash(folder, run.step)}
+    return Opened(Trained(run.model, run.params, run.state), source, about)
+
+
+def how_to_train(recipe: Recipe) -> str:
+    """How the first stage of a recipe comes to be, in a sentence."""
+    if recipe.first is None:
+        return "Give the folder of a run that `genjax train NAME` has made."
+    return f"`genjax train {recipe.first}` makes it; or give --first to have it trained now."
+
+
+def checkpoint_hash(folder: Path, step: int) -> str:
+    """The SHA-256 of a run's settings and of the checksums of a checkpoint, so of all its bytes."""
+    checksums = Checkpoints(folder / "checkpoints").folder / str(step) / CHECKSUMS
+    found = hashlib.sha256((folder / "config.json").read_bytes())
+    found.update(checksums.read_bytes())
+    return found.hexdigest()
+
+
+def keep(folder: Path, stage: Opened) -> None:
+    """Copy the settings of a first stage, and of what it stands on itself, into a run folder.
+
+    Raises:
+        CheckpointError: if the disk does not take them.
+    """
+    if stage.first is None or (folder / KEPT).exists():
+        return
+    origin, part = Path(stage.first["folder"]), folder / f"{KEPT}.part"
+    with writing(folder / KEPT):
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        for name in ("config.json", "spec.json"):
+            shutil.copyfile(origin / name, part / name)
+        if (origin / KEPT).is_dir():
+            shutil.copytree(origin / KEPT, part / KEPT)
+        part.rename(folder / KEPT)
+
+
+def kept(folder: Path) -> tuple[DataSpec | Trained, Recipe]:
+    """What the run in a folder was trained on, from the folder alone, and the recipe whose `source`
+    gives its data. The parameters of a first stage are those of its init, until a checkpoint of the
+    run is restored.
+
+    Raises:
+        ConfigError: for settings that are damaged.
+    """
+    values = read_config(folder)
+    recipe = from_dict(values, ZOO)
+    if "first" not in values:
+        return read_spec(folder) or recipe.source().spec, recipe
+    if not (folder / KEPT / "config.json").is_file():
+        raise ConfigError(f"{folder} is damaged: it has no {KEPT}/config.json, of its first stage.")
+    on, owner = kept(folder / KEPT)
+    model = from_dict(read_config(folder / KEPT), ZOO).build(on)
+    return Trained(model, *model.init(jax.random.key(0))), owner
