@@ -1,7 +1,9 @@
-"""A toy to train, and its steps by hand.
+"""Toys to train, and their steps by hand.
 
-It is a game of two quadratic losses with noise, whose gradients are written down below; a third
-entry of its parameters has no loss, and its state counts the evaluations of one loss.
+The first is a game of two quadratic losses with noise, whose gradients are written down below; a
+third entry of its parameters has no loss, and its state counts the evaluations of one loss. The
+others show one thing each: an entry that follows a player (`anchored`), a state (`remembering`),
+initialisation from data (`whitening`).
 """
 
 import functools
@@ -10,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from gates import quick
+from gates import quick, stack
 
 from genjax.checks import checked
 from genjax.learning.step import training
@@ -120,3 +122,134 @@ def run(t, ts, batches):
 @functools.cache
 def start(seed=0):
     return jitted(TRAIN.init)(jax.random.key(seed))
+
+
+# --- members --------------------------------------------------------------------------------------
+
+MEMBERS = 3
+
+
+def keys():
+    return jax.random.split(jax.random.key(11), MEMBERS)
+
+
+def solo(parts=1, scales=(1.0,) * MEMBERS, own=None):
+    """Each member's run on its own, stacked: the reference of all that trains members together."""
+    runs = []
+    for index, (key, scale) in enumerate(zip(keys(), scales, strict=True)):
+        data = batches() if own is None else own[index]
+        runs.append(run(game(float(scale), parts), jitted(TRAIN.init)(key), data))
+    states, metrics = stack([ts for ts, _ in runs]), stack([stack(metrics) for _, metrics in runs])
+    return states._replace(step=states.step[0]), metrics  # metrics [member, step]
+
+
+@functools.cache
+def reference(parts=1):
+    return solo(parts)
+
+
+def swap(metrics):
+    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), metrics)
+
+
+# --- an entry that follows a player ---------------------------------------------------------------
+
+
+def nothing(params, state, key, n, cond=None):
+    """A sampler of models that are never sampled."""
+
+
+def anchored(decay=0.9):
+    """½ Σ (w - x)² + ½ Σ (w - t)², where t follows w: ∂/∂w = (w - x) + (w - t)."""
+
+    def init(key):
+        return {"net": {"w": jax.random.normal(key, (3,))}}, {"net": {}}
+
+    def loss(params, state, batch, key, step):
+        w, t = params["net"]["w"][None], params["target"]["w"][None]
+        value = 0.5 * (w - batch.x) ** 2 + 0.5 * (w - t) ** 2
+        return value.sum(-1), Aux(state, {"apart": jnp.sum((w - t) ** 2, -1).repeat(len(batch.x))})
+
+    model = Model(SPEC, init, {"net": loss}, nothing, follows={"target": ("net", decay)})
+    return checked(model)
+
+
+def anchored_by_hand(ts, batches, rate, decay):
+    """w and t after the steps, in float64."""
+    w, t = (np.asarray(ts.params[name]["w"], float) for name in ("net", "target"))
+    for index, batch in enumerate(batches):
+        w = w - rate * ((w - np.asarray(batch.x, float)).mean(0) + (w - t))
+        d = decay(int(ts.step) + index) if callable(decay) else decay
+        t = d * t + (1 - d) * w
+    return {"net": {"w": w}, "target": {"w": t}}
+
+
+# --- a state --------------------------------------------------------------------------------------
+
+MOMENTUM = 0.9
+
+
+def remembering():
+    """½ Σ (w - x)², and a state with everything that one can hold: a moving average of the batch's
+    mean, counters, a constant, a key.
+    """
+
+    def init(key):
+        state = {
+            "mean": jnp.zeros((3,)),
+            "whole": jnp.zeros((), jnp.int32),
+            "real": jnp.zeros(()),
+            "constant": jnp.asarray([0.1, 1 / 3, -jnp.inf]),
+            "key": jax.random.key(7),
+        }
+        return {"net": {"w": jax.random.normal(key, (3,))}}, {"net": state}
+
+    def loss(params, state, batch, key, step):
+        old = state["net"]
+        weight = jnp.ones(len(batch.x)) if batch.weight is None else batch.weight
+        mean = (weight[:, None] * batch.x).sum(0) / weight.sum()
+        new = {
+            "mean": MOMENTUM * old["mean"] + (1 - MOMENTUM) * mean,
+            "whole": old["whole"] + 1,
+            "real": old["real"] + 1,
+            "constant": old["constant"],
+            "key": jax.random.fold_in(old["key"], 1),
+        }
+        value = 0.5 * (params["net"]["w"][None] - batch.x) ** 2
+        return value.sum(-1), Aux({"net": new}, {})
+
+    return checked(Model(SPEC, init, {"net": loss}, nothing))
+
+
+# --- initialisation from data ---------------------------------------------------------------------
+
+JITTER = 0.1
+
+
+def whitening(scale=1.0):
+    """-ln N(x; shift, e^{2 log_scale}), whose first batch gives shift (with noise) and log_scale,
+    times `scale`; the state counts how often that happened.
+    """
+
+    def init(key):
+        params = {"shift": jax.random.normal(key, (3,)), "log_scale": jnp.zeros((3,))}
+        return {"net": params}, {"net": {"prepared": jnp.zeros((), jnp.int32)}}
+
+    def loss(params, state, batch, key, step):
+        own = params["net"]
+        z = (batch.x - own["shift"][None]) * jnp.exp(-own["log_scale"])[None]
+        return (0.5 * z**2 + own["log_scale"][None]).sum(-1), Aux(state, {})
+
+    def prepare(params, state, batch, key):
+        weight = jnp.ones(len(batch.x)) if batch.weight is None else batch.weight
+        weight = (weight / weight.sum())[:, None]
+        mean = (weight * batch.x).sum(0)
+        variance = (weight * (batch.x - mean[None]) ** 2).sum(0)
+        own = {
+            "shift": scale * (mean + JITTER * jax.random.normal(key, (3,))),
+            "log_scale": 0.5 * jnp.log(variance),
+        }
+        return {**params, "net": own}, {"net": {"prepared": state["net"]["prepared"] + 1}}
+
+    follows = {"slow": ("net", 0.9)}
+    return checked(Model(SPEC, init, {"net": loss}, nothing, prepare=prepare, follows=follows))
