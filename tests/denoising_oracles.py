@@ -3,7 +3,7 @@ density is known.
 """
 
 import math
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
+from genjax.families.diffusion import diffusion
 from genjax.nets.functional import Net
 from genjax.parts.paths import coefficients, cosine, edm, from_log_snr, linear
 from genjax.protocol import DataSpec
@@ -25,6 +26,7 @@ PATHS = {
     "bent": from_log_snr(lambda t: -13.3 + 18.3 * (0.3 * t + 0.7 * t**3)),
 }
 PLANE = DataSpec((2,), "continuous", name="normal points")
+LABELLED = DataSpec((2,), "continuous", n_classes=3, name="clusters")
 
 
 class Normal(NamedTuple):
@@ -57,7 +59,9 @@ class Normal(NamedTuple):
         """
 
         def apply(params, state, scaled, level, cond=None, dropped=None):
-            over = lambda v: v.reshape(-1, *[1] * (scaled.ndim - 1))  # noqa: E731
+            def over(v):
+                return v.reshape(-1, *[1] * (scaled.ndim - 1))
+
             alpha2 = over(jax.nn.sigmoid(4 * level))
             x_t = scaled * jnp.sqrt(alpha2 * sigma_data**2 + 1 - alpha2)
             mean = jnp.full((scaled.shape[0],), self.mean, scaled.dtype)
@@ -109,4 +113,19 @@ def assert_mean(values, want, slack=0.0):
     off = np.abs(values.mean(0) - want)
     assert np.all(off <= 4 * error + slack), (
         f"off by {np.max((off - slack) / error):.1f} standard errors"
+    )
+
+
+@cache
+def guided_model():
+    """A model of labelled data with random parameters: model, params, state."""
+    model = diffusion(LABELLED, hidden=(8,), cond_dropout=0.2, n_steps=3)
+    params, state = jit(model.init)(jax.random.key(0))
+    rng = np.random.default_rng(8)
+    return (
+        model,
+        jax.tree.map(
+            lambda leaf: leaf + jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype), params
+        ),
+        state,
     )

@@ -124,9 +124,10 @@ def test_the_guided_score_of_gaussians_is_that_of_a_product_of_powers(of, name, 
 def test_scale_one_is_the_first_and_zero_the_second_denoiser_bit_for_bit(wrapper):
     c, u = (jnp.asarray(normal(seed, 4, D), jnp.float32) for seed in (0, 1))
     c, u = c.at[0, 0].set(-0.0), u.at[0, 1].set(jnp.inf).at[1, 0].set(jnp.nan)
-    run = lambda scale: wrapper(lambda x, t: c, lambda x, t: u, scale)(
-        jnp.zeros((4, D)), jnp.asarray(0.5)
-    )  # noqa: E731
+
+    def run(scale):
+        return wrapper(lambda x, t: c, lambda x, t: u, scale)(jnp.zeros((4, D)), jnp.asarray(0.5))
+
     for one, zero in ((1, 0), (1.0, 0.0), (jnp.asarray(1.0), jnp.asarray(0.0))):
         assert np.asarray(run(one)).tobytes() == np.asarray(c).tobytes()
         assert np.asarray(run(zero)).tobytes() == np.asarray(u).tobytes()
@@ -248,7 +249,10 @@ def test_a_product_of_gaussian_experts_is_the_product_gaussian(of, name):
         ("narrow", "other"),
         1e-8,
     )
-    based = lambda w: product(path, experts, w[:2], of["wide"])  # noqa: E731
+
+    def based(w):
+        return product(path, experts, w[:2], of["wide"])
+
     assert_scores(name, based, [(1.0, 1.0, -1.0), (0.5, 1.0, -0.5)], ("narrow", "other", "wide"))
     x, t = jnp.asarray(normal(9, 5, D)), jnp.asarray(TIMES[name][1])
     one = product(path, experts[:1], (2.0,), of["wide"])(x, t)
@@ -293,7 +297,10 @@ def replaced_mean(rho, start, known=1.5):
     noise at q = ∞ to q = 1. A path that ends at sigma / alpha = `start` begins without the known
     value, so that its noise makes up for it there.
     """
-    share = lambda q: (1 - np.sqrt(q - 1) / start) * (q**2 - rho**2) ** -1.25  # noqa: E731
+
+    def share(q):
+        return (1 - np.sqrt(q - 1) / start) * (q**2 - rho**2) ** -1.25
+
     integral = scipy.integrate.quad(
         share, 1, np.inf if start == np.inf else 1 + start**2, limit=500
     )[0]
@@ -354,7 +361,10 @@ def test_langevin_steps_take_the_bias_of_replacement_away(x64):
 def test_masks_and_known_values_may_be_of_one_event_or_of_all(x64):
     known, x, t = normal(0, 4, 2, 3), jnp.asarray(normal(1, 4, 2, 3)), jnp.asarray(0.5)
     mask = np.random.default_rng(0).random((4, 2, 3)) < 0.5
-    estimate = lambda x, t: 10 * x  # noqa: E731
+
+    def estimate(x, t):
+        return 10 * x
+
     np.testing.assert_array_equal(
         inpaint(estimate, known, mask)(x, t), np.where(mask, known, 10 * x)
     )
@@ -390,8 +400,13 @@ def test_rescaling_gives_the_standard_deviation_of_the_conditional(x64):
         jnp.asarray(1 + 3 * normal(1, 5, 4, 3)),
         jnp.asarray(0.5),
     )
-    of = lambda phi: np.asarray(rescale(lambda x, t: g, lambda x, t: c, phi)(g, t))  # noqa: E731
-    std = lambda y: np.asarray(y).reshape(5, -1).std(1)  # noqa: E731
+
+    def of(phi):
+        return np.asarray(rescale(lambda x, t: g, lambda x, t: c, phi)(g, t))
+
+    def std(y):
+        return np.asarray(y).reshape(5, -1).std(1)
+
     np.testing.assert_allclose(std(of(1.0)), std(c), rtol=1e-12)
     np.testing.assert_array_equal(of(0.0), g)
     np.testing.assert_allclose(std(of(0.25)), 0.25 * std(c) + 0.75 * std(g), rtol=1e-12)

@@ -109,7 +109,10 @@ def test_the_variance_is_preserved(name):
 
 def test_a_learned_log_snr_gets_gradients_and_may_bring_its_own_inverse():
     t = jnp.asarray(0.3)
-    alpha = lambda slope: from_log_snr(lambda t: -5 + slope * t).alpha(t)  # noqa: E731
+
+    def alpha(slope):
+        return from_log_snr(lambda t: -5 + slope * t).alpha(t)
+
     weight = jax.nn.sigmoid(5 - 3.0)
     np.testing.assert_allclose(
         jax.grad(alpha)(10.0), -0.5 * math.sqrt(weight) * (1 - weight) * 0.3, rtol=1e-10
@@ -148,7 +151,9 @@ def test_everything_keeps_the_dtype_of_its_data_and_takes_times_of_both_shapes(n
             "std": std + jnp.zeros_like(x),
         }
 
-    one_by_one = lambda *args: everything(*(arg if arg.ndim == 0 else arg[None] for arg in args))  # noqa: E731
+    def one_by_one(*args):
+        return everything(*(arg if arg.ndim == 0 else arg[None] for arg in args))
+
     both = jit(lambda *args: (everything(*args), jax.vmap(one_by_one)(*args)))
     for dtype in (jnp.float32, jnp.float64):
         x0, x, t = (

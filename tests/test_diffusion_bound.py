@@ -14,7 +14,7 @@ import optax
 import pytest
 from denoising_oracles import PATHS, PLANE, Normal, assert_mean, jit
 
-from genjax.families.diffusion import diffusion, elbo_weight
+from genjax.families.diffusion import diffusion
 from genjax.parts.bounds import (
     diffusion_nats,
     discrete_nats,
@@ -28,6 +28,7 @@ from genjax.parts.bounds import (
 )
 from genjax.parts.distributions import normal_kl
 from genjax.parts.paths import from_log_snr, log_snr, posterior, prior
+from genjax.parts.weightings import elbo_weight
 from genjax.protocol import Batch, DataSpec
 
 DATA = Normal(0.0, 0.6)
@@ -137,9 +138,10 @@ def test_discrete_terms_are_divergences_of_posteriors(x64, name):
 def test_discrete_bound_decreases_to_the_continuous_one(x64, name):
     path, x0 = PATHS[name], jnp.zeros((1, 1))
     steps = [1, 4, 16, 64, 256, 1024]
-    all_of = lambda key: [
-        discrete_nats(expected_denoise(path, x0), path, x0, key, n, n)[0] for n in steps
-    ]  # noqa: E731
+
+    def all_of(key):
+        return [discrete_nats(expected_denoise(path, x0), path, x0, key, n, n)[0] for n in steps]
+
     values = np.asarray(jit(all_of)(jax.random.key(8)))
     last, first = (
         float(jnp.exp(log_snr(path, jnp.asarray(t)))) * DATA.sd**2 for t in (path.end, path.start)
@@ -175,11 +177,17 @@ def test_reconstruction_is_a_distribution_over_the_values(x64, kind, levels):
     )  # much noise at the end, so that every value has a share
     x_end = jnp.asarray(np.random.default_rng(10).normal(size=(4, 3)))
     values = np.arange(levels or 2)
-    each = lambda v: reconstruction(
-        spec, path, jnp.full((4, 3), float(v)).at[:, 1:].set(0.0), x_end, x_end
-    )  # noqa: E731
+
+    def each(v):
+        return reconstruction(
+            spec, path, jnp.full((4, 3), float(v)).at[:, 1:].set(0.0), x_end, x_end
+        )
+
     total = np.exp(np.stack([each(v) for v in values]))
-    fixed = lambda v: reconstruction(spec, path, jnp.full((4, 3), float(v)), x_end, x_end)  # noqa: E731
+
+    def fixed(v):
+        return reconstruction(spec, path, jnp.full((4, 3), float(v)), x_end, x_end)
+
     alpha, sigma = float(path.alpha(jnp.zeros(()))), float(path.sigma(jnp.zeros(())))
     logits = (
         -0.5
@@ -311,7 +319,10 @@ def vdm():
     with jax.enable_x64(True):
         params, state = models["bound"].init(jax.random.key(0))
         rng = np.random.default_rng(13)
-        grow = lambda leaf: jnp.asarray(np.asarray(leaf) + 0.3 * rng.normal(size=leaf.shape))  # noqa: E731
+
+        def grow(leaf):
+            return jnp.asarray(np.asarray(leaf) + 0.3 * rng.normal(size=leaf.shape))
+
         params = jax.tree.map(grow, params)
         batch = Batch(jnp.asarray(rng.integers(0, 5, size=(16, 3)), jnp.float64))
     return models, params, state, batch
@@ -320,9 +331,10 @@ def vdm():
 @pytest.mark.slow
 def test_schedule_gradient_is_that_of_the_square_and_leaves_all_else_alone(x64, vdm):
     models, params, state, batch = vdm
-    loss = lambda how: (
-        lambda p: models[how].losses["diffusion"](p, state, batch, jax.random.key(14), 0)
-    )  # noqa: E731
+
+    def loss(how):
+        return lambda p: models[how].losses["diffusion"](p, state, batch, jax.random.key(14), 0)
+
     values = {how: jit(loss(how))(params) for how in models}
     np.testing.assert_allclose(values["variance"][0], values["bound"][0], rtol=1e-12)
     parts = values["bound"][1].metrics
@@ -334,7 +346,10 @@ def test_schedule_gradient_is_that_of_the_square_and_leaves_all_else_alone(x64, 
         for how in models
     )
     for name in ("net", "ends"):
-        pick = lambda g, name=name: g["net"] if name == "net" else g["schedule"]["ends"]  # noqa: E731
+
+        def pick(g, name=name):
+            return g["net"] if name == "net" else g["schedule"]["ends"]
+
         for one, other in zip(
             jax.tree.leaves(pick(got)), jax.tree.leaves(pick(plain)), strict=True
         ):
@@ -352,15 +367,14 @@ def test_schedule_gradient_is_that_of_the_square_and_leaves_all_else_alone(x64, 
 def test_loss_with_the_elbo_weighting_is_the_bound_in_expectation(x64, vdm):
     models, params, state, batch = vdm
     many = Batch(jnp.tile(batch.x[:1], (10_000, 1)))
-    loss, _ = jit(models["bound"].losses["diffusion"])(params, state, many, jax.random.key(15))
+    loss, _ = jit(models["bound"].losses["diffusion"])(params, state, many, jax.random.key(15), 0)
     bound = jit(models["bound"].bound)(
         params, state, many._replace(x=many.x[:1000]), jax.random.key(16)
     )
     error = np.hypot(np.std(loss) / np.sqrt(len(loss)), np.std(bound) / np.sqrt(len(bound)))
     assert abs(np.mean(loss) + np.mean(bound)) < 4 * error
-    assert (
-        np.std(bound) < np.std(loss) / 2
-    )  # the bound has 16 stratified noise levels, the loss has one
+    # The bound has 16 stratified noise levels, the loss has one.
+    assert np.std(bound) < np.std(loss) / 2
 
 
 @pytest.mark.slow
@@ -371,7 +385,7 @@ def test_loss_is_minus_the_bound_for_the_paths_and_steps_there_are(x64, settings
     params, state = jit(model.init)(jax.random.key(0))
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
     x = Batch(jnp.tile(DATA.sample(17, (1, 2)), (20_000, 1)))
-    loss, _ = jit(model.losses["diffusion"])(params, state, x, jax.random.key(18))
+    loss, _ = jit(model.losses["diffusion"])(params, state, x, jax.random.key(18), 0)
     bound = jit(model.bound)(params, state, x._replace(x=x.x[:500]), jax.random.key(19))
     error = np.hypot(np.std(loss) / np.sqrt(len(loss)), np.std(bound) / np.sqrt(len(bound)))
     assert abs(np.mean(loss) + np.mean(bound)) < 4 * error
@@ -387,7 +401,9 @@ def test_learning_the_schedule_reduces_the_variance_of_the_loss(x64):
     )
     params, state = model.init(jax.random.key(0))
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
-    x = lambda key: DATA.sd * jax.random.normal(key, (200, 2))  # noqa: E731
+
+    def x(key):
+        return DATA.sd * jax.random.normal(key, (200, 2))
 
     def objective(inner, key):
         p = {

@@ -1,5 +1,5 @@
-"""Flow matching against Gaussian data, whose velocity, density, least loss and reflow are known in
-closed form.
+"""Flow matching against Gaussian data, whose velocity, density and least loss are known in closed
+form.
 """
 
 import functools
@@ -8,93 +8,37 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import scipy.integrate
 import scipy.stats
-from gates import assert_same, differ, optimised
+from flow_oracles import (
+    COVARIANCE,
+    MEAN,
+    NODES,
+    POINTS,
+    WEIGHTS,
+    D,
+    closed_form,
+    conditional,
+    every_path,
+    gaussian,
+    gaussian_velocity,
+    normal_batch,
+    time_of,
+)
+from gates import optimised
 
-from genjax.errors import ConfigError
 from genjax.families.flow_matching import (
     LOSSES,
     PATHS,
-    SOFTENING,
     TIMES,
     flow_matching,
     line_velocity,
     noise_level,
-    reflow,
 )
-from genjax.families.vae import vae
-from genjax.learning.step import training
-from genjax.nets.functional import Net
 from genjax.parts.likelihoods import dequantized_bound
 from genjax.parts.paths import PREDICTIONS, diffuse, score_of, velocity_of
 from genjax.protocol import Batch, DataSpec
-
-D = 3
-POINTS = DataSpec((D,), "continuous", name="points")
-CLASSES = DataSpec((2,), "continuous", n_classes=3, name="classes")
-MEAN = np.asarray([0.5, -1.0, 0.2])
-ROOT = np.asarray([[0.6, 0.0, 0.0], [0.3, 0.4, 0.0], [-0.2, 0.1, 0.8]])
-COVARIANCE = ROOT @ ROOT.T
-NODES, WEIGHTS = np.polynomial.legendre.leggauss(80) / np.float64(2) + [
-    [0.5],
-    [0.0],
-]  # of integrals over t from 0 to 1
-
-
-def time_of(name, level):
-    """t from what `noise_level` makes of it: alpha + δ = r (sigma + δ), solved for both paths."""
-    r = jnp.exp(2 * level)
-    if name == "conditional_ot":
-        return (1 + SOFTENING - r * SOFTENING) / (1 + r)
-    turn = jnp.arccos(jnp.clip(SOFTENING * (r - 1) / jnp.sqrt(1 + r * r), -1, 1)) - jnp.arctan(r)
-    return turn * (2 / jnp.pi)
-
-
-def closed_form(name, velocity, params=None):
-    """A network that knows the velocity: velocity(params, path, x [n, d], t [n, 1])."""
-
-    def apply(p, state, x, level, cond, dropped):
-        assert level.shape == x.shape[:1]
-        return velocity(p, PATHS[name](), x, time_of(name, level)[:, None]), state
-
-    return Net(lambda key: ({} if params is None else params, {}), apply)
-
-
-def gaussian_velocity(p, path, x, t, mean=MEAN, root=ROOT):
-    """The velocity for data N(mean, Σ), as E[alpha' x0 + sigma' ε | x_t] of jointly normal
-    vectors.
-    """
-    covariance = jnp.asarray(root @ root.T)
-    (alpha, sigma), (da, ds) = (
-        (path.alpha(t), path.sigma(t)),
-        (jax.jvp(f, (t,), (jnp.ones_like(t),))[1] for f in path[:2]),
-    )
-    eye = jnp.eye(len(mean))[None]
-    total = (alpha * alpha)[..., None] * covariance[None] + (sigma * sigma)[..., None] * eye
-    cross = (da * alpha)[..., None] * covariance[None] + (ds * sigma)[..., None] * eye
-    centred = x - alpha * jnp.asarray(mean)[None]
-    return (
-        da * jnp.asarray(mean)[None] + (cross @ jnp.linalg.solve(total, centred[..., None]))[..., 0]
-    )
-
-
-def gaussian(name, **settings):
-    model = flow_matching(
-        POINTS, probability_path=name, net=closed_form(name, gaussian_velocity), **settings
-    )
-    return model, *model.init(jax.random.key(0))
-
-
-def normal_batch(n, seed=0):
-    rng = np.random.default_rng(seed)
-    return Batch(jnp.asarray(MEAN + rng.normal(size=(n, D)) @ ROOT.T))
-
-
-every_path = pytest.mark.parametrize("name", list(PATHS))
-
 
 # --- the velocity ---------------------------------------------------------------------------------
 
@@ -119,8 +63,8 @@ def test_velocity_score_and_x0_of_gaussian_data_are_one(name, x64):
         total = alpha**2 * COVARIANCE + sigma**2 * np.eye(D)
         score = -np.linalg.solve(total, (np.asarray(x) - alpha * MEAN).T).T
         x0 = MEAN + alpha * (np.asarray(x) - alpha * MEAN) @ np.linalg.solve(total, COVARIANCE)
-        velocity = model.extras["velocity"](params, state, x, t)
-        found = model.extras["denoise"](params, state, x, t)
+        velocity = model.extras.velocity(params, state, x, t)
+        found = model.denoiser.denoise(params, state, x, t)
         np.testing.assert_allclose(found, x0, rtol=1e-8, atol=1e-9)
         np.testing.assert_allclose(score_of(path, found, x, t), score, rtol=1e-7, atol=1e-8)
         np.testing.assert_allclose(
@@ -200,10 +144,43 @@ def test_a_new_network_costs_what_a_velocity_of_zero_does(net):
     params, state = model.init(jax.random.key(0))
     x = np.random.default_rng(4).normal(size=(2, 4, 4, 1)).astype(np.float32)
     batch = Batch(jnp.asarray(np.repeat(x, 500, axis=0)))
-    value, aux = jax.jit(model.losses["flow"])(params, state, batch, jax.random.key(5))
+    value, aux = jax.jit(model.losses["flow"])(params, state, batch, jax.random.key(5), 0)
     np.testing.assert_allclose(aux.metrics["mse"], value / 16, rtol=1e-6)
     for found, one in zip(np.asarray(value).reshape(2, 500), x, strict=True):
         assert abs(found.mean() - (np.square(one).sum() + 16)) < 4 * found.std() / math.sqrt(500)
+
+
+@every_path
+def test_the_loss_is_that_of_the_noise_that_it_says_it_draws(name, x64):
+    """Recomputed from `noise` with the model's own velocity: pairs, times and dropped conditions
+    are all there is to it.
+    """
+    model, params, state = conditional(probability_path=name, coupling="optimal", loss="x0")
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
+    rng, key = np.random.default_rng(10), jax.random.key(6)
+    batch = Batch(jnp.asarray(rng.normal(size=(30, 2))), jnp.arange(30) % 3)
+    t, epsilon, dropped, u = model.noise["flow"](key, batch)
+    assert u is None
+    assert 0 < int(dropped.sum()) < 30
+    path = model.denoiser.path(params)
+    x_t = diffuse(path, batch.x, epsilon, t)
+    x0 = model.denoiser.denoise(params, state, x_t, t, batch.cond, dropped)
+    wanted = np.square(np.asarray(x0 - batch.x)).sum(1)
+    found = jax.jit(model.losses["flow"])(params, state, batch, key, 0)[0]
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+def test_noise_is_drawn_with_keys_that_do_not_change():
+    """Whoever has an old run's key draws what that run drew."""
+    spec = DataSpec((3,), "discrete", levels=5, n_classes=2)
+    model = flow_matching(spec, hidden=(4,), cond_dropout=0.5)
+    batch = Batch(jnp.ones((8, 3)), jnp.arange(8) % 2)
+    noise = model.noise["flow"](jax.random.key(3), batch)
+    key_noise, _, key_data, key_cond, key_time = jax.random.split(jax.random.key(3), 5)
+    np.testing.assert_array_equal(noise.epsilon, jax.random.normal(key_noise, (8, 3)))
+    np.testing.assert_array_equal(noise.u, jax.random.uniform(key_data, (8, 3)) - 0.5)
+    np.testing.assert_array_equal(noise.dropped, jax.random.bernoulli(key_cond, 0.5, (8,)))
+    np.testing.assert_array_equal(noise.t, jax.random.uniform(key_time, (8,)))
 
 
 # --- samples and densities ------------------------------------------------------------------------
@@ -219,7 +196,7 @@ def test_noise_is_carried_to_its_place_in_the_data(name, x64):
     net = closed_form(name, functools.partial(gaussian_velocity, root=root))
     model = flow_matching(POINTS, probability_path=name, net=net, solver="rk4", n_steps=60)
     generate = jax.jit(
-        model.extras["generate"], static_argnames=("n", "every", "n_steps", "solver", "grid")
+        model.denoiser.generate, static_argnames=("n", "every", "n_steps", "solver", "grid")
     )
     path = generate({"flow": {}}, {"flow": {}}, jax.random.key(0), n=50, every=True)
     path = np.asarray(path)
@@ -276,9 +253,10 @@ def test_a_translation_takes_one_euler_step(x64):
     model = flow_matching(POINTS, net=net, solver="euler", n_steps=1)
     epsilon = np.random.default_rng(5).normal(size=(20, D))
     pairs = jnp.asarray(epsilon + MEAN), jnp.asarray(epsilon)
-    value, _ = model.extras["regress"]({"flow": {}}, {}, *pairs, jax.random.key(0))
+    t = jnp.linspace(0.0, 1.0, 20)
+    value, _ = model.extras.regress({"flow": {}}, {}, *pairs, t)
     np.testing.assert_allclose(value, 0, atol=1e-25)
-    ends = np.asarray(model.extras["generate"]({"flow": {}}, {}, jax.random.key(1), 20, every=True))
+    ends = np.asarray(model.denoiser.generate({"flow": {}}, {}, jax.random.key(1), 20, every=True))
     np.testing.assert_allclose(ends[1], ends[0] + MEAN, atol=1e-14)
 
 
@@ -342,7 +320,7 @@ def test_the_bound_of_discrete_data_is_below_the_probability_of_their_levels(x64
 def test_samples_of_discrete_data_are_rounded_and_the_way_there_is_not(spec):
     model = flow_matching(spec, hidden=(4,), n_steps=3)
     params, state = model.init(jax.random.key(0))
-    path = np.asarray(model.extras["generate"](params, state, jax.random.key(1), 40, every=True))
+    path = np.asarray(model.denoiser.generate(params, state, jax.random.key(1), 40, every=True))
     assert path.shape == (4, 40, 3)
     assert set(np.unique(path[-1])) <= set(range(spec.levels or 2))
     assert (path[:-1] != np.round(path[:-1])).mean() > 0.99
@@ -366,11 +344,10 @@ def test_optimal_pairs_of_a_batch_are_nearly_those_of_the_whole_distribution(x64
     for coupling in ("independent", "entropic", "optimal"):
         model = flow_matching(spec, net=net, coupling=coupling)
         values[coupling] = float(
-            optimised(model.losses["flow"])({"flow": {}}, {}, batch, jax.random.key(8))[0].mean()
+            optimised(model.losses["flow"])({"flow": {}}, {}, batch, jax.random.key(8), 0)[0].mean()
         )
-    assert (
-        values["optimal"] < 0.06 * values["independent"]
-    )  # two samples of 200: W2² of one to N(0, 1) is about 0.02
+    # Two samples of 200: W2² of one to N(0, 1) is about 0.02.
+    assert values["optimal"] < 0.06 * values["independent"]
     assert values["optimal"] < values["entropic"] < 0.3 * values["independent"]
 
 
@@ -387,9 +364,8 @@ def test_noise_is_exchanged_within_a_class_only(x64):
     loss = jax.jit(
         lambda key: model.losses["flow"]({"flow": {}}, {}, Batch(x, jnp.asarray(labels)), key, 0)[0]
     )
-    values = np.stack(
-        [loss(key) for key in jax.random.split(jax.random.key(0), 6)]
-    )  # an auction of 600 alike takes minutes
+    # An auction of 600 alike would take minutes.
+    values = np.stack([loss(key) for key in jax.random.split(jax.random.key(0), 6)])
     for label in (0, 1):
         one = values[:, labels == label].ravel()
         assert abs(one.mean() - 202) < 4 * one.std() / math.sqrt(len(one))
@@ -398,40 +374,31 @@ def test_noise_is_exchanged_within_a_class_only(x64):
 # --- conditions -----------------------------------------------------------------------------------
 
 
-@functools.cache
-def conditional(cond_dropout=0.25, **settings):
-    model = flow_matching(
-        CLASSES, hidden=(8,), cond_dropout=cond_dropout, solver="euler", n_steps=4, **settings
-    )
-    params, state = model.init(jax.random.key(0))
-    rng = np.random.default_rng(9)
-    params = jax.tree.map(
-        lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape).astype(leaf.dtype), params
-    )
-    return model, params, state
-
-
 @pytest.mark.slow
 def test_guidance_of_scale_1_is_the_model_and_of_0_the_unconditional_one_bit_for_bit(x64):
     model, params, state = conditional(cond_dropout=0.5)
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
     cond, key = jnp.arange(30) % 3, jax.random.key(1)
-    draw = lambda **how: np.asarray(model.extras["generate"](params, state, key, 30, cond, **how))  # noqa: E731
+
+    def draw(**how):
+        return np.asarray(model.denoiser.generate(params, state, key, 30, cond, **how))
+
     plain = draw()
     np.testing.assert_array_equal(draw(guidance=1.0), plain)
     without = draw(guidance=0.0)
     np.testing.assert_array_equal(
-        without, model.extras["generate"](params, state, key, 30, (cond + 1) % 3, guidance=0.0)
+        without, model.denoiser.generate(params, state, key, 30, (cond + 1) % 3, guidance=0.0)
     )
     # Euler's steps by hand, of the velocity without a condition and of a guided one: on straight
     # lines, both are linear in x0.
-    start = np.asarray(model.extras["generate"](params, state, key, 30, cond, every=True))[0]
+    start = np.asarray(model.denoiser.generate(params, state, key, 30, cond, every=True))[0]
     for scale, found in ((0.0, without), (2.0, draw(guidance=2.0))):
         x = jnp.asarray(start)
         for t in (1.0, 0.75, 0.5, 0.25):
-            v = lambda dropped: model.extras["velocity"](
-                params, state, x, t, cond, jnp.full(30, dropped)
-            )  # noqa: E731
+
+            def v(dropped):
+                return model.extras.velocity(params, state, x, t, cond, jnp.full(30, dropped))
+
             x = x - 0.25 * (scale * v(False) + (1 - scale) * v(True))
         np.testing.assert_allclose(found, x, atol=1e-9)
     built = conditional(guidance=2.0)[0]
@@ -441,182 +408,20 @@ def test_guidance_of_scale_1_is_the_model_and_of_0_the_unconditional_one_bit_for
 @pytest.mark.slow
 def test_the_condition_is_dropped_as_often_as_asked():
     model, params, state = conditional()
-    dropped = np.asarray(model.extras["drop"](jax.random.key(0), 20_000))
+    dropped = np.asarray(model.extras.drop(jax.random.key(0), 20_000))
     assert abs(dropped.mean() - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 20_000)
-    assert conditional(0.0)[0].extras["drop"](jax.random.key(0), 5) is None
+    assert conditional(0.0)[0].extras.drop(jax.random.key(0), 5) is None
     # A dropped example's loss is that of any other condition.
     rng = np.random.default_rng(0)
     x, cond = (
         jnp.asarray(rng.normal(size=(400, 2)), jnp.float32),
         jnp.asarray(rng.integers(0, 3, 400)),
     )
-    loss = lambda cond: np.asarray(
-        model.losses["flow"](params, state, Batch(x, cond), jax.random.key(2), 0)[0]
-    )  # noqa: E731
+
+    def loss(cond):
+        return np.asarray(
+            model.losses["flow"](params, state, Batch(x, cond), jax.random.key(2), 0)[0]
+        )
+
     same = (loss(cond) == loss((cond + 1) % 3)).mean()
     assert abs(same - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 400)
-
-
-# --- reflow ---------------------------------------------------------------------------------------
-
-SD = 0.4  # of the data of these tests, N(1, SD²) in each dimension
-STRAIGHT = {"straight": np.ones(())}
-
-
-def mixed_velocity(p, path, x, t):
-    """`straight` of the velocity of the straight flow ε -> 1 + SD ε, and the rest of the flow of
-    independent pairs.
-    """
-    mean = np.ones(D)
-    curved = gaussian_velocity(None, path, x, t, mean=mean, root=SD * np.eye(D))
-    straight = (1 - SD) / ((1 - t) * SD + t) * (x - (1 - t)) - 1
-    return p["straight"] * straight + (1 - p["straight"]) * curved
-
-
-def reflowed():
-    net = closed_form("conditional_ot", mixed_velocity, {"straight": jnp.zeros(())})
-    model = flow_matching(POINTS, net=net)
-    params, state = model.init(jax.random.key(0))
-    return model, params, state, reflow(model, params, state, solver="rk4", n_steps=30)
-
-
-def bend(t):
-    """How far the velocity of independent pairs is from that of the line ε -> 1 + SD ε, over ε, on
-    that line and on its own.
-    """
-    v = (1 - t) ** 2 * SD**2 + t**2
-    rate = t - (1 - t) * SD**2
-    return rate / v * ((1 - t) * SD + t) - (1 - SD), rate / np.sqrt(v) - (1 - SD)
-
-
-@pytest.mark.slow
-def test_reflow_costs_nothing_where_the_flow_is_straight_and_the_square_of_its_bend_where_it_is_not(
-    x64,
-):
-    _, _, state, second = reflowed()
-    batch = Batch(jnp.zeros((4000, D)))
-    loss = jax.jit(second.losses["flow"])
-    first, _ = second.init(jax.random.key(0))
-    straight = loss({**first, "flow": STRAIGHT}, state, batch, jax.random.key(1))[0]
-    np.testing.assert_allclose(straight, 0, atol=1e-7)
-    curved = np.asarray(loss(first, state, batch, jax.random.key(1))[0])
-    wanted = D * (WEIGHTS * bend(NODES)[0] ** 2).sum()
-    assert wanted > 0.1
-    assert abs(curved.mean() - wanted) < 4 * curved.std() / math.sqrt(len(curved))
-
-
-@pytest.mark.slow
-def test_reflow_learns_the_straight_flow_and_leaves_its_teacher_alone(x64):
-    _, params, state, second = reflowed()
-    t = training(second, optax.sgd(0.8))
-    ts = jax.jit(t.init)(jax.random.key(0))
-    assert_same(ts.params, {"flow": params["flow"], "teacher": params["flow"]})
-    step = jax.jit(t.step)
-    for _ in range(60):
-        ts, metrics = step(ts, Batch(jnp.zeros((64, D))))
-    assert float(metrics["flow/loss"]) < 1e-6
-    assert float(ts.params["flow"]["straight"]) == pytest.approx(1, abs=1e-4)
-    assert differ(ts.params, second.init(jax.random.key(0))[0]) == ["flow/straight"]
-    # Straightness, E ∫ ‖v(x_t, t) - (x_1 - x_0)‖² dt along the flow's own paths (Liu 2023), and
-    # what one Euler step makes.
-    key, one = jax.random.key(3), {"solver": "euler", "n_steps": 1}
-    for p, bent in ((params, D * (WEIGHTS * bend(NODES)[1] ** 2).sum()), ({"flow": STRAIGHT}, 0.0)):
-        path = second.extras["generate"](p, state, key, 2000, solver="rk4", n_steps=40, every=True)
-        times = np.linspace(1, 0, 41)
-        v = np.stack(
-            [second.extras["velocity"](p, state, x, t) for x, t in zip(path, times, strict=True)]
-        )
-        off = np.square(v - np.asarray(path[0] - path[-1])[None]).sum(-1)  # [times, n]
-        each = scipy.integrate.simpson(off, x=-times, axis=0)
-        assert abs(each.mean() - bent) < 4 * each.std() / math.sqrt(2000) + 1e-6
-        step_off = np.abs(second.extras["generate"](p, state, key, 2000, **one) - path[-1]).max()
-        assert (step_off < 1e-6) == (bent == 0)
-
-
-@pytest.mark.slow
-def test_a_guided_teacher_is_followed_where_the_condition_is_there():
-    model, params, state = conditional()
-    cond = jnp.arange(200) % 3
-    rng = np.random.default_rng(3)
-    moved = jax.tree.map(
-        lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(leaf.dtype), params["flow"]
-    )
-    both = {"flow": moved, "teacher": params["flow"]}
-    loss = lambda s: reflow(model, params, state, n_steps=4, guidance=s).losses["flow"]  # noqa: E731
-    batch, key = Batch(jnp.zeros((200, 2)), cond), jax.random.key(4)
-    plain, one, two = (np.asarray(loss(s)(both, state, batch, key)[0]) for s in (None, 1.0, 2.0))
-    np.testing.assert_allclose(one, plain, rtol=1e-5, atol=1e-6)
-    same = np.isclose(two, plain, rtol=1e-5, atol=1e-6).mean()  # those whose condition was dropped
-    assert abs(same - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 200)
-
-
-# --- bad settings ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (
-            {"probability_path": "straight"},
-            r"no probability path called 'straight'.*There are: conditional_ot",
-        ),
-        ({"coupling": "optima"}, r"no coupling called 'optima'\. Did you mean optimal\?"),
-        (
-            {"times": "logit-normal"},
-            r"no distribution of times called .* Did you mean logit_normal\?",
-        ),
-        ({"loss": "epsilon"}, "no loss called 'epsilon'"),
-        ({"net": "cnn"}, "no net called 'cnn'"),
-        ({"solver": "huen"}, r"no solver called 'huen'\. Did you mean heun\?"),
-        ({"grid": "linear"}, "no grid called 'linear'"),
-        ({"dtype": "float16"}, "no dtype called 'float16'"),
-        (
-            {"likelihood_solver": "ancestral"},
-            "ancestral gives no likelihood; those that do are: euler, midpoint, heun, rk4, "
-            "adaptive",
-        ),
-        ({"likelihood_solver": "rk5"}, r"no likelihood_solver called 'rk5'"),
-        ({"n_steps": 0}, "n_steps must be at least 1; got 0"),
-        ({"n_likelihood_steps": -2}, "n_likelihood_steps must be at least 1; got -2"),
-        ({"n_probes": -1}, "n_probes must be 0"),
-        ({"cond_dropout": 1.0}, r"cond_dropout must be in \[0, 1\); got 1.0"),
-        ({"guidance": 2.0}, r"never trained without its condition: build it with cond_dropout"),
-        ({"hidden": ()}, "at least one hidden layer"),
-        ({"net": "unet"}, r"\(height, width, channels\)"),
-        ({"net": "dit"}, r"\(height, width, channels\)"),
-    ],
-)
-def test_settings_that_do_not_exist_are_refused(settings, message):
-    with pytest.raises(ConfigError, match=message):
-        flow_matching(CLASSES, **settings)
-
-
-def test_data_and_requests_that_do_not_fit_are_refused():
-    with pytest.raises(ConfigError, match=r"letters are tokens"):
-        flow_matching(DataSpec((4,), "tokens", levels=3, name="letters"))
-    with pytest.raises(ConfigError, match=r"rows are sequences"):
-        flow_matching(DataSpec((4, 2), "continuous", step="row", name="rows"))
-    with pytest.raises(ConfigError, match=r"would let noise tell of the condition"):
-        flow_matching(DataSpec((2,), "continuous", cond_dim=1), coupling="optimal")
-    model, params, state = conditional(0.0)
-    generate = functools.partial(
-        model.extras["generate"], params, state, jax.random.key(0), 3, jnp.arange(3)
-    )
-    with pytest.raises(ConfigError, match="never trained without its condition"):
-        generate(guidance=2.0)
-    with pytest.raises(ConfigError, match="no solver called 'huen'"):
-        generate(solver="huen")
-    with pytest.raises(ConfigError, match="no grid called 'log'"):
-        generate(grid="log")
-    with pytest.raises(ConfigError, match="n_steps must be at least 1; got 0"):
-        generate(n_steps=0)
-    with pytest.raises(ConfigError, match="this model of points has none"):
-        flow_matching(POINTS, guidance=1.5)
-    with pytest.raises(ConfigError, match="cond_dropout > 0"):
-        reflow(model, params, state, guidance=2.0)
-    with pytest.raises(ConfigError, match="no deterministic solver called 'ancestral'"):
-        reflow(model, params, state, solver="ancestral")
-    with pytest.raises(ConfigError, match="n_steps must be at least 1"):
-        reflow(model, params, state, n_steps=0)
-    with pytest.raises(ConfigError, match="flow-matching model"):
-        reflow(vae(POINTS, hidden=(2,)), {}, {})

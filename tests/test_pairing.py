@@ -20,7 +20,10 @@ plan_of = jax.jit(lambda cost, temperature: jnp.exp(sinkhorn(cost, temperature, 
 
 def least(cost, allowed=None):
     """The cheapest permutation of all, by trying them."""
-    fits = lambda p: allowed is None or all(allowed[i, j] for i, j in enumerate(p))  # noqa: E731
+
+    def fits(p):
+        return allowed is None or all(allowed[i, j] for i, j in enumerate(p))
+
     every = [p for p in itertools.permutations(range(len(cost))) if fits(p)]
     return np.asarray(min(every, key=lambda p: cost[np.arange(len(cost)), list(p)].sum()))
 

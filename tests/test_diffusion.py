@@ -1,7 +1,7 @@
-"""Diffusion models: what networks see and predict, weightings, times, conditions, samples,
-likelihoods; and bad settings.
+"""Diffusion models: their loss whatever is predicted, conditions, samples and likelihoods.
 
-The bound, discrete time and learned schedules are in test_vdm.py.
+The bound, discrete time and learned schedules are in test_diffusion_bound.py, weights and times in
+test_weightings.py, bad settings in test_diffusion_settings.py.
 """
 
 import functools
@@ -13,93 +13,35 @@ import numpy as np
 import optax
 import pytest
 import scipy.stats
-from denoising_oracles import PATHS, PLANE, Normal, assert_mean, jit
+from denoising_oracles import LABELLED, PATHS, PLANE, Normal, assert_mean, guided_model, jit
 from gates import optimised
 
-from genjax.errors import ConfigError
-from genjax.families.diffusion import (
-    WEIGHTINGS,
-    diffusion,
-    discrete_times,
-    edm_prediction,
-    edm_weight,
-    input_scale,
-    log_normal_times,
-    uniform_times,
-)
+from genjax.families.diffusion import diffusion
 from genjax.learning.step import eval_params, training
 from genjax.learning.transforms import scan_steps
 from genjax.nets.functional import Net
 from genjax.parts.guidance import guided
-from genjax.parts.paths import PREDICTIONS, coefficients, diffuse, log_snr
+from genjax.parts.paths import (
+    PREDICTIONS,
+    coefficients,
+    diffuse,
+    edm_prediction,
+    input_scale,
+    log_snr,
+)
+from genjax.parts.weightings import (
+    WEIGHTINGS,
+    uniform_times,
+)
 from genjax.protocol import Batch, DataSpec
 
 IMAGE = DataSpec((4, 4, 1), "discrete", levels=5, name="squares")
-LABELLED = DataSpec((2,), "continuous", n_classes=3, name="clusters")
 DATA = Normal(0.3, 0.6)
 PREDICTED = [*PREDICTIONS, "edm"]
 
 
 def f64(tree):
     return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), tree)
-
-
-# --- Karras's preconditioning ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", PATHS)
-def test_edm_inputs_and_targets_have_unit_variance(x64, name):
-    """For data of variance sigma_data², exactly: both are linear in x0 and epsilon, so variances
-    add.
-    """
-    path, sd = PATHS[name], 0.5
-    t = jnp.linspace(jnp.asarray(path.end), jnp.asarray(path.start), 7)
-    alpha, sigma = path.alpha(t), path.sigma(t)
-    np.testing.assert_allclose(
-        input_scale(path, t, sd) ** 2 * (alpha**2 * sd**2 + sigma**2), 1, rtol=1e-12
-    )
-    target = lambda x0, epsilon: edm_prediction(sd).from_x0(
-        path, x0, diffuse(path, x0, epsilon, t), t
-    )  # noqa: E731
-    of_data, of_noise = (
-        target(jnp.ones_like(t), jnp.zeros_like(t)),
-        target(jnp.zeros_like(t), jnp.ones_like(t)),
-    )
-    np.testing.assert_allclose((of_data * sd) ** 2 + of_noise**2, 1, rtol=1e-8)
-    # And the weighting of the paper makes the loss one of the target itself: lambda c_out² = 1.
-    c_out = edm_prediction(sd).to_x0(path, jnp.ones_like(t), jnp.zeros_like(t), t)
-    np.testing.assert_allclose(edm_weight(path, t, c_out, sd), 1, rtol=1e-8)
-    # Karras 2022, table 1, as it is written there.
-    s = sigma / alpha
-    np.testing.assert_allclose(c_out, s * sd / np.sqrt(s**2 + sd**2), rtol=1e-12)
-    np.testing.assert_allclose(
-        edm_weight(path, t, jnp.ones_like(t), sd), (s**2 + sd**2) / (s * sd) ** 2, rtol=1e-12
-    )
-    skip = edm_prediction(sd).to_x0(path, jnp.zeros_like(t), jnp.ones_like(t), t)
-    np.testing.assert_allclose(skip * alpha, sd**2 / (s**2 + sd**2), rtol=1e-12)
-
-
-def test_edm_denoiser_returns_its_input_where_there_is_no_noise(x64):
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)))
-    for name in ("edm", "cosine"):
-        path = PATHS[name]
-        gap = lambda sigma: np.abs(
-            edm_prediction(0.5).to_x0(path, 10 * jnp.ones_like(x), x, jnp.asarray(sigma)) - x
-        ).max()  # noqa: E731
-        gaps = np.asarray([gap(sigma) for sigma in (1e-3, 1e-5, 1e-7, 1e-9)])
-        assert (np.diff(gaps) < 0).all()
-        assert gaps[-1] < 1e-7
-
-
-@pytest.mark.parametrize("name", ["edm", "cosine"])
-def test_edm_prediction_and_x0_are_inverses(x64, name):
-    path, rng = PATHS[name], np.random.default_rng(1)
-    x0, epsilon = (jnp.asarray(rng.normal(size=(5, 2))) for _ in range(2))
-    t = path.end + (path.start - path.end) * jnp.asarray([0.0, 0.01, 0.3, 0.7, 1.0])
-    x_t, kind = diffuse(path, x0, epsilon, t), edm_prediction(0.7)
-    np.testing.assert_allclose(
-        kind.to_x0(path, kind.from_x0(path, x0, x_t, t), x_t, t), x0, rtol=1e-9, atol=1e-10
-    )
 
 
 # --- the loss -------------------------------------------------------------------------------------
@@ -141,7 +83,7 @@ def test_weighted_losses_are_the_same_whatever_is_predicted(x64, weighting):
             **spoken(name),
         )
         return model.losses["diffusion"](
-            *model.init(jax.random.key(0)), Batch(x), jax.random.key(3)
+            *model.init(jax.random.key(0)), Batch(x), jax.random.key(3), 0
         )[0]
 
     every = [np.asarray(value) for value in jit(lambda: [loss(name) for name in PREDICTED])()]
@@ -176,10 +118,13 @@ def test_loss_at_init_is_known(x64):
         "edm": (x0 - 0.64 / (s2 + 0.64) * (x0 + np.sqrt(s2) * epsilon))
         / np.sqrt(s2 * 0.64 / (s2 + 0.64)),
     }
-    loss = lambda p: {
-        name: m.losses["diffusion"](p, state, Batch(x0), jax.random.key(5), 0)
-        for name, m in models.items()
-    }  # noqa: E731
+
+    def loss(p):
+        return {
+            name: m.losses["diffusion"](p, state, Batch(x0), jax.random.key(5), 0)
+            for name, m in models.items()
+        }
+
     for name, (value, aux) in jit(loss)(f64(params)).items():
         np.testing.assert_allclose(
             value, (np.asarray(target[name]) ** 2).sum(1), rtol=1e-8, err_msg=name
@@ -187,35 +132,50 @@ def test_loss_at_init_is_known(x64):
         np.testing.assert_allclose(aux.metrics["mse"], value / 2, rtol=1e-12)
 
 
-def test_times_have_the_laws_they_say(x64):
-    n, key = 20_000, jax.random.key(6)
-    for path in (PATHS["cosine"], PATHS["edm"]):
-        t = np.asarray(uniform_times(key, path, n, jnp.float64))
-        assert (
-            scipy.stats.kstest(
-                t, scipy.stats.uniform(float(path.end), float(path.start) - float(path.end)).cdf
-            ).pvalue
-            > 1e-4
-        )
-        t = log_normal_times(-1.2, 1.2, key, path, n, jnp.float64)
-        log_ratio = np.asarray(-log_snr(path, t) / 2)
-        low, high = (float(-log_snr(path, jnp.asarray(end)) / 2) for end in (path.end, path.start))
-        inside = (log_ratio > low + 1e-6) & (log_ratio < high - 1e-6)
-        law = scipy.stats.norm(-1.2, 1.2)
-        assert (
-            scipy.stats.kstest(
-                log_ratio[inside],
-                lambda q: (law.cdf(q) - law.cdf(low)) / (law.cdf(high) - law.cdf(low)),
-            ).pvalue
-            > 1e-4
-        )
-        assert inside.mean() > 0.99
-        t = np.asarray(discrete_times(4, key, path, n, jnp.float64))
-        step, counts = np.unique(
-            np.round((t - path.end) / (path.start - path.end) * 4, 9), return_counts=True
-        )
-        np.testing.assert_array_equal(step, [1, 2, 3, 4])
-        assert scipy.stats.chisquare(counts).pvalue > 1e-4
+@pytest.mark.parametrize(
+    ("spec", "settings"),
+    [
+        (LABELLED, {"cond_dropout": 0.5}),
+        (PLANE, {"weighting": "elbo", "noise_schedule": "linear"}),
+        (PLANE, {"weighting": "elbo", "noise_schedule": "learned"}),
+    ],
+)
+def test_the_loss_is_that_of_the_noise_that_it_says_it_draws(x64, spec, settings):
+    """Recomputed from `noise` and the model's own estimate of x0: for v, ‖v - v̂‖² = ‖x0 - x̂0‖² /
+    sigma², and the whole bound is ½ |dSNR/dt| ‖x0 - x̂0‖² and its two ends.
+    """
+    model = diffusion(spec, hidden=(4,), **settings)
+    params, state = model.init(jax.random.key(0))
+    rng, key = np.random.default_rng(22), jax.random.key(23)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf + 0.3 * rng.normal(size=leaf.shape)), params
+    )
+    batch = Batch(DATA.sample(24, (20, 2)), jnp.arange(20) % 3 if spec.conditional else None)
+    t, epsilon, dropped, end = model.noise["diffusion"](key, batch)
+    assert (dropped is None) == (not spec.conditional)
+    path = model.denoiser.path(params)
+    denoise = functools.partial(
+        model.denoiser.denoise, params, state, cond=batch.cond, dropped=dropped
+    )
+    x_t = diffuse(path, batch.x, epsilon, t)
+    square = np.square(np.asarray(denoise(x_t, t) - batch.x)).sum(1)
+    wanted = square / np.square(np.asarray(path.sigma(t)))
+    if "weighting" in settings:
+
+        def snr(t):
+            return jnp.exp(log_snr(path, t))
+
+        on_the_way = -0.5 * jax.vmap(jax.grad(snr))(t) * (path.start - path.end) * square
+        at_start = 0.5 * snr(jnp.asarray(path.start, float)) * np.square(batch.x).sum(1)
+        last = jnp.asarray(path.end, float)
+        scale = float(path.sigma(last) / path.alpha(last))
+        estimate = np.asarray(denoise(diffuse(path, batch.x, end, last), last))
+        log_lik = scipy.stats.norm(estimate, scale).logpdf(np.asarray(batch.x)).sum(1)
+        wanted = on_the_way + at_start - log_lik
+    else:
+        assert end is None
+    found = jit(model.losses["diffusion"])(params, state, batch, key, 0)[0]
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
 # --- conditions and guidance ----------------------------------------------------------------------
@@ -230,7 +190,7 @@ def test_conditions_are_dropped_at_the_rate_that_was_asked_for(x64):
     batch = Batch(jnp.zeros((n, 2)), jnp.zeros(n, jnp.int32))
     loss = jit(
         lambda cond: model.losses["diffusion"](
-            *model.init(jax.random.key(0)), batch._replace(cond=cond), jax.random.key(7)
+            *model.init(jax.random.key(0)), batch._replace(cond=cond), jax.random.key(7), 0
         )[0]
     )
     dropped = np.asarray(loss(batch.cond)) == np.asarray(loss(batch.cond + 1))
@@ -242,24 +202,10 @@ def test_without_dropout_no_condition_is_dropped(x64):
     batch = Batch(jnp.zeros((500, 2)), jnp.zeros(500, jnp.int32))
     loss = jit(
         lambda cond: model.losses["diffusion"](
-            *model.init(jax.random.key(0)), batch._replace(cond=cond), jax.random.key(7)
+            *model.init(jax.random.key(0)), batch._replace(cond=cond), jax.random.key(7), 0
         )[0]
     )
     assert (np.asarray(loss(batch.cond)) != np.asarray(loss(batch.cond + 1))).all()
-
-
-@functools.cache
-def guided_model():
-    model = diffusion(LABELLED, hidden=(8,), cond_dropout=0.2, n_steps=3)
-    params, state = jit(model.init)(jax.random.key(0))
-    rng = np.random.default_rng(8)
-    return (
-        model,
-        jax.tree.map(
-            lambda leaf: leaf + jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype), params
-        ),
-        state,
-    )
 
 
 @pytest.mark.slow
@@ -267,11 +213,14 @@ def test_guidance_of_scale_1_is_the_conditional_model_and_0_the_unconditional_on
     model, params, state = guided_model()
     cond = jnp.asarray([0, 1, 2, 1])
     made = jit(
-        lambda cond, scale: model.extras["generate"](
+        lambda cond, scale: model.denoiser.generate(
             params, state, jax.random.key(9), 4, cond, guidance=scale
         )
     )
-    make = lambda cond, guidance=None: np.asarray(made(cond, guidance))  # noqa: E731
+
+    def make(cond, guidance=None):
+        return np.asarray(made(cond, guidance))
+
     np.testing.assert_allclose(
         make(cond, guidance=1.0), make(cond), rtol=1e-4
     )  # two programs, so to rounding
@@ -279,7 +228,7 @@ def test_guidance_of_scale_1_is_the_conditional_model_and_0_the_unconditional_on
     assert (make(cond) != make((cond + 1) % 3)).any(1).all()
     # The unconditional model is the network with every condition dropped.
     x_t, t = jnp.ones((4, 2)), jnp.asarray(0.4)
-    denoise = jit(functools.partial(model.extras["denoise"], params, state, x_t, t))
+    denoise = jit(functools.partial(model.denoiser.denoise, params, state, x_t, t))
     np.testing.assert_array_equal(
         denoise(cond, jnp.ones(4, bool)), denoise((cond + 1) % 3, jnp.ones(4, bool))
     )
@@ -297,11 +246,12 @@ def test_builder_sets_how_samples_are_made():
     cond, key = jnp.asarray([0, 1, 2, 1]), jax.random.key(10)
     how = {"solver": "ddim", "n_steps": 2, "grid": "uniform", "guidance": 2.0}
     other = diffusion(LABELLED, hidden=(8,), cond_dropout=0.2, **how)
-    draw = lambda make, **how: np.asarray(
-        jit(lambda key: make(params, state, key, 4, cond, **how))(key)
-    )  # noqa: E731
+
+    def draw(make, **how):
+        return np.asarray(jit(lambda key: make(params, state, key, 4, cond, **how))(key))
+
     got = draw(other.sample)
-    np.testing.assert_array_equal(got, draw(model.extras["generate"], **how))
+    np.testing.assert_array_equal(got, draw(model.denoiser.generate, **how))
     assert (got != draw(model.sample)).any()
 
 
@@ -339,8 +289,7 @@ def test_log_prob_of_the_best_denoiser_is_that_of_the_data(x64, settings):
     nats = jit(model.log_prob)(params, state, Batch(x), jax.random.key(13))
     # Every Rademacher vector gives the exact divergence here, as the Jacobian of the best denoiser
     # is diagonal.
-    path = model.extras["path"]
-    path = path(params) if settings.get("noise_schedule") == "learned" else path
+    path = model.denoiser.path(params)
     np.testing.assert_allclose(nats, DATA.ode_log_prob(path, x), atol=1e-5, rtol=0)
     np.testing.assert_allclose(
         nats,
@@ -356,7 +305,7 @@ def test_conditional_log_prob_is_that_of_the_class(x64):
     labels = np.asarray([0, 1, 2, 2])
     x = Normal(2.0, 0.5).sample(14, (4, 2))
     nats = jit(model.log_prob)(params, state, Batch(x, jnp.asarray(labels)), jax.random.key(15))
-    path = model.extras["path"]
+    path = model.denoiser.path(params)
     want = [
         Normal(2.0 * (1 + label), 0.5).ode_log_prob(path, row[None])[0]
         for label, row in zip(labels, x, strict=True)
@@ -430,7 +379,7 @@ def test_samples_are_legal_and_the_whole_way_ends_in_them(spec, settings):
     )
     both = jit(
         lambda key: [
-            model.extras["generate"](params, state, key, 50, every=every) for every in (False, True)
+            model.denoiser.generate(params, state, key, 50, every=every) for every in (False, True)
         ]
     )
     x, way = (np.asarray(v) for v in both(jax.random.key(21)))
@@ -488,102 +437,3 @@ def test_hyperparameters_may_be_traced(n_steps):
     values = np.asarray(jit(jax.vmap(first))(rates, rates, -rates))
     assert np.isfinite(values).all()
     assert len(np.unique(values)) == values.size
-
-
-# --- bad settings ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("spec", "settings", "match"),
-    [
-        (
-            PLANE,
-            {"noise_schedule": "cosin"},
-            "no noise schedule called 'cosin'. Did you mean cosine",
-        ),
-        (PLANE, {"prediction": "eps"}, "no prediction called 'eps'"),
-        (
-            PLANE,
-            {"precondition": "karras"},
-            "no precondition called 'karras'. There are: none, edm",
-        ),
-        (PLANE, {"weighting": "min-snr"}, "no weighting called 'min-snr'. Did you mean min_snr"),
-        (PLANE, {"times": "lognormal"}, "no times called 'lognormal'. Did you mean log_normal"),
-        (PLANE, {"net": "u-net"}, "no net called 'u-net'. Did you mean unet"),
-        (PLANE, {"solver": "huen"}, "no solver called 'huen'. Did you mean heun"),
-        (PLANE, {"grid": "karas"}, "no grid called 'karas'. Did you mean karras"),
-        (
-            PLANE,
-            {"likelihood_solver": "ancestral"},
-            "ancestral gives no likelihood; those that do are: .*rk4",
-        ),
-        (
-            PLANE,
-            {"likelihood_solver": "rk5"},
-            "no likelihood_solver called 'rk5'. Did you mean rk4",
-        ),
-        (PLANE, {"schedule_gradient": "none"}, "no schedule_gradient called 'none'"),
-        (PLANE, {"dtype": "float8"}, "no dtype called 'float8'"),
-        (PLANE, {"n_steps": 0}, "n_steps must be at least 1; got 0"),
-        (PLANE, {"n_steps": -5}, "n_steps must be at least 1; got -5"),
-        (PLANE, {"n_times": 0}, "n_times must be at least 1; got 0"),
-        (PLANE, {"n_bound_samples": 0}, "n_bound_samples must be at least 1; got 0"),
-        (PLANE, {"n_likelihood_steps": 0}, "n_likelihood_steps must be at least 1; got 0"),
-        (PLANE, {"n_probes": -1}, "n_probes must be at least 0; got -1"),
-        (PLANE, {"sigma_data": 0.0}, "sigma_data must be positive; got 0.0"),
-        (PLANE, {"p_std": -1.0}, "p_std must be positive; got -1.0"),
-        (LABELLED, {"cond_dropout": 1.0}, r"cond_dropout must be in \[0, 1\); got 1.0"),
-        (
-            LABELLED,
-            {"guidance": 2.0},
-            "of clusters was never trained without its condition: build it with cond_dropout=0.1",
-        ),
-        (
-            PLANE,
-            {"guidance": 2.0, "cond_dropout": 0.1},
-            "Guidance needs a condition and its absence; .* of normal points has none",
-        ),
-        (PLANE, {"precondition": "edm", "prediction": "v"}, "leave out prediction='v'"),
-        (PLANE, {"noise_schedule": "learned"}, "needs weighting='elbo'; got 'unit'"),
-        (PLANE, {"weighting": "elbo", "times": "log_normal"}, "go with times='uniform'"),
-        (PLANE, {"n_times": 10, "times": "log_normal"}, "go with times='uniform'"),
-        (
-            PLANE,
-            {"noise_schedule": "edm", "weighting": "elbo"},
-            "go with times='uniform'; got times='log_normal'",
-        ),
-        (PLANE, {"net": "unet"}, r"U-Net needs events of shape \(height, width, channels\)"),
-        (PLANE, {"net": "dit"}, r"DiT needs events of shape \(height, width, channels\)"),
-        (PLANE, {"hidden": ()}, "at least one hidden layer"),
-        (DataSpec((5,), "tokens", levels=9), {}, "are tokens. Use a sequence family"),
-        (DataSpec((5, 2), "continuous", step="frame"), {}, "are sequences. Use a sequence family"),
-    ],
-)
-def test_settings_that_do_not_exist_or_do_not_fit(spec, settings, match):
-    with pytest.raises(ConfigError, match=match):
-        diffusion(spec, **settings)
-
-
-def test_what_generate_refuses():
-    model, params, state = guided_model()
-    make = functools.partial(model.extras["generate"], params, state, jax.random.key(0), 2)
-    cond = jnp.asarray([0, 1])
-    for how, match in (
-        ({"solver": "huen"}, "no solver called 'huen'"),
-        ({"grid": "karas"}, "no grid called 'karas'"),
-        ({"n_steps": 0}, "n_steps must be at least 1; got 0"),
-        ({"n_steps": -2}, "n_steps must be at least 1; got -2"),
-    ):
-        with pytest.raises(ConfigError, match=match):
-            make(cond, **how)
-    with pytest.raises(ValueError, match="is conditional: give `cond`"):
-        make()
-    with pytest.raises(ValueError, match="is conditional: give `cond`"):
-        model.extras["denoise"](params, state, jnp.ones((2, 2)), jnp.asarray(0.5))
-    plain = diffusion(LABELLED, net=CLASSES)
-    with pytest.raises(ConfigError, match="was never trained without its condition"):
-        plain.extras["generate"](
-            {"diffusion": {"net": {}}}, {"diffusion": {}}, jax.random.key(0), 2, cond, guidance=2.0
-        )
-    with pytest.raises(TypeError, match="typed PRNG key"):
-        model.extras["generate"](params, state, 0, 2, cond)
