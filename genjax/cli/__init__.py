@@ -1,10 +1,9 @@
-"""The command line: genjax list | train | sample | evaluate | sweep | compile | bench (cli_runs.py
-has sample and evaluate).
+"""The command line: genjax list | train | sample | evaluate | sweep | compile | bench.
 
 Nothing heavy is imported until a command needs it, so that `genjax --help` answers at once. A
-command's flags come from
-types: those of `train`, `sweep`, `compile` and `bench` from the signatures of the recipe's builder
-    and data loader.
+command's flags come from types: those of `train`, `sweep`, `compile` and `bench` from the
+signatures of the recipe's builder and data loader (flags.py). `sample` and `evaluate` are in
+of_runs.py.
 """
 
 import contextlib
@@ -16,30 +15,30 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Literal
 
-from genjax.cli.flags import parse_recipe
+from genjax.cli.flags import axes_of, parse_recipe
 from genjax.cli.terminal import numbers, print_table
 from genjax.errors import ConfigError, GenjaxError, Interrupted, unknown_name
-
-if TYPE_CHECKING:
-    from genjax.zoo.recipe import Recipe
 
 HELP = """\
 usage: genjax COMMAND ...
 
 Pure-function generative models in JAX.
 
-  list                 the zoo as a table: what each recipe is, and what to expect of it
-  train NAME           train a recipe in a run folder, or go on where it stopped
-  sample RUN           draw samples from a run folder: pictures, text (with a --prompt), music
-  evaluate RUN         log-probability, bound or figures about samples on the test split, into report.json
-  sweep NAME           many seeds and settings as one compiled program: --seeds 4 --learning-rate 1e-3,3e-4
-  compile NAME         the step compiled for TPUs that are not here: --topology v5e:2x2; memory, FLOPs, best time
-  bench NAME           steps/s, examples/s, compile time, FLOPs and share of the machine's peak
+  list             the zoo as a table: what each recipe is, and what to expect of it
+  train NAME       train a recipe in a run folder, or go on where it stopped
+  sample RUN       draw samples from a run folder: pictures, text (with a --prompt), music
+  evaluate RUN     log-probability, bound or figures about samples on the test split,
+                   into report.json
+  sweep NAME       many seeds and settings as one compiled program:
+                   --seeds 4 --learning-rate 1e-3,3e-4
+  compile NAME     the step compiled for TPUs that are not here: --topology v5e:2x2;
+                   memory, FLOPs, best time
+  bench NAME       steps/s, examples/s, compile time, FLOPs and share of the machine's peak
 
-`genjax COMMAND --help` and `genjax train NAME --help` list the flags. Exit codes: 0 done, 2 an error that is said in one
-message, 143 or 130 stopped by a signal after saving.
+`genjax COMMAND --help` and `genjax train NAME --help` list the flags. Exit codes: 0 done,
+2 an error that is said in one message, 143 or 130 stopped by a signal after saving.
 """
 
 
@@ -124,7 +123,8 @@ def _train(args: list[str]) -> None:
     from genjax.cli.progress import console
     from genjax.learning import distributed
     from genjax.learning.sharding import parse_mesh
-    from genjax.runs import train as run
+    from genjax.runs.folder import default_folder
+    from genjax.runs.train import train
 
     mesh = parse_mesh(options.mesh) if options.mesh is not None else None
     joined = (options.coordinator, options.processes, options.process)
@@ -135,9 +135,9 @@ def _train(args: list[str]) -> None:
             "--coordinator, --processes and --process are for several processes: give "
             "--distributed as well."
         )
-    folder = options.out or run.default_folder(recipe, row)
+    folder = options.out or default_folder(recipe, row)
     if options.distributed and not distributed.first():  # process 0 speaks for all
-        run.train(recipe, folder, mesh=mesh)
+        train(recipe, folder, mesh=mesh)
         return
     print(
         f"genjax train {recipe.name}: {row.summary}, on {recipe.data}, for {recipe.schedule.steps} "
@@ -145,33 +145,39 @@ def _train(args: list[str]) -> None:
         flush=True,
     )
     with console(recipe.name, options.plain or None) as progress:
-        state = run.train(recipe, folder, progress, mesh=mesh)
+        state = train(recipe, folder, progress, mesh=mesh)
     print(f"trained to step {int(state.step)}; see {folder}/samples and {folder}/curves.png")
     print(f"next: genjax evaluate {folder}   or   genjax sample {folder} --n 64")
 
 
-def _sweep(args: list[str]) -> None:
-    axes: dict[str, list[float]] = {}
-    kept: list[str] = []
+def _axes_in(args: Sequence[str]) -> tuple[dict[str, list[float]], list[str]]:
+    """The flags with values to sweep over, numbers between commas; and the other arguments."""
+    axes, others = {}, []
     index = 0
     while index < len(args):
-        flag, _, value = args[index].partition("=")
+        flag, equals, value = args[index].partition("=")
         taken = 1
-        if flag.startswith("--") and not value and index + 1 < len(args):
+        if not equals and index + 1 < len(args):
             value, taken = args[index + 1], 2
         if flag.startswith("--") and "," in value and flag not in ("--data", "--out"):
-            axes[flag[2:].replace("-", "_")] = numbers(flag, value)
+            axes[flag[2:]] = numbers(flag, value)
             index += taken
-            continue
-        kept.append(args[index])
-        index += 1
-    recipe, row, options = parse_recipe("sweep", kept, _Sweep)
+        else:
+            others.append(args[index])
+            index += 1
+    return axes, others
+
+
+def _sweep(args: list[str]) -> None:
+    flags, others = _axes_in(args)
+    recipe, row, options = parse_recipe("sweep", others, _Sweep)
+    axes = axes_of(recipe, flags, _Sweep)
     from genjax.cli.progress import console
-    from genjax.runs import train as run
+    from genjax.runs.folder import default_folder
     from genjax.runs.sweeps import check_axes, run_sweep
 
     check_axes(recipe, axes)
-    folder = options.out or run.default_folder(recipe, row, "sweep-", **axes, seeds=options.seeds)
+    folder = options.out or default_folder(recipe, row, "sweep-", **axes, seeds=options.seeds)
     settings = math.prod(map(len, axes.values()))
     print(
         f"genjax sweep {recipe.name}: {settings} settings x {options.seeds} seeds as one program, "
@@ -205,7 +211,7 @@ def _number(value: float | None) -> str:
 def _bench(args: list[str]) -> None:
     recipe, _, options = parse_recipe("bench", args, _Bench)
     from genjax.profiling.measure import step_cost
-    from genjax.runs.train import environment
+    from genjax.runs.folder import environment
 
     cost = step_cost(recipe, options.seconds)
     machine = environment()["hardware"]
@@ -229,9 +235,8 @@ def _bench(args: list[str]) -> None:
 
 
 def _compile(args: list[str]) -> None:
-    os.environ.setdefault(
-        "JAX_PLATFORMS", "cpu"
-    )  # before jax is imported: what is compiled for is not here
+    # Before jax is imported: what is compiled for is not here.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     recipe, _, options = parse_recipe("compile", args, _Compile)
     from genjax.learning.sharding import describe, parse_mesh
     from genjax.profiling.ahead import compile_for, lowered_for_cuda
@@ -243,9 +248,8 @@ def _compile(args: list[str]) -> None:
             "takes a GPU)"
         )
         return
-    found = compile_for(
-        recipe, options.topology, parse_mesh(options.mesh) if options.mesh is not None else None
-    )
+    mesh = parse_mesh(options.mesh) if options.mesh is not None else None
+    found = compile_for(recipe, options.topology, mesh)
     fits = "fits" if found.memory <= found.capacity else "DOES NOT FIT"
     print_table(
         f"a step of {recipe.name}, batch {recipe.schedule.batch_size}, compiled for "
@@ -348,9 +352,8 @@ def _keep_compiled_programs() -> None:
         except OSError:  # of which jax would warn at every program
             return
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
-    os.environ.setdefault(
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2"
-    )  # jax's own second skips most steps of a CPU
+    # jax's own second skips most steps of a CPU.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

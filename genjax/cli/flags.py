@@ -114,6 +114,27 @@ def flags_of(recipe: "Recipe", options: type) -> "Settings":
     }
 
 
+def axes_of(
+    recipe: "Recipe", axes: Mapping[str, list[float]], options: type
+) -> dict[str, list[float]]:
+    """The axes of a sweep, given by flags, by the names that `replace` takes; what is no flag of
+    a setting stays as it is.
+
+    Raises:
+        ConfigError: see `as_shown`.
+    """
+    from genjax.zoo.sections import settings_of
+
+    settings = flags_of(recipe, options)
+    names = {setting.full: name for name, setting in settings_of(recipe).items()}
+    found = {}
+    for given, values in axes.items():
+        (shown,) = as_shown([f"--{given}"], settings, options)
+        setting = settings.get(shown[2:])
+        found[given.replace("-", "_") if setting is None else names[setting.full]] = values
+    return found
+
+
 def as_shown(args: Sequence[str], settings: "Settings", options: type) -> list[str]:
     """The arguments with every flag under the name that the help shows.
 

@@ -2,111 +2,192 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from genjax.cli.flags import group
 from genjax.cli.terminal import check_seed, counter, numbers, print_table
 from genjax.errors import ConfigError, replacing
 
+if TYPE_CHECKING:
+    from genjax.protocol import Model
+
 TEXTS_SHOWN = 20  # how many samples of text the terminal shows; the file has all of them
+
+# The flags of `genjax sample` beside those of `runs.samples.Decoding`: (type, default, help).
+SAMPLE_FLAGS: dict[str, tuple[Any, Any, str]] = {
+    "n": (
+        int | None,
+        None,
+        "How many samples: 64, or 10 of sequences and of images with --film, unless given.",
+    ),
+    "cond": (
+        str | None,
+        None,
+        "A class (3, or its name), classes to cycle through (0,1,2), or a vector (0.5,-1). Every "
+        "class if left out.",
+    ),
+    "seed": (int, 0, "Of the samples."),
+    "means": (
+        bool,
+        False,
+        "Show means of p(x|z) instead of samples of x, where the family has them.",
+    ),
+    "film": (
+        bool,
+        False,
+        "Show the way from noise to data: a row for each sample, a column for each of some of the "
+        "times.",
+    ),
+    "out": (
+        Path | None,
+        None,
+        "Where to write, without an ending; in the run folder unless given.",
+    ),
+}
+
+
+# --- genjax sample --------------------------------------------------------------------------------
 
 
 def sample(args: list[str]) -> None:
     """genjax sample RUN."""
-    import tyro
-
-    from genjax.runs.samples import Decoding
-
-    @dataclasses.dataclass(frozen=True)
-    class Sample:
-        """Draw samples from a run: an array (.npz), and a picture (.png), text (.txt) or music
-        (.mid) for a person.
-        """
-
-        run: Annotated[Path, tyro.conf.Positional]
-        """The run folder."""
-        n: int | None = None
-        """How many samples: 64, or 10 of sequences and of images with --film, unless given."""
-        cond: str | None = None
-        """A class (3, or its name), classes to cycle through (0,1,2), or a vector (0.5,-1). Every
-        class if left out.
-        """
-        seed: int = 0
-        """Of the samples."""
-        means: bool = False
-        """Show means of p(x|z) instead of samples of x, where the family has them."""
-        film: bool = False
-        """Show the way from noise to data: a row for each sample, a column for each of some of the
-        times.
-        """
-        out: Path | None = None
-        """Where to write, without an ending; in the run folder unless given."""
-        how: Annotated[Decoding, tyro.conf.arg(name="")] = dataclasses.field(
-            default_factory=Decoding
-        )
-
-    options = tyro.cli(Sample, prog="genjax sample", args=args)
-    if options.n is not None and options.n < 1:
-        raise ConfigError(f"--n must be at least 1; got {options.n}.")
-    for name in ("length", "beams", "n_steps"):
-        value = getattr(options.how, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1; got {value}.")
-    if options.how.guidance is not None and not math.isfinite(options.how.guidance):
-        raise ConfigError(f"--guidance must be a finite number; got {options.how.guidance}.")
-    if options.film and options.means:
-        raise ConfigError("--film and --means are two different pictures: leave one of them out.")
-    check_seed(options.seed)
+    options = _read_sample(args)
     import jax
     import numpy as np
 
+    from genjax.runs import load as runs
     from genjax.runs import samples
-    from genjax.runs import train as run
 
-    loaded = run.load(options.run)
+    how = samples.Decoding(
+        **{
+            field.name: getattr(options, field.name)
+            for field in dataclasses.fields(samples.Decoding)
+        }
+    )
+    loaded = runs.load(options.run)
     spec = loaded.model.spec
-    n = options.n or (10 if spec.step or (options.film and spec.shape != (2,)) else 64)
+    few = spec.step is not None or (options.film and spec.shape != (2,))
+    n = options.n or (10 if few else 64)
     cond = condition(spec, options.cond, n)
-    found = run.sample(
-        loaded, jax.random.key(options.seed), n, cond, options.means, options.how, options.film
-    )
+    key = jax.random.key(options.seed)
+    found = runs.sample(loaded, key, n, cond, options.means, how, options.film)
     x = found[-1] if options.film else found
-    asked = {
-        k: v for k, v in dataclasses.asdict(options.how).items() if v is not None and k != "prompt"
-    }
-    parts = [f"sample_n{n}_seed{options.seed}", *([f"cond{options.cond}"] if options.cond else [])]
-    parts += (
-        ["means"] * options.means
-        + ["film"] * options.film
-        + ["prompt"] * (options.how.prompt is not None)
-        + [f"{k}{v}" for k, v in asked.items()]
-    )
-    stem = options.out or options.run / "samples" / "_".join(parts).replace("/", "_")
-    what = (
-        "means of p(x|z)"
-        if options.means
-        else "samples from noise to data"
-        if options.film
-        else "samples"
-    )
-    title = f"{loaded.recipe.name}: {what}, step {loaded.step}, seed {options.seed}"
+    stem = options.out or _stem(options, n, how.asked())
     with replacing(stem.with_name(stem.name + ".npz")) as temporary, temporary.open("wb") as file:
-        more: Any = ({} if cond is None else {"cond": cond}) | (
-            {"film": found} if options.film else {}
-        )
+        more: Any = {} if cond is None else {"cond": cond}
+        if options.film:
+            more["film"] = found
         np.savez_compressed(file, x=x, **more)
     written = [stem.with_name(stem.name + ".npz")]
-    log_prob = samples.true_log_prob(run.source_of(loaded))
-    if options.film:
-        written += samples.show_film(found, spec, stem, title, log_prob, cond)
-    else:
-        written += samples.show(x, spec, stem, title, log_prob, cond)
+    what = _what(options)
+    title = f"{loaded.recipe.name}: {what}, step {loaded.step}, seed {options.seed}"
+    log_prob = samples.true_log_prob(runs.source_of(loaded))
+    show = samples.show_film if options.film else samples.show
+    written += show(found, spec, stem, title, log_prob, cond)
     written += samples.play(x, spec, stem)
     if spec.text:
         labels = cond if spec.n_classes else None
         for text in samples.texts(x[:TEXTS_SHOWN], spec, labels):
             print(text if spec.end is not None else f"{'-' * 40}\n{text}")
     print(f"{n} {what} {list(x.shape)} in {' and '.join(map(str, written))}")
+
+
+def _read_sample(args: Sequence[str]) -> Any:
+    """What was asked for. Help about a run shows the flags that apply to it.
+
+    Raises:
+        ConfigError: for numbers that are out of range, and --help about what is no run.
+    """
+    import tyro
+
+    run = _run_of_help(args)
+    model = None if run is None else _model_of(run)
+    flags = {name.replace("_", "-"): entry for name, entry in _sample_flags(model).items()}
+    about = (
+        "Draw samples from a run: an array (.npz), and a picture (.png), text (.txt) or music "
+        "(.mid) for a person."
+    )
+    about += f" These are the flags that apply to {run}." if run is not None else ""
+    taken = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="The run folder.")]
+    whole = dataclasses.make_dataclass(
+        "Sample",
+        [("run", taken)],
+        bases=(group("Flags", flags),),
+        namespace={"__doc__": about},
+        frozen=True,
+        kw_only=True,
+    )
+    options: Any = tyro.cli(whole, prog="genjax sample", args=list(args))
+    for name in ("n", "length", "beams", "n_steps"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1; got {value}.")
+    if options.guidance is not None and not math.isfinite(options.guidance):
+        raise ConfigError(f"--guidance must be a finite number; got {options.guidance}.")
+    if options.film and options.means:
+        raise ConfigError("--film and --means are two different pictures: leave one of them out.")
+    check_seed(options.seed)
+    return options
+
+
+def _run_of_help(args: Sequence[str]) -> Path | None:
+    """The run folder that --help is asked about; None for a call that is none, or about no run."""
+    if not {"-h", "--help"} & set(args):
+        return None
+    named = [Path(arg) for arg in args if (Path(arg) / "config.json").is_file()]
+    if not named and not args[0].startswith("-"):
+        named = [Path(args[0])]
+    return named[0] if named else None
+
+
+def _model_of(run: Path) -> "Model":
+    """The model of a run, without its parameters.
+
+    Raises:
+        ConfigError: if the folder is no run.
+    """
+    from genjax.runs.folder import read_config
+    from genjax.runs.stages import kept
+    from genjax.zoo import ZOO
+    from genjax.zoo.recipe import from_dict
+
+    recipe = from_dict(read_config(run), ZOO)
+    return recipe.build(kept(run)[0])
+
+
+def _sample_flags(model: "Model | None") -> dict[str, tuple[Any, Any, str]]:
+    """The flags that apply to a model; all that there are without one."""
+    from genjax.runs.samples import Decoding, fields_for, has_film, shows_means
+    from genjax.zoo.sections import fields_of
+
+    flags = SAMPLE_FLAGS | fields_of(Decoding())
+    if model is None:
+        return flags
+    applies = {"n", "seed", "out", *fields_for(model)}
+    applies |= {"cond"} if model.spec.conditional else set()
+    applies |= {"means"} if shows_means(model) else set()
+    applies |= {"film"} if has_film(model) else set()
+    return {name: entry for name, entry in flags.items() if name in applies}
+
+
+def _stem(options: Any, n: int, asked: dict[str, Any]) -> Path:
+    """Where samples are written: a name that says how they were made."""
+    parts = [f"sample_n{n}_seed{options.seed}"]
+    if options.cond:
+        parts.append(f"cond{options.cond}")
+    parts += [name for name in ("means", "film") if getattr(options, name)]
+    if "prompt" in asked:
+        parts.append("prompt")
+    parts += [f"{name}{value}" for name, value in asked.items() if name != "prompt"]
+    return options.run / "samples" / "_".join(parts).replace("/", "_")
+
+
+def _what(options: Any) -> str:
+    if options.means:
+        return "means of p(x|z)"
+    return "samples from noise to data" if options.film else "samples"
 
 
 def condition(spec: Any, text: str | None, n: int) -> Any:
@@ -116,29 +197,33 @@ def condition(spec: Any, text: str | None, n: int) -> Any:
     Raises:
         ConfigError: for anything but classes, by number or name, or the numbers of a vector.
     """
-    import numpy as np
-
     if text is None:
-        return (
-            np.sort(np.resize(np.arange(spec.n_classes, dtype=np.int32), n))
-            if spec.n_classes
-            else None
-        )
+        return _in_turn(range(spec.n_classes), n) if spec.n_classes else None
     names = spec.class_names or ()
     if names and all(part in names for part in text.split(",")):
-        return np.sort(
-            np.resize(np.asarray([names.index(part) for part in text.split(",")], np.int32), n)
-        )
+        return _in_turn([names.index(part) for part in text.split(",")], n)
     try:
         found = numbers("--cond", text)
     except ConfigError as error:
         called = f" The classes are called {', '.join(names)}." if names else ""
         raise ConfigError(f"{error}{called}") from None
-    if spec.n_classes:
-        if any(number not in range(spec.n_classes) for number in found):
-            raise ConfigError(f"--cond takes classes 0..{spec.n_classes - 1}; got {text!r}.")
-        return np.sort(np.resize(np.asarray(found, np.int32), n))
-    return np.tile(np.asarray(found, np.float32), (n, 1))
+    if not spec.n_classes:
+        import numpy as np
+
+        return np.tile(np.asarray(found, np.float32), (n, 1))
+    if any(number not in range(spec.n_classes) for number in found):
+        raise ConfigError(f"--cond takes classes 0..{spec.n_classes - 1}; got {text!r}.")
+    return _in_turn([int(number) for number in found], n)
+
+
+def _in_turn(classes: Sequence[int], n: int) -> Any:
+    """n labels, each of the classes as often as the others, sorted."""
+    import numpy as np
+
+    return np.sort(np.resize(np.asarray(classes, np.int32), n))
+
+
+# --- genjax evaluate ------------------------------------------------------------------------------
 
 
 def evaluate(args: list[str]) -> None:
@@ -173,19 +258,20 @@ def evaluate(args: list[str]) -> None:
                 f"--{name.replace('_', '-')} must be at least 1; got {getattr(options, name)}."
             )
     check_seed(options.seed)
-    from genjax.runs import train as run
+    from genjax.runs import load as runs
+    from genjax.runs.evaluate import evaluate as evaluated
+    from genjax.runs.folder import read_config, write_json
     from genjax.zoo import ZOO
     from genjax.zoo.recipe import from_dict, parameters_of
 
-    recipe = from_dict(run.read_config(options.run), ZOO)
+    recipe = from_dict(read_config(options.run), ZOO)
     changes = dict(recipe.evaluation)
     if options.n_samples is not None:
         if "n_bound_samples" not in parameters_of(recipe.family):
             raise ConfigError(f"{recipe.name} has no bound with samples; leave --n-samples out.")
         changes["n_bound_samples"] = options.n_samples
-    loaded = run.load(options.run, **changes)
-    report = run.evaluate(
-        loaded,
+    report = evaluated(
+        runs.load(options.run, **changes),
         options.split,
         options.n,
         options.seed,
@@ -193,52 +279,37 @@ def evaluate(args: list[str]) -> None:
         counter("evaluate"),
         options.samples,
     )
-    run.write_json(options.run / "report.json", report)
+    write_json(options.run / "report.json", report)
+    table = _rows_of(report)
+    print_table(f"{report['recipe']} on {report['data']}", ["what", "figure"], table)
+    print(f"written: {options.run}/report.json")
+
+
+def _rows_of(report: dict[str, Any]) -> list[list[str]]:
+    """A report as a table: what, figure."""
     rows = []
     if "figures" not in report or report["kind"] != report["figures"][0]["name"]:
-        rows.append(
-            [
-                "value",
-                f"{report['mean']:.3f} ± {report['standard_error']:.3f} {report['unit']} "
-                f"({report['kind']})",
-            ]
-        )
+        value = f"{report['mean']:.3f} ± {report['standard_error']:.3f} {report['unit']}"
+        rows.append(["value", f"{value} ({report['kind']})"])
     if "per_step" in report:
         per = report["per_step"]
-        bound = (
-            "at most " if report["kind"].startswith("lower") else ""
-        )  # a lower bound of ln p bounds the code from above
+        # A lower bound of ln p bounds the code from above.
+        bound = "at most " if report["kind"].startswith("lower") else ""
         code = (
             f"{bound}{per['nats']:.4f} ± {per['standard_error']:.4f} nats, {per['bits']:.4f} bits"
         )
-        rows.append(
-            [
-                f"per {per['step']}",
-                f"{code}, perplexity {per['perplexity']:.3f} (n={per['n']:,} {per['step']}s)",
-            ]
-        )
+        counted = f"(n={per['n']:,} {per['step']}s)"
+        rows.append([f"per {per['step']}", f"{code}, perplexity {per['perplexity']:.3f} {counted}"])
     for figure in report.get("figures", []):
         error = "" if figure["standard_error"] is None else f" ± {figure['standard_error']:.2g}"
         real = "" if figure["real"] is None else f"; real data {figure['real']:.4g}"
-        rows.append(
-            [
-                figure["name"],
-                f"{figure['value']:.4g}{error} {figure['unit']} ({figure['estimator']}{real})",
-            ]
-        )
+        value = f"{figure['value']:.4g}{error} {figure['unit']}"
+        rows.append([figure["name"], f"{value} ({figure['estimator']}{real})"])
     if "bits_per_dim" in report:
         rows.append(["bits per dimension", f"{report['bits_per_dim']:.4f}"])
     if "true_log_prob" in report:
         truth = report["true_log_prob"]
-        rows.append(
-            [
-                "true log-density",
-                f"{truth['mean']:.3f} ± {truth['standard_error']:.3f} nats, on the same examples",
-            ]
-        )
-    rows += [
-        [name, str(report[name])]
-        for name in ("estimator", "split", "n", "seed", "step", "seconds", "config_hash")
-    ]
-    print_table(f"{report['recipe']} on {report['data']}", ["what", "figure"], rows)
-    print(f"written: {options.run}/report.json")
+        value = f"{truth['mean']:.3f} ± {truth['standard_error']:.3f} nats"
+        rows.append(["true log-density", f"{value}, on the same examples"])
+    names = ("estimator", "split", "n", "seed", "step", "seconds", "config_hash")
+    return rows + [[name, str(report[name])] for name in names]

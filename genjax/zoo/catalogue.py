@@ -57,14 +57,14 @@ def about(recipe: "Recipe") -> dict[str, str]:
 
 def counted(recipe: "Recipe") -> dict[str, Any]:
     """What only the model of a row knows: how it is scored, on what it is conditional, and how many
-    parameters it learns (averages of a player's are no further ones). No array is made.
+    parameters it learns. No array is made, but for the parameters of a first stage.
     """
     import jax
 
-    spec = recipe.source().spec
-    model = recipe.build(spec)
+    model = recipe.build(_stood_on(recipe))
     params, _ = jax.eval_shape(model.init, jax.random.key(0))
-    own = [tree for entry, tree in params.items() if entry not in model.follows]
+    learned = {player: params[player] for player in model.losses}
+    spec = model.spec
     if spec.n_classes:
         conditional = f"{spec.n_classes} classes"
     else:
@@ -72,8 +72,22 @@ def counted(recipe: "Recipe") -> dict[str, Any]:
     return {
         "score": {"log_prob": "exact", "bound": "bound", None: "samples"}[model.score_name],
         "conditional": conditional,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(own)),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(learned)),
     }
+
+
+def _stood_on(recipe: "Recipe") -> Any:
+    """What the model of a row is built on: a spec, or a first stage that is not trained."""
+    if recipe.first is None:
+        return recipe.source().spec
+    import jax
+
+    from genjax.protocol import Trained
+    from genjax.zoo import ZOO
+
+    row = ZOO[recipe.first]
+    first = row.build(_stood_on(row))
+    return Trained(first, *first.init(jax.random.key(0)))
 
 
 def write() -> None:

@@ -132,7 +132,8 @@ def _of_function(function: Callable[..., Any], given: Mapping[str, Any]) -> Fiel
     }
 
 
-def _of_record(record: Any, prefix: str = "") -> Fields:
+def fields_of(record: Any, prefix: str = "") -> Fields:
+    """The fields of a dataclass: name -> (type, value, help)."""
     hints, help_of = _described(type(record))
     return {
         prefix + field.name: (
@@ -154,14 +155,14 @@ def sections_of(recipe: "Recipe") -> dict[str, Fields]:
     optimizer: Fields = {}
     if isinstance(recipe.optimizer, Mapping):
         for player, one in recipe.optimizer.items():
-            optimizer |= _of_record(one, f"{player}.")
+            optimizer |= fields_of(one, f"{player}.")
     else:
-        optimizer = _of_record(recipe.optimizer)
+        optimizer = fields_of(recipe.optimizer)
     return {
         "model": _of_function(recipe.family, recipe.model),
         "data_options": _of_function(loader(recipe.data), recipe.data_options),
         "optimizer": optimizer,
-        "schedule": _of_record(recipe.schedule),
+        "schedule": fields_of(recipe.schedule),
     }
 
 
