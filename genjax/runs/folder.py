@@ -27,6 +27,7 @@ from genjax.protocol import (
     DataSpec,
 )
 from genjax.zoo.recipe import Recipe, config_hash, flatten, to_dict
+from genjax.zoo.sections import settings_of
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -162,8 +163,9 @@ def default_folder(recipe: Recipe, row: Recipe, prefix: str = "", **more: Any) -
     # Another data set has options of its own, of which only the changed ones need naming.
     theirs = flatten(to_dict(row.on(recipe.data))) | {"data": row.data}
     mine = flatten(to_dict(recipe))
+    names = {setting.path: name for name, setting in settings_of(recipe).items()}
     changed = {
-        name.split(".", 1)[-1]: value for name, value in mine.items() if theirs[name] != value
+        names.get(path, path): value for path, value in mine.items() if theirs[path] != value
     }
     parts = [
         f"{name.replace('_', '-')}={_short(value)}"

@@ -20,7 +20,7 @@ from genjax.runs.folder import environment, open_folder, write_json
 from genjax.runs.log import logging_in
 from genjax.runs.train import VALID_SEED, go_on
 from genjax.zoo.recipe import Recipe, config_hash, to_dict
-from genjax.zoo.sections import replace, sections_of
+from genjax.zoo.sections import replace, settings_of
 
 
 def check_axes(recipe: Recipe, axes: Mapping[str, Sequence[float]]) -> None:
@@ -30,16 +30,14 @@ def check_axes(recipe: Recipe, axes: Mapping[str, Sequence[float]]) -> None:
         ConfigError: for a setting that does not exist or is not a real number: only those can
             differ within one program.
     """
-    settings = {
-        name: entry for fields in sections_of(recipe).values() for name, entry in fields.items()
+    real = {
+        name: setting
+        for name, setting in settings_of(recipe).items()
+        if setting.hint is float or float in getattr(setting.hint, "__args__", ())
     }
-    floats = sorted(
-        name
-        for name, (hint, _, _) in settings.items()
-        if hint is float or float in getattr(hint, "__args__", ())
-    )
+    floats = sorted(real)
     for name, values in axes.items():
-        if name not in floats:
+        if name not in (*real, *(setting.full for setting in real.values())):
             raise ConfigError(
                 f"--{name.replace('_', '-')} cannot be swept in one program: only real-valued "
                 "settings can "
