@@ -3,6 +3,7 @@ every example costs.
 """
 
 import functools
+import importlib
 import math
 
 import jax
@@ -12,7 +13,8 @@ import scipy.stats
 from gates import by_hand
 from rows import B
 
-from genjax.families.diffusion import diffusion, log_normal_times, uniform_times
+from genjax.families.compose import latent_spec, reflow
+from genjax.families.diffusion import diffusion
 from genjax.families.flow_matching import flow_matching
 from genjax.families.gan import gan
 from genjax.families.rnn import rnn
@@ -20,8 +22,9 @@ from genjax.families.transformer import transformer
 from genjax.families.vae import vae
 from genjax.families.vrnn import vrnn
 from genjax.protocol import step_mask
-from genjax.zoo.recipe import sections_of
+from genjax.zoo.sections import sections_of
 
+KEY = jax.random.key(1)  # of the loss in G1
 UNIT = -7 + math.log1p(math.exp(7))  # bounded_log_scale(0)
 
 
@@ -101,84 +104,81 @@ def sequence_known(row):
 
 
 def diffusion_known(row):
-    """A new network predicts 0, so that its error is the target, for the times and the noise that
-    G1's key gives.
-    """
+    """A new network predicts 0, so that its error is the target, for the noise of G1's key."""
     settings = {name: value for name, (_, value, _) in sections_of(row.recipe)["model"].items()}
-    path, sd = row.model.extras["path"], settings["sigma_data"]
-    path = path(row.params) if settings["noise_schedule"] == "learned" else path
+    path, sd = row.model.denoiser.path(row.params), settings["sigma_data"]
+
+    def over(values):
+        return np.asarray(values, np.float64).reshape(B, *[1] * len(row.spec.shape))
+
+    def sum_of(values):
+        return np.square(values).reshape(B, -1).sum(1)
 
     def squares(batch):
-        x0 = row.spec.normalize(batch.x)
-        key_time, key_noise, _, key_end = jax.random.split(jax.random.key(1), 4)
-        log_normal = settings["times"] == "log_normal" or (
-            settings["times"] is None and settings["noise_schedule"] == "edm"
-        )
-        draw = (
-            functools.partial(log_normal_times, settings["p_mean"], settings["p_std"])
-            if log_normal
-            else uniform_times
-        )
-        t, epsilon = (
-            draw(key_time, path, B, x0.dtype),
-            jax.random.normal(key_noise, x0.shape, x0.dtype),
-        )
-        over = lambda v: np.asarray(v, np.float64).reshape(B, *[1] * (x0.ndim - 1))  # noqa: E731
-        alpha, sigma, x0, epsilon = (
-            over(path.alpha(t)),
-            over(path.sigma(t)),
-            np.float64(x0),
-            np.float64(epsilon),
-        )
-        sum_of = lambda v: np.square(v).reshape(B, -1).sum(1)  # noqa: E731
+        noise = row.model.noise["diffusion"](KEY, batch)
+        x0, epsilon = np.float64(row.spec.normalize(batch.x)), np.float64(noise.epsilon)
+        alpha, sigma = over(path.alpha(noise.t)), over(path.sigma(noise.t))
         if settings["precondition"] == "edm":
             s = sigma / alpha
             skip, out = sd**2 / (s**2 + sd**2), s * sd / np.sqrt(s**2 + sd**2)
             return sum_of((x0 - skip * (x0 + s * epsilon)) / out)
         if settings["prediction"] is None:
             return sum_of(alpha * epsilon - sigma * x0)
-        rate = jax.jvp(lambda t: -2 * jnp.log(path.alpha(t) / path.sigma(t)), (t,), (jnp.ones(B),))[
-            1
-        ]
+        return whole_bound(noise, x0, epsilon)
+
+    def whole_bound(noise, x0, epsilon):
+        """Minus the bound of a variational diffusion model whose estimate of the noise is 0."""
+
+        def log_snr(t):
+            return -2 * jnp.log(path.alpha(t) / path.sigma(t))
+
+        rate = jax.jvp(log_snr, (noise.t,), (jnp.ones(B),))[1]
         alpha, sigma = (float(c(jnp.zeros(()))) for c in (path.alpha, path.sigma))
-        x_end = alpha * x0 + sigma * np.float64(jax.random.normal(key_end, x0.shape, np.float32))
+        x_end = alpha * x0 + sigma * np.float64(noise.end)
         values = np.linspace(-1, 1, row.spec.levels)
         logits = -0.5 * np.square((x_end[..., None] - alpha * values) / sigma)
         true = -0.5 * np.square((x_end - alpha * x0) / sigma)
         reconstruction = (true - np.logaddexp.reduce(logits, axis=-1)).reshape(B, -1).sum(1)
-        return (
-            0.5 * np.asarray(rate) * sum_of(epsilon)
-            + 0.5 * math.exp(-5) * sum_of(x0)
-            - reconstruction
-        )
+        diffused = 0.5 * np.asarray(rate) * sum_of(epsilon)
+        return diffused + 0.5 * math.exp(-5) * sum_of(x0) - reconstruction
 
     return row.params, {"diffusion": squares}
 
 
 def flow_known(row):
-    """A new network says that nothing moves, so that its error is ε - x0, for the noise that G1's
-    key gives.
-    """
+    """A new network says that nothing moves, so that its error is ε - x0."""
+    if row.recipe.first is not None:
+        return row.params, {"flow": functools.partial(stage_squares, row)}
 
     def squares(batch):
-        key_noise, _, key_data, *_ = jax.random.split(jax.random.key(1), 5)
-        moved = (
-            jax.random.uniform(key_data, batch.x.shape, np.float32, -0.5, 0.5)
-            if row.spec.kind != "continuous"
-            else 0.0
-        )
-        x0 = np.float64(row.spec.normalize(batch.x + moved))
-        return (
-            np.square(np.float64(jax.random.normal(key_noise, x0.shape, np.float32)) - x0)
-            .reshape(B, -1)
-            .sum(1)
-        )
+        return flow_squares(row.spec, row.model.noise["flow"](KEY, batch), batch)
 
     return row.params, {"flow": squares}
 
 
+def flow_squares(spec, noise, batch):
+    moved = 0.0 if noise.u is None else noise.u
+    x0 = np.float64(spec.normalize(batch.x + moved))
+    return np.square(np.float64(noise.epsilon) - x0).reshape(B, -1).sum(1)
+
+
+def stage_squares(row, batch):
+    """The same, of latents that the loss draws from the first stage."""
+    second = row.recipe.family(latent_spec(row.on.model), **row.recipe.model)
+    noise = row.model.noise["flow"](KEY, batch)
+    mean, log_scale = row.model.latent.encode(row.params, row.state, batch.x, batch.cond)
+    codes = batch._replace(x=mean + jnp.exp(log_scale) * noise.epsilon)
+    return flow_squares(second.spec, second.noise["flow"](noise.second, codes), codes)
+
+
+def reflow_known(row):
+    """A teacher by which nothing moves leaves noise where it is: the pairs have no distance."""
+    return zero(row.params), {"flow": lambda batch: np.zeros(B)}
+
+
 # family -> (row) -> parameters, and for each player the loss [B] that they must give for a batch.
 ANALYTIC = {
+    reflow: reflow_known,
     vae: vae_known,
     gan: gan_known,
     rnn: sequence_known,
@@ -187,3 +187,13 @@ ANALYTIC = {
     diffusion: diffusion_known,
     flow_matching: flow_known,
 }
+
+
+def analytic(row):
+    """Parameters, and for each player the loss that they must give: from the table above, or from
+    the family's own tests, `analytic_loss` in tests/test_<builder's name>.py.
+    """
+    family = row.recipe.family
+    if family in ANALYTIC:
+        return ANALYTIC[family](row)
+    return importlib.import_module(f"test_{family.__name__}").analytic_loss(row)
