@@ -47,9 +47,11 @@ class Within:
     below: bool = False
 
     def holds(self, value: Any) -> bool:
+        if not isinstance(value, int) and not math.isfinite(value):  # an int may be past any float
+            return False
         over = value > self.low if self.above else value >= self.low
         under = value < self.high if self.below else value <= self.high
-        return math.isfinite(value) and bool(over) and bool(under)
+        return bool(over) and bool(under)
 
     def __str__(self) -> str:
         if math.isfinite(self.low) and math.isfinite(self.high):
