@@ -124,6 +124,12 @@ def test_a_state_advances_once_a_step_however_the_batch_is_split(parts, weights)
         t = microbatch(t, n)
     got, _ = run(t, first, data)
     mine, theirs = got.state["net"], wanted.state["net"]
+    size = B // int(np.prod(parts))
+    counts = np.ones(B) if weight is None else np.asarray(weight)
+    first_part = next(i for i in range(0, B, size) if counts[i : i + size].sum() > 0)
+    seen = data[-1].x[first_part, 0] if counts[first_part] > 0 else 0.0
+    assert int(mine.pop("seen")) == int(1000 * seen)
+    theirs.pop("seen")
     np.testing.assert_allclose(mine.pop("mean"), theirs.pop("mean"), rtol=1e-5, atol=1e-7)
     assert_same(mine, theirs)
     assert (int(mine["whole"]), float(mine["real"])) == (STEPS, STEPS)

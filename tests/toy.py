@@ -7,6 +7,7 @@ initialisation from data (`whitening`).
 """
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,11 @@ B, STEPS = 8, 3
 TIGHT = 1e-5
 
 
-def toy(turns=TURNS, noisy=True):
+def nothing(params, state, key, n, cond=None):
+    """A sampler of models that are never sampled."""
+
+
+def toy(turns=TURNS, noisy=True, follows=types.MappingProxyType({})):
     """gen: ½ Σ c (w - x)² + w·a + w·ε, so ∂/∂w = c (w - x) + a + ε; disc: ½ |a|² - a·(x - w) + a·ε,
     so ∂/∂a = a - x + w + ε.
     """
@@ -60,8 +65,9 @@ def toy(turns=TURNS, noisy=True):
             SPEC,
             init,
             {"gen": gen, "disc": disc},
-            lambda params, state, key, n, cond=None: None,
+            nothing,
             turns=turns,
+            follows=follows,
         )
     )
 
@@ -155,10 +161,6 @@ def swap(metrics):
 # --- an entry that follows a player ---------------------------------------------------------------
 
 
-def nothing(params, state, key, n, cond=None):
-    """A sampler of models that are never sampled."""
-
-
 def anchored(decay=0.9):
     """½ Σ (w - x)² + ½ Σ (w - t)², where t follows w: ∂/∂w = (w - x) + (w - t)."""
 
@@ -179,7 +181,7 @@ def anchored_by_hand(ts, batches, rate, decay):
     w, t = (np.asarray(ts.params[name]["w"], float) for name in ("net", "target"))
     for index, batch in enumerate(batches):
         w = w - rate * ((w - np.asarray(batch.x, float)).mean(0) + (w - t))
-        d = decay(int(ts.step) + index) if callable(decay) else decay
+        d = float(decay(int(ts.step) + index)) if callable(decay) else decay
         t = d * t + (1 - d) * w
     return {"net": {"w": w}, "target": {"w": t}}
 
@@ -191,7 +193,7 @@ MOMENTUM = 0.9
 
 def remembering():
     """½ Σ (w - x)², and a state with everything that one can hold: a moving average of the batch's
-    mean, counters, a constant, a key.
+    mean, counters, what was seen first, a constant, a key.
     """
 
     def init(key):
@@ -199,6 +201,7 @@ def remembering():
             "mean": jnp.zeros((3,)),
             "whole": jnp.zeros((), jnp.int32),
             "real": jnp.zeros(()),
+            "seen": jnp.zeros((), jnp.int32),
             "constant": jnp.asarray([0.1, 1 / 3, -jnp.inf]),
             "key": jax.random.key(7),
         }
@@ -212,6 +215,7 @@ def remembering():
             "mean": MOMENTUM * old["mean"] + (1 - MOMENTUM) * mean,
             "whole": old["whole"] + 1,
             "real": old["real"] + 1,
+            "seen": (1000 * batch.x[0, 0]).astype(jnp.int32),
             "constant": old["constant"],
             "key": jax.random.fold_in(old["key"], 1),
         }
