@@ -7,12 +7,13 @@ import itertools
 import os
 import pathlib
 
+import kept_programs
+
 # Before jax is imported. The suite runs on a CPU whatever the machine has, and one file at a time
 # compiles in each worker.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 # Both cores compile as it is: one program need not be split among threads.
 os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 # Compiling is most of the suite's time; this halves it with jax 0.10 and saves a tenth with 0.12.
@@ -22,13 +23,15 @@ os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 if importlib.metadata.version("jax").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ.pop("GENJAX_DATA", None)  # tests make what they read
-os.environ.pop(
-    "PYTHONDONTWRITEBYTECODE", None
-)  # every program that a test starts would compile 2,000 modules, for 6 s
+# Every program that a test starts would compile 2,000 modules, for 6 s.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ["MPLBACKEND"] = "agg"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = kept_programs.folder()
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -38,6 +41,19 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 def x64():
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _compiled_anew(request):
+    """Where bits are compared (`bits`), programs are not taken from those that were kept."""
+    if request.node.get_closest_marker("bits") is None:
+        yield
+        return
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session", autouse=True)
