@@ -4,6 +4,7 @@ are hashed to.
 
 import dataclasses
 import json
+from typing import Literal, get_args, get_origin
 
 import pytest
 
@@ -13,7 +14,7 @@ from genjax.learning.optim import Optimizer
 from genjax.runs.folder import default_folder
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import Schedule, config_hash, flatten, from_dict, to_dict
-from genjax.zoo.sections import parameters_of, replace, sections_of
+from genjax.zoo.sections import parameters_of, replace, sections_of, settings_of
 
 every_row = pytest.mark.parametrize("name", ZOO)
 TWO = dataclasses.replace(
@@ -25,16 +26,18 @@ TWO = dataclasses.replace(
 DATA = [*SOURCES, "mine.npz"]
 
 
-def other(value):
-    """A value of the same kind that is not `value`."""
+def other(hint, value):
+    """Another value that the setting could have."""
+    if get_origin(hint) is Literal:
+        return next(choice for choice in get_args(hint) if choice != value)
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
         return value + 1
     if isinstance(value, float):
-        return value + 0.125
+        return value / 2 or 0.125
     if isinstance(value, tuple):
-        return (*value, 3)
+        return (*value, "matrix=2" if get_args(hint)[0] is str else 3)
     return "another"
 
 
@@ -64,18 +67,12 @@ def test_every_default_is_written_down():
 def test_every_setting_changes_the_hash_and_comes_back(recipe):
     values = to_dict(recipe)
     hashes = {config_hash(values)}
-    settings = [
-        (name, value)
-        for fields in sections_of(recipe).values()
-        for name, (_, value, _) in fields.items()
-    ]
-    for name, value in settings:
-        changed = replace(recipe, **{name: other(value)})
+    settings = settings_of(recipe)
+    for name, setting in settings.items():
+        changed = replace(recipe, **{name: other(setting.hint, setting.value)})
         hashes.add(config_hash(to_dict(changed)))
         before, after = flatten(values), flatten(to_dict(changed))
-        moved = [path for path in before if before[path] != after[path]]
-        assert len(moved) == 1, name
-        assert moved[0].endswith(f".{name}"), name
+        assert [path for path in before if before[path] != after[path]] == [setting.path]
         assert to_dict(from_dict(to_dict(changed), {recipe.name: recipe})) == to_dict(changed)
     assert len(hashes) == len(settings) + 1
     for value in hashes:
@@ -153,17 +150,14 @@ def test_what_is_no_configuration_is_refused():
 
 @every_row
 @pytest.mark.parametrize("data", DATA)
-def test_setting_names_are_unique_and_explained(name, data):
-    """On the command line and in `replace` a setting goes by its plain name, so two sections must
-    not share one.
-    """
-    sections = sections_of(dataclasses.replace(ZOO[name], data=data, data_options={}))
-    names = [field for fields in sections.values() for field in fields]
-    assert len(names) == len(set(names)), sorted(field for field in names if names.count(field) > 1)
-    for fields in sections.values():
-        for field, (hint, _, text) in fields.items():
-            assert len(text) > 3, f"{field} has no help"
-            assert hint is not None
+def test_settings_have_a_name_each_and_are_explained(name, data):
+    recipe = dataclasses.replace(ZOO[name], data=data, data_options={})
+    settings = settings_of(recipe)
+    assert len(settings) == sum(map(len, sections_of(recipe).values()))
+    for short, setting in settings.items():
+        assert short in (setting.name, setting.full)
+        assert len(setting.help) > 3, f"{short} has no help"
+        assert setting.hint is not None
 
 
 @every_row
@@ -176,11 +170,38 @@ def test_settings_of_tests_and_evaluation_exist(name):
 
 @pytest.mark.parametrize(
     "field",
-    ["steps", "batch_size", "microbatches", "steps_per_call", "log_every", "checkpoint_every"],
+    [
+        "steps",
+        "batch_size",
+        "microbatches",
+        "steps_per_call",
+        "log_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+    ],
 )
 def test_counts_must_be_positive(field):
     with pytest.raises(ConfigError, match=f"{field} must be at least 1; got 0"):
         Schedule(**{field: 0})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"evaluate_every": -1}, "evaluate_every must be at least 0; got -1"),
+        ({"seed": 2**32}, r"seed must be from 0 to 2\*\*32 - 1; got 4294967296"),
+        ({"steps": 10**400}, "steps must be at most"),  # which no float can hold
+        ({"steps": 2.5}, "steps must be a whole number; got 2.5"),
+        ({"skip_nonfinite": 1}, "skip_nonfinite must be true or false; got 1"),
+        ({"place": "devise"}, "no place called 'devise'. Did you mean device"),
+        ({"batch_size": 10, "microbatches": 4}, "A batch of 10 does not divide into 4"),
+    ],
+)
+def test_a_schedule_is_held_to_its_types(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        Schedule(**changes)
+    with pytest.raises(ConfigError, match=message):
+        replace(ZOO["vae"], **changes)
 
 
 def test_a_run_folder_is_named_after_what_was_changed():

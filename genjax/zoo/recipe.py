@@ -32,6 +32,7 @@ class _Seeds(Within):
 
 
 Seed = Annotated[int, _Seeds(0, 2**32 - 1)]
+Steps = Annotated[Count, Within(high=2**31 - 1)]  # which are counted in int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +56,12 @@ class Schedule:
             or "auto": the device up to 2 GiB, and the host where several processes train.
     """
 
-    steps: Count = 2000
+    steps: Steps = 2000
     batch_size: Count = 128
     seed: Seed = 0
     microbatches: Count = 1
     skip_nonfinite: bool = False
-    steps_per_call: Count = 50
+    steps_per_call: Steps = 50
     log_every: Count = 100
     evaluate_every: Whole = 500
     sample_every: Whole = 500
