@@ -191,7 +191,7 @@ def test_conditions_that_do_not_fit(loaded: Loaded, cond: Any, message: str) -> 
 
 
 def test_means_of_a_family_without_them(loaded: Loaded) -> None:
-    without = loaded._replace(model=loaded.model._replace(extras={}))
+    without = loaded._replace(model=loaded.model._replace(latent=None))
     with pytest.raises(
         ConfigError, match=r"has no means of p\(x\|z\) to show; sample without --means"
     ):

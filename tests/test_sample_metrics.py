@@ -10,9 +10,9 @@ import scipy.linalg
 
 from genjax.data import open_source
 from genjax.errors import ConfigError, DataError
-from genjax.evaluation.estimates import (
+from genjax.evaluation.estimates import Estimate
+from genjax.evaluation.sample_metrics import (
     KERNELS,
-    Estimate,
     class_agreement,
     frechet_distance,
     gaussian_frechet_distance,

@@ -22,7 +22,8 @@ import optax
 
 from genjax.data import Source, batch_at
 from genjax.errors import CheckpointError, ConfigError, replacing
-from genjax.evaluation.estimates import Estimate, class_agreement
+from genjax.evaluation.estimates import Estimate
+from genjax.evaluation.sample_metrics import class_agreement
 from genjax.learning.optim import track_ema
 from genjax.learning.step import eval_params, training
 from genjax.learning.transforms import feed, repeat_steps
@@ -54,11 +55,9 @@ class Judge(NamedTuple):
 def cache_folder() -> Path:
     """$GENJAX_CACHE, or genjax under $XDG_CACHE_HOME or ~/.cache."""
     own = os.environ.get("GENJAX_CACHE")
-    return (
-        Path(own)
-        if own
-        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genjax"
-    )
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genjax"
 
 
 def judge_of(
@@ -99,10 +98,15 @@ def judge_of(
         ]
         return np.concatenate(parts)
 
-    predict = lambda x: both(x, 1).argmax(axis=-1)  # noqa: E731
+    def features(x: np.ndarray) -> np.ndarray:
+        return both(x, 0)
+
+    def predict(x: np.ndarray) -> np.ndarray:
+        return both(x, 1).argmax(axis=-1)
+
     test = source.prepare(jax.random.key(0), splits.test)
     accuracy = class_agreement(predict(np.asarray(test.x)), np.asarray(splits.test.cond))
-    return Judge(f"cnn-v{VERSION}", lambda x: both(x, 0), predict, accuracy)
+    return Judge(f"cnn-v{VERSION}", features, predict, accuracy)
 
 
 def _train(source: Source, net: Any, steps: int) -> Params:
@@ -114,20 +118,22 @@ def _train(source: Source, net: Any, steps: int) -> Params:
     def shifted(key: Key, x: Array) -> Array:
         """Images moved by -1, 0 or 1 pixels in each direction, edges repeated."""
         wide = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
-        cut = lambda image, at: jax.lax.dynamic_slice(
-            image, (at[0], at[1], jnp.zeros((), at.dtype)), spec.shape
-        )  # noqa: E731
+
+        def cut(image: Array, at: Array) -> Array:
+            return jax.lax.dynamic_slice(image, (at[0], at[1], jnp.zeros((), at.dtype)), spec.shape)
+
         return jax.vmap(cut)(wide, jax.random.randint(key, (x.shape[0], 2), 0, 3))
 
-    def loss(params: Params, state: State, batch: Batch, key: Key) -> tuple[Array, Aux]:
+    def loss(
+        params: Params, state: State, batch: Batch, key: Key, step: Array
+    ) -> tuple[Array, Aux]:
         (_, logits), _ = net.apply(params["classifier"], {}, spec.normalize(shifted(key, batch.x)))
         labels = jax.nn.one_hot(batch.cond, spec.n_classes or 0)
         return -jnp.sum(labels * jax.nn.log_softmax(logits), axis=-1), Aux(state, {})
 
     def nothing(params: Params, state: State, key: Key, n: int, cond: Any = None) -> Any:
-        raise ConfigError(
-            "A classifier has no samples."
-        )  # the contract asks every model for a sampler
+        # The contract asks every model for a sampler.
+        raise ConfigError("A classifier has no samples.")
 
     # A classifier is one player with one loss, so the zoo's own train step trains it.
     rate = optax.cosine_decay_schedule(2e-3, steps)

@@ -1,4 +1,4 @@
-"""What a run's samples are worth: every figure of `estimates.py` that its data allow, beside the
+"""What a run's samples are worth: every figure of `sample_metrics` that its data allow, beside the
 same figure of real data.
 """
 
@@ -10,9 +10,19 @@ import jax
 import numpy as np
 
 from genjax.data import Source, loader, open_source
+from genjax.data.view import view_of
 from genjax.errors import ConfigError
-from genjax.evaluation import estimates
-from genjax.evaluation.judge import judge_of
+from genjax.evaluation.estimates import Estimate
+from genjax.evaluation.judge import Judge, judge_of
+from genjax.evaluation.sample_metrics import (
+    class_agreement,
+    frechet_distance,
+    high_quality_share,
+    kernel_mmd,
+    modes_covered,
+    precision_recall_density_coverage,
+    sliced_wasserstein,
+)
 from genjax.protocol import Batch, Key, Model, Params, State
 from genjax.zoo.recipe import Recipe
 
@@ -68,16 +78,24 @@ def sampler_of(model: Model, params: Params, state: State, chunk: int = 500) -> 
     def draw(key: Key, cond: np.ndarray | None, n: int) -> np.ndarray:
         parts, size = [], min(chunk, n)
         for index, start in enumerate(range(0, n, size)):
-            rows = np.minimum(
-                np.arange(start, start + size), n - 1
-            )  # the last chunk is filled up, and cut below
+            # The last chunk is filled up, and cut below.
+            rows = np.minimum(np.arange(start, start + size), n - 1)
             own = None if cond is None else cond[rows]
-            parts.append(
-                np.asarray(program(params, state, jax.random.fold_in(key, index), size, own))
-            )
+            x = program(params, state, jax.random.fold_in(key, index), size, own)
+            parts.append(np.asarray(x))
         return np.concatenate(parts)[:n]
 
     return draw
+
+
+class _Sets(NamedTuple):
+    """What figures compare, each [n, ...]: examples of the split, samples, and examples of the
+    training split in the place of samples.
+    """
+
+    data: np.ndarray
+    samples: np.ndarray
+    real: np.ndarray
 
 
 def figures_of(
@@ -93,10 +111,11 @@ def figures_of(
 
     Points with known modes: share of high quality, modes covered. Images with labels: class
     agreement (of a conditional model), and Fréchet distance, kernel MMD, precision, recall, density
-    and coverage over the features of the judge. All
-    data: Fréchet distance and sliced Wasserstein distance over raw values.
+    and coverage over the features of the judge. All data: Fréchet distance and sliced Wasserstein
+    distance over raw values.
 
     Args:
+        recipe: whose `source` has the data.
         split: what samples are compared with.
         n: how many examples of it, the first ones, and as many samples; None means all.
 
@@ -113,88 +132,110 @@ def figures_of(
     key_data, key_real, key_sample = jax.random.split(jax.random.key(seed), 3)
     arrays: Batch = getattr(splits, split)
     size = len(arrays.x) if n is None else min(n, len(arrays.x))
-    cut = lambda batch: jax.tree.map(lambda leaf: leaf[:size], batch)  # noqa: E731
-    reference = source.prepare(key_data, cut(arrays))
-    data, cond = (
-        np.asarray(reference.x),
-        None if reference.cond is None else np.asarray(reference.cond),
+    reference = source.prepare(key_data, _first_rows(arrays, size))
+    cond = None if reference.cond is None else np.asarray(reference.cond)
+    sets = _Sets(
+        data=np.asarray(reference.x),
+        samples=sampler(key_sample, cond, size),
+        real=np.asarray(source.prepare(key_real, _first_rows(splits.train, size)).x),
     )
-    # Every figure is computed twice: of the samples, and of training examples in their place.
-    of = {
-        "samples": sampler(key_sample, cond, size),
-        "real": np.asarray(source.prepare(key_real, cut(splits.train)).x),
-    }
-    found: list[Figure] = []
-
-    def add(
-        name: str, unit: str, estimator: str, figure: Callable[[str], Any], compare: bool = True
-    ) -> None:
-        value = figure("samples")
-        error = value.standard_error if isinstance(value, estimates.Estimate) else None
-        real = _number(figure("real")) if compare else None
-        found.append(Figure(name, _number(value), error, real, unit, estimator, size, len(data)))
-
-    flat = lambda x: x.reshape(len(x), -1)  # noqa: E731
-    if source.modes is not None and source.mode_std is not None:
-        modes, sd = source.modes, source.mode_std
-        quality, covered = estimates.high_quality_share, estimates.modes_covered
-        add(
-            "high-quality share",
-            "of samples",
-            "within 3 sd of a mode",
-            lambda which: quality(of[which], modes, sd),
-        )
-        about = "with at least one sample within 3 sd"
-        add(
-            "modes covered",
-            f"of {len(modes)} modes",
-            about,
-            lambda which: covered(of[which], modes, sd),
-        )
-    whole = labelled(recipe) if len(source.spec.shape) == 3 else None
-    if whole is not None:
-        judge = judge_of(whole, say=say)
+    found = _of_modes(source, sets)
+    if view_of(source.spec) == "image" and (with_labels := labelled(recipe)) is not None:
+        judge = judge_of(with_labels, say=say)
         if source.spec.n_classes and cond is not None:
-            wanted = cond
-            says = f"{judge.name}, right on {100 * judge.accuracy.mean:.2f} % of {judge.accuracy.n} real test images"
-            agree = lambda which: estimates.class_agreement(judge.predict(of[which]), wanted)  # noqa: E731
-            add("class agreement", "of samples", says, agree, compare=False)
-        expected, seen = judge.features(data), {which: judge.features(x) for which, x in of.items()}
-        about = f"two Gaussians over features of {judge.name}"
-        add(
-            f"FD[{judge.name}]",
-            "squared",
-            about,
-            lambda which: estimates.frechet_distance(expected, seen[which]),
-        )
-        about = f"unbiased, cubic kernel, features of {judge.name}"
-        add(
-            f"MMD²[{judge.name}]",
-            "squared",
-            about,
-            lambda which: estimates.kernel_mmd(expected, seen[which]),
-        )
-        four = {
-            which: estimates.precision_recall_density_coverage(expected, x)
-            for which, x in seen.items()
-        }
-        for name in ("precision", "recall", "density", "coverage"):
-            about = f"5 nearest neighbours, features of {judge.name}"
-            add(name, "share", about, lambda which, name=name: getattr(four[which], name))
-    about = "two Gaussians over raw values"
-    add(
-        "FD[raw]",
-        "squared",
-        about,
-        lambda which: estimates.frechet_distance(flat(data), flat(of[which])),
-    )
-    about = "W2 over 200 random directions of raw values"
-    sliced = lambda which: estimates.sliced_wasserstein(
-        flat(data), flat(of[which]), n_projections=200
-    )  # noqa: E731
-    add("sliced Wasserstein", "distance", about, sliced)
-    return found
+            found.append(_agreement(judge, sets, cond))
+        found += _of_features(judge, sets)
+    return found + _of_values(sets)
+
+
+def _first_rows(batch: Batch, n: int) -> Batch:
+    return jax.tree.map(lambda leaf: leaf[:n], batch)
+
+
+def _figure(
+    name: str, unit: str, estimator: str, compare: Callable[[np.ndarray], Any], sets: _Sets
+) -> Figure:
+    """One figure, of the samples and of real data in their place."""
+    value, real = compare(sets.samples), compare(sets.real)
+    return _stated(name, unit, estimator, value, _number(real), sets)
+
+
+def _stated(
+    name: str, unit: str, estimator: str, value: Any, real: float | None, sets: _Sets
+) -> Figure:
+    error = value.standard_error if isinstance(value, Estimate) else None
+    n, n_reference = len(sets.samples), len(sets.data)
+    return Figure(name, _number(value), error, real, unit, estimator, n, n_reference)
 
 
 def _number(value: Any) -> float:
-    return float(value.mean if isinstance(value, estimates.Estimate) else value)
+    return float(value.mean if isinstance(value, Estimate) else value)
+
+
+def _of_modes(source: Source, sets: _Sets) -> list[Figure]:
+    """How many samples lie near the modes of the true density, and how many modes near samples."""
+    modes, sd = source.modes, source.mode_std
+    if modes is None or sd is None:
+        return []
+
+    def quality(x: np.ndarray) -> Estimate:
+        return high_quality_share(x, modes, sd)
+
+    def covered(x: np.ndarray) -> int:
+        return modes_covered(x, modes, sd)
+
+    near, some = "within 3 sd of a mode", "with at least one sample within 3 sd"
+    return [
+        _figure("high-quality share", "of samples", near, quality, sets),
+        _figure("modes covered", f"of {len(modes)} modes", some, covered, sets),
+    ]
+
+
+def _agreement(judge: Judge, sets: _Sets, wanted: np.ndarray) -> Figure:
+    """How often the judge sees the class that was asked for."""
+    found = class_agreement(judge.predict(sets.samples), wanted)
+    right = f"{100 * judge.accuracy.mean:.2f} % of {judge.accuracy.n} real test images"
+    about = f"{judge.name}, right on {right}"
+    return _stated("class agreement", "of samples", about, found, None, sets)
+
+
+def _of_features(judge: Judge, sets: _Sets) -> list[Figure]:
+    """Distances between the judge's features of samples and of data."""
+    seen = _Sets(*map(judge.features, sets))
+
+    def distance(features: np.ndarray) -> float:
+        return frechet_distance(seen.data, features)
+
+    def discrepancy(features: np.ndarray) -> Estimate:
+        return kernel_mmd(seen.data, features)
+
+    gaussians = f"two Gaussians over features of {judge.name}"
+    kernel = f"unbiased, cubic kernel, features of {judge.name}"
+    neighbours = f"5 nearest neighbours, features of {judge.name}"
+    four = precision_recall_density_coverage(seen.data, seen.samples)
+    four_real = precision_recall_density_coverage(seen.data, seen.real)
+    return [
+        _figure(f"FD[{judge.name}]", "squared", gaussians, distance, seen),
+        _figure(f"MMD²[{judge.name}]", "squared", kernel, discrepancy, seen),
+        *(
+            _stated(name, "share", neighbours, getattr(four, name), getattr(four_real, name), seen)
+            for name in four._fields
+        ),
+    ]
+
+
+def _of_values(sets: _Sets) -> list[Figure]:
+    """Distances between raw values."""
+    flat = _Sets(*(x.reshape(len(x), -1) for x in sets))
+
+    def distance(x: np.ndarray) -> float:
+        return frechet_distance(flat.data, x)
+
+    def sliced(x: np.ndarray) -> float:
+        return sliced_wasserstein(flat.data, x, n_projections=200)
+
+    directions = "W2 over 200 random directions of raw values"
+    return [
+        _figure("FD[raw]", "squared", "two Gaussians over raw values", distance, flat),
+        _figure("sliced Wasserstein", "distance", directions, sliced, flat),
+    ]

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,15 +21,7 @@ from genjax.evaluation.estimates import (
     score_examples,
     scorer,
 )
-from genjax.protocol import (
-    Array,
-    Batch,
-    Key,
-    Params,
-    ScoreFn,
-    State,
-    step_mask,
-)
+from genjax.protocol import Array, Batch, DataSpec, Key, Params, ScoreFn, State, step_mask
 from genjax.runs.folder import environment
 from genjax.runs.load import Loaded
 from genjax.zoo.recipe import config_hash, to_dict
@@ -61,26 +54,16 @@ def evaluate(
         raise ConfigError(f"There is no split {split!r}; there are: {', '.join(Splits._fields)}.")
     if n is not None and n < 2:
         raise ConfigError(f"--n must be at least 2, so that there is a standard error; got {n}.")
-    spec, score, started = run.model.spec, run.model.score, time.perf_counter()
-    found: dict[str, Any] = {}
-    if score is not None:
-        found = _score(run, score, split, n, seed, batch_size, progress)
-    if score is None or about_samples:
+    started, found = time.perf_counter(), {}
+    if run.model.score is not None:
+        found = _score(run, run.model.score, split, n, seed, batch_size, progress)
+    if run.model.score is None or about_samples:
         sampler = quality.sampler_of(run.model, run.params, run.state)
-        figures_found = quality.figures_of(run.recipe, sampler, split, n, seed, say)
-        first = figures_found[0]
-        headline = {
-            "mean": first.value,
-            "standard_error": first.standard_error,
-            "unit": first.unit,
-            "kind": first.name,
-            "estimator": first.estimator,
-            "n": first.n_reference,
-        }
-        found = headline | found | {"figures": [figure._asdict() for figure in figures_found]}
+        figures = quality.figures_of(run.data, sampler, split, n, seed, say)
+        found = _headline(figures[0]) | found | {"figures": [one._asdict() for one in figures]}
     return {
         "recipe": run.recipe.name,
-        "data": spec.name,
+        "data": run.model.spec.name,
         "value": found["mean"],
         **found,
         "split": split,
@@ -90,6 +73,18 @@ def evaluate(
         "config_hash": config_hash(to_dict(run.recipe)),
         "seconds": round(time.perf_counter() - started, 2),
         **environment(),
+    }
+
+
+def _headline(figure: quality.Figure) -> dict[str, Any]:
+    """A figure about samples in the place of a log-probability."""
+    return {
+        "mean": figure.value,
+        "standard_error": figure.standard_error,
+        "unit": figure.unit,
+        "kind": figure.name,
+        "estimator": figure.estimator,
+        "n": figure.n_reference,
     }
 
 
@@ -103,45 +98,46 @@ def _score(
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
     """The part of a report that is about log-probabilities."""
-    spec, source = run.model.spec, run.recipe.source()
+    spec, source, key = run.model.spec, run.data.source(), jax.random.key(seed)
     arrays: Batch = getattr(source.load(), split)
     if n is not None:
         arrays = jax.tree.map(lambda leaf: leaf[:n], arrays)
-    run_score = scorer(score, source.prepare)
-    values = score_examples(
-        run_score, run.params, run.state, arrays, jax.random.key(seed), batch_size, progress
-    )
-    result: Estimate = estimate(values)
+    program = scorer(score, source.prepare)
+    values = score_examples(program, run.params, run.state, arrays, key, batch_size, progress)
+    result = estimate(values)
+    exact = run.model.score_name == "log_prob"
     found: dict[str, Any] = {
         "mean": result.mean,
         "standard_error": result.standard_error,
         "unit": "nats per example" + (", density" if spec.kind == "continuous" else ""),
-        "kind": "exact log-probability"
-        if run.model.score_name == "log_prob"
-        else "lower bound on the log-probability",
+        "kind": "exact log-probability" if exact else "lower bound on the log-probability",
         "estimator": run.model.estimator,
         "n": result.n,
     }
     if spec.step is not None:
-
-        def counted(params: Params, state: State, batch: Batch, key: Key) -> Array:
-            return step_mask(spec, batch).sum(1).astype(jnp.float32)
-
-        steps = score_examples(
-            scorer(counted, source.prepare), {}, {}, arrays, jax.random.key(seed), batch_size
-        )
-        code = per_step(-values, steps)
-        found["per_step"] = {
-            "step": spec.step,
-            "nats": code.mean,
-            "standard_error": code.standard_error,
-            "bits": code.mean / math.log(2),
-            "perplexity": math.exp(code.mean),
-            "n": code.n,
-        }
+        program = scorer(partial(_steps, spec), source.prepare)
+        steps = score_examples(program, {}, {}, arrays, key, batch_size)
+        found["per_step"] = _code_length(spec.step, per_step(-values, steps))
     if spec.kind in ("discrete", "binary") and not spec.lengths:
         found["bits_per_dim"] = bits_per_dim(result.mean, spec)
     if source.log_prob is not None:
-        prepared = source.prepare(jax.random.key(seed), arrays)
+        prepared = source.prepare(key, arrays)
         found["true_log_prob"] = estimate(np.asarray(source.log_prob(prepared.x)))._asdict()
     return found
+
+
+def _steps(spec: DataSpec, params: Params, state: State, batch: Batch, key: Key) -> Array:
+    """How many steps of each sequence count, as a score has them."""
+    return step_mask(spec, batch).sum(1).astype(jnp.float32)
+
+
+def _code_length(step: str, nats: Estimate) -> dict[str, Any]:
+    """The part of a report that is about the code length of a step."""
+    return {
+        "step": step,
+        "nats": nats.mean,
+        "standard_error": nats.standard_error,
+        "bits": nats.mean / math.log(2),
+        "perplexity": math.exp(nats.mean),
+        "n": nats.n,
+    }

@@ -2,9 +2,10 @@
 
 config.json      every setting of the run
 spec.json        what its data look like (shape, vocabulary, end token ...), so that sampling needs
-no data
+                 no data
+first/           of a run that stands on another: the settings of that one
 metrics.jsonl    one JSON object a line: step, seconds of training so far, means over the window,
-    validation
+                 validation
 tensorboard/     the same numbers as TensorBoard events
 checkpoints/     the newest few states
 samples/         pictures or text of samples, and *.npz (and *.mid) of what `genjax sample` drew
@@ -23,10 +24,9 @@ from typing import Any
 import jax
 
 from genjax.errors import ConfigError, replacing
-from genjax.protocol import (
-    DataSpec,
-)
-from genjax.zoo.recipe import Recipe, config_hash, flatten, to_dict
+from genjax.protocol import DataSpec
+from genjax.zoo import ZOO
+from genjax.zoo.recipe import Recipe, config_hash, flatten, from_dict, to_dict
 from genjax.zoo.sections import settings_of
 
 
@@ -76,22 +76,31 @@ def open_folder(folder: Path, values: dict[str, Any]) -> None:
             )
         write_json(path, values)
         return
-    there = read_config(folder)
-    if there == values:
+    old, new = flatten(completed(read_config(folder))), flatten(values)
+    if old == new:
         return
-    old, new = flatten(there), flatten(values)
     missing = "(not set)"
     lines = [
-        f"  {name}: there {old.get(name, missing)!r}, now {new.get(name, missing)!r}"
+        f"  {name}: there {old.get(name, missing)!r}, now {new.get(name, missing)!r}\n"
         for name in sorted({*old, *new})
         if old.get(name, missing) != new.get(name, missing)
     ]
     raise ConfigError(
-        f"{folder} holds a run with other settings; nothing was changed:\n"
-        + "\n".join(lines)
-        + "\n"
+        f"{folder} holds a run with other settings; nothing was changed:\n{''.join(lines)}"
         "Give the same settings to go on with it, or another folder with --out."
     )
+
+
+def completed(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run with those that its version did not have yet: their defaults mean what
+    was there before.
+    """
+    try:
+        now = to_dict(from_dict(values, ZOO))
+    except ConfigError:  # not of a recipe that there still is
+        return values
+    own = {name: now[name] | values[name] for name in now if isinstance(now[name], dict)}
+    return values | own
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -133,8 +142,7 @@ def keep_spec(folder: Path, spec: DataSpec) -> None:
         changed = [name for name, value in dataclasses.asdict(spec).items() if old[name] != value]
         raise ConfigError(
             f"The data are not those that {folder} was trained on: {', '.join(changed)} changed "
-            "since. "
-            "Bring the old data back, or train in another folder with --out."
+            "since. Bring the old data back, or train in another folder with --out."
         )
 
 

@@ -12,24 +12,22 @@ from genjax.data import Source
 from genjax.errors import CheckpointError, ConfigError, GenjaxError
 from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.step import eval_params
-from genjax.protocol import (
-    Key,
-    Model,
-    Params,
-    State,
-)
+from genjax.protocol import Key, Model, Params, State
 from genjax.runs import samples
-from genjax.runs.folder import read_config, read_spec
+from genjax.runs.folder import read_config
+from genjax.runs.stages import kept
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import Recipe, from_dict
 
 
 class Loaded(NamedTuple):
     """A trained run: recipe, model, and the parameters of its last checkpoint, averaged where there
-    is an average.
+    is an average. `data` is the recipe whose `source` has its data: its own or, for a run on
+    another run, that of the first stage.
     """
 
     recipe: Recipe
+    data: Recipe
     model: Model
     params: Params
     state: State
@@ -54,8 +52,8 @@ def load(folder: Path, **changes: Any) -> Loaded:
             "single run."
         )
     recipe = from_dict(values, ZOO)
-    spec = read_spec(folder) or recipe.source().spec
-    t = recipe.training(spec)
+    on, data = kept(folder)
+    t = recipe.training(on)
     restored = Checkpoints(folder / "checkpoints").restore(
         jax.eval_shape(t.init, jax.random.key(0))
     )
@@ -68,8 +66,8 @@ def load(folder: Path, **changes: Any) -> Loaded:
             f"genjax: warning: passed over a damaged checkpoint, {path}: {reason}", file=sys.stderr
         )
     state = restored.state
-    model = recipe.build(spec, **changes)
-    return Loaded(recipe, model, eval_params(state), state.state, int(state.step))
+    model = recipe.build(on, **changes)
+    return Loaded(recipe, data, model, eval_params(state), state.state, int(state.step))
 
 
 def source_of(run: Loaded) -> Source | None:
@@ -77,7 +75,7 @@ def source_of(run: Loaded) -> Source | None:
     do without.
     """
     try:
-        return run.recipe.source()
+        return run.data.source()
     except GenjaxError:
         return None
 

@@ -1,8 +1,7 @@
-"""Pictures: grids of images, scatters over a density, and learning curves. Everything is drawn
+"""Pictures: tiles of images, scatters over a density, and learning curves. Everything is drawn
 without a display.
 """
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from genjax.data.view import as_image, view_of
 from genjax.errors import replacing
 from genjax.protocol import DataSpec
 
@@ -24,7 +24,7 @@ LOG_PROBABILITIES = ("elbo", "iwae", "bound", "log_prob")
 
 
 def empty(width: float, height: float, layout: str | None = None) -> "Figure":
-    """A figure of so many inches. matplotlib is imported with the first, so that training need not
+    """A picture of so many inches. matplotlib is imported with the first, so that training need not
     wait for it.
     """
     from matplotlib.figure import Figure
@@ -32,8 +32,8 @@ def empty(width: float, height: float, layout: str | None = None) -> "Figure":
     return Figure(figsize=(width, height), layout=layout)  # type: ignore[arg-type]
 
 
-def save(figure: "Figure", path: Path | str, dpi: int = 150) -> Path:
-    """Write a figure as PNG, whole or not at all.
+def save(picture: "Figure", path: Path | str, dpi: int = 150) -> Path:
+    """Write a picture as PNG, whole or not at all.
 
     Raises:
         CheckpointError: if the disk does not take it; what was there before stays.
@@ -43,39 +43,23 @@ def save(figure: "Figure", path: Path | str, dpi: int = 150) -> Path:
     path = Path(path)
     # A layout engine has fitted everything in already; to look for the edges again would draw it
     # all twice.
-    box = None if figure.get_layout_engine() else "tight"
+    box = None if picture.get_layout_engine() else "tight"
     with replacing(path) as temporary:
-        FigureCanvasAgg(figure).print_figure(
+        FigureCanvasAgg(picture).print_figure(
             temporary, dpi=dpi, format="png", bbox_inches=box, facecolor="white"
         )
     return path
 
 
-def is_image(spec: DataSpec) -> bool:
-    """Whether events are images: (height, width, 1 or 3)."""
-    return len(spec.shape) == 3 and spec.shape[-1] in (1, 3)
-
-
-def rows_as_images(x: np.ndarray, spec: DataSpec) -> tuple[np.ndarray, DataSpec]:
-    """Images that come row by row, [n, height, width], as images and their spec; anything else as
-    it is.
-    """
-    if spec.step == "row" and len(spec.shape) == 2:
-        return x[..., None], dataclasses.replace(spec, shape=(*spec.shape, 1), step=None)
-    return x, spec
-
-
-def tile(x: np.ndarray, spec: DataSpec, columns: int) -> np.ndarray:
+def tiles(x: np.ndarray, spec: DataSpec, columns: int) -> np.ndarray:
     """Images [n, height, width, channels], in the units of the data, as one image in [0, 1], row by
     row with white gaps.
     """
     n, height, width, channels = x.shape
     rows = math.ceil(n / columns)
-    low, high = (
-        (0.0, float((spec.levels or 2) - 1))
-        if spec.kind != "continuous"
-        else (float(x.min()), float(x.max()))
-    )
+    low, high = 0.0, spec.top
+    if high is None:
+        low, high = float(x.min()), float(x.max())
     unit = np.clip((x - low) / max(high - low, 1e-12), 0, 1)
     canvas = np.ones((rows * (height + 1) + 1, columns * (width + 1) + 1, channels))
     for index, image in enumerate(unit):
@@ -101,44 +85,52 @@ def image_grid(
     n, height, width, _ = x.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
-    figure, axes = _picture(tile(x, spec, columns), width, height, columns, rows)
+    picture, axes = _tiled(tiles(x, spec, columns), width, height, columns, rows)
     axes.set_xticks([])
-    axes.set_yticks(
-        [(row + 0.5) * (height + 1) for row in range(rows)] if labels else [], labels or []
-    )
+    _label_rows(axes, labels, height)
     if title:
         axes.set_title(title, fontsize=9)
-    return figure
+    return picture
 
 
-def _picture(
+def _tiled(
     canvas: np.ndarray, width: int, height: int, columns: int, rows: int
 ) -> "tuple[Figure, Any]":
-    """A figure that shows tiles of so many pixels, and its axes, which have no frame and no ticks'
+    """A picture that shows tiles of so many pixels, and its axes, which have no frame and no ticks'
     lines.
     """
     inches = 0.55 if width > 16 else 0.42
-    figure = empty(inches * columns + 0.3, inches * rows * height / width + 0.3)
-    axes = figure.add_subplot()
+    picture = empty(inches * columns + 0.3, inches * rows * height / width + 0.3)
+    axes = picture.add_subplot()
     axes.imshow(canvas.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.tick_params(length=0, labelsize=8)
     for side in axes.spines.values():
         side.set_visible(False)
-    return figure, axes
+    return picture, axes
+
+
+def _label_rows(axes: Any, labels: Sequence[str], height: int) -> None:
+    """A text beside each row of tiles of so many pixels."""
+    axes.set_yticks([(row + 0.5) * (height + 1) for row in range(len(labels))], labels)
 
 
 def scatter(
     points: np.ndarray, log_prob: Callable[[np.ndarray], Any] | None = None, title: str = ""
 ) -> "Figure":
     """Points [n, 2], over the true density where it is known (`log_prob` in nats)."""
-    figure = empty(4.2, 4.2)
-    axes = figure.add_subplot()
+    picture = empty(4.2, 4.2)
+    axes = picture.add_subplot()
     if log_prob is not None:
-        _density(axes, log_prob, 1.15 * max(float(np.quantile(np.abs(points), 0.995)), 1e-3))
+        _density(axes, log_prob, _reach(points))
     axes.scatter(points[:, 0], points[:, 1], s=2, color=COLORS[1], alpha=0.5, linewidths=0)
     axes.set_aspect("equal")
     axes.set_title(title, fontsize=9)
-    return figure
+    return picture
+
+
+def _reach(points: np.ndarray) -> float:
+    """How far a square around 0 must reach to show nearly all points."""
+    return 1.15 * max(float(np.quantile(np.abs(points), 0.995)), 1e-3)
 
 
 def _density(axes: Any, log_prob: Callable[[np.ndarray], Any], half: float) -> None:
@@ -146,8 +138,8 @@ def _density(axes: Any, log_prob: Callable[[np.ndarray], Any], half: float) -> N
     zero.
     """
     line = np.linspace(-half, half, 220, dtype=np.float32)
-    grid = np.stack(np.meshgrid(line, line), axis=-1).reshape(-1, 2)
-    density = np.exp(np.asarray(log_prob(grid))).reshape(220, 220)
+    square = np.stack(np.meshgrid(line, line), axis=-1).reshape(-1, 2)
+    density = np.exp(np.asarray(log_prob(square))).reshape(220, 220)
     axes.imshow(
         np.sqrt(density), extent=(-half, half, -half, half), origin="lower", cmap="Blues", alpha=0.6
     )
@@ -162,25 +154,35 @@ def samples(
     log_prob: Callable[[np.ndarray], Any] | None = None,
     labels: np.ndarray | None = None,
 ) -> "Figure | None":
-    """The picture that fits the data: an image grid (a row for each class given `labels`), a
-    scatter, sequences, or None.
+    """The picture that fits the data: images (a row for each class given `labels`), a scatter,
+    sequences, or None.
 
     The rows of an image, one after the other, are shown as that image.
     """
-    x, spec = rows_as_images(x, spec)
-    if is_image(spec):
-        if labels is not None and len(set(labels.tolist())) > 1:
-            order = np.argsort(labels, kind="stable")
-            classes, counts = np.unique(labels, return_counts=True)
-            if len(set(counts.tolist())) == 1:
-                names = [spec.class_names[c] if spec.class_names else str(c) for c in classes]
-                return image_grid(x[order], spec, title, columns=int(counts[0]), labels=names)
-        return image_grid(x, spec, title)
-    if spec.shape == (2,):
+    x, spec = as_image(x, spec)
+    view = view_of(spec)
+    if view == "image":
+        return _by_class(x, spec, title, labels)
+    if view == "points":
         return scatter(x, log_prob, title)
-    if spec.step is not None:
-        return sequences(x, spec, title)
-    return None
+    return None if view == "nothing" else sequences(x, spec, title)
+
+
+def _by_class(x: np.ndarray, spec: DataSpec, title: str, labels: np.ndarray | None) -> "Figure":
+    """Images with a row for each class, where there are several and of each as many."""
+    if labels is None:
+        return image_grid(x, spec, title)
+    classes, counts = np.unique(labels, return_counts=True)
+    if len(classes) < 2 or len(set(counts.tolist())) > 1:
+        return image_grid(x, spec, title)
+    names = [class_name(spec, label) for label in classes]
+    order = np.argsort(labels, kind="stable")
+    return image_grid(x[order], spec, title, columns=int(counts[0]), labels=names)
+
+
+def class_name(spec: DataSpec, label: int) -> str:
+    """What a class is called."""
+    return str(int(label)) if spec.class_names is None else spec.class_names[int(label)]
 
 
 def sequences(x: np.ndarray, spec: DataSpec, title: str = "", at_most: int = 8) -> "Figure":
@@ -191,43 +193,41 @@ def sequences(x: np.ndarray, spec: DataSpec, title: str = "", at_most: int = 8) 
     `at_most` sequences.
     """
     if spec.kind == "tokens":
-        figure = empty(7.0, 0.5 + 0.12 * min(len(x), 64), layout="constrained")
-        axes = figure.add_subplot()
-        shown = axes.imshow(
-            x[:64],
-            aspect="auto",
-            interpolation="nearest",
-            cmap="viridis",
-            vmin=0,
-            vmax=(spec.levels or 2) - 1,
-        )
-        figure.colorbar(shown, label="token")
-        axes.set_ylabel("sequence", fontsize=8)
-        panels = [axes]
+        picture = empty(7.0, 0.5 + 0.12 * min(len(x), 64), layout="constrained")
+        panels = [picture.add_subplot()]
+        _token_raster(picture, panels[0], x[:64], spec)
     else:
         flat = x[:at_most].reshape(min(len(x), at_most), x.shape[1], -1)
-        figure = empty(7.0, 0.6 + 1.3 * len(flat), layout="constrained")
-        panels = list(np.ravel(figure.subplots(len(flat), 1, sharex=True)))
+        picture = empty(7.0, 0.6 + 1.3 * len(flat), layout="constrained")
+        panels = list(np.ravel(picture.subplots(len(flat), 1, sharex=True)))
         for axes, one in zip(panels, flat, strict=True):
-            if spec.kind == "continuous":
-                for color, values in zip(COLORS * 9, one.T, strict=False):
-                    axes.plot(values, color=color, lw=1.0)
-                axes.grid(alpha=0.25)
-            else:
-                axes.imshow(
-                    one.T,
-                    aspect="auto",
-                    origin="lower",
-                    interpolation="nearest",
-                    cmap="Blues",
-                    vmin=0,
-                )
+            _vectors(axes, one, spec)
     for axes in panels:
         axes.tick_params(labelsize=7)
     panels[-1].set_xlabel(spec.step or "step", fontsize=8)
     if title:
-        figure.suptitle(title, fontsize=9)
-    return figure
+        picture.suptitle(title, fontsize=9)
+    return picture
+
+
+def _token_raster(picture: "Figure", axes: Any, x: np.ndarray, spec: DataSpec) -> None:
+    """Tokens [n, T] as colours."""
+    shown = axes.imshow(
+        x, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=spec.top
+    )
+    picture.colorbar(shown, label="token")
+    axes.set_ylabel("sequence", fontsize=8)
+
+
+def _vectors(axes: Any, x: np.ndarray, spec: DataSpec) -> None:
+    """One sequence of vectors [T, D]: lines, or a raster of values that are not continuous."""
+    if spec.kind != "continuous":
+        raster = {"origin": "lower", "interpolation": "nearest", "cmap": "Blues", "vmin": 0}
+        axes.imshow(x.T, aspect="auto", **raster)
+        return
+    for color, values in zip(COLORS * 9, x.T, strict=False):
+        axes.plot(values, color=color, lw=1.0)
+    axes.grid(alpha=0.25)
 
 
 def film(
@@ -251,38 +251,51 @@ def film(
         at_most: so many times are shown, evenly spaced, the first and the last among them.
     """
     shown = np.unique(np.round(np.linspace(0, len(x) - 1, min(at_most, len(x)))).astype(int))
-    names = [f"{index}" for index in shown]
-    if is_image(spec):
-        n, (height, width, channels) = x.shape[1], spec.shape
-        strip = np.ones((n * (height + 1) + 1, len(shown) * (width + 1) + 1, channels))
-        for column, index in enumerate(shown):
-            left = column * (width + 1)
-            strip[:, left : left + width + 2] = tile(x[index], spec, 1)
-        figure, axes = _picture(strip, width, height, len(shown), n)
-        axes.set_xticks([(column + 0.5) * (width + 1) for column in range(len(shown))], names)
-        axes.set_yticks(
-            [(row + 0.5) * (height + 1) for row in range(n)] if labels else [], labels or []
-        )
-        axes.set_xlabel(f"step of {len(x) - 1}", fontsize=8)
-        if title:
-            axes.set_title(title, fontsize=9)
-        return figure
-    if spec.shape != (2,):
-        return None
-    figure = empty(1.6 * len(shown) + 0.2, 2.2, layout="constrained")
-    half = 1.15 * max(float(np.quantile(np.abs(x[shown]), 0.995)), 1e-3)
-    for axes, index, name in zip(
-        np.ravel(figure.subplots(1, len(shown))), shown, names, strict=True
-    ):
+    view = view_of(spec)
+    if view == "image":
+        return _film_of_images(x, spec, shown, title, labels)
+    return _film_of_points(x, shown, title, log_prob) if view == "points" else None
+
+
+def _film_of_images(
+    x: np.ndarray, spec: DataSpec, shown: np.ndarray, title: str, labels: Sequence[str]
+) -> "Figure":
+    """The times `shown` of x [steps + 1, n, *shape], a column each."""
+    n, (height, width, channels) = x.shape[1], spec.shape
+    strip = np.ones((n * (height + 1) + 1, len(shown) * (width + 1) + 1, channels))
+    for column, index in enumerate(shown):
+        left = column * (width + 1)
+        strip[:, left : left + width + 2] = tiles(x[index], spec, 1)
+    picture, axes = _tiled(strip, width, height, len(shown), n)
+    middles = [(column + 0.5) * (width + 1) for column in range(len(shown))]
+    axes.set_xticks(middles, [f"{index}" for index in shown])
+    _label_rows(axes, labels, height)
+    axes.set_xlabel(f"step of {len(x) - 1}", fontsize=8)
+    if title:
+        axes.set_title(title, fontsize=9)
+    return picture
+
+
+def _film_of_points(
+    x: np.ndarray,
+    shown: np.ndarray,
+    title: str,
+    log_prob: Callable[[np.ndarray], Any] | None,
+) -> "Figure":
+    """The times `shown` of x [steps + 1, n, 2], a scatter each, all on the same scale."""
+    picture = empty(1.6 * len(shown) + 0.2, 2.2, layout="constrained")
+    half = _reach(x[shown])
+    panels = np.ravel(picture.subplots(1, len(shown)))
+    for axes, index in zip(panels, shown, strict=True):
         if log_prob is not None:
             _density(axes, log_prob, half)
         axes.scatter(x[index, :, 0], x[index, :, 1], s=2, color=COLORS[1], alpha=0.5, linewidths=0)
         axes.set(xlim=(-half, half), ylim=(-half, half), aspect="equal", xticks=[], yticks=[])
-        axes.set_xlabel(name, fontsize=8)
-    figure.supxlabel(f"step of {len(x) - 1}", fontsize=8)
+        axes.set_xlabel(f"{index}", fontsize=8)
+    picture.supxlabel(f"step of {len(x) - 1}", fontsize=8)
     if title:
-        figure.suptitle(title, fontsize=9)
-    return figure
+        picture.suptitle(title, fontsize=9)
+    return picture
 
 
 def curves(lines: Sequence[dict[str, Any]], title: str = "") -> "Figure":
@@ -293,46 +306,49 @@ def curves(lines: Sequence[dict[str, Any]], title: str = "") -> "Figure":
     estimate or bound the log-probability, of whichever split. The members of an ensemble or sweep
     are one line each.
     """
-    names = sorted({name for line in lines for name in line} - {"step", "seconds"})
     panels: dict[str, list[str]] = {}
-    for name in names:
-        last = name.rsplit("/", 1)[-1]
-        panels.setdefault(
-            "log-probability (nats)" if last in LOG_PROBABILITIES else last, []
-        ).append(name)
+    for name in sorted({name for line in lines for name in line} - {"step", "seconds"}):
+        panels.setdefault(_panel_of(name), []).append(name)
     columns = min(3, max(1, len(panels)))
     rows = max(1, math.ceil(len(panels) / columns))
-    figure = empty(4.2 * columns, 2.9 * rows, layout="constrained")
-    for index, (panel, members) in enumerate(sorted(panels.items())):
-        axes = figure.add_subplot(rows, columns, index + 1)
-        for color, name in zip(COLORS * 9, members, strict=False):
-            have = [line for line in lines if name in line]
-            steps, values = (
-                [line["step"] for line in have],
-                np.asarray([line[name] for line in have], float),
-            )
-            axes.plot(steps, values, color=color, lw=1.2, alpha=0.5 if values.ndim > 1 else 1.0)
-            axes.plot([], [], color=color, label=name)
-        # The first few values are often far off and would flatten everything that matters.
-        late = np.concatenate(
-            [
-                np.ravel([line[m] for line in lines[len(lines) // 20 :] if m in line])
-                for m in members
-            ]
-        )
-        late = late[np.isfinite(late)]
-        if late.size and late.max() > late.min():
-            pad = 0.08 * (late.max() - late.min())
-            axes.set_ylim(late.min() - pad, late.max() + pad)
+    picture = empty(4.2 * columns, 2.9 * rows, layout="constrained")
+    for index, (panel, names) in enumerate(sorted(panels.items())):
+        axes = picture.add_subplot(rows, columns, index + 1)
+        _draw_curves(axes, lines, names)
         axes.set_title(panel, fontsize=9)
-        axes.set_xlabel("step", fontsize=8)
-        axes.tick_params(labelsize=7)
-        axes.grid(alpha=0.25)
-        if len(members) > 1:
-            axes.legend(fontsize=7, frameon=False)
     if title:
-        figure.suptitle(title, fontsize=10)
-    return figure
+        picture.suptitle(title, fontsize=10)
+    return picture
+
+
+def _panel_of(metric: str) -> str:
+    """The title of the panel that shows a metric."""
+    last = metric.rsplit("/", 1)[-1]
+    return "log-probability (nats)" if last in LOG_PROBABILITIES else last
+
+
+def _draw_curves(axes: Any, lines: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
+    """Metrics against the step; those of members are fainter."""
+    for color, name in zip(COLORS * 9, names, strict=False):
+        have = [line for line in lines if name in line]
+        values = np.asarray([line[name] for line in have], float)
+        faint = 0.5 if values.ndim > 1 else 1.0
+        axes.plot([line["step"] for line in have], values, color=color, lw=1.2, alpha=faint)
+        axes.plot([], [], color=color, label=name)
+    # The first few values are often far off and would flatten everything that matters.
+    after = lines[len(lines) // 20 :]
+    late = np.concatenate(
+        [np.ravel([line[name] for line in after if name in line]) for name in names]
+    )
+    late = late[np.isfinite(late)]
+    if late.size and late.max() > late.min():
+        pad = 0.08 * (late.max() - late.min())
+        axes.set_ylim(late.min() - pad, late.max() + pad)
+    axes.set_xlabel("step", fontsize=8)
+    axes.tick_params(labelsize=7)
+    axes.grid(alpha=0.25)
+    if len(names) > 1:
+        axes.legend(fontsize=7, frameon=False)
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:

@@ -3,8 +3,8 @@ is asked for them.
 """
 
 import dataclasses
-import inspect
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from genjax.data import Source, decode, encode, midi
+from genjax.data.view import View, view_of
 from genjax.errors import ConfigError, replacing
 from genjax.parts import decoding
-from genjax.protocol import Batch, DataSpec, Key, Model, Params, State
+from genjax.protocol import Array, Autoregressive, Batch, DataSpec, Key, Model, Params, State
 from genjax.runs import pictures
+from genjax.runs.pictures import class_name
 
 MIDI_FILES = 8  # at most so many of the samples are written as music
-SOLVING = (
-    "solver",
-    "n_steps",
-    "grid",
-)  # the settings of models that go from noise to data, with `guidance`
+
+# Which fields of `Decoding` are for what; `guidance` and `prompt` are for some models of each kind.
+RULES = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
+SOLVING = ("solver", "n_steps", "grid")
+
+# How many samples a picture shows while a run trains; 100 of images and vectors with classes.
+SHOWN: dict[View, int] = {"points": 2000, "image": 64, "nothing": 64}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,22 +69,48 @@ class Decoding:
     n_steps: int | None = None
     grid: str | None = None
 
+    def asked(self) -> dict[str, Any]:
+        """What was asked for, by name."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
     def rules(self) -> list[decoding.Rule]:
         """The rules in the order in which they are applied: penalty, temperature, then what cuts
         off.
         """
-        makers = {
-            "repetition_penalty": decoding.repetition_penalty,
-            "temperature": decoding.temperature,
-            "top_k": decoding.top_k,
-            "top_p": decoding.top_p,
-            "min_p": decoding.min_p,
-        }
-        return [
-            make(getattr(self, name))
-            for name, make in makers.items()
-            if getattr(self, name) is not None
-        ]
+        asked = self.asked()
+        return [getattr(decoding, name)(asked[name]) for name in RULES if name in asked]
+
+
+# --- what a model can do --------------------------------------------------------------------------
+
+
+def fields_for(model: Model) -> tuple[str, ...]:
+    """The fields of `Decoding` that apply to a model, in their order."""
+    fits: set[str] = set()
+    if model.denoiser is not None:
+        fits |= {*SOLVING, *["guidance"] * model.denoiser.guided}
+    elif model.autoregressive is not None:
+        fits |= {"length", *["guidance"] * model.autoregressive.guided}
+        if view_of(model.spec) == "text":
+            fits.add("prompt")
+        # Without `begin`, steps have latent variables, and there are no logits to apply rules to.
+        if model.spec.kind == "tokens" and model.autoregressive.begin is not None:
+            fits |= {*RULES, "beams"}
+    return tuple(field.name for field in dataclasses.fields(Decoding) if field.name in fits)
+
+
+def shows_means(model: Model) -> bool:
+    """Whether there are means of p(x|z), z ~ p(z), to show in the place of samples."""
+    return model.latent is not None and model.latent.sample_mean is not None
+
+
+def has_film(model: Model) -> bool:
+    """Whether the way from noise to data of a model can be shown."""
+    return model.denoiser is not None and view_of(model.spec) in ("image", "points")
+
+
+# --- drawing --------------------------------------------------------------------------------------
 
 
 def draw(
@@ -95,75 +125,20 @@ def draw(
         ConfigError, DataError: for settings that do not fit the model, or a prompt with a character
             that it does not know.
     """
-    spec = model.spec
-    asked = [f.name for f in dataclasses.fields(how) if getattr(how, f.name) is not None]
+    asked = how.asked()
     if not asked:
         return np.asarray(jax.jit(model.sample, static_argnums=3)(params, state, key, n, cond))
-    flags = _flags(asked)
-    generate = model.extras.get("generate")
-    if generate is None:
+    if model.denoiser is not None:
+        return _solved(model, params, state, key, n, cond, how, every=False)
+    if model.autoregressive is None:
         raise ConfigError(
-            f"{flags}: for models that make samples step by step, which this one of {spec.name} is "
-            "not."
+            f"{_flags(asked)}: for models that make samples step by step, which this one of "
+            f"{model.spec.name} is not."
         )
-    if _solves(model):
-        solving = _solving(model, asked, how)
-        return np.asarray(
-            jax.jit(lambda key, cond: generate(params, state, key, n, cond, **solving))(key, cond)
-        )
-    if wrong := [name for name in asked if name in SOLVING]:
-        raise ConfigError(
-            f"{_flags(wrong)}: for models that go from noise to data (diffusion, flow matching); "
-            f"this one of {spec.name} makes "
-            "a sequence step by step."
-        )
-    rules = how.rules()
-    if (rules or how.beams) and spec.kind != "tokens":
-        raise ConfigError(f"{flags}: rules and beams are for tokens; {spec.name} is {spec.kind}.")
-    if how.prompt is not None and not spec.text:
-        raise ConfigError(
-            f"--prompt takes text, which {spec.name} is not. In Python, `extras['generate']` takes "
-            "any prompt."
-        )
-    given = None if how.prompt is None else encode(how.prompt, spec.vocabulary or (), "the prompt")
+    _check_steps(model, how)
     if how.beams is not None:
-        if [name for name in asked if name not in ("beams", "length")]:
-            raise ConfigError(
-                f"{flags}: --beams finds the most probable sequences and goes with --length only."
-            )
-        return _beams(model, params, state, n, cond, how)
-    options: dict[str, Any] = {"choose": decoding.sampler(*rules)} if rules else {}
-    options |= {} if how.guidance is None else {"guidance": how.guidance}
-    lacking = set(options) - set(inspect.signature(generate).parameters)
-    if lacking:
-        raise ConfigError(
-            f"{flags}: this model of {spec.name} has latent variables and takes no rules and no "
-            "guidance."
-        )
-    length = how.length or spec.shape[0]
-    if length > spec.shape[0] and spec.text and spec.end is None:
-        try:
-            jax.eval_shape(lambda key: generate(params, state, key, n, cond, length=length), key)
-        except ConfigError:  # a model with a context
-            return _beyond(model, params, state, key, n, cond, given, length, options)
-    options["length"] = how.length
-    if given is None:
-        go = jax.jit(lambda key, cond: generate(params, state, key, n, cond, **options))
-        return np.asarray(go(key, cond))
-    if len(given) > length:
-        raise ConfigError(
-            f"The prompt has {len(given)} {spec.step}s, and only {length} fit. Shorten it, or give "
-            "--length."
-        )
-    prompt = np.zeros((n, length), np.int32)
-    prompt[:, : len(given)] = given
-
-    def prompted(key: Key, prompt: Any, m: Any, cond: Any) -> Any:
-        return generate(params, state, key, n, cond, prompt=prompt, prompt_length=m, **options)
-
-    return np.asarray(
-        jax.jit(prompted)(key, jnp.asarray(prompt), jnp.asarray(len(given), jnp.int32), cond)
-    )
+        return _beams(model, model.autoregressive, params, state, n, cond, how)
+    return _stepwise(model, model.autoregressive, params, state, key, n, cond, how)
 
 
 def film(
@@ -175,123 +150,182 @@ def film(
     Raises:
         ConfigError: for a model that has no such path, or settings that do not fit it.
     """
-    if not _solves(model):
-        raise ConfigError(
-            "--film shows the way from noise to data of a diffusion or flow-matching model; this "
-            "one of "
-            f"{model.spec.name} has none."
-        )
-    asked = [f.name for f in dataclasses.fields(how) if getattr(how, f.name) is not None]
-    options, generate = _solving(model, asked, how), model.extras["generate"]
-    return np.asarray(
-        jax.jit(lambda key, cond: generate(params, state, key, n, cond, every=True, **options))(
-            key, cond
-        )
-    )
+    return _solved(model, params, state, key, n, cond, how, every=True)
 
 
-def _flags(names: list[str]) -> str:
+def _flags(names: Any) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
-def _solves(model: Model) -> bool:
-    """Whether a model goes from noise to data by a solver."""
-    generate = model.extras.get("generate")
-    return generate is not None and "solver" in inspect.signature(generate).parameters
-
-
-def _solving(model: Model, asked: list[str], how: Decoding) -> dict[str, Any]:
-    """What was asked of a model that goes from noise to data, as arguments of its `generate`."""
-    takes = (*SOLVING, "guidance")
-    if wrong := [name for name in asked if name not in takes]:
-        raise ConfigError(
-            f"{_flags(wrong)}: for models that make a sequence step by step; this one of "
-            f"{model.spec.name} goes from noise "
-            f"to data and takes {_flags(list(takes))}."
-        )
-    return {name: getattr(how, name) for name in asked}
-
-
-def _beyond(
+def _solved(
     model: Model,
     params: Params,
     state: State,
     key: Key,
     n: int,
     cond: Any,
-    given: np.ndarray | None,
-    length: int,
-    options: dict[str, Any],
+    how: Decoding,
+    every: bool,
 ) -> np.ndarray:
-    """A text longer than the context: each window is prompted with the second half of what is
-    there, and goes on from it.
-    """
-    context = model.spec.shape[0]
-    text = np.zeros((n, 0), np.int32) if given is None else np.tile(given[None], (n, 1))
+    """Samples that go from noise to data; with `every` all that they pass through."""
+    if model.denoiser is None:
+        raise ConfigError(
+            "--film shows the way from noise to data of a diffusion or flow-matching model; this "
+            f"one of {model.spec.name} has none."
+        )
+    asked, takes = how.asked(), (*SOLVING, "guidance")
+    if wrong := [name for name in asked if name not in takes]:
+        raise ConfigError(
+            f"{_flags(wrong)}: for models that make a sequence step by step; this one of "
+            f"{model.spec.name} goes from noise to data and takes {_flags(takes)}."
+        )
+    generate = partial(model.denoiser.generate, every=every, **asked)
+    return np.asarray(jax.jit(generate, static_argnums=3)(params, state, key, n, cond))
 
-    @jax.jit
-    def window(key: Key, prompt: Any, m: Any) -> Any:
-        return model.extras["generate"](
-            params, state, key, n, cond, prompt=prompt, prompt_length=m, **options
+
+def _check_steps(model: Model, how: Decoding) -> None:
+    """Refuse what does not fit a model that makes a sequence step by step.
+
+    Raises:
+        ConfigError: with the flags that do not fit.
+    """
+    spec, asked, record = model.spec, how.asked(), model.autoregressive
+    assert record is not None
+    if wrong := [name for name in asked if name in SOLVING]:
+        raise ConfigError(
+            f"{_flags(wrong)}: for models that go from noise to data (diffusion, flow matching); "
+            f"this one of {spec.name} makes a sequence step by step."
+        )
+    if how.beams and set(asked) - {"beams", "length"}:
+        raise ConfigError(
+            f"{_flags(asked)}: --beams finds the most probable sequences and goes with --length "
+            "only."
+        )
+    of_tokens = [name for name in asked if name in (*RULES, "beams")]
+    if of_tokens and spec.kind != "tokens":
+        raise ConfigError(
+            f"{_flags(of_tokens)}: rules and beams are for tokens; {spec.name} is {spec.kind}."
+        )
+    of_logits = [name for name in asked if name in (*RULES, "beams", "guidance")]
+    if of_logits and record.begin is None:
+        raise ConfigError(
+            f"{_flags(of_logits)}: this model of {spec.name} has latent variables and takes no "
+            "rules, no beams and no guidance."
+        )
+    if how.prompt is not None and view_of(spec) != "text":
+        raise ConfigError(
+            f"--prompt takes text, which {spec.name} is not. In Python, "
+            "`model.autoregressive.generate` takes any prompt."
         )
 
+
+def _stepwise(
+    model: Model,
+    record: Autoregressive,
+    params: Params,
+    state: State,
+    key: Key,
+    n: int,
+    cond: Any,
+    how: Decoding,
+) -> np.ndarray:
+    """Sequences, an event after the other."""
+    spec, rules = model.spec, how.rules()
+    options: dict[str, Any] = {"choose": decoding.sampler(*rules)} if rules else {}
+    if how.guidance is not None:
+        options["guidance"] = how.guidance
+    generate = partial(record.generate, n=n, **options)
+    given = None if how.prompt is None else encode(how.prompt, spec.vocabulary or (), "the prompt")
+    length = how.length or spec.shape[0]
+    if record.context is not None and length > record.context and _endless_text(spec):
+        text = np.zeros((n, 0), np.int32) if given is None else np.tile(given[None], (n, 1))
+        window = jax.jit(partial(generate, length=record.context))
+        go_on = partial(window, params, state, cond=cond)
+        return _beyond(go_on, key, text, record.context, length)
+    program = jax.jit(partial(generate, length=how.length))
+    if given is None:
+        return np.asarray(program(params, state, key, cond=cond))
+    if len(given) > length:
+        raise ConfigError(
+            f"The prompt has {len(given)} {spec.step}s, and only {length} fit. Shorten it, or give "
+            "--length."
+        )
+    prompt, counts = _padded_prompt(np.tile(given[None], (n, 1)), length)
+    return np.asarray(program(params, state, key, cond=cond, prompt=prompt, prompt_length=counts))
+
+
+def _padded_prompt(text: np.ndarray, length: int) -> tuple[Array, Array]:
+    """Tokens [n, m] as a prompt [n, length], and m: all prompts of a length share one program."""
+    whole = np.pad(text, ((0, 0), (0, length - text.shape[1])))
+    return jnp.asarray(whole, jnp.int32), jnp.asarray(text.shape[1], jnp.int32)
+
+
+def _endless_text(spec: DataSpec) -> bool:
+    """Whether text is cut out of something longer, so that it can go on."""
+    return view_of(spec) == "text" and spec.end is None
+
+
+def _beyond(
+    go_on: Callable[..., Array], key: Key, text: np.ndarray, context: int, length: int
+) -> np.ndarray:
+    """Texts [n, m] made longer than the context: each window is prompted with the second half of
+    what is there, and goes on from it.
+    """
     index = 0
     while text.shape[1] < length:
         kept = text if text.shape[1] < context else text[:, -(context // 2) :]
-        prompt = np.zeros((n, context), np.int32)
-        prompt[:, : kept.shape[1]] = kept
-        new = window(
-            jax.random.fold_in(key, index),
-            jnp.asarray(prompt),
-            jnp.asarray(kept.shape[1], jnp.int32),
-        )
+        prompt, counts = _padded_prompt(kept, context)
+        new = go_on(jax.random.fold_in(key, index), prompt=prompt, prompt_length=counts)
         text = np.concatenate([text, np.asarray(new)[:, kept.shape[1] :]], axis=1)
         index += 1
     return text[:, :length]
 
 
 def _beams(
-    model: Model, params: Params, state: State, n: int, cond: Any, how: Decoding
+    model: Model,
+    record: Autoregressive,
+    params: Params,
+    state: State,
+    n: int,
+    cond: Any,
+    how: Decoding,
 ) -> np.ndarray:
-    repeated = None if cond is None else np.repeat(cond, how.beams or 1, axis=0)
+    """The best sequence that a search finds, n times over: once for each condition."""
+    begin, further, n_beams = record.begin, record.advance, how.beams or 1
+    assert begin is not None  # `_check_steps` has looked
+    assert further is not None
+    steps, end = how.length or model.spec.shape[0], model.spec.end
 
     @jax.jit
-    def search() -> Any:
-        outputs, carry = model.extras["begin"](params, state, n, cond)
-        advance = lambda carry, x: model.extras["advance"](params, state, carry, x, repeated)  # noqa: E731
-        steps = how.length or model.spec.shape[0]
-        return decoding.beam_search(
-            advance, outputs, carry, how.beams or 1, steps, end=model.spec.end
-        )[0][:, 0]
+    def search(params: Params, state: State, cond: Any, repeated: Any) -> Array:
+        def advance(carry: Any, x: Array) -> tuple[Array, Any]:
+            return further(params, state, carry, x, repeated)
 
-    return np.asarray(search())
+        outputs, carry = begin(params, state, n, cond)
+        return decoding.beam_search(advance, outputs, carry, n_beams, steps, end=end)[0][:, 0]
+
+    repeated = None if cond is None else np.repeat(cond, n_beams, axis=0)
+    return np.asarray(search(params, state, cond, repeated))
+
+
+# --- showing --------------------------------------------------------------------------------------
 
 
 def texts(x: np.ndarray, spec: DataSpec, labels: np.ndarray | None = None) -> list[str]:
     """Samples as text, one string each; behind the name of the class where there are labels."""
     found = [decode(tokens, spec) for tokens in x]
-    return (
-        found
-        if labels is None
-        else [f"{class_name(spec, c)}: {one}" for c, one in zip(labels, found, strict=True)]
-    )
-
-
-def class_name(spec: DataSpec, label: int) -> str:
-    """What a class is called."""
-    return spec.class_names[int(label)] if spec.class_names is not None else str(int(label))
-
-
-def is_music(spec: DataSpec) -> bool:
-    """Whether events are piano rolls of 88 keys."""
-    return spec.kind == "binary" and len(spec.shape) == 2 and spec.shape[1] == 88
+    if labels is None:
+        return found
+    named = zip(labels, found, strict=True)
+    return [f"{class_name(spec, label)}: {text}" for label, text in named]
 
 
 def true_log_prob(source: Source | None) -> Callable[[np.ndarray], Any] | None:
     """The true density of points in the plane, for pictures."""
-    if source is None or source.log_prob is None or source.spec.shape != (2,):
+    if source is None or source.log_prob is None or view_of(source.spec) != "points":
         return None
-    return lambda x: source.log_prob(jnp.asarray(x, jnp.float32))  # type: ignore[misc]
+    density = source.log_prob
+    return lambda x: density(jnp.asarray(x, jnp.float32))
 
 
 def show(
@@ -309,14 +343,14 @@ def show(
         CheckpointError: if the disk does not take it.
     """
     labels = cond if spec.n_classes else None
-    if spec.text:
+    if view_of(spec) == "text":
         path = stem.with_name(stem.name + ".txt")
         separator = "\n" if spec.end is not None else f"\n{'-' * 40}\n"
         with replacing(path) as temporary:
             temporary.write_text(separator.join(texts(x, spec, labels)) + "\n")
         return [path]
-    figure = pictures.samples(x, spec, title, log_prob, labels)
-    return [] if figure is None else [pictures.save(figure, stem.with_name(stem.name + ".png"))]
+    picture = pictures.samples(x, spec, title, log_prob, labels)
+    return [] if picture is None else [pictures.save(picture, stem.with_name(stem.name + ".png"))]
 
 
 def show_film(
@@ -333,18 +367,18 @@ def show_film(
     Raises:
         CheckpointError: if the disk does not take it.
     """
-    labels = (
-        [class_name(spec, label) for label in cond] if spec.n_classes and cond is not None else []
-    )
-    figure = pictures.film(x, spec, title, log_prob, labels)
-    return [] if figure is None else [pictures.save(figure, stem.with_name(stem.name + ".png"))]
+    labels = []
+    if spec.n_classes and cond is not None:
+        labels = [class_name(spec, label) for label in cond]
+    picture = pictures.film(x, spec, title, log_prob, labels)
+    return [] if picture is None else [pictures.save(picture, stem.with_name(stem.name + ".png"))]
 
 
 def play(x: np.ndarray, spec: DataSpec, stem: Path) -> list[Path]:
     """Write piano rolls as MIDI files STEM_0.mid, STEM_1.mid, ... at two frames a second; nothing
     for other data.
     """
-    if not is_music(spec):
+    if view_of(spec) != "music":
         return []
     paths = [stem.with_name(f"{stem.name}_{index}.mid") for index in range(min(len(x), MIDI_FILES))]
     for roll, path in zip(x, paths, strict=False):
@@ -352,7 +386,18 @@ def play(x: np.ndarray, spec: DataSpec, stem: Path) -> list[Path]:
     return paths
 
 
-def picture_cond(spec: Any, n: int, arrays: Batch | None = None) -> np.ndarray | None:
+# --- the picture of a run -------------------------------------------------------------------------
+
+
+def picture_size(spec: DataSpec) -> int:
+    """How many samples a picture of a run shows."""
+    view = view_of(spec)
+    if view in ("image", "nothing") and spec.n_classes:
+        return 100
+    return SHOWN.get(view, 16)
+
+
+def picture_cond(spec: DataSpec, n: int, arrays: Batch | None = None) -> np.ndarray | None:
     """Conditions for a picture of n samples: every class equally often, or vectors of the data."""
     if not spec.conditional:
         return None
@@ -360,7 +405,7 @@ def picture_cond(spec: Any, n: int, arrays: Batch | None = None) -> np.ndarray |
         per = max(1, n // spec.n_classes)
         return np.repeat(np.arange(spec.n_classes, dtype=np.int32), per)
     vectors: Any = None if arrays is None else arrays.cond
-    return np.resize(np.asarray(vectors, np.float32), (n, spec.cond_dim))
+    return np.resize(np.asarray(vectors, np.float32), (n, spec.cond_dim or 1))
 
 
 def picture_sampler(model: Model) -> Callable[..., Any]:
@@ -368,16 +413,11 @@ def picture_sampler(model: Model) -> Callable[..., Any]:
     otherwise samples.
     """
     latent = model.latent
-    if latent is None or latent.sample_mean is None or not shows_means(model):
+    if latent is None or latent.sample_mean is None or view_of(model.spec) != "image":
         return model.sample
     return latent.sample_mean
 
 
 def picture_title(model: Model) -> str:
     """What such a picture shows, in words."""
-    return "means of p(x|z), z ~ p(z)," if shows_means(model) else "samples"
-
-
-def shows_means(model: Model) -> bool:
-    has = model.latent is not None and model.latent.sample_mean is not None
-    return has and pictures.is_image(model.spec)
+    return "samples" if picture_sampler(model) is model.sample else "means of p(x|z), z ~ p(z),"

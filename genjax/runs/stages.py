@@ -31,11 +31,13 @@ class Opened(NamedTuple):
     Attributes:
         on: what `Recipe.build` takes: the spec of the data, or a first stage.
         source: the data that batches are of.
+        data: the recipe that has this source.
         first: of a first stage: its folder, the step and hash of its checkpoint; None without one.
     """
 
     on: DataSpec | Trained
     source: Source
+    data: Recipe
     first: dict[str, Any] | None = None
 
 
@@ -49,7 +51,7 @@ def opened(recipe: Recipe) -> Opened:
     """
     if not is_run(recipe.data):
         source = recipe.source()
-        return Opened(source.spec, source)
+        return Opened(source.spec, source, recipe)
     folder = Path(recipe.data)
     if not (folder / "config.json").is_file():
         raise ConfigError(
@@ -70,7 +72,7 @@ def opened(recipe: Recipe) -> Opened:
             f"The data of {folder}, {run.recipe.data}, cannot be read, and training needs them."
         )
     about = {"folder": str(folder), "step": run.step, "hash": checkpoint_hash(folder, run.step)}
-    return Opened(Trained(run.model, run.params, run.state), source, about)
+    return Opened(Trained(run.model, run.params, run.state), source, run.data, about)
 
 
 def how_to_train(recipe: Recipe) -> str:

@@ -3,11 +3,12 @@
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from genjax.data import Splits
 from genjax.errors import ConfigError
 from genjax.evaluation import quality
 from genjax.evaluation.estimates import score_examples, scorer
@@ -15,9 +16,10 @@ from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.loop import Progress, choose_feed, fit
 from genjax.learning.members import Mode, ensemble, grid, sweep
 from genjax.learning.step import eval_params
-from genjax.protocol import Array, Batch, Key, Params, State
+from genjax.protocol import Array, Batch, Key, Params, State, Training, TrainState
 from genjax.runs.folder import environment, open_folder, write_json
 from genjax.runs.log import logging_in
+from genjax.runs.stages import Opened, opened
 from genjax.runs.train import VALID_SEED, go_on
 from genjax.zoo.recipe import Recipe, config_hash, to_dict
 from genjax.zoo.sections import replace, settings_of
@@ -30,21 +32,61 @@ def check_axes(recipe: Recipe, axes: Mapping[str, Sequence[float]]) -> None:
         ConfigError: for a setting that does not exist or is not a real number: only those can
             differ within one program.
     """
-    real = {
-        name: setting
-        for name, setting in settings_of(recipe).items()
-        if setting.hint is float or float in getattr(setting.hint, "__args__", ())
-    }
-    floats = sorted(real)
+    real = {name: one for name, one in settings_of(recipe).items() if _is_real(one.hint)}
+    known = {*real, *(setting.full for setting in real.values())}
     for name, values in axes.items():
-        if name not in (*real, *(setting.full for setting in real.values())):
+        if name not in known:
             raise ConfigError(
                 f"--{name.replace('_', '-')} cannot be swept in one program: only real-valued "
-                "settings can "
-                f"({', '.join(floats)}). Train once for each value instead."
+                f"settings can ({', '.join(sorted(real))}). Train once for each value instead."
             )
         if not values:
             raise ConfigError(f"--{name.replace('_', '-')} has no values to sweep over.")
+
+
+def _is_real(hint: Any) -> bool:
+    return hint is float or float in getattr(hint, "__args__", ())
+
+
+class Members(NamedTuple):
+    """Every combination of some settings, with every seed.
+
+    Attributes:
+        axes: the values of each setting.
+        seeds: of each combination.
+        columns: each setting's value for each member, [S]; the seeds of a combination are
+            neighbours.
+    """
+
+    axes: Mapping[str, Sequence[float]]
+    seeds: list[int]
+    columns: dict[str, np.ndarray]
+
+    @property
+    def combinations(self) -> list[dict[str, float]]:
+        values = itertools.product(*self.axes.values())
+        return [dict(zip(self.axes, chosen, strict=True)) for chosen in values]
+
+    @property
+    def keys(self) -> Key:
+        seeds = np.tile(np.asarray(self.seeds, np.uint32), len(self.combinations))
+        return jax.vmap(jax.random.key)(seeds)
+
+    def settings_of(self, member: int) -> dict[str, float]:
+        return {name: float(column[member]) for name, column in self.columns.items()}
+
+
+def members_of(axes: Mapping[str, Sequence[float]], first_seed: int, n_seeds: int) -> Members:
+    """The members of a sweep.
+
+    Raises:
+        ConfigError: for no seed.
+    """
+    if n_seeds < 1:
+        raise ConfigError(f"--seeds must be at least 1; got {n_seeds}.")
+    product = grid(**axes) if axes else {}
+    columns = {name: np.repeat(column, n_seeds) for name, column in product.items()}
+    return Members(axes, [first_seed + index for index in range(n_seeds)], columns)
 
 
 def run_sweep(
@@ -67,38 +109,62 @@ def run_sweep(
         ConfigError: see `check_axes`; or if the folder holds something else.
     """
     check_axes(recipe, axes)
-    if n_seeds < 1:
-        raise ConfigError(f"--seeds must be at least 1; got {n_seeds}.")
-    source, schedule = recipe.source(), recipe.schedule
-    recipe.build(
-        source.spec
-    )  # settings that do not fit are refused here, before anything is written
-    splits = source.load()
-    settings = to_dict(recipe) | {
-        "sweep": {
-            "axes": {name: list(values) for name, values in axes.items()},
-            "seeds": n_seeds,
-            "mode": mode,
-        }
-    }
-    combinations = [
-        dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())
-    ]
-    seeds = [schedule.seed + index for index in range(n_seeds)]
-    keys = jax.vmap(jax.random.key)(np.tile(np.asarray(seeds, np.uint32), len(combinations)))
-    columns = (
-        {name: np.repeat(column, n_seeds) for name, column in grid(**axes).items()} if axes else {}
-    )
-    if axes:
-        t = sweep(
-            lambda **hyper: replace(recipe, **hyper).training(source.spec), mode=mode, **columns
-        )
+    members = members_of(axes, recipe.schedule.seed, n_seeds)
+    stage = opened(recipe)
+    recipe.build(stage.on)  # refuses settings that do not fit, before anything is written
+    splits = stage.source.load()
+    settings = to_dict(recipe) | ({} if stage.first is None else {"first": stage.first})
+    listed = {name: list(values) for name, values in axes.items()}
+    settings |= {"sweep": {"axes": listed, "seeds": n_seeds, "mode": mode}}
+    state = _train_members(recipe, stage, splits, members, folder, settings, mode, progress, say)
+    params = eval_params(state)
+    if recipe.build(stage.on).score is None:
+        found = _figures_of_members(recipe, stage, members, params, state.state, say)
     else:
-        t = ensemble(recipe.training(source.spec), mode=mode)
-    feed = choose_feed(t, source, splits.train, schedule.batch_size, schedule.seed, schedule.place)
+        found = _scores_of_members(recipe, stage, members, params, state.state, splits.valid)
+    results = {
+        "recipe": recipe.name,
+        "metric": found.metric,
+        "unit": found.unit,
+        "estimator": found.estimator,
+        "n": len(splits.valid.x),
+        "split": "valid",
+        "seeds": members.seeds,
+        "steps": int(state.step),
+        "config_hash": config_hash(settings),
+        "results": _table(members, found),
+        **environment(),
+    }
+    write_json(folder / "results.json", results)
+    return results
+
+
+def _train_members(
+    recipe: Recipe,
+    stage: Opened,
+    splits: Splits,
+    members: Members,
+    folder: Path,
+    settings: dict[str, Any],
+    mode: Mode,
+    progress: Progress | None,
+    say: Callable[[str], None],
+) -> TrainState:
+    schedule, keys = recipe.schedule, members.keys
+    if members.columns:
+
+        def train_with(**hyper: Any) -> Training:
+            return replace(recipe, **hyper).training(stage.on)
+
+        t = sweep(train_with, mode=mode, **members.columns)
+    else:
+        t = ensemble(recipe.training(stage.on), mode=mode)
+    feed = choose_feed(
+        t, stage.source, splits.train, schedule.batch_size, schedule.seed, schedule.place
+    )
     open_folder(folder, settings)
     with logging_in(folder, f"{recipe.name}: {len(keys)} members") as log:
-        state = fit(
+        return fit(
             feed,
             key=keys,
             steps=schedule.steps,
@@ -111,105 +177,89 @@ def run_sweep(
             stop_on_nonfinite=False,
             progress=progress,
         )
-    of_members: list[dict[str, float]] = []
-    model = recipe.build(source.spec)
-    estimator = model.estimator
-    if model.score is not None:
-        name, unit = f"valid/{model.score_name}", "nats"
-        values = _score_members(
-            recipe, columns, eval_params(state), state.state, source, splits.valid
-        )
-    else:
-        figures = _figures_of_members(
-            recipe, columns, len(keys), eval_params(state), state.state, say
-        )
-        first = next((member[0] for member in figures if member), None)
-        name, unit = (
-            ("valid/samples", "no member is finite")
-            if first is None
-            else (f"valid/{first.name}", first.unit)
-        )
-        estimator = "" if first is None else first.estimator
-        values = np.asarray([member[0].value if member else np.nan for member in figures])
-        of_members = [{figure.name: figure.value for figure in member} for member in figures]
-    table = []
-    for index, combination in enumerate(combinations):
-        own = np.asarray(values[index * n_seeds : (index + 1) * n_seeds], np.float64)
+
+
+class _Found(NamedTuple):
+    """What the members of a sweep are worth: `values` [S], one figure of each, NaN where there is
+    none; and all `figures` about their samples, where it is one of those.
+    """
+
+    metric: str
+    unit: str
+    estimator: str
+    values: np.ndarray
+    figures: list[dict[str, float]]
+
+
+def _table(members: Members, found: _Found) -> list[dict[str, Any]]:
+    """A line for each combination of settings: mean and standard deviation over its seeds."""
+    n, table = len(members.seeds), []
+    for index, combination in enumerate(members.combinations):
+        of_these = slice(index * n, (index + 1) * n)
+        own = np.asarray(found.values[of_these], np.float64)
         good = own[np.isfinite(own)]
-        table.append(
-            {
-                "settings": combination,
-                "mean": float(good.mean()) if len(good) else None,
-                "sd": float(good.std(ddof=1)) if len(good) > 1 else None,
-                "members": [
-                    value if np.isfinite(value) else None for value in own.tolist()
-                ],  # JSON has no NaN
-                "not_finite": int(len(own) - len(good)),
-            }
-            | (
-                {"figures": of_members[index * n_seeds : (index + 1) * n_seeds]}
-                if of_members
-                else {}
-            )
-        )
-    results = {
-        "recipe": recipe.name,
-        "metric": name,
-        "unit": unit,
-        "estimator": estimator,
-        "n": len(splits.valid.x),
-        "split": "valid",
-        "seeds": seeds,
-        "steps": int(state.step),
-        "config_hash": config_hash(settings),
-        "results": table,
-        **environment(),
-    }
-    write_json(folder / "results.json", results)
-    return results
+        line = {
+            "settings": combination,
+            "mean": float(good.mean()) if len(good) else None,
+            "sd": float(good.std(ddof=1)) if len(good) > 1 else None,
+            # JSON has no NaN.
+            "members": [value if np.isfinite(value) else None for value in own.tolist()],
+            "not_finite": int(len(own) - len(good)),
+        }
+        if found.figures:
+            line["figures"] = found.figures[of_these]
+        table.append(line)
+    return table
 
 
 def _figures_of_members(
     recipe: Recipe,
-    columns: dict[str, Any],
-    n_members: int,
+    stage: Opened,
+    members: Members,
     params: Params,
     state: State,
     say: Callable[[str], None],
-) -> list[list[quality.Figure]]:
+) -> _Found:
     """The figures about the samples of every member, against the validation split; none of a member
     that is not finite.
     """
-    found = []
-    for member in range(n_members):
-        own = replace(recipe, **{name: float(column[member]) for name, column in columns.items()})
-        model = own.build(own.source().spec)
-        of_member = [
-            jax.tree.map(lambda leaf, member=member: leaf[member], tree) for tree in (params, state)
-        ]
-        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(of_member)):
-            found.append([])
+    figures: list[list[quality.Figure]] = []
+    for member in range(len(members.keys)):
+        own = replace(recipe, **members.settings_of(member))
+        trained = _member((params, state), member)
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trained)):
+            figures.append([])
             continue
-        found.append(
-            quality.figures_of(own, quality.sampler_of(model, *of_member), split="valid", say=say)
-        )
-    return found
+        sampler = quality.sampler_of(own.build(stage.on), *trained)
+        figures.append(quality.figures_of(stage.data, sampler, split="valid", say=say))
+    values = np.asarray([of_one[0].value if of_one else np.nan for of_one in figures])
+    by_name = [{figure.name: figure.value for figure in of_one} for of_one in figures]
+    main = next((of_one[0] for of_one in figures if of_one), None)
+    if main is None:
+        return _Found("valid/samples", "no member is finite", "", values, by_name)
+    return _Found(f"valid/{main.name}", main.unit, main.estimator, values, by_name)
 
 
-def _score_members(
-    recipe: Recipe, columns: dict[str, Any], params: Params, state: State, source: Any, valid: Batch
-) -> np.ndarray:
-    """The validation score of every member, [S]: the mean over the split in nats."""
+def _member(tree: Any, member: int) -> Any:
+    """One member's part of a tree with the members' axis first."""
+    return jax.tree.map(lambda leaf: leaf[member], tree)
 
-    def one(hyper: dict[str, Array], params: Params, state: State, batch: Batch, key: Key) -> Array:
-        score = replace(recipe, **hyper).build(source.spec).score
+
+def _scores_of_members(
+    recipe: Recipe, stage: Opened, members: Members, params: Params, state: State, valid: Batch
+) -> _Found:
+    """The validation score of every member: the mean over the split in nats."""
+
+    def one(hyper: dict[str, Any], params: Params, state: State, batch: Batch, key: Key) -> Array:
+        score = replace(recipe, **hyper).build(stage.on).score
         assert score is not None
         return score(params, state, batch, key)
 
     def all_members(params: Params, state: State, batch: Batch, key: Key) -> Array:
-        return jax.vmap(lambda hyper, p, s: one(hyper, p, s, batch, key), out_axes=1)(
-            columns, params, state
-        )  # [B, S]
+        over_members = jax.vmap(one, in_axes=(0, 0, 0, None, None), out_axes=1)
+        return over_members(members.columns, params, state, batch, key)  # [B, S]
 
-    run = scorer(all_members, source.prepare)
-    return score_examples(run, params, state, valid, jax.random.key(VALID_SEED)).mean(axis=0)
+    program = scorer(all_members, stage.source.prepare)
+    nats = score_examples(program, params, state, valid, jax.random.key(VALID_SEED))
+    model = recipe.build(stage.on)
+    return _Found(f"valid/{model.score_name}", "nats", model.estimator, nats.mean(axis=0), [])

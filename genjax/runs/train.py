@@ -10,27 +10,20 @@ import jax
 import numpy as np
 
 from genjax.data import Source, Splits, example_batch
-from genjax.evaluation.estimates import (
-    estimate,
-    score_examples,
-    scorer,
-)
+from genjax.evaluation.estimates import estimate, score_examples, scorer
 from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.distributed import check_shared, first, several, told, whole
 from genjax.learning.loop import Hook, Progress, choose_feed, fit
 from genjax.learning.sharding import layout, make_mesh, shard
 from genjax.learning.step import eval_params
-from genjax.protocol import (
-    Model,
-    TrainState,
-)
-from genjax.runs import samples
+from genjax.protocol import Model, TrainState
+from genjax.runs import samples, stages
 from genjax.runs.folder import keep_spec, open_folder
 from genjax.runs.log import Log, logging_in
 from genjax.zoo.recipe import Recipe, to_dict
 
-# Fixed keys, so that a validation curve compares like with like and a grid shows the same latent
-# points as it trains.
+# Fixed keys, so that a validation curve compares like with like and the pictures of a run show the
+# same latent points.
 VALID_SEED, PICTURE_SEED = 1_000_003, 1_000_033
 
 
@@ -56,10 +49,10 @@ def train(
     Raises:
         GenjaxError: see the modules that this one calls; whatever was saved before stays.
     """
-    source, schedule = recipe.source(), recipe.schedule
-    model = recipe.build(source.spec)
+    stage, schedule = stages.opened(recipe), recipe.schedule
+    source, model = stage.source, recipe.build(stage.on)
     splits = source.load()
-    t, devices = recipe.training(source.spec), None
+    t, devices = recipe.training(stage.on), None
     if several():
         mesh = mesh or {"data": jax.device_count()}
     if mesh:
@@ -72,7 +65,14 @@ def train(
         t, source, splits.train, schedule.batch_size, schedule.seed, schedule.place, devices
     )
     # Not before everything else fits: a folder keeps its settings for good.
-    told(lambda: (open_folder(folder, to_dict(recipe)), keep_spec(folder, source.spec)))
+    settings = to_dict(recipe) | ({} if stage.first is None else {"first": stage.first})
+
+    def open_run() -> None:
+        open_folder(folder, settings)
+        keep_spec(folder, source.spec)
+        stages.keep(folder, stage)
+
+    told(open_run)
     check_shared(folder / "config.json")
     checkpoints = Checkpoints(folder / "checkpoints", schedule.keep_checkpoints)
     hooks = [
@@ -80,11 +80,13 @@ def train(
         _picture_hook(model, source, splits, folder, schedule.sample_every),
     ]
 
-    with (
-        logging_in(folder, f"{recipe.name} on {source.spec.name}")
-        if first()
-        else nullcontext() as log
-    ):
+    title = f"{recipe.name} on {source.spec.name}"
+    with logging_in(folder, title) if first() else nullcontext() as log:
+
+        def on_restore(step: int) -> None:
+            if log is not None:
+                go_on(log, step, schedule.steps, say)
+
         state = fit(
             feed,
             key=jax.random.key(schedule.seed),
@@ -92,7 +94,7 @@ def train(
             steps_per_call=schedule.steps_per_call,
             log_every=schedule.log_every,
             log=log or (lambda line: None),
-            on_restore=lambda step: go_on(log, step, schedule.steps, say) if log else None,
+            on_restore=on_restore,
             hooks=[hook for hook in hooks if hook is not None],
             checkpoints=checkpoints,
             checkpoint_every=schedule.checkpoint_every,
@@ -100,9 +102,8 @@ def train(
             progress=progress if log else None,
             layout=None if devices is None else functools.partial(layout, mesh=devices),
         )
-    told(
-        lambda: None
-    )  # until process 0 has drawn its curves: at the end jax does not wait long for the others
+    # Until process 0 has drawn its curves: at the end jax does not wait long for the others.
+    told(lambda: None)
     return state
 
 
@@ -131,8 +132,7 @@ def _valid_hook(model: Model, source: Source, splits: Splits, every: int) -> Hoo
 
 
 def _picture_hook(model: Model, source: Source, splits: Splits, folder: Path, every: int) -> Hook:
-    spec = source.spec
-    n = 2000 if spec.shape == (2,) else 16 if spec.step else 100 if spec.n_classes else 64
+    spec, n = source.spec, samples.picture_size(source.spec)
     cond = samples.picture_cond(spec, n, splits.train)
     n = n if cond is None else len(cond)
     draw = jax.jit(samples.picture_sampler(model), static_argnums=3)
@@ -142,10 +142,8 @@ def _picture_hook(model: Model, source: Source, splits: Splits, folder: Path, ev
         if not first():
             return
         x = np.asarray(draw(params, extra, jax.random.key(PICTURE_SEED), n, cond))
-        stem, title = (
-            folder / "samples" / f"step_{step:08d}",
-            f"{samples.picture_title(model)} at step {step}",
-        )
+        stem = folder / "samples" / f"step_{step:08d}"
+        title = f"{samples.picture_title(model)} at step {step}"
         samples.show(x, spec, stem, title, samples.true_log_prob(source), cond)
 
     return Hook(every, call)
