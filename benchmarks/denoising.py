@@ -14,7 +14,8 @@ import jax
 
 from benchmarks import results_of_zoo
 from benchmarks.common import write
-from genjax.evaluation import estimates, quality
+from genjax.evaluation import quality
+from genjax.evaluation.sample_metrics import sliced_wasserstein
 from genjax.runs.load import Loaded, load
 from genjax.zoo import ZOO
 
@@ -38,10 +39,11 @@ def trained(name: str, keep: Path, *flags: str) -> Loaded:
 
 def sampler(loaded: Loaded, **how: Any) -> quality.Sampler:
     """A run's samples with some settings of its solver or guidance changed."""
-    generate = loaded.model.extras["generate"]
+    denoiser = loaded.model.denoiser
+    assert denoiser is not None
 
     def sample(params: Any, state: Any, key: jax.Array, n: int, cond: Any = None) -> jax.Array:
-        return generate(params, state, key, n, cond, **how)
+        return denoiser.generate(params, state, key, n, cond, **how)
 
     return quality.sampler_of(loaded.model._replace(sample=sample), loaded.params, loaded.state)
 
@@ -62,7 +64,7 @@ def plane(name: str, density: str, keep: Path) -> dict[str, Any]:
         samples = draw(jax.random.key(index), None, POINTS)
         for who, points in {"samples": samples, "real": other}.items():
             distances[who].append(
-                estimates.sliced_wasserstein(reference, points, n_projections=200, seed=index)
+                sliced_wasserstein(reference, points, n_projections=200, seed=index)
             )
     mean = {who: statistics.mean(values) for who, values in distances.items()}
     sd = {who: statistics.stdev(values) for who, values in distances.items()}

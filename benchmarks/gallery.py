@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.common import RESULTS
+from genjax.data.view import as_image, view_of
 from genjax.errors import ConfigError
 from genjax.runs import pictures, samples
 from genjax.runs.load import Loaded, load
@@ -18,6 +19,7 @@ from genjax.zoo import ZOO
 
 COLUMNS = 4
 TEXTS, LINES, WIDTH = 26, 26, 38  # in a panel of text: samples, lines and characters a line
+SHOWN = {"points": 1000, "text": TEXTS, "music": 1}  # samples in a panel; 100 of other data
 
 
 def main(keep: Path) -> None:
@@ -47,7 +49,7 @@ def main(keep: Path) -> None:
 
 def _panel(axes: Any, loaded: Loaded) -> None:
     spec = loaded.model.spec
-    n = 1000 if spec.shape == (2,) else TEXTS if spec.text else 1 if samples.is_music(spec) else 100
+    n = SHOWN.get(view_of(spec), 100)
     cond = picture_cond(spec, n)
     if cond is not None:
         # Of classes with names for texts there may be more than there is room for.
@@ -55,16 +57,17 @@ def _panel(axes: Any, loaded: Loaded) -> None:
         n = len(cond)
     draw = jax.jit(picture_sampler(loaded.model), static_argnums=3)
     x = np.asarray(draw(loaded.params, loaded.state, jax.random.key(0), n, cond))
-    x, spec = pictures.rows_as_images(x, spec)
-    if pictures.is_image(spec):
+    x, spec = as_image(x, spec)
+    view = view_of(spec)
+    if view == "image":
         axes.imshow(
-            pictures.tile(x, spec, columns=10).squeeze(),
+            pictures.tiles(x, spec, columns=10).squeeze(),
             cmap="gray",
             vmin=0,
             vmax=1,
             interpolation="nearest",
         )
-    elif spec.text:
+    elif view == "text":
         lines = [
             line for text in samples.texts(x, spec) for line in text.splitlines() if line.strip()
         ]
@@ -74,7 +77,7 @@ def _panel(axes: Any, loaded: Loaded) -> None:
         axes.text(
             0.02, 0.98, shown, family="monospace", fontsize=6.5, va="top", transform=axes.transAxes
         )
-    elif spec.step is not None:
+    elif view in ("music", "sequence"):
         axes.imshow(
             x[0].reshape(x.shape[1], -1).T,
             aspect="auto",
