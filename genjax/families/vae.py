@@ -6,7 +6,6 @@ Welling 2017 (VampPrior).
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -14,134 +13,166 @@ import jax
 import jax.numpy as jnp
 
 from genjax.checks import check_cond, checked
-from genjax.errors import ConfigError, unknown_name
+from genjax.errors import ConfigError
 from genjax.nets.conv import ConvDecoder, ConvEncoder
 from genjax.nets.functional import Net, functional
-from genjax.nets.mlp import ACTIVATIONS, MLP, flatten_with
-from genjax.parts.distributions import (
-    LOG_2PI,
-    log_mean_exp,
-    normal_kl,
-    normal_log_prob,
-    normal_sample,
-    sum_event,
+from genjax.nets.mlp import MLP, flatten_with
+from genjax.parts.distributions import log_mean_exp, normal_log_prob, sum_event
+from genjax.parts.likelihoods import Likelihood, bounded_log_scale, likelihood_of
+from genjax.parts.priors import Prior, normal_prior, vamp_prior
+from genjax.protocol import (
+    Array,
+    Aux,
+    Batch,
+    DataSpec,
+    Key,
+    Latent,
+    Metrics,
+    Model,
+    Params,
+    State,
 )
-from genjax.parts.likelihoods import LIKELIHOOD_OF_KIND, LIKELIHOODS, bounded_log_scale
-from genjax.protocol import Array, Aux, Batch, DataSpec, Key, Metrics, Model, Params, State
-
-# Given normalised events [N, *shape] and conditions [N, E] (or None), the mean and log-scale of
-# q(z|x, c), each [N, d].
-Posterior = Callable[[Array, Array | None], tuple[Array, Array]]
+from genjax.settings import Count, Dtype, NonNegative, Positive, Whole, builder, used
 
 # The floor of the log-scale of q(z|x): at e^-15 its KL to N(0, 1) is already 14.5 nats for each
 # dimension of z.
 MIN_LOG_SCALE = -15.0
 
 
-class Prior(NamedTuple):
-    """p(z) as pure functions; bring your own through `vae(spec, prior=Prior(...))`.
+class Autoencoder(NamedTuple):
+    """The pieces of a VAE. The functions below take it, and `p`, which is `params["vae"]`.
 
     Attributes:
-        init: (key) -> params.
-        log_prob: (params, posterior, z [..., d]) -> nats [...].
-        sample: (params, posterior, key, n) -> z [n, d].
-        kl: (params, mean [B, d], log_scale [B, d]) -> KL(q || p) in nats [B] where it has a closed
-            form, else None.
+        spec: the data.
+        encoder: normalised events and conditions -> features [N, 2 d].
+        decoder: z and conditions -> outputs [N, *shape, n_outputs], but for a reshape.
+        flat: whether the encoder takes them as vectors, the conditions appended.
+        likelihood: p(x | outputs).
+        scale: of the likelihood: "shared" is p["log_scale"], "element" is among the outputs, a
+            number is fixed.
+        prior: p(z).
+        latent_dim: d.
     """
 
-    init: Callable[[Key], Any]
-    log_prob: Callable[[Any, Posterior, Array], Array]
-    sample: Callable[[Any, Posterior, Key, int], Array]
-    kl: Callable[[Any, Array, Array], Array] | None = None
+    spec: DataSpec
+    encoder: Net
+    decoder: Net
+    flat: bool
+    likelihood: Likelihood
+    scale: Any
+    prior: Prior
+    latent_dim: int
 
 
-def normal_prior(latent_dim: int) -> Prior:
-    """p(z) = N(0, I)."""
-    return Prior(
-        init=lambda key: {},
-        log_prob=lambda params, posterior, z: sum_event(normal_log_prob(z, 0.0, 0.0)),
-        sample=lambda params, posterior, key, n: jax.random.normal(key, (n, latent_dim)),
-        kl=lambda params, mean, log_scale: sum_event(normal_kl(mean, log_scale)),
-    )
+class Noise(NamedTuple):
+    """What one pass draws: z_k = mean + scale epsilon_k, [K, B, d], and a key for the prior."""
+
+    epsilon: Array
+    prior: Key
 
 
-def vamp_prior(spec: DataSpec, n_components: int) -> Prior:
-    """p(z) = 1/M Σ_m q(z | u_m) with M learned pseudo-inputs u_m. Tomczak & Welling 2017, equation
-    9.
+def draw_noise(latent_dim: int, k: int, key: Key, batch: Batch) -> Noise:
+    """The noise of K draws of z for each example."""
+    shape = (k, batch.x.shape[0], latent_dim)
+    dtype = jnp.promote_types(batch.x.dtype, jnp.float32)
+    return Noise(jax.random.normal(key, shape, dtype), jax.random.fold_in(key, 1))
 
-    Pseudo-inputs live on the normalised scale; those of binary and discrete data go through tanh to
-    stay in its range (the paper clips). In a conditional model each has a learned pseudo-condition
-    beside it, so p(z) does not depend on the condition. The paper conditions nothing.
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+def posterior(model: Autoencoder, p: Any, x: Array, c: Array | None) -> tuple[Array, Array]:
+    """Mean and log-scale of q(z | x, c) for normalised events x: [N, d] each."""
+    given = (flatten_with(x, len(model.spec.shape), c),) if model.flat else (x, c)
+    mean, raw = jnp.split(model.encoder.apply(p["encoder"], {}, *given)[0], 2, axis=-1)
+    # A scale so small that z - mean is lost to rounding ends in NaN. The gradient passes, to find
+    # the way back.
+    return mean, raw + jax.lax.stop_gradient(jnp.maximum(raw, MIN_LOG_SCALE) - raw)
+
+
+def decoded(model: Autoencoder, p: Any, z: Array, c: Array | None) -> tuple[Array, Array | float]:
+    """The decoder's outputs [N, *shape, n_outputs] for z [N, d], and the log-scale that goes with
+    them.
     """
+    outputs = model.decoder.apply(p["decoder"], {}, flatten_with(z, 1, c))[0]
+    outputs = outputs.reshape(-1, *model.spec.shape, model.likelihood.n_outputs)
+    if "log_scale" in p:
+        return outputs, bounded_log_scale(p["log_scale"])
+    # A Bernoulli has no scale, and with scale="element" it is among the outputs.
+    if isinstance(model.scale, str) or not model.likelihood.scaled:
+        return outputs, 0.0
+    return outputs, jnp.log(model.scale)
 
-    def init(key: Key) -> Any:
-        params = {"x": jax.random.normal(key, (n_components, *spec.shape))}
-        return params | (
-            {"cond": jnp.full((n_components, spec.cond_size), 1 / spec.cond_size)}
-            if spec.conditional
-            else {}
+
+def log_likelihood(model: Autoencoder, p: Any, x: Array, z: Array, c: Array | None) -> Array:
+    """ln p(x | z, c) for x [B, *shape] and z [K, B, d]: nats [K, B]."""
+    k, b = z.shape[:2]
+    tiled = None if c is None else jnp.broadcast_to(c, (k, *c.shape)).reshape(k * b, -1)
+    outputs, log_scale = decoded(model, p, z.reshape(k * b, -1), tiled)
+    # One axis for the event: sums over several are not vectorised on a CPU, and 50 times as slow.
+    size = model.spec.size
+    flat = outputs.reshape(k, b, size, model.likelihood.n_outputs)
+    return sum_event(model.likelihood.log_prob(x.reshape(1, b, size), flat, log_scale))
+
+
+def log_prior(
+    model: Autoencoder, p: Any, state: State, z: Array, c: Array | None, key: Key
+) -> Array:
+    """ln p(z | c) for z [K, B, d] and c [B, E]: nats [K, B]."""
+    tiled = None if c is None else jnp.broadcast_to(c, (len(z), *c.shape))
+    q = partial(posterior, model, p)
+    return model.prior.log_prob(p["prior"], state["vae"], q, z, tiled, key)
+
+
+def sample_prior(
+    model: Autoencoder, p: Any, state: State, key: Key, n: int, c: Array | None
+) -> Array:
+    """z ~ p(z | c), [n, d]."""
+    z = model.prior.sample(p["prior"], state["vae"], partial(posterior, model, p), key, n, c)
+    if z.shape != (n, model.latent_dim):
+        raise ConfigError(
+            f"The prior must draw z of shape {[n, model.latent_dim]}; got {list(z.shape)}."
         )
-
-    def components(params: Any, posterior: Posterior) -> tuple[Array, Array]:
-        u = params["x"] if spec.kind == "continuous" else jnp.tanh(params["x"])
-        return posterior(u, params.get("cond"))
-
-    def log_prob(params: Any, posterior: Posterior, z: Array) -> Array:
-        flat, (mean, log_scale) = z.reshape(-1, z.shape[-1]), components(params, posterior)
-        return log_mean_exp(_mixture_log_probs(flat, mean, log_scale)).reshape(z.shape[:-1])
-
-    def sample(params: Any, posterior: Posterior, key: Key, n: int) -> Array:
-        key_component, key_noise = jax.random.split(key)
-        mean, log_scale = components(params, posterior)
-        chosen = jax.random.randint(key_component, (n,), 0, n_components)
-        return normal_sample(key_noise, mean[chosen], log_scale[chosen])
-
-    return Prior(init, log_prob, sample)
+    return z
 
 
-def _mixture_log_probs(z: Array, mean: Array, log_scale: Array) -> Array:
-    """ln N(z_n; mean_m, diag scale_m²) for all pairs, nats [M, N], the components in another order.
+# --- the bound ------------------------------------------------------------------------------------
 
-    (z - mean)² expanded into matrix products is many times as fast as the sum over a [M, N, d]
-    tensor, but cancels: its rounding is that of Σ (z² + mean²) / scale². A tenth of the components,
-    those that are worst in this, are summed always, since a few of them tend to be very narrow, and
-    the others if its bound exceeds 0.1 nats (a hundredth of that is typical).
+
+def log_weights(
+    model: Autoencoder,
+    p: Any,
+    state: State,
+    x: Array,
+    c: Array | None,
+    noise: Noise,
+    gradient: str = "pathwise",
+    beta: Array | float = 1.0,
+) -> tuple[Array, Array]:
+    """ln p(x|z_k) and ln p(z_k) - ln q(z_k|x) for z_k ~ q(z|x), each [K, B] in nats.
+
+    Values are the same for every `gradient`, which is what the derivative with respect to the
+    parameters of q is: see `vae`.
     """
-    (n, d), n_components = z.shape, mean.shape[0]
-    product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    # The differences are computed once more on the way back.
-    one_group = jax.checkpoint(
-        lambda m, s: sum_event(normal_log_prob(z[None], m[:, None], s[:, None]))
-    )
+    mean, log_scale = posterior(model, p, model.spec.normalize(x), c)
+    z = mean[None] + jnp.exp(log_scale)[None] * noise.epsilon
+    if gradient != "pathwise":
+        mean, log_scale = jax.lax.stop_gradient((mean, log_scale))
 
-    def expanded(mean: Array, log_scale: Array) -> Array:
-        inverse = jnp.exp(-2 * log_scale)
-        square = product(inverse, jnp.square(z).T) - 2 * product(mean * inverse, z.T)
-        constant = jnp.sum(-0.5 * jnp.square(mean) * inverse - log_scale - 0.5 * LOG_2PI, axis=1)
-        return constant[:, None] - 0.5 * square
+    def terms(z: Array) -> tuple[Array, Array]:
+        log_q = sum_event(normal_log_prob(z, mean[None], log_scale[None]))
+        log_ratio = log_prior(model, p, state, z, c, noise.prior) - log_q
+        return log_likelihood(model, p, x, z, c), log_ratio
 
-    def summed(mean: Array, log_scale: Array) -> Array:
-        fits = (
-            size
-            for size in range(1, len(mean) + 1)
-            if len(mean) % size == 0 and size * n * d < 2**18
-        )
-        size = max(fits, default=1)
-        grouped = jax.tree.map(lambda leaf: leaf.reshape(-1, size, d), (mean, log_scale))
-        return jax.lax.map(lambda pair: one_group(*pair), grouped).reshape(len(mean), n)
-
-    largest = jnp.exp(-2 * log_scale) * (jnp.max(jnp.square(z), axis=0)[None] + jnp.square(mean))
-    rounding = jax.lax.stop_gradient(jnp.sum(largest, axis=1)) * jnp.finfo(z.dtype).eps
-    order = jnp.argsort(rounding)
-    rounding, mean, log_scale = rounding[order], mean[order], log_scale[order]
-    n_good = n_components - -(-n_components // 10)
-    worst = summed(mean[n_good:], log_scale[n_good:])
-    if not n_good:
-        return worst
-    good = jax.lax.cond(
-        rounding[n_good - 1] < 0.1, expanded, summed, mean[:n_good], log_scale[:n_good]
-    )
-    return jnp.concatenate([good, worst])
+    if gradient != "dreg":
+        return terms(z)
+    # DReG: with v the normalised weights, the path through z gets v² (in general v (1 - beta + beta
+    # v), by the same derivation), the model's parameters get v, which the gradient of log-mean-exp
+    # supplies; so the path is scaled by the rest. The first pass has the same values as the second,
+    # and the compiler merges them.
+    log_lik, log_ratio = terms(jax.lax.stop_gradient(z))
+    v = jax.nn.softmax(log_lik + beta * log_ratio, axis=0)[..., None]
+    return terms(_scale_gradient(z, 1 - beta + beta * v))
 
 
 def _scale_gradient(z: Array, factor: Array) -> Array:
@@ -150,78 +181,198 @@ def _scale_gradient(z: Array, factor: Array) -> Array:
     return z * factor + jax.lax.stop_gradient(z * (1 - factor))
 
 
+def elbo_terms(
+    model: Autoencoder, p: Any, state: State, x: Array, c: Array | None, noise: Noise
+) -> tuple[Array, Array]:
+    """ln p(x|z) for one z ~ q, and KL(q || p), in closed form where the prior has one: each [B] in
+    nats.
+    """
+    if model.prior.kl is None:
+        log_lik, log_ratio = log_weights(model, p, state, x, c, noise)
+        return log_lik[0], -log_ratio[0]
+    mean, log_scale = posterior(model, p, model.spec.normalize(x), c)
+    z = mean[None] + jnp.exp(log_scale)[None] * noise.epsilon
+    kl = model.prior.kl(p["prior"], mean, log_scale)
+    return log_likelihood(model, p, x, z, c)[0], kl
+
+
+def importance_weighted_bound(
+    model: Autoencoder, p: Any, state: State, batch: Batch, c: Array | None, key: Key, k: int
+) -> Array:
+    """ln 1/K Σ_k p(x, z_k) / q(z_k|x), [B] in nats. Burda 2015, equation 8."""
+    # In chunks under a scan, so that memory does not grow with K; the largest divisor of K keeps
+    # the chunks equal.
+    chunk = max(size for size in range(1, 65) if k % size == 0)
+
+    def add(total: Array, key: Key) -> tuple[Array, None]:
+        noise = draw_noise(model.latent_dim, chunk, key, batch)
+        log_lik, log_ratio = log_weights(model, p, state, batch.x, c, noise)
+        return jnp.logaddexp(total, jax.nn.logsumexp(log_lik + log_ratio, axis=0)), None
+
+    start = jnp.full(batch.x.shape[:1], -jnp.inf, batch.x.dtype)
+    return jax.lax.scan(add, start, jax.random.split(key, k // chunk))[0] - math.log(k)
+
+
+def kl_weight(
+    beta: Array | float, warmup_steps: Array | int, step: Array | int, dtype: Any
+) -> Array | float:
+    """beta min(step / warmup_steps, 1): 0 at step 0, beta from step `warmup_steps` on."""
+    if not used(warmup_steps):
+        return beta
+    step, steps = jnp.asarray(step, dtype), jnp.asarray(warmup_steps, dtype)
+    # A traced number of steps may be 0.
+    return beta * jnp.where(step < steps, step / jnp.maximum(steps, 1), 1)
+
+
+def objective(
+    model: Autoencoder,
+    p: Any,
+    state: State,
+    batch: Batch,
+    noise: Noise,
+    gradient: str,
+    beta: Array | float,
+) -> tuple[Array, Metrics]:
+    """The loss [B] in nats with K = len(noise.epsilon), and what is reported, without beta."""
+    c = model.spec.embed(batch.cond)
+    if len(noise.epsilon) == 1 and gradient == "pathwise":
+        log_lik, kl = elbo_terms(model, p, state, batch.x, c, noise)
+        return beta * kl - log_lik, {"elbo": log_lik - kl, "log_likelihood": log_lik, "kl": kl}
+    log_lik, log_ratio = log_weights(model, p, state, batch.x, c, noise, gradient, beta)
+    value = -log_mean_exp(log_lik + beta * log_ratio)
+    log_lik, log_ratio = jax.lax.stop_gradient((log_lik, log_ratio))
+    return value, {
+        "elbo": jnp.mean(log_lik + log_ratio, axis=0),
+        "iwae": log_mean_exp(log_lik + log_ratio),
+        "log_likelihood": jnp.mean(log_lik, axis=0),
+        "kl": -jnp.mean(log_ratio, axis=0),
+    }
+
+
+# --- assembly -------------------------------------------------------------------------------------
+
+
 def _nets(
     spec: DataSpec,
     net: str,
-    hidden: tuple[int, ...],
-    channels: tuple[int, ...],
+    widths: tuple[tuple[int, ...], tuple[int, ...]],
     d_z: int,
-    n_out: int,
-    act: str,
+    n_outputs: int,
+    activation: str,
     dtype: str,
-) -> tuple[Net, Net, Callable[[Any, Array, Array | None], Array]]:
-    """Encoder, decoder, and how to call the encoder: (params, normalised events, conditions) ->
-    features [N, 2 d_z].
-    """
-    d_out, ndim, e = spec.size * n_out, len(spec.shape), spec.cond_size
+) -> tuple[Net, Net]:
+    """Encoder and decoder; `widths` are those of an MLP and of a convolutional net."""
+    (hidden, channels), e = widths, spec.cond_size
     if net == "mlp":
-        encoder = functional(partial(MLP, spec.size + e, hidden, 2 * d_z, activation=act), dtype)
-        decoder = functional(partial(MLP, d_z + e, hidden[::-1], d_out, activation=act), dtype)
-        return encoder, decoder, lambda p, x, c: encoder.apply(p, {}, flatten_with(x, ndim, c))[0]
-    if net == "conv":
-        shape: Any = spec.shape
-        encoder = functional(
-            partial(ConvEncoder, shape, channels, 2 * d_z, cond_size=e, activation=act), dtype
-        )
-        decoder = functional(
-            partial(
-                ConvDecoder,
-                d_z + e,
-                shape,
-                channels[::-1],
-                shape[-1] * n_out if shape else 1,
-                activation=act,
-            ),
-            dtype,
-        )
-        return encoder, decoder, lambda p, x, c: encoder.apply(p, {}, x, c)[0]
-    raise unknown_name("net", net, ("mlp", "conv"))
+        make = partial(MLP, activation=activation)
+        encoder = partial(make, spec.size + e, hidden, 2 * d_z)
+        decoder = partial(make, d_z + e, hidden[::-1], spec.size * n_outputs)
+        return functional(encoder, dtype), functional(decoder, dtype)
+    shape: Any = spec.shape
+    encoder = partial(ConvEncoder, shape, channels, 2 * d_z, cond_size=e, activation=activation)
+    d_out = shape[-1] * n_outputs if shape else 1  # an image without axes is refused
+    decoder = partial(ConvDecoder, d_z + e, shape, channels[::-1], d_out, activation=activation)
+    return functional(encoder, dtype), functional(decoder, dtype)
 
 
+def initial(model: Autoencoder, key: Key) -> tuple[Params, State]:
+    """Random parameters, and the state, which is the prior's."""
+    key_encoder, key_decoder, key_prior = jax.random.split(key, 3)
+    prior, state = model.prior.init(key_prior)
+    p: dict[str, Any] = {
+        "encoder": model.encoder.init(key_encoder)[0],
+        "decoder": model.decoder.init(key_decoder)[0],
+        "prior": prior,
+    }
+    if model.likelihood.scaled and model.scale == "shared":
+        p["log_scale"] = jnp.zeros(())
+    return {"vae": p}, {"vae": state}
+
+
+def _checked_prior(prior: Prior, **samples: int) -> Prior:
+    """The same prior, refused where what it has of ln p(z) is not enough for so many samples."""
+    for name, k in samples.items():
+        if k > 1 and not prior.exact:
+            raise ConfigError(
+                f"{name}={k} needs ln p(z), and this prior has a lower bound of it only: the "
+                f"log-mean-exp of bounds is no bound. Say {name}=1, or take a prior with a density."
+            )
+    return prior
+
+
+def _latent(model: Autoencoder) -> Latent:
+    """What the model offers beside samples, with the arguments checked."""
+    spec, like = model.spec, model.likelihood
+    latents = DataSpec(
+        (model.latent_dim,),
+        "continuous",
+        n_classes=spec.n_classes,
+        cond_dim=spec.cond_dim,
+        class_names=spec.class_names,
+        name=f"latents of {spec.name}",
+    )
+
+    def encode(params: Params, state: State, x: Array, cond: Any = None) -> tuple[Array, Array]:
+        check_cond(spec, cond, x.shape[0])
+        return posterior(model, params["vae"], spec.normalize(x), spec.embed(cond))
+
+    def decode(params: Params, state: State, z: Array, cond: Any = None) -> Array:
+        check_cond(spec, cond, z.shape[0])
+        return like.mean(*decoded(model, params["vae"], z, spec.embed(cond)))
+
+    def draw(params: Params, state: State, key: Key, z: Array, cond: Any = None) -> Array:
+        check_cond(spec, cond, z.shape[0])
+        return like.sample(key, *decoded(model, params["vae"], z, spec.embed(cond)))
+
+    def log_lik(params: Params, state: State, batch: Batch, z: Array) -> Array:
+        check_cond(spec, batch.cond, z.shape[0])
+        c = spec.embed(batch.cond)
+        return log_likelihood(model, params["vae"], batch.x, z[None], c)[0]
+
+    def reconstruct(params: Params, state: State, x: Array, cond: Any = None) -> Array:
+        return decode(params, state, encode(params, state, x, cond)[0], cond)
+
+    def sample_mean(params: Params, state: State, key: Key, n: int, cond: Any = None) -> Array:
+        check_cond(spec, cond, n)
+        z = sample_prior(model, params["vae"], state, key, n, spec.embed(cond))
+        return decode(params, state, z, cond)
+
+    return Latent(latents, encode, decode, draw, log_lik, reconstruct, sample_mean)
+
+
+@builder
 def vae(
     spec: DataSpec,
     *,
-    latent_dim: int = 16,
+    latent_dim: Count = 16,
     net: Literal["mlp", "conv"] = "mlp",
-    hidden: tuple[int, ...] = (256, 256),
-    channels: tuple[int, ...] = (32, 64),
+    hidden: tuple[Count, ...] = (256, 256),
+    channels: tuple[Count, ...] = (32, 64),
     activation: Literal["gelu", "relu", "silu", "softplus", "tanh"] = "gelu",
-    likelihood: Literal["auto", "bernoulli", "gaussian", "discretized_logistic"] = "auto",
-    scale: Literal["shared", "element"] | float = "shared",
+    likelihood: Literal[
+        "auto", "bernoulli", "gaussian", "discretized_logistic", "categorical"
+    ] = "auto",
+    scale: Literal["shared", "element"] | Positive = "shared",
     prior: Literal["normal", "vamp"] | Prior = "normal",
-    n_pseudo_inputs: int = 100,
-    beta: float = 1.0,
-    n_samples: int = 1,
-    n_bound_samples: int = 1,
+    n_pseudo_inputs: Count = 100,
+    beta: NonNegative = 1.0,
+    beta_warmup_steps: Whole = 0,
+    n_samples: Count = 1,
+    n_bound_samples: Count = 1,
     gradient: Literal["pathwise", "stl", "dreg"] = "pathwise",
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: Dtype = "float32",
 ) -> Model:
     """A variational autoencoder; conditional (a CVAE) if the spec has a condition.
 
     With K = `n_samples` draws z_k ~ q(z|x) = N(mean(x), diag scale(x)²) and log-weights w_k = ln
     p(x|z_k) + beta (ln p(z_k) - ln q(z_k|x)), the loss per example is -ln 1/K Σ_k exp(w_k) in nats.
     For K = 1 that is the negative ELBO, -ln p(x|z) + beta KL(q || p), and the KL is in closed form
-    where the prior has one.
+    where the prior has one. With `beta_warmup_steps` = S the loss of optimiser step s = 0, 1, ...
+    has beta min(s / S, 1) for beta; metrics and bound have 1 at all times.
 
     `bound` is the same with beta = 1 and K = `n_bound_samples`; it grows with K towards ln p(x) in
-    expectation. `log_prob` is None. Shapes: x [B, *shape], z [B, latent_dim].
-
-    Extras, on events in the units of the data:
-        encode: (params, state, x, cond=None) -> mean and log-scale of q, each [B, latent_dim].
-        decode: (params, state, z, cond=None) -> mean of p(x|z), [B, *shape].
-        reconstruct: (params, state, x, cond=None) -> decode of the posterior mean.
-        sample_mean: (params, state, key, n, cond=None) -> decode of z ~ p(z): what papers show;
-            `sample` also draws x.
+    expectation. `log_prob` is None. Shapes: x [B, *shape], z [B, latent_dim]. `latent` has all of
+    its fields.
 
     Args:
         spec: the data; binary, discrete or continuous.
@@ -231,12 +382,15 @@ def vae(
             means linear.
         channels: for "conv": channels of the encoder, each entry halving the image.
         activation: between layers.
-        likelihood: p(x|z); "auto" takes the one that fits the kind of data.
+        likelihood: p(x|z); "auto" takes the usual one of the kind of data. For discrete data
+            "categorical" gives each level a logit, in the place of an order and a scale.
         scale: of a Gaussian (in data units) or discretised logistic (on [-1, 1]): "shared" is one
             learned number, "element" is given by the decoder per element, a number fixes it.
-        prior: p(z): "normal", "vamp", or in Python any `Prior`.
+        prior: p(z): "normal", "vamp", or in Python any `Prior`, such as `prior_of(model)`.
         n_pseudo_inputs: for "vamp": components of the mixture.
         beta: weight of the KL term in the loss; 1 is the ELBO.
+        beta_warmup_steps: over how many optimiser steps that weight rises from 0 to beta; 0 begins
+            with beta.
         n_samples: K of the training objective.
         n_bound_samples: K of `bound`.
         gradient: for q's parameters: "pathwise", "stl" (stops the score term, Roeder 2017; biased
@@ -245,202 +399,64 @@ def vae(
 
     Raises:
         ConfigError: for settings that do not exist or do not fit the data.
+
+    Example:
+        >>> import jax
+        >>> from genjax import DataSpec, example_batch, vae
+        >>> spec = DataSpec((8, 8, 1), "binary")
+        >>> model = vae(spec, latent_dim=2, hidden=(16,), n_bound_samples=5)
+        >>> params, state = model.init(jax.random.key(0))
+        >>> batch = example_batch(spec, jax.random.key(1), 4)
+        >>> model.bound(params, state, batch, jax.random.key(2)).shape
+        (4,)
+        >>> model.latent.reconstruct(params, state, batch.x).shape
+        (4, 8, 8, 1)
     """
-    name = LIKELIHOOD_OF_KIND.get(spec.kind, "") if likelihood == "auto" else likelihood
     if spec.kind == "tokens":
         raise ConfigError(
             "A VAE models binary, discrete or continuous data; got tokens. Use a sequence family."
         )
-    if name not in LIKELIHOODS:
-        raise unknown_name("likelihood", name, LIKELIHOODS)
-    if name != LIKELIHOOD_OF_KIND[spec.kind]:
-        fit = LIKELIHOOD_OF_KIND[spec.kind]
-        raise ConfigError(
-            f"{spec.name} is {spec.kind}, whose likelihood is {fit}; got {name}. Binarize or "
-            "rescale the data first."
-        )
-    if isinstance(scale, str) and scale not in ("shared", "element"):
-        raise unknown_name("scale", scale, ("shared", "element"))
-    if isinstance(scale, int | float) and scale <= 0:
-        raise ConfigError(f"scale must be positive, 'shared' or 'element'; got {scale}.")
-    if gradient not in ("pathwise", "stl", "dreg"):
-        raise unknown_name("gradient", gradient, ("pathwise", "stl", "dreg"))
-    if activation not in ACTIVATIONS:
-        raise unknown_name("activation", activation, ACTIVATIONS)
-    if dtype not in ("float32", "bfloat16"):
-        raise unknown_name("dtype", dtype, ("float32", "bfloat16"))
-    sizes = {"latent_dim": latent_dim, "n_samples": n_samples, "n_bound_samples": n_bound_samples}
-    for label, number in (sizes | {"n_pseudo_inputs": n_pseudo_inputs}).items():
-        if number < 1:
-            raise ConfigError(f"{label} must be at least 1; got {number}.")
-    like = LIKELIHOODS[name](spec, scale == "element")
-    encoder, decoder, encode_net = _nets(
-        spec, net, tuple(hidden), tuple(channels), latent_dim, like.n_outputs, activation, dtype
-    )
     if isinstance(prior, str):
-        priors = {
-            "normal": partial(normal_prior, latent_dim),
-            "vamp": partial(vamp_prior, spec, n_pseudo_inputs),
-        }
-        if prior not in priors:
-            raise unknown_name("prior", prior, priors)
-        prior = priors[prior]()
-
-    def init(key: Key) -> tuple[Params, State]:
-        key_encoder, key_decoder, key_prior = jax.random.split(key, 3)
-        params: dict[str, Any] = {
-            "encoder": encoder.init(key_encoder)[0],
-            "decoder": decoder.init(key_decoder)[0],
-        }
-        params["prior"] = prior.init(key_prior)
-        if like.scaled and scale == "shared":
-            params["log_scale"] = jnp.zeros(())
-        return {"vae": params}, {"vae": {}}
-
-    def condition(cond: Any) -> Array | None:
-        return jax.nn.one_hot(cond, spec.n_classes) if spec.n_classes else cond
-
-    def posterior_of(p: Any) -> Posterior:
-        def posterior(x: Array, c: Array | None) -> tuple[Array, Array]:
-            features = encode_net(p["encoder"], x, c)
-            mean, raw = features[..., :latent_dim], features[..., latent_dim:]
-            # A scale so small that z - mean is lost to rounding ends in NaN. The gradient passes,
-            # to find the way back.
-            return mean, raw + jax.lax.stop_gradient(jnp.maximum(raw, MIN_LOG_SCALE) - raw)
-
-        return posterior
-
-    def outputs_of(p: Any, z: Array, c: Array | None) -> tuple[Array, Array | float]:
-        """Decoder outputs [N, *shape, n_outputs] for z [N, d], and the log-scale that goes with
-        them.
-        """
-        outputs = decoder.apply(p["decoder"], {}, flatten_with(z, 1, c))[0].reshape(
-            -1, *spec.shape, like.n_outputs
-        )
-        if "log_scale" in p:
-            return outputs, bounded_log_scale(p["log_scale"])
-        # A Bernoulli has no scale, and with scale="element" it is among the outputs.
-        return outputs, 0.0 if isinstance(scale, str) or not like.scaled else jnp.log(scale)
-
-    def log_likelihood(p: Any, x: Array, z: Array, c: Array | None) -> Array:
-        """ln p(x|z) for z [K, B, d]: nats [K, B]."""
-        k, b = z.shape[:2]
-        tiled = None if c is None else jnp.broadcast_to(c, (k, *c.shape)).reshape(k * b, -1)
-        outputs, log_scale = outputs_of(p, z.reshape(k * b, -1), tiled)
-        # One axis for the event: sums over several are not vectorised on a CPU, and 50 times as
-        # slow.
-        flat = outputs.reshape(k, b, spec.size, like.n_outputs)
-        return sum_event(like.log_prob(x.reshape(1, b, spec.size), flat, log_scale))
-
-    def log_weights(
-        p: Any, x: Array, c: Array | None, key: Key, k: int, how: str = "pathwise", beta: Any = 1.0
-    ) -> tuple[Array, ...]:
-        """ln p(x|z_k) and ln p(z_k) - ln q(z_k|x), each [K, B] in nats."""
-        mean, log_scale = posterior_of(p)(spec.normalize(x), c)
-        z = normal_sample(key, jnp.broadcast_to(mean, (k, *mean.shape)), log_scale[None])
-        if how != "pathwise":
-            mean, log_scale = jax.lax.stop_gradient((mean, log_scale))
-
-        def terms(z: Array) -> tuple[Array, Array]:
-            log_q = sum_event(normal_log_prob(z, mean[None], log_scale[None]))
-            return log_likelihood(p, x, z, c), prior.log_prob(
-                p["prior"], posterior_of(p), z
-            ) - log_q
-
-        if how != "dreg":
-            return terms(z)
-        # DReG: with v the normalised weights, the path through z gets v² (in general v (1 - beta +
-        # beta v), by the same derivation), the model's parameters get v, which the gradient of
-        # log-mean-exp supplies; so the path is scaled by the rest. The first pass has the same
-        # values as the second, and the compiler merges them.
-        log_lik, log_ratio = terms(jax.lax.stop_gradient(z))
-        v = jax.nn.softmax(log_lik + beta * log_ratio, axis=0)[..., None]
-        return terms(_scale_gradient(z, 1 - beta + beta * v))
-
-    def elbo_terms(p: Any, x: Array, c: Array | None, key: Key) -> tuple[Array, Array]:
-        """ln p(x|z) for one z ~ q, and KL(q || p), in closed form where the prior has one: each [B]
-        in nats.
-        """
-        if prior.kl is None:
-            log_lik, log_ratio = log_weights(p, x, c, key, 1)
-            return log_lik[0], -log_ratio[0]
-        mean, log_scale = posterior_of(p)(spec.normalize(x), c)
-        z = normal_sample(key, mean, log_scale)
-        return log_likelihood(p, x, z[None], c)[0], prior.kl(p["prior"], mean, log_scale)
+        prior = normal_prior(latent_dim) if prior == "normal" else vamp_prior(spec, n_pseudo_inputs)
+    prior = _checked_prior(prior, n_samples=n_samples, n_bound_samples=n_bound_samples)
+    like = likelihood_of(spec, likelihood, scale == "element")
+    widths = (tuple(hidden), tuple(channels))
+    nets = _nets(spec, net, widths, latent_dim, like.n_outputs, activation, dtype)
+    model = Autoencoder(spec, *nets, net == "mlp", like, scale, prior, latent_dim)
+    noise_of = partial(draw_noise, latent_dim, n_samples)
 
     def loss(
         params: Params, state: State, batch: Batch, key: Key, step: Array
     ) -> tuple[Array, Aux]:
-        p, c = params["vae"], condition(batch.cond)
-        metrics: Metrics
-        if n_samples == 1 and gradient == "pathwise":
-            log_lik, kl = elbo_terms(p, batch.x, c, key)
-            value = beta * kl - log_lik
-            metrics = {"elbo": log_lik - kl, "log_likelihood": log_lik, "kl": kl}
-        else:
-            log_lik, log_ratio = log_weights(p, batch.x, c, key, n_samples, gradient, beta)
-            value = -log_mean_exp(log_lik + beta * log_ratio)
-            log_lik, log_ratio = jax.lax.stop_gradient((log_lik, log_ratio))
-            metrics = {
-                "elbo": jnp.mean(log_lik + log_ratio, axis=0),
-                "iwae": log_mean_exp(log_lik + log_ratio),
-                "log_likelihood": jnp.mean(log_lik, axis=0),
-                "kl": -jnp.mean(log_ratio, axis=0),
-            }
+        noise = noise_of(key, batch)
+        weight = kl_weight(beta, beta_warmup_steps, step, noise.epsilon.dtype)
+        value, metrics = objective(model, params["vae"], state, batch, noise, gradient, weight)
         return value, Aux(state, metrics)
 
     def bound(params: Params, state: State, batch: Batch, key: Key) -> Array:
-        p, c = params["vae"], condition(batch.cond)
-        if n_bound_samples == 1:
-            log_lik, kl = elbo_terms(p, batch.x, c, key)
-            return log_lik - kl
-        # In chunks under a scan, so that memory does not grow with K; the largest divisor of K
-        # keeps the chunks equal.
-        chunk = max(size for size in range(1, 65) if n_bound_samples % size == 0)
-
-        def add(total: Array, key: Key) -> tuple[Array, None]:
-            log_lik, log_ratio = log_weights(p, batch.x, c, key, chunk)
-            return jnp.logaddexp(total, jax.nn.logsumexp(log_lik + log_ratio, axis=0)), None
-
-        keys = jax.random.split(key, n_bound_samples // chunk)
-        start = jnp.full(batch.x.shape[:1], -jnp.inf, batch.x.dtype)
-        return jax.lax.scan(add, start, keys)[0] - math.log(n_bound_samples)
-
-    def encode(params: Params, state: State, x: Array, cond: Any = None) -> tuple[Array, Array]:
-        check_cond(spec, cond, x.shape[0])
-        return posterior_of(params["vae"])(spec.normalize(x), condition(cond))
-
-    def decode(params: Params, state: State, z: Array, cond: Any = None) -> Array:
-        check_cond(spec, cond, z.shape[0])
-        return like.mean(*outputs_of(params["vae"], z, condition(cond)))
-
-    def reconstruct(params: Params, state: State, x: Array, cond: Any = None) -> Array:
-        return decode(params, state, encode(params, state, x, cond)[0], cond)
-
-    def sample_mean(params: Params, state: State, key: Key, n: int, cond: Any = None) -> Array:
-        p = params["vae"]
-        return decode(params, state, prior.sample(p["prior"], posterior_of(p), key, n), cond)
+        p, c = params["vae"], spec.embed(batch.cond)
+        if n_bound_samples > 1:
+            return importance_weighted_bound(model, p, state, batch, c, key, n_bound_samples)
+        noise = draw_noise(latent_dim, 1, key, batch)
+        log_lik, kl = elbo_terms(model, p, state, batch.x, c, noise)
+        return log_lik - kl
 
     def sample(params: Params, state: State, key: Key, n: int, cond: Any = None) -> Array:
-        p, (key_z, key_x) = params["vae"], jax.random.split(key)
-        z = prior.sample(p["prior"], posterior_of(p), key_z, n)
-        return like.sample(key_x, *outputs_of(p, z, condition(cond)))
+        key_z, key_x = jax.random.split(key)
+        p, c = params["vae"], spec.embed(cond)
+        z = sample_prior(model, p, state, key_z, n, c)
+        return like.sample(key_x, *decoded(model, p, z, c))
 
+    many = f"importance-weighted bound, K={n_bound_samples}"
     return checked(
         Model(
             spec=spec,
-            init=init,
+            init=partial(initial, model),
             losses={"vae": loss},
             sample=sample,
             bound=bound,
-            estimator="ELBO, 1 sample"
-            if n_bound_samples == 1
-            else f"importance-weighted bound, K={n_bound_samples}",
-            extras={
-                "encode": encode,
-                "decode": decode,
-                "reconstruct": reconstruct,
-                "sample_mean": sample_mean,
-            },
+            estimator="ELBO, 1 sample" if n_bound_samples == 1 else many,
+            noise={"vae": noise_of},
+            latent=_latent(model),
         )
     )

@@ -43,10 +43,12 @@ def convolve(x: Array, kernel: Array, stride: int = 1) -> Array:
     Returns:
         [N, ceil(H / stride), ceil(W / stride), D], as `jax.lax.conv_general_dilated` to rounding.
     """
-    native = lambda x, kernel: jax.lax.conv_general_dilated(
-        x, kernel, (stride,) * 2, "SAME", dimension_numbers=_NHWC
-    )  # noqa: E731
-    products = lambda x, kernel: _convolve(x, kernel, stride)  # noqa: E731
+
+    def native(x: Array, kernel: Array) -> Array:
+        strides = (stride, stride)
+        return jax.lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=_NHWC)
+
+    products = functools.partial(_convolve, stride=stride)
     return jax.lax.platform_dependent(x, kernel, cpu=products, default=native)
 
 
@@ -63,10 +65,12 @@ def convolve_transpose(x: Array, kernel: Array, stride: int = 1) -> Array:
     Returns:
         [N, stride H, stride W, D].
     """
-    native = lambda x, kernel: jax.lax.conv_transpose(
-        x, kernel, (stride,) * 2, "SAME", dimension_numbers=_NHWC
-    )  # noqa: E731
-    products = lambda x, kernel: _convolve_transpose(x, kernel, stride)  # noqa: E731
+
+    def native(x: Array, kernel: Array) -> Array:
+        strides = (stride, stride)
+        return jax.lax.conv_transpose(x, kernel, strides, "SAME", dimension_numbers=_NHWC)
+
+    products = functools.partial(_convolve_transpose, stride=stride)
     return jax.lax.platform_dependent(x, kernel, cpu=products, default=native)
 
 

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from genjax.checks import by_name
 from genjax.errors import ConfigError
-from genjax.protocol import Key, Params, State
+from genjax.protocol import Key, Params, PyTree, State
 
 
 class Net(NamedTuple):
@@ -21,7 +22,8 @@ class Net(NamedTuple):
     Attributes:
         init: (key) -> (params, state), `state` being every variable that is not an `nnx.Param`,
             such as batch statistics.
-        apply: (params, state, *args, **kwargs) -> (output, state).
+        apply: (params, state, *args, **kwargs) -> (output, state). Leaves are matched by name with
+            those of `init`; any other tree is refused, with the paths that differ.
     """
 
     init: Callable[[Key], tuple[Params, State]]
@@ -29,10 +31,22 @@ class Net(NamedTuple):
 
 
 def _cast(tree: Any, dtype: Any) -> Any:
-    # Python numbers take on the dtype of what they meet, and other arguments (names, flags) have
-    # none.
-    real = lambda leaf: hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if real(leaf) else leaf, tree)
+    def cast(leaf: Any) -> Any:
+        # Python numbers take on the dtype of what they meet, and other arguments (names, flags)
+        # have none.
+        real = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(dtype) if real else leaf
+
+    return jax.tree.map(cast, tree)
+
+
+def _matched(given: PyTree, wanted: PyTree, what: str) -> PyTree:
+    """The leaves of a tree in the structure that is wanted: `nnx.merge` takes them by position."""
+    if jax.tree.structure(given) == jax.tree.structure(wanted):
+        pairs = zip(jax.tree.leaves(given), jax.tree.leaves(wanted), strict=True)
+        if all(leaf.shape == other.shape for leaf, other in pairs):
+            return given  # nearly always, and it takes a while to spell out the names of many
+    return by_name(given, wanted, what)
 
 
 def _refuse(module: nnx.Module, name: str) -> None:
@@ -68,7 +82,18 @@ def functional(build: Callable[..., nnx.Module], dtype: str | None = None) -> Ne
 
     Raises:
         ConfigError: for a module that stores rngs, shares a variable by reference, or (at the first
-            call) uses `sow` or otherwise changes the structure of its state.
+            call) uses `sow` or otherwise changes the structure of its state; and from `apply`, for
+            leaves that are missing, surplus, renamed or of another shape.
+
+    Example:
+        >>> import jax
+        >>> from genjax.nets.functional import functional
+        >>> from genjax.nets.mlp import MLP
+        >>> net = functional(lambda rngs: MLP(3, (8,), 2, rngs=rngs))
+        >>> params, state = net.init(jax.random.key(0))
+        >>> y, state = net.apply(params, state, jax.numpy.ones((5, 3)))
+        >>> y.shape
+        (5, 2)
     """
     name = getattr(getattr(build, "func", build), "__name__", "the module")
     try:
@@ -80,7 +105,8 @@ def functional(build: Callable[..., nnx.Module], dtype: str | None = None) -> Ne
             f"{name} shares one variable by reference: tie weights by passing the value instead."
         ) from error
     _refuse(module, name)
-    graphdef = nnx.graphdef(module)
+    graphdef, *wanted = nnx.split(module, nnx.Param, ...)
+    wanted_params, wanted_state = map(nnx.to_pure_dict, wanted)
 
     def init(key: Key) -> tuple[Params, State]:
         _, params, state = nnx.split(build(rngs=nnx.Rngs(key)), nnx.Param, ...)
@@ -101,10 +127,11 @@ def functional(build: Callable[..., nnx.Module], dtype: str | None = None) -> Ne
         args, kwargs = jax.tree.unflatten(
             tree, [leaf if one is None else one for one, leaf in zip(arrays, fixed, strict=True)]
         )
-        given = params
+        given = params = _matched(params, wanted_params, f"The tree of parameters of {name}")
+        own = _matched(state, wanted_state, f"The state of {name}")
         if dtype is not None and dtype != "float32":
             given, args, kwargs = _cast((params, args, kwargs), dtype)
-        module = nnx.merge(graphdef, given, state)
+        module = nnx.merge(graphdef, given, own)
         # Statistics stay float32 in narrow arithmetic, so a normalisation layer mixes the two.
         with (
             jax.numpy_dtype_promotion("standard")
@@ -113,15 +140,16 @@ def functional(build: Callable[..., nnx.Module], dtype: str | None = None) -> Ne
         ):
             output = getattr(module, method)(*args, **kwargs)
         after = nnx.to_pure_dict(nnx.state(module, nnx.Not(nnx.Param)))
-        if jax.tree.structure(after) != jax.tree.structure(state):
+        if jax.tree.structure(after) != jax.tree.structure(own):
             raise ConfigError(
                 f"{name} changed the structure of its state in a call (does it use `sow`?): return "
                 "the value instead."
             )
         if given is not params:
             output = _cast(output, jnp.float32)
-            after = jax.tree.map(lambda new, old: new.astype(old.dtype), after, state)
-        return output, after
+            after = jax.tree.map(lambda new, old: new.astype(old.dtype), after, own)
+        # In the structure that was given, since that of a state never changes.
+        return output, _matched(after, state, f"The state of {name}")
 
     def apply(
         params: Params, state: State, *args: Any, method: str = "__call__", **kwargs: Any

@@ -68,7 +68,9 @@ class MLPGenerator(nnx.Module):
         h = flatten_with(z, 1, cond if self.concat else None)
         for index, layer in enumerate(self.layers):
             h = layer(h)
-            h = jax.nn.relu(self.norms[index](h, cond, train) if self.norms else h)
+            if self.norms:
+                h = self.norms[index](h, cond, train)
+            h = jax.nn.relu(h)
         return self.last(h).reshape(-1, *self.shape)
 
 
@@ -118,9 +120,8 @@ class DCGANGenerator(nnx.Module):
         self.first = nnx.Linear(d_z + concat, math.prod(self.start), kernel_init=_NARROW, rngs=rngs)
         sizes = [*channels, shape[2]]
         make = partial(ConvTranspose, kernel_size=(4, 4), stride=2, kernel_init=_NARROW, rngs=rngs)
-        biased = [not norm] * (len(channels) - 1) + [
-            True
-        ]  # a normalisation takes a bias before it away again
+        # A normalisation takes a bias before it away again.
+        biased = [not norm] * (len(channels) - 1) + [True]
         self.convs = nnx.List(
             [
                 make(*size, use_bias=b)
@@ -135,7 +136,9 @@ class DCGANGenerator(nnx.Module):
     def __call__(self, z: Array, cond: Array | None, train: bool) -> Array:
         x = self.first(flatten_with(z, 1, cond if self.concat else None)).reshape(-1, *self.start)
         for index, conv in enumerate(self.convs):
-            x = conv(jax.nn.relu(self.norms[index](x, cond, train) if self.norms else x))
+            if self.norms:
+                x = self.norms[index](x, cond, train)
+            x = conv(jax.nn.relu(x))
         return x
 
 
@@ -173,7 +176,9 @@ class DCGANFeatures(nnx.Module):
         x = _with_maps(x, cond if self.concat else None)
         for index, conv in enumerate(self.convs):
             x = conv(x, train)
-            x = _leaky(self.norms[index - 1](x, None, train) if self.norms and index else x)
+            if self.norms and index:
+                x = self.norms[index - 1](x, None, train)
+            x = _leaky(x)
         return x.reshape(x.shape[0], -1)
 
 
@@ -187,18 +192,17 @@ class _Residual(nnx.Module):
     ) -> None:
         self.one = wrap(Conv(d_in, d_out, (3, 3), use_bias=not norm, rngs=rngs), rngs=rngs)
         self.two = wrap(Conv(d_out, d_out, (3, 3), rngs=rngs), rngs=rngs)
-        self.short = (
-            wrap(Conv(d_in, d_out, (1, 1), use_bias=False, rngs=rngs), rngs=rngs)
-            if d_in != d_out
-            else None
-        )
+        short = partial(Conv, d_in, d_out, (1, 1), use_bias=False, rngs=rngs)
+        self.short = wrap(short(), rngs=rngs) if d_in != d_out else None
         self.norms = nnx.List(
             [BatchNorm(d, norm_cond, rngs=rngs) for d in (d_in, d_out)] if norm else []
         )
 
     def __call__(self, x: Array, cond: Array | None, train: bool) -> Array:
-        h = self.one(_leaky(self.norms[0](x, cond, train) if self.norms else x), train)
-        h = self.two(_leaky(self.norms[1](h, cond, train) if self.norms else h), train)
+        h = self.norms[0](x, cond, train) if self.norms else x
+        h = self.one(_leaky(h), train)
+        h = self.norms[1](h, cond, train) if self.norms else h
+        h = self.two(_leaky(h), train)
         # The sum of two variables of variance 1 has variance 2; without a normalisation that would
         # double with each block.
         return (h + (x if self.short is None else self.short(x, train))) * math.sqrt(0.5)
@@ -287,11 +291,8 @@ class Discriminator(nnx.Module):
         self.features = features(rngs=rngs)
         d, wrap = self.features.d_features, _wrap(spectral)
         self.logit = wrap(nnx.Linear(d, 1, use_bias=bias, rngs=rngs), rngs=rngs)
-        self.embed = (
-            wrap(nnx.Linear(projection, d, use_bias=False, rngs=rngs), rngs=rngs)
-            if projection
-            else None
-        )
+        embed = partial(nnx.Linear, projection, d, use_bias=False, rngs=rngs)
+        self.embed = wrap(embed(), rngs=rngs) if projection else None
         self.auxiliary = nnx.Linear(d, auxiliary, rngs=rngs) if auxiliary else None
 
     def __call__(self, x: Array, cond: Array | None, train: bool) -> tuple[Array, Array | None]:

@@ -42,7 +42,9 @@ class BatchNorm(nnx.Module):
             self.scale, self.shift = nnx.Param(jnp.ones(d)), nnx.Param(jnp.zeros(d))
 
     def __call__(self, x: Array, cond: Array | None, train: bool) -> Array:
-        wide_as = lambda v: v.reshape(*[1] * (x.ndim - 1), -1)  # noqa: E731
+        def wide_as(v: Array) -> Array:  # of channels
+            return v.reshape(*[1] * (x.ndim - 1), -1)
+
         # Statistics in float32 at least: in bfloat16 a mean over thousands of values has two
         # digits.
         wide = x.astype(jnp.promote_types(x.dtype, self.mean[...].dtype))
@@ -58,7 +60,10 @@ class BatchNorm(nnx.Module):
         y = ((wide - wide_as(mean)) * wide_as(jax.lax.rsqrt(var + 1e-5))).astype(x.dtype)
         if not self.conditional:
             return y * wide_as(self.scale[...]) + wide_as(self.shift[...])
-        spread = lambda v: v.reshape(v.shape[0], *[1] * (x.ndim - 2), v.shape[-1])  # noqa: E731
+
+        def spread(v: Array) -> Array:  # of channels for each example
+            return v.reshape(v.shape[0], *[1] * (x.ndim - 2), v.shape[-1])
+
         return y * (1 + spread(self.scale(cond))) + spread(self.shift(cond))
 
 

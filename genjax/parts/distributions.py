@@ -1,8 +1,7 @@
 """Log-probabilities, divergences and samplers as plain functions, elementwise unless they say
-otherwise; all in nats.
+otherwise; all in nats. What goes in as float64 comes out as it.
 
-A `Likelihood` bundles the four functions that a decoder's outputs need. Code is dtype-generic:
-float64 in, float64 out.
+`likelihoods.py` says which of them a net's outputs are for.
 """
 
 import math
@@ -14,6 +13,8 @@ from genjax.protocol import Array, Key
 
 LOG_2PI = math.log(2 * math.pi)
 
+# --- sums and means -------------------------------------------------------------------------------
+
 
 def sum_event(values: Array, event_ndim: int = 1) -> Array:
     """Sum over the last `event_ndim` axes: [..., *event] -> [...]."""
@@ -23,6 +24,9 @@ def sum_event(values: Array, event_ndim: int = 1) -> Array:
 def log_mean_exp(values: Array, axis: int = 0) -> Array:
     """log (1/K) Σ_k exp(values_k) over one axis, without overflow."""
     return jax.nn.logsumexp(values, axis=axis) - math.log(values.shape[axis])
+
+
+# --- normal ---------------------------------------------------------------------------------------
 
 
 def normal_log_prob(x: Array, mean: Array | float, log_scale: Array | float) -> Array:
@@ -42,9 +46,11 @@ def normal_kl(
     Kingma 2013, appendix B.
     """
     ratio = jnp.exp(2 * (log_scale - log_scale_2))
-    return 0.5 * (ratio + jnp.square((mean - mean_2) * jnp.exp(-log_scale_2)) - 1) - (
-        log_scale - log_scale_2
-    )
+    square = jnp.square((mean - mean_2) * jnp.exp(-log_scale_2))
+    return 0.5 * (ratio + square - 1) - (log_scale - log_scale_2)
+
+
+# --- Bernoulli and categorical --------------------------------------------------------------------
 
 
 @jax.custom_jvp
@@ -67,16 +73,17 @@ def bernoulli_log_prob(x: Array, logits: Array) -> Array:
 
 def bernoulli_sample(key: Key, logits: Array) -> Array:
     """0 or 1 with P(1) = σ(logits), in the dtype of the logits."""
-    return (jax.random.uniform(key, logits.shape, logits.dtype) < jax.nn.sigmoid(logits)).astype(
-        logits.dtype
-    )
+    u = jax.random.uniform(key, logits.shape, logits.dtype)
+    return (u < jax.nn.sigmoid(logits)).astype(logits.dtype)
 
 
 def categorical_log_prob(x: Array, logits: Array) -> Array:
     """ln softmax(logits)[x] for whole numbers x [...] and logits [..., V]."""
-    return jnp.take_along_axis(jax.nn.log_softmax(logits), x[..., None].astype(jnp.int32), axis=-1)[
-        ..., 0
-    ]
+    log_p = jax.nn.log_softmax(logits)
+    return jnp.take_along_axis(log_p, x[..., None].astype(jnp.int32), axis=-1)[..., 0]
+
+
+# --- discretised logistic -------------------------------------------------------------------------
 
 
 def discretized_logistic_log_prob(x: Array, mean: Array, log_scale: Array, levels: int) -> Array:
@@ -94,16 +101,9 @@ def discretized_logistic_log_prob(x: Array, mean: Array, log_scale: Array, level
     centred = x * width - 1 - mean
     inverse_scale = jnp.exp(-log_scale)
     upper, lower = (centred + width / 2) * inverse_scale, (centred - width / 2) * inverse_scale
-    middle = (
-        jax.nn.log_sigmoid(upper)
-        + jax.nn.log_sigmoid(-lower)
-        + jnp.log(-jnp.expm1(-width * inverse_scale))
-    )
-    return jnp.where(
-        x < 0.5,
-        jax.nn.log_sigmoid(upper),
-        jnp.where(x > levels - 1.5, jax.nn.log_sigmoid(-lower), middle),
-    )
+    below, above = jax.nn.log_sigmoid(upper), jax.nn.log_sigmoid(-lower)
+    middle = below + above + jnp.log(-jnp.expm1(-width * inverse_scale))
+    return jnp.where(x < 0.5, below, jnp.where(x > levels - 1.5, above, middle))
 
 
 def discretized_logistic_sample(key: Key, mean: Array, log_scale: Array, levels: int) -> Array:

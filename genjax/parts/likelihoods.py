@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from genjax.errors import ConfigError
 from genjax.parts.distributions import (
     bernoulli_log_prob,
     bernoulli_sample,
@@ -18,6 +19,8 @@ from genjax.parts.distributions import (
     sum_event,
 )
 from genjax.protocol import Array, DataSpec, Key
+
+# --- likelihoods of a decoder ---------------------------------------------------------------------
 
 
 class Likelihood(NamedTuple):
@@ -53,9 +56,9 @@ def bounded_log_scale(raw: Array, min_log_scale: float = -7.0) -> Array:
 
 def _split_scale(outputs: Array, log_scale: Array | float) -> tuple[Array, Array]:
     mean = outputs[..., 0]
-    return mean, bounded_log_scale(outputs[..., 1]) if outputs.shape[-1] == 2 else jnp.asarray(
-        log_scale, mean.dtype
-    )
+    if outputs.shape[-1] == 2:
+        return mean, bounded_log_scale(outputs[..., 1])
+    return mean, jnp.asarray(log_scale, mean.dtype)
 
 
 def bernoulli(spec: DataSpec, per_element_scale: bool) -> Likelihood:
@@ -71,14 +74,17 @@ def bernoulli(spec: DataSpec, per_element_scale: bool) -> Likelihood:
 
 def gaussian(spec: DataSpec, per_element_scale: bool) -> Likelihood:
     """Normal likelihood of continuous data, in the units of the data."""
+
+    def log_prob(x: Array, outputs: Array, log_scale: Array | float) -> Array:
+        return normal_log_prob(x, *_split_scale(outputs, log_scale))
+
+    def sample(key: Key, outputs: Array, log_scale: Array | float) -> Array:
+        return normal_sample(key, *_split_scale(outputs, log_scale))
+
     return Likelihood(
         n_outputs=2 if per_element_scale else 1,
-        log_prob=lambda x, outputs, log_scale: normal_log_prob(
-            x, *_split_scale(outputs, log_scale)
-        ),
-        sample=lambda key, outputs, log_scale: normal_sample(
-            key, *_split_scale(outputs, log_scale)
-        ),
+        log_prob=log_prob,
+        sample=sample,
         mean=lambda outputs, log_scale: outputs[..., 0],
         scaled=True,
     )
@@ -88,17 +94,41 @@ def discretized_logistic(spec: DataSpec, per_element_scale: bool) -> Likelihood:
     """Discretised logistic likelihood of discrete data; mean and scale are on the normalised range
     [-1, 1].
     """
-    levels = spec.levels or 2
+    top = spec.top or 1
+
+    def log_prob(x: Array, outputs: Array, log_scale: Array | float) -> Array:
+        return discretized_logistic_log_prob(x, *_split_scale(outputs, log_scale), top + 1)
+
+    def sample(key: Key, outputs: Array, log_scale: Array | float) -> Array:
+        return discretized_logistic_sample(key, *_split_scale(outputs, log_scale), top + 1)
+
     return Likelihood(
         n_outputs=2 if per_element_scale else 1,
-        log_prob=lambda x, outputs, log_scale: discretized_logistic_log_prob(
-            x, *_split_scale(outputs, log_scale), levels
-        ),
-        sample=lambda key, outputs, log_scale: discretized_logistic_sample(
-            key, *_split_scale(outputs, log_scale), levels
-        ),
-        mean=lambda outputs, log_scale: jnp.clip(spec.denormalize(outputs[..., 0]), 0, levels - 1),
+        log_prob=log_prob,
+        sample=sample,
+        mean=lambda outputs, log_scale: jnp.clip(spec.denormalize(outputs[..., 0]), 0, top),
         scaled=True,
+    )
+
+
+def categorical(spec: DataSpec, per_element_scale: bool) -> Likelihood:
+    """Categorical likelihood of discrete data, `levels` logits for each element; it has no scale
+    and knows of no order among the levels.
+    """
+    levels = spec.levels or 2
+
+    def sample(key: Key, outputs: Array, log_scale: Array | float) -> Array:
+        return jax.random.categorical(key, outputs).astype(outputs.dtype)
+
+    def mean(outputs: Array, log_scale: Array | float) -> Array:
+        return jnp.matmul(jax.nn.softmax(outputs), jnp.arange(levels, dtype=outputs.dtype))
+
+    return Likelihood(
+        n_outputs=levels,
+        log_prob=lambda x, outputs, log_scale: categorical_log_prob(x, outputs),
+        sample=sample,
+        mean=mean,
+        scaled=False,
     )
 
 
@@ -106,16 +136,40 @@ LIKELIHOODS: dict[str, Callable[[DataSpec, bool], Likelihood]] = {
     "bernoulli": bernoulli,
     "gaussian": gaussian,
     "discretized_logistic": discretized_logistic,
+    "categorical": categorical,
 }
 
 
-# The likelihood that makes sense for each kind of data; another one would compare densities with
-# probabilities.
-LIKELIHOOD_OF_KIND = {
-    "binary": "bernoulli",
-    "continuous": "gaussian",
-    "discrete": "discretized_logistic",
+# Those that make sense for each kind of data, the usual one first; another one would compare
+# densities with probabilities.
+LIKELIHOODS_OF_KIND = {
+    "binary": ("bernoulli",),
+    "continuous": ("gaussian",),
+    "discrete": ("discretized_logistic", "categorical"),
 }
+
+
+def likelihood_of(
+    spec: DataSpec, name: str = "auto", per_element_scale: bool = False
+) -> Likelihood:
+    """The likelihood called `name`, or with "auto" the usual one of the kind of data.
+
+    Raises:
+        ConfigError: for data without a likelihood here (tokens), and for one that does not fit.
+    """
+    fit = LIKELIHOODS_OF_KIND.get(spec.kind, ())
+    if not fit:
+        raise ConfigError(f"{spec.name} is {spec.kind}, which no likelihood of events is for.")
+    name = fit[0] if name == "auto" else name
+    if name not in fit:
+        raise ConfigError(
+            f"{spec.name} is {spec.kind}, whose likelihood is {' or '.join(fit)}; got {name}. "
+            "Binarize or rescale the data first."
+        )
+    return LIKELIHOODS[name](spec, per_element_scale)
+
+
+# --- emissions of a sequence ----------------------------------------------------------------------
 
 
 class Emission(NamedTuple):
@@ -140,52 +194,73 @@ def emission(spec: DataSpec, n_components: int = 1) -> Emission:
     mixture of `n_components` Gaussians with diagonal covariance (Graves 2013, section 4.1, without
     correlations), which need not be independent.
     """
-    event = spec.shape[1:]
-    size, ndim = math.prod(event), len(event)
     if spec.kind in ("tokens", "discrete"):
-        levels = spec.levels or 2
-        logits_of = lambda outputs: outputs.reshape(*outputs.shape[:-1], *event, levels)  # noqa: E731
-        return Emission(
-            size * levels,
-            lambda x, outputs: sum_event(categorical_log_prob(x, logits_of(outputs)), ndim),
-            lambda key, outputs: jax.random.categorical(key, logits_of(outputs)).astype(spec.dtype),
-        )
+        return _categorical_emission(spec)
     if spec.kind == "binary":
-        logits_of = lambda outputs: outputs.reshape(*outputs.shape[:-1], *event)  # noqa: E731
-        return Emission(
-            size,
-            lambda x, outputs: sum_event(bernoulli_log_prob(x, logits_of(outputs)), ndim),
-            lambda key, outputs: bernoulli_sample(key, logits_of(outputs)),
-        )
-    m = n_components
+        return _bernoulli_emission(spec)
+    return _mixture_emission(spec, n_components)
+
+
+def _categorical_emission(spec: DataSpec) -> Emission:
+    event, levels = spec.shape[1:], spec.levels or 2
+
+    def logits_of(outputs: Array) -> Array:
+        return outputs.reshape(*outputs.shape[:-1], *event, levels)
+
+    def log_prob(x: Array, outputs: Array) -> Array:
+        return sum_event(categorical_log_prob(x, logits_of(outputs)), len(event))
+
+    def sample(key: Key, outputs: Array) -> Array:
+        return jax.random.categorical(key, logits_of(outputs)).astype(spec.dtype)
+
+    return Emission(math.prod(event) * levels, log_prob, sample)
+
+
+def _bernoulli_emission(spec: DataSpec) -> Emission:
+    event = spec.shape[1:]
+
+    def logits_of(outputs: Array) -> Array:
+        return outputs.reshape(*outputs.shape[:-1], *event)
+
+    def log_prob(x: Array, outputs: Array) -> Array:
+        return sum_event(bernoulli_log_prob(x, logits_of(outputs)), len(event))
+
+    def sample(key: Key, outputs: Array) -> Array:
+        return bernoulli_sample(key, logits_of(outputs))
+
+    return Emission(math.prod(event), log_prob, sample)
+
+
+def _mixture_emission(spec: DataSpec, m: int) -> Emission:
+    event = spec.shape[1:]
+    size = math.prod(event)
 
     def parts(outputs: Array) -> tuple[Array, Array, Array]:
         """Log-weights [..., m], means and log-scales [..., m, size]."""
-        mean, raw = jnp.split(
-            outputs[..., m:].reshape(*outputs.shape[:-1], m, 2 * size), 2, axis=-1
-        )
+        each = outputs[..., m:].reshape(*outputs.shape[:-1], m, 2 * size)
+        mean, raw = jnp.split(each, 2, axis=-1)
         return jax.nn.log_softmax(outputs[..., :m]), mean, bounded_log_scale(raw)
 
     def log_prob(x: Array, outputs: Array) -> Array:
         log_weight, mean, log_scale = parts(outputs)
         flat = x.reshape(*outputs.shape[:-1], 1, size)
-        return jax.nn.logsumexp(
-            log_weight + sum_event(normal_log_prob(flat, mean, log_scale)), axis=-1
-        )
+        log_each = sum_event(normal_log_prob(flat, mean, log_scale))
+        return jax.nn.logsumexp(log_weight + log_each, axis=-1)
 
     def sample(key: Key, outputs: Array) -> Array:
         key_component, key_noise = jax.random.split(key)
         log_weight, mean, log_scale = parts(outputs)
         chosen = jax.random.categorical(key_component, log_weight)[..., None, None]
-        take = lambda values: jnp.take_along_axis(values, chosen, axis=-2)[..., 0, :]  # noqa: E731
-        return normal_sample(key_noise, take(mean), take(log_scale)).reshape(
-            *outputs.shape[:-1], *event
+        mean, log_scale = (
+            jnp.take_along_axis(values, chosen, axis=-2)[..., 0, :] for values in (mean, log_scale)
         )
+        x = normal_sample(key_noise, mean, log_scale)
+        return x.reshape(*outputs.shape[:-1], *event)
 
     return Emission(m * (1 + 2 * size), log_prob, sample)
 
 
-# --- discrete data
+# --- densities of discrete data -------------------------------------------------------------------
 
 
 def dequantize(spec: DataSpec, x: Array, key: Key) -> Array:
@@ -201,7 +276,7 @@ def log_level_volume(spec: DataSpec) -> float:
     """ln of the volume that one value of an event has on the normalised scale: D ln(2 / (levels -
     1)); 0 if continuous.
     """
-    return 0.0 if spec.kind == "continuous" else spec.size * math.log(2 / ((spec.levels or 2) - 1))
+    return 0.0 if spec.top is None else spec.size * math.log(2 / spec.top)
 
 
 def dequantized_bound(
