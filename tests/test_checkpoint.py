@@ -265,16 +265,16 @@ def test_a_long_difference_is_cut() -> None:
 def test_a_full_disk_leaves_the_older_checkpoints_whole_and_nothing_half_written(
     tmp_path: Path,
 ) -> None:
-    big = lambda step: make(step)._replace(
-        state={"a": jax.random.normal(jax.random.key(step), (200_000,))}
-    )  # noqa: E731
+
+    def big(step: int) -> TrainState:
+        return make(step)._replace(state={"a": jax.random.normal(jax.random.key(step), (200_000,))})
+
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(big(1))
     before = {path: path.read_bytes() for path in files(tmp_path)}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (100_000, limits[1])
-    )  # writing past it fails, as on a full disk
+    # Writing past it fails, as on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(
             CheckpointError,
@@ -327,9 +327,8 @@ def test_a_read_only_disk_is_found_before_orbax_begins(
 
     monkeypatch.setattr(ocp, "save", lambda *args, **kwargs: pytest.fail("Orbax was asked to save"))
     with monkeypatch.context() as patch:
-        patch.setattr(
-            os, "mkdir", fail
-        )  # `Path.mkdir(exist_ok=True)` of a folder that exists asks for it, too
+        # `Path.mkdir(exist_ok=True)` of a folder that exists asks for it, too.
+        patch.setattr(os, "mkdir", fail)
         with pytest.raises(
             CheckpointError,
             match=r"Could not save step 30 .*Read-only file system.* step 20 is still there",

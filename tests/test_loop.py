@@ -252,7 +252,7 @@ def test_going_on_from_every_checkpoint_gives_the_same_run(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_an_ensemble_goes_on_bitwise_too(tmp_path: Path) -> None:
     keys = jax.random.split(jax.random.key(1), 3)
-    feed = lambda: toy_feed(wrap=ensemble)  # noqa: E731
+    feed = partial(toy_feed, wrap=ensemble)
     expected, expected_lines = run(feed(), key=keys)
     assert np.shape(expected_lines[0]["a/loss"]) == (3,)
     lines: list[dict[str, Any]] = []

@@ -30,7 +30,7 @@ def tree(value=PARAMS):
 
 
 def step(tx):
-    """One update as train.py makes it: optax's own arithmetic mixes whole and real numbers."""
+    """One update as a step makes it: optax's own arithmetic mixes whole and real numbers."""
 
     @jax.jit
     def run(grads, opt, params):
@@ -119,9 +119,8 @@ def test_the_average_is_a_copy_that_can_be_donated():
             updates, opt = tx.update(jax.tree.map(jnp.ones_like, params), opt, params)
         return optax.apply_updates(params, updates), opt
 
-    params, opt = jax.jit(both, donate_argnums=(0, 1))(
-        params, opt
-    )  # an alias: "attempt to donate the same buffer twice"
+    # An alias: "attempt to donate the same buffer twice".
+    params, opt = jax.jit(both, donate_argnums=(0, 1))(params, opt)
     assert np.isfinite(params["bias"]).all()
 
 
@@ -207,17 +206,13 @@ GRADS = {
 @pytest.mark.parametrize(
     ("algorithm", "rule"),
     [
-        (
-            "adam",
-            lambda g: -np.sign(g),
-        ),  # both moments are corrected for their start, so the first step is g / |g|
+        # Both moments are corrected for their start, so the first step is g / |g|.
+        ("adam", lambda g: -np.sign(g)),
         ("adamw", lambda g: -np.sign(g)),
         ("lion", lambda g: -np.sign(g)),
         ("sgd", lambda g: -g),
-        (
-            "rmsprop",
-            lambda g: -g / np.sqrt((1 - 0.96) * g * g),
-        ),  # a second moment that starts at 0, uncorrected
+        # A second moment that starts at 0, uncorrected.
+        ("rmsprop", lambda g: -g / np.sqrt((1 - 0.96) * g * g)),
     ],
 )
 def test_the_first_step_of_every_algorithm_is_its_formula(algorithm, rule):
@@ -238,7 +233,9 @@ def test_every_algorithm_goes_downhill_with_every_other_setting(algorithm):
         weight_decay=1e-3 if algorithm in ("adamw", "lion") else 0.0,
     )
     tx = optimizer.build(300)
-    value = lambda p: sum(jnp.sum((leaf - 0.5) ** 2) for leaf in jax.tree.leaves(p))  # noqa: E731
+
+    def value(params):
+        return sum(jnp.sum((leaf - 0.5) ** 2) for leaf in jax.tree.leaves(params))
 
     @jax.jit
     def run(params):
@@ -382,20 +379,40 @@ def test_only_what_is_asked_for_is_in_the_chain():
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"algorithm": "adm"}, "no optimiser called 'adm'. Did you mean"),
+        ({"algorithm": "adm"}, "no algorithm called 'adm'. Did you mean"),
         (
             {"algorithm": "newton"},
-            "no optimiser called 'newton'. There are: adam, adamw, sgd, rmsprop, lion",
+            "no algorithm called 'newton'. There are: adam, adamw, sgd, rmsprop, lion",
         ),
         ({"schedule": "cosin"}, "no schedule called 'cosin'. Did you mean cosine"),
         ({"warmup_steps": 10}, "warmup_steps must be below the run's 10 steps; got 10"),
         ({"warmup_steps": 11}, "warmup_steps must be below the run's 10 steps; got 11"),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0; got -1"),
+        ({"warmup_steps": 1.5}, "warmup_steps must be a whole number; got 1.5"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive; got 0.0"),
+        ({"learning_rate": "fast"}, "learning_rate must be a number; got 'fast'"),
+        ({"final_fraction": 1.5}, r"final_fraction must be in \[0, 1\]; got 1.5"),
+        ({"b1": 1.0}, r"b1 must be in \[0, 1\); got 1.0"),
+        ({"b2": -0.1}, r"b2 must be in \[0, 1\); got -0.1"),
+        ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\); got 1.0"),
+        ({"weight_decay": -1.0}, "weight_decay must be at least 0; got -1.0"),
+        ({"clip_norm": float("nan")}, "clip_norm must be at least 0; got nan"),
+        ({"decayed": ("matrix", 3)}, r"decayed\[1\] must be a text; got 3"),
     ],
 )
 def test_settings_that_do_not_exist_or_do_not_fit(settings, match):
     with pytest.raises(ConfigError, match=match):
         Optimizer(**settings).build(10)
     assert Optimizer(warmup_steps=9).build(10)
+
+
+def test_settings_are_checked_when_they_are_made():
+    """So that a wrong one is refused where it is written; lists are what JSON gives back."""
+    with pytest.raises(ConfigError, match="learning_rate must be positive"):
+        Optimizer(learning_rate=-1.0)
+    assert Optimizer(decayed=["matrix"], rates=["vector=2"]) == Optimizer(
+        decayed=("matrix",), rates=("vector=2",)
+    )
 
 
 def test_a_weight_decay_that_would_be_ignored_is_refused() -> None:

@@ -148,8 +148,15 @@ def test_members_with_batches_of_their_own_and_weights():
     data = [example_batch(PLANE, jax.random.key(seed), 64) for seed in (1, 2)]
     data = [Batch(one.x.reshape(4, 16, 2), weight=weight) for one in data]
     got = run(jax.jit(sharded.step), jax.jit(sharded.init)(keys), data)
-    assert_close(got, run(jax.jit(t.step), t.init(keys), data), rtol=1e-4)
+    wanted = run(jax.jit(t.step), t.init(keys), data)
+    assert_close(got, wanted, rtol=1e-4)
     assert share(got[0].params) == 1 / 2
+    # In one dispatch the axis of steps comes first, and the members' own stays theirs.
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *data)
+    scanned, metrics = jax.jit(scan_steps(sharded).step)(jax.jit(sharded.init)(keys), stacked)
+    assert_close(scanned, wanted[0], rtol=1e-4)
+    assert metrics["vae/loss"].shape == (2, 4)
+    assert share(scanned.params) == 1 / 2
 
 
 @pytest.mark.slow

@@ -37,10 +37,10 @@ def labels_of(params: PyTree, labels: Labels = (), player: str | None = None) ->
         {'net': {'kernel': 'matrix', 'table': 'embedding'}}
     """
     patterns = [(_compiled(pattern), label) for pattern, label in labels]
-    prefix = "" if player is None else f"{player}/"
 
     def label_of(path: Any, leaf: jax.Array) -> str:
-        name = prefix + jax.tree_util.keystr(path, simple=True, separator="/")
+        own = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = "/".join(part for part in (player, own) if part)
         found = (label for pattern, label in patterns if pattern.search(name))
         return next(found, "matrix" if jnp.ndim(leaf) > 1 else "vector")
 

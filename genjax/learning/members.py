@@ -40,10 +40,12 @@ def ensemble(t: Training, mode: Mode = "vmap", batch_axis: int | None = None) ->
         >>> from genjax import DataSpec, ensemble, example_batch, training, vae
         >>> model = vae(DataSpec((2,), "continuous"), hidden=(4,), latent_dim=1)
         >>> t = ensemble(training(model, optax.adam(1e-3)))
-        >>> ts = jax.jit(t.init)(jax.random.split(jax.random.key(0), 3))
-        >>> ts, metrics = jax.jit(t.step)(ts, example_batch(model.spec, jax.random.key(1), 8))
-        >>> int(ts.step), metrics["vae/loss"].shape
-        (1, (3,))
+        >>> keys = jax.random.split(jax.random.key(0), 3)
+        >>> batch = example_batch(model.spec, jax.random.key(1), 8)
+        >>> ts = jax.eval_shape(t.init, keys)  # to see shapes; else jax.jit(t.init)
+        >>> ts, metrics = jax.eval_shape(t.step, ts, batch)
+        >>> ts.step.shape, metrics["vae/loss"].shape
+        ((), (3,))
     """
 
     def init(keys: Key) -> TrainState:
@@ -96,8 +98,10 @@ def sweep(make: Callable[..., Training], *, mode: Mode = "vmap", **axes: Any) ->
         >>> def make(rate, beta):
         ...     return training(vae(spec, hidden=(4,), latent_dim=1, beta=beta), optax.adam(rate))
         >>> t = sweep(make, **grid(rate=[1e-3, 1e-2], beta=[0.5, 1.0]))
-        >>> ts = jax.jit(t.init)(jax.random.split(jax.random.key(0), 4))
-        >>> ts, metrics = jax.jit(t.step)(ts, example_batch(spec, jax.random.key(1), 8))
+        >>> keys = jax.random.split(jax.random.key(0), 4)
+        >>> batch = example_batch(spec, jax.random.key(1), 8)
+        >>> ts = jax.eval_shape(t.init, keys)  # to see shapes; else jax.jit(t.init)
+        >>> ts, metrics = jax.eval_shape(t.step, ts, batch)
         >>> metrics["vae/loss"].shape
         (4,)
     """

@@ -73,9 +73,10 @@ def microbatch(t: Training, n: int) -> Training:
         >>> model = vae(DataSpec((2,), "continuous"), hidden=(4,), latent_dim=1)
         >>> t = microbatch(training(model, optax.adam(1e-3)), 4)
         >>> batch = example_batch(model.spec, jax.random.key(1), 8)
-        >>> ts, metrics = jax.jit(t.step)(t.init(jax.random.key(0)), batch)
-        >>> int(ts.step), metrics["vae/loss"].shape
-        (1, ())
+        >>> ts = jax.eval_shape(t.init, jax.random.key(0))  # to see shapes; else jax.jit(t.init)
+        >>> ts, metrics = jax.eval_shape(t.step, ts, batch)
+        >>> metrics["vae/loss"].shape
+        ()
     """
     if n < 1:
         raise ConfigError(f"microbatch needs at least 1 part; got {n}.")
@@ -159,9 +160,10 @@ def scan_steps(t: Training, k: None = None) -> Training:
         >>> t = scan_steps(training(model, optax.adam(1e-3)))
         >>> keys = jax.random.split(jax.random.key(1), 5)
         >>> batches = jax.vmap(lambda key: example_batch(model.spec, key, 8))(keys)
-        >>> ts, metrics = jax.jit(t.step)(t.init(jax.random.key(0)), batches)
-        >>> int(ts.step), metrics["vae/loss"].shape
-        (5, (5,))
+        >>> ts = jax.eval_shape(t.init, jax.random.key(0))  # to see shapes; else jax.jit(t.init)
+        >>> ts, metrics = jax.eval_shape(t.step, ts, batches)
+        >>> metrics["vae/loss"].shape
+        (5,)
     """
     if k is not None:
         raise ConfigError(
@@ -196,9 +198,10 @@ def repeat_steps(t: Training, k: int) -> Training:
         >>> model = vae(DataSpec((2,), "continuous"), hidden=(4,), latent_dim=1)
         >>> t = repeat_steps(training(model, optax.adam(1e-3)), 5)
         >>> batch = example_batch(model.spec, jax.random.key(1), 8)
-        >>> ts, metrics = jax.jit(t.step)(t.init(jax.random.key(0)), batch)
-        >>> int(ts.step), metrics["vae/loss"].shape
-        (5, (5,))
+        >>> ts = jax.eval_shape(t.init, jax.random.key(0))  # to see shapes; else jax.jit(t.init)
+        >>> ts, metrics = jax.eval_shape(t.step, ts, batch)
+        >>> metrics["vae/loss"].shape
+        (5,)
     """
     if k < 1:
         raise ConfigError(f"repeat_steps needs at least 1 step; got {k}.")
@@ -244,9 +247,10 @@ def feed(t: Training, batch_at: Callable[[Any, Array], Batch]) -> Training:
         ...     rows = 8 * (step % 3) + jax.numpy.arange(8)
         ...     return jax.tree.map(lambda leaf: leaf[rows], arrays)
         >>> t = feed(training(model, optax.adam(1e-3)), batch_at)
-        >>> ts, metrics = jax.jit(t.step)(t.init(jax.random.key(0)), arrays)
-        >>> int(ts.step), metrics["vae/loss"].shape
-        (1, ())
+        >>> ts = jax.eval_shape(t.init, jax.random.key(0))  # to see shapes; else jax.jit(t.init)
+        >>> ts, metrics = jax.eval_shape(t.step, ts, arrays)
+        >>> metrics["vae/loss"].shape
+        ()
     """
 
     def step(ts: TrainState, arrays: Any) -> tuple[TrainState, Metrics]:
@@ -289,7 +293,7 @@ def skip_nonfinite(t: Training) -> Training:
         >>> model = vae(DataSpec((2,), "continuous"), hidden=(4,), latent_dim=1)
         >>> t = skip_nonfinite(training(model, optax.adam(1e-3)))
         >>> ts, metrics = jax.jit(t.step)(
-        ...     t.init(jax.random.key(0)), Batch(jax.numpy.full((8, 2), jax.numpy.nan))
+        ...     jax.jit(t.init)(jax.random.key(0)), Batch(jax.numpy.full((8, 2), jax.numpy.nan))
         ... )
         >>> int(ts.step), float(metrics["skipped"])
         (1, 1.0)
