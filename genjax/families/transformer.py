@@ -3,64 +3,214 @@ by attention.
 
 Vaswani 2017, in the pre-norm form of Radford 2019 (GPT-2), with what came after as options: rotary
 positions (Su 2021), grouped queries (Ainslie 2023), SwiGLU (Shazeer 2020), RMS normalisation (Zhang
-& Sennrich 2019), sliding windows (Beltagy 2020).
+& Sennrich 2019), sliding windows (Beltagy 2020). The layers are in `nets/attention.py`, and what
+makes a model of them in `parts/autoregressive.py`.
 """
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
-from genjax.checks import check_cond, checked
-from genjax.errors import ConfigError, unknown_name
+from genjax.errors import ConfigError
 from genjax.nets.attention import Attention, FeedForward, Inputs, Readout, output_std
-from genjax.nets.functional import functional
+from genjax.nets.functional import Net, functional
 from genjax.nets.sequence import dropout as drop
-from genjax.parts.decoding import generator
+from genjax.nets.sequence import embedding_labels
+from genjax.parts.autoregressive import SequenceNet, autoregressive, check_sequences
 from genjax.parts.likelihoods import emission
-from genjax.protocol import (
-    Array,
-    Aux,
-    Batch,
-    DataSpec,
-    Key,
-    Model,
-    Params,
-    PyTree,
-    State,
-    step_mask,
-)
-
-CHOICES = {
-    "position": ("learned", "rotary", "none"),
-    "activation": ("gelu", "swiglu"),
-    "norm": ("layer", "rms"),
-    "dtype": ("float32", "bfloat16"),
-}
+from genjax.protocol import Array, DataSpec, Key, Model, PyTree
+from genjax.settings import CondDropout, Count, Dtype, Rate, builder, guided_by, used
 
 
+class Layers(NamedTuple):
+    """The networks of a Transformer, and how they are put together. Its parameters p are
+    {"inputs": ..., "blocks": {0: {"attention": ..., "feed_forward": ...}, 1: ...}, "readout": ...}.
+
+    Attributes:
+        inputs, attention, feed_forward, readout: the networks of `nets/attention.py`.
+        n_layers: how many blocks.
+        cache: the shape of the keys, or the values, that a block keeps of one sequence:
+            (n_kv_heads, context, d_model / n_heads).
+        dropout: rate, of the inputs and of what each half of a block adds.
+        tied: whether the readout's matrix is the embedding's table.
+        scanned: whether the blocks are a loop instead of one after the other.
+        remat: whether a block's insides are computed again on the way back.
+    """
+
+    inputs: Net
+    attention: Net
+    feed_forward: Net
+    readout: Net
+    n_layers: int
+    cache: tuple[int, int, int]
+    dropout: Any
+    tied: bool
+    scanned: bool
+    remat: bool
+
+
+def init(layers: Layers, key: Key) -> Any:
+    """p of a new Transformer."""
+    key_inputs, key_readout, key_blocks = jax.random.split(key, 3)
+    keys = jax.random.split(key_blocks, (layers.n_layers, 2))
+    blocks = {
+        index: {
+            "attention": layers.attention.init(keys[index, 0])[0],
+            "feed_forward": layers.feed_forward.init(keys[index, 1])[0],
+        }
+        for index in range(layers.n_layers)
+    }
+    return {
+        "inputs": layers.inputs.init(key_inputs)[0],
+        "blocks": blocks,
+        "readout": layers.readout.init(key_readout)[0],
+    }
+
+
+def block(layers: Layers, h: Array, p: Any, key: Key | None) -> Array:
+    """h + attention(norm(h)), and to that the feed-forward layers', [B, T, d]; `p` is the block's.
+
+    Without a key nothing is dropped.
+    """
+    key_attention, key_feed = (None, None) if key is None else jax.random.split(key)
+    added = layers.attention.apply(p["attention"], {}, h)[0]
+    h = h + drop(key_attention, added, layers.dropout)
+    added = layers.feed_forward.apply(p["feed_forward"], {}, h)[0]
+    return h + drop(key_feed, added, layers.dropout)
+
+
+def through_blocks(layers: Layers, p: Any, h: Array, keys: Any) -> Array:
+    """h [B, T, d] after all blocks; `keys` has one for each, or is None."""
+    one = partial(block, layers)
+    if layers.remat:
+        one = jax.checkpoint(one)
+    if layers.scanned:
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks_of(layers, p))
+        return jax.lax.scan(lambda h, at: (one(h, *at), None), h, (stacked, keys))[0]
+    for index, parameters in enumerate(blocks_of(layers, p)):
+        h = one(h, parameters, None if keys is None else keys[index])
+    return h
+
+
+def blocks_of(layers: Layers, p: Any) -> list[Any]:
+    """The parameters of each block, in their order."""
+    return [p["blocks"][index] for index in range(layers.n_layers)]
+
+
+def read(layers: Layers, p: Any, h: Array) -> Array:
+    """The parameters of the next event's distribution, [..., n_outputs], from the last h."""
+    table = [p["inputs"]["events"]["table"]] if layers.tied else []
+    return layers.readout.apply(p["readout"], {}, h, *table)[0]
+
+
+def outputs(
+    layers: Layers,
+    p: Any,
+    x: Array,
+    c: Array | None,
+    dropped: Array | None,
+    key: Key | None,
+) -> Array:
+    """The parameters of p(x_t | x_<t, c), [B, T, n_outputs]; with dropout where there is a key."""
+    h = layers.inputs.apply(p["inputs"], {}, x, c, dropped)[0]
+    if key is None or not used(layers.dropout):
+        return read(layers, p, through_blocks(layers, p, h, None))
+    keys = jax.random.split(key, layers.n_layers + 1)
+    h = drop(keys[-1], h, layers.dropout)
+    return read(layers, p, through_blocks(layers, p, h, keys[:-1]))
+
+
+# --- one position at a time, with a cache ---------------------------------------------------------
+
+
+def step(
+    layers: Layers, p: Any, h: Array, keys: Sequence[Array], values: Sequence[Array], at: Array
+) -> tuple[Array, PyTree]:
+    """Outputs and the next carry for the inputs h [n, d] of position `at`; the blocks are not
+    scanned here.
+    """
+    keys, values = list(keys), list(values)
+    for index, parameters in enumerate(blocks_of(layers, p)):
+        cached = (keys[index], values[index], at)
+        added, keys[index], values[index] = layers.attention.apply(
+            parameters["attention"], {}, h, *cached, method="step"
+        )[0]
+        h = h + added
+        h = h + layers.feed_forward.apply(parameters["feed_forward"], {}, h)[0]
+    carry = {"keys": tuple(keys), "values": tuple(values), "position": at + 1}
+    return read(layers, p, h), carry
+
+
+def begin(
+    layers: Layers, p: Any, n: int, c: Array | None, dropped: Array | None
+) -> tuple[Array, PyTree]:
+    """Outputs for the first position, and the cache after it."""
+    h = layers.inputs.apply(p["inputs"], {}, n, c, dropped, method="first")[0]
+    empty = [jnp.zeros((n, *layers.cache), h.dtype)] * layers.n_layers
+    return step(layers, p, h, empty, empty, jnp.zeros((), jnp.int32))
+
+
+def advance(
+    layers: Layers, p: Any, carry: PyTree, x: Array, c: Array | None, dropped: Array | None
+) -> tuple[Array, PyTree]:
+    """Outputs for the position after the events x [n, *event], and the cache after it."""
+    at = carry["position"]
+    h = layers.inputs.apply(p["inputs"], {}, x, c, dropped, at, method="one")[0]
+    return step(layers, p, h, carry["keys"], carry["values"], at)
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+def check_fits(
+    spec: DataSpec, d_model: int, n_heads: int, kv: int, position: str, tied: bool
+) -> None:
+    """Refuse settings that do not fit each other or the data.
+
+    Raises:
+        ConfigError: see the text.
+    """
+    if d_model % n_heads or n_heads % kv:
+        raise ConfigError(
+            f"d_model must be a multiple of n_heads, and n_heads of n_kv_heads; got {d_model}, "
+            f"{n_heads} and {kv}."
+        )
+    d_head, event = d_model // n_heads, spec.shape[1:]
+    if position == "rotary" and d_head % 2:
+        raise ConfigError(
+            f"Rotary positions turn pairs: d_model / n_heads must be even; got {d_head}."
+        )
+    if tied and (spec.kind != "tokens" or event):
+        raise ConfigError(
+            f"tie_weights is for sequences of tokens; {spec.name} has {spec.kind} events of shape "
+            f"{event}."
+        )
+
+
+@builder
 def transformer(
     spec: DataSpec,
     *,
-    d_model: int = 128,
-    n_layers: int = 4,
-    n_heads: int = 4,
-    n_kv_heads: int | None = None,
-    d_hidden: int | None = None,
+    d_model: Count = 128,
+    n_layers: Count = 4,
+    n_heads: Count = 4,
+    n_kv_heads: Count | None = None,
+    d_hidden: Count | None = None,
     position: Literal["learned", "rotary", "none"] = "rotary",
     activation: Literal["gelu", "swiglu"] = "gelu",
     norm: Literal["layer", "rms"] = "layer",
     bias: bool = False,
-    dropout: float = 0.0,
+    dropout: Rate = 0.0,
     tie_weights: bool = False,
-    window: int | None = None,
+    window: Count | None = None,
     scan_layers: bool = False,
     remat: bool = False,
-    cond_dropout: float = 0.0,
-    n_components: int = 1,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    cond_dropout: CondDropout = 0.0,
+    n_components: Count = 1,
+    dtype: Dtype = "float32",
 ) -> Model:
     """A decoder-only Transformer over the events of a sequence; conditional if the spec has a
     condition.
@@ -70,22 +220,23 @@ def transformer(
 
         h ← h + attention(norm(h)),    h ← h + W_2 gelu(W_1 norm(h))    in each layer,
 
-    p(x_t | x_<t, c) is the distribution that fits the data (`distributions.emission`) with
-    parameters linear in norm(h_t). The loss per example is -Σ_t ln p(x_t | x_<t, c) in nats over
-    the steps that count (`protocol.step_mask`). `log_prob` is the same, negated, without dropout,
-    and exact. Shapes: x [B, T, *event], h [B, T, d_model]; T is the context.
+    p(x_t | x_<t, c) is the distribution that fits the data (`likelihoods.emission`) with parameters
+    linear in norm(h_t). The loss per example is -Σ_t ln p(x_t | x_<t, c) in nats over the steps
+    that count (`protocol.step_mask`). `log_prob` is the same, negated, without dropout, and exact.
+    Shapes: x [B, T, *event], h [B, T, d_model]; T is the context.
 
-    Extras:
-        outputs: (params, state, x, cond=None, dropped=None) -> the parameters of p(x_t | x_<t), [B,
-            T, n_outputs].
-        step_log_prob: (params, state, batch) -> ln p(x_t | x_<t) [B, T], 0 where padded.
-        begin: (params, state, n, cond=None, dropped=None) -> outputs [n, n_outputs] for the first
-            step, and a carry: the keys and values of all layers, [n, n_kv_heads, T, d_model /
-            n_heads] each, and the position.
-        advance: (params, state, carry, x [n, *event], cond=None, dropped=None) -> outputs for the
-            step after x, and a carry.
-        generate: see `decoding.generator`.
-    In these, `dropped` bool [n] says which examples go without their condition.
+    `autoregressive` has all that `protocol.Autoregressive` says but `stream`; a carry holds the
+    keys and values of all layers, [n, n_kv_heads, T, d_model / n_heads] each, and the position.
+    `noise` gives a `parts.autoregressive.SequenceNoise`.
+
+    Example:
+        >>> import jax
+        >>> from genjax import DataSpec, transformer
+        >>> spec = DataSpec((5,), "tokens", levels=3, step="symbol")
+        >>> model = transformer(spec, d_model=8, n_layers=2, n_heads=2)
+        >>> params, state = model.init(jax.random.key(0))
+        >>> model.sample(params, state, jax.random.key(1), 2).shape
+        (2, 5)
 
     Args:
         spec: the data; a sequence of any kind.
@@ -115,199 +266,36 @@ def transformer(
     Raises:
         ConfigError: for settings that do not exist or do not fit each other or the data.
     """
-    if spec.step is None:
-        raise ConfigError(
-            f"A transformer models sequences; {spec.name} has no steps. Give its DataSpec `step`."
-        )
-    chosen = {"position": position, "activation": activation, "norm": norm, "dtype": dtype}
-    for what, name in chosen.items():
-        if name not in CHOICES[what]:
-            raise unknown_name(what, name, CHOICES[what])
+    check_sequences(spec, "A transformer")
     kv = n_heads if n_kv_heads is None else n_kv_heads
     width = 4 * d_model if d_hidden is None else d_hidden
-    sizes = {
-        "d_model": d_model,
-        "n_layers": n_layers,
-        "n_heads": n_heads,
-        "n_kv_heads": kv,
-        "d_hidden": width,
-    }
-    for label, number in (
-        sizes | {"n_components": n_components, "window": 1 if window is None else window}
-    ).items():
-        if number < 1:
-            raise ConfigError(f"{label} must be at least 1; got {number}.")
-    for label, rate in {"dropout": dropout, "cond_dropout": cond_dropout}.items():
-        if isinstance(rate, int | float) and not 0 <= rate < 1:
-            raise ConfigError(f"{label} must be in [0, 1); got {rate}.")
-    if d_model % n_heads or n_heads % kv:
-        raise ConfigError(
-            f"d_model must be a multiple of n_heads, and n_heads of n_kv_heads; got {d_model}, "
-            f"{n_heads} and {kv}."
-        )
-    d_head, context, event = d_model // n_heads, spec.shape[0], spec.shape[1:]
-    if position == "rotary" and d_head % 2:
-        raise ConfigError(
-            f"Rotary positions turn pairs: d_model / n_heads must be even; got {d_head}."
-        )
-    if tie_weights and (spec.kind != "tokens" or event):
-        raise ConfigError(
-            f"tie_weights is for sequences of tokens; {spec.name} has {spec.kind} events of shape "
-            f"{event}."
-        )
+    check_fits(spec, d_model, n_heads, kv, position, tie_weights)
+    emit, std = emission(spec, n_components), output_std(n_layers)
+    learned, turned = position == "learned", position == "rotary"
+    guided = guided_by(spec, cond_dropout)
 
-    emit = emission(spec, n_components)
-    std = output_std(n_layers)
-    guided = isinstance(cond_dropout, Tracer) or cond_dropout > 0
-    inputs = functional(partial(Inputs, spec, d_model, position == "learned", guided), dtype)
-    attention = functional(
-        partial(Attention, d_model, n_heads, kv, norm, bias, window, position == "rotary", std),
-        dtype,
+    inputs = partial(Inputs, spec, d_model, learned, guided)
+    attention = partial(Attention, d_model, n_heads, kv, norm, bias, window, turned, std)
+    feed_forward = partial(FeedForward, d_model, width, activation, norm, bias, std)
+    readout = partial(Readout, d_model, emit.n_outputs, tie_weights, norm, bias)
+    layers = Layers(
+        inputs=functional(inputs, dtype),
+        attention=functional(attention, dtype),
+        feed_forward=functional(feed_forward, dtype),
+        readout=functional(readout, dtype),
+        n_layers=n_layers,
+        cache=(kv, spec.shape[0], d_model // n_heads),
+        dropout=dropout,
+        tied=tie_weights,
+        scanned=scan_layers,
+        remat=remat,
     )
-    feed_forward = functional(
-        partial(FeedForward, d_model, width, activation, norm, bias, std), dtype
+    net = SequenceNet(
+        init=partial(init, layers),
+        outputs=partial(outputs, layers),
+        begin=partial(begin, layers),
+        advance=partial(advance, layers),
+        context=spec.shape[0],
+        labels=embedding_labels(spec),
     )
-    readout = functional(partial(Readout, d_model, emit.n_outputs, tie_weights, norm, bias), dtype)
-
-    def init(key: Key) -> tuple[Params, State]:
-        key_inputs, key_readout, key_blocks = jax.random.split(key, 3)
-        keys = jax.random.split(key_blocks, (n_layers, 2))
-        blocks = {
-            f"{index}": {
-                "attention": attention.init(keys[index, 0])[0],
-                "feed_forward": feed_forward.init(keys[index, 1])[0],
-            }
-            for index in range(n_layers)
-        }
-        params = {
-            "inputs": inputs.init(key_inputs)[0],
-            "blocks": blocks,
-            "readout": readout.init(key_readout)[0],
-        }
-        return {"transformer": params}, {"transformer": {}}
-
-    def layers_of(p: Any) -> list[Any]:
-        return [p["blocks"][f"{index}"] for index in range(n_layers)]
-
-    def block(h: Array, layer: Any, key: Key | None) -> Array:
-        key_attention, key_feed = (None, None) if key is None else jax.random.split(key)
-        h = h + drop(key_attention, attention.apply(layer["attention"], {}, h)[0], dropout)
-        return h + drop(key_feed, feed_forward.apply(layer["feed_forward"], {}, h)[0], dropout)
-
-    def read(p: Any, h: Array) -> Array:
-        return readout.apply(
-            p["readout"], {}, h, *([p["inputs"]["events"]["table"]] if tie_weights else [])
-        )[0]
-
-    def outputs_of(
-        p: Any, x: Array, cond: Any, dropped: Array | None = None, key: Key | None = None
-    ) -> Array:
-        """The parameters of p(x_t | x_<t, c), [B, T, n_outputs]; with dropout where there is a
-        key.
-        """
-        keys: Any = [None] * (n_layers + 1) if key is None else jax.random.split(key, n_layers + 1)
-        h = drop(keys[-1], inputs.apply(p["inputs"], {}, x, condition(cond), dropped)[0], dropout)
-        one = jax.checkpoint(block) if remat else block
-        if scan_layers:
-            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers_of(p))
-            h = jax.lax.scan(
-                lambda h, at: (one(h, *at), None), h, (stacked, None if key is None else keys[:-1])
-            )[0]
-        else:
-            for layer, key_layer in zip(layers_of(p), keys[:-1], strict=True):
-                h = one(h, layer, key_layer)
-        return read(p, h)
-
-    def condition(cond: Any) -> Array | None:
-        return jax.nn.one_hot(cond, spec.n_classes) if spec.n_classes else cond
-
-    def nats(batch: Batch, outputs: Array) -> Array:
-        """ln p(x_t | x_<t, c) [B, T], 0 where padded."""
-        return jnp.where(step_mask(spec, batch), emit.log_prob(batch.x, outputs), 0)
-
-    def loss(
-        params: Params, state: State, batch: Batch, key: Key, step: Array
-    ) -> tuple[Array, Aux]:
-        key_net, key_cond = jax.random.split(key)
-        dropped = (
-            jax.random.bernoulli(key_cond, cond_dropout, batch.x.shape[:1])
-            if spec.conditional
-            else None
-        )
-        still = isinstance(dropout, int | float) and dropout == 0
-        outputs = outputs_of(
-            params["transformer"], batch.x, batch.cond, dropped, None if still else key_net
-        )
-        value = -nats(batch, outputs).sum(1)
-        return value, Aux(
-            state, {"nats_per_step": value / step_mask(spec, batch).sum(1).astype(value.dtype)}
-        )
-
-    def outputs(
-        params: Params, state: State, x: Array, cond: Any = None, dropped: Array | None = None
-    ) -> Array:
-        check_cond(spec, cond, x.shape[0])
-        return outputs_of(params["transformer"], x, cond, dropped)
-
-    def step_log_prob(params: Params, state: State, batch: Batch) -> Array:
-        return nats(batch, outputs_of(params["transformer"], batch.x, batch.cond))
-
-    def log_prob(params: Params, state: State, batch: Batch, key: Key) -> Array:
-        return step_log_prob(params, state, batch).sum(1)
-
-    def step(p: Any, h: Array, keys: PyTree, values: PyTree, at: Array) -> tuple[Array, PyTree]:
-        """Outputs and the next carry for the inputs h [n, d] of position `at`; the layers are not
-        scanned here.
-        """
-        keys, values = list(keys), list(values)
-        for index, layer in enumerate(layers_of(p)):
-            added, keys[index], values[index] = attention.apply(
-                layer["attention"], {}, h, keys[index], values[index], at, method="step"
-            )[0]
-            h = h + added
-            h = h + feed_forward.apply(layer["feed_forward"], {}, h)[0]
-        return read(p, h), {"keys": tuple(keys), "values": tuple(values), "position": at + 1}
-
-    def begin(
-        params: Params, state: State, n: int, cond: Any = None, dropped: Array | None = None
-    ) -> tuple[Array, PyTree]:
-        check_cond(spec, cond, n)
-        p = params["transformer"]
-        h = inputs.apply(p["inputs"], {}, n, condition(cond), dropped, method="first")[0]
-        empty = [jnp.zeros((n, kv, context, d_head), h.dtype)] * n_layers
-        return step(p, h, empty, empty, jnp.zeros((), jnp.int32))
-
-    def advance(
-        params: Params,
-        state: State,
-        carry: PyTree,
-        x: Array,
-        cond: Any = None,
-        dropped: Array | None = None,
-    ) -> tuple[Array, PyTree]:
-        p, at = params["transformer"], carry["position"]
-        h = inputs.apply(p["inputs"], {}, x, condition(cond), dropped, at, method="one")[0]
-        return step(p, h, carry["keys"], carry["values"], at)
-
-    generate = generator(spec, begin, advance, emit.sample, context, guided)
-
-    def sample(params: Params, state: State, key: Key, n: int, cond: Any = None) -> Array:
-        return generate(params, state, key, n, cond)
-
-    return checked(
-        Model(
-            spec=spec,
-            init=init,
-            losses={"transformer": loss},
-            sample=sample,
-            log_prob=log_prob,
-            estimator="exact",
-            extras={
-                "outputs": outputs,
-                "step_log_prob": step_log_prob,
-                "begin": begin,
-                "advance": advance,
-                "generate": generate,
-            },
-        )
-    )
+    return autoregressive(spec, emit, net, player="transformer", cond_dropout=cond_dropout)

@@ -1,38 +1,44 @@
 """Recurrent variational autoencoders: a recurrent network with a latent variable z_t at every step.
 
 Chung 2015 (the VRNN; its equations 5 to 11), Burda 2015 (the importance-weighted bound), Maddison
-2017 (the filtering bound).
+2017 (the filtering bound). The networks are in `nets/vrnn.py`, the bounds in `parts/particles.py`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from genjax.checks import check_cond, check_key, checked
-from genjax.errors import ConfigError, unknown_name
-from genjax.nets.functional import functional
-from genjax.nets.mlp import ACTIVATIONS
-from genjax.nets.recurrent import Cell, cell_of, rematerialised
+from genjax.errors import ConfigError
+from genjax.nets.functional import Net, functional
+from genjax.nets.recurrent import Cell, cell_of
+from genjax.nets.sequence import embedding_labels
 from genjax.nets.vrnn import VariationalRecurrentNet
-from genjax.parts.distributions import (
-    log_mean_exp,
-    normal_kl,
-    normal_log_prob,
-    normal_sample,
-    softplus,
-    sum_event,
+from genjax.parts.autoregressive import check_sequences
+from genjax.parts.decoding import check_length, check_prompt, prompted, settled
+from genjax.parts.distributions import normal_sample, softplus
+from genjax.parts.likelihoods import Emission, emission
+from genjax.parts.particles import (
+    RESAMPLING,
+    Normal,
+    Resampling,
+    Sequential,
+    elbo_steps,
+    particle_bound,
+    tiled,
 )
-from genjax.parts.likelihoods import emission
 from genjax.protocol import (
     Array,
+    Autoregressive,
     Aux,
     Batch,
     DataSpec,
     Key,
+    Latent,
     Metrics,
     Model,
     Params,
@@ -40,190 +46,332 @@ from genjax.protocol import (
     State,
     step_mask,
 )
+from genjax.settings import (
+    CondDropout,
+    Count,
+    Dtype,
+    NonNegative,
+    Rate,
+    Whole,
+    builder,
+    guided_by,
+)
 
 # Scales of z are softplus(raw) + this, as in the paper but for the floor: an exponential overflows
 # where a sequence surprises its recurrence, and a posterior without a floor can be as narrow as it
 # likes.
 MIN_SCALE = 1e-3
 
-Normal = tuple[Array, Array]  # mean and log-scale
-# (key, k, n) -> numbers in [0, 1), [k, n]: where the cumulated weights of n examples are cut to
-# choose k particles.
-Resampling = Callable[[Key, int, int], Array]
+# --- the model, as functions of its parameters p --------------------------------------------------
 
 
-class Sequential(NamedTuple):
-    """A latent-variable model of sequences with its parameters put in, as functions of one step of
-    N examples.
+class Estimate(NamedTuple):
+    """A lower bound that is estimated from paths of the posterior.
 
-    `carry` is a tuple whose first entry is h_{t-1} [N, d]; `observed` is anything that was computed
-    from x, leading axis N.
+    Attributes:
+        how: "elbo", "iwae" or "fivo".
+        k: from how many paths.
+        resampling: of "fivo".
     """
 
-    prior: Callable[[Array], Normal]  # (h) -> p(z_t | h_{t-1}), [N, latent_dim] each
-    posterior: Callable[[Any, Array], Normal]  # (observed, h) -> q(z_t | x_t, h_{t-1})
-    log_likelihood: Callable[
-        [Array, Array, Array], Array
-    ]  # (x, z, h) -> ln p(x_t | z_t, h_{t-1}) in nats [N]
-    recur: Callable[[Any, Array, Any], Any]  # (observed, z, carry) -> carry
+    how: str
+    k: int
+    resampling: Resampling | None
 
 
-def _step_keys(key: Key, n_steps: int) -> Key:
-    """The noise of a step depends on no other step, and so not on how much padding there is."""
-    return jax.vmap(lambda t: jax.random.fold_in(key, t))(jnp.arange(n_steps))
+class VrnnModel(NamedTuple):
+    """What a VRNN consists of.
 
-
-def elbo_steps(
-    model: Sequential, x: Array, observed: Any, carry: Any, key: Key, remat: bool = False
-) -> tuple[Array, Array]:
-    """ln p(x_t | z_t, h_{t-1}) and KL(q(z_t | x_t, h_{t-1}) || p(z_t | h_{t-1})) in nats, each [T,
-    N], for one path z ~ q.
-
-    Their difference, summed over time, is the ELBO of Chung 2015, equation 11. x and `observed` are
-    [T, N, ...].
+    Attributes:
+        spec: the data.
+        net: the networks, a `VariationalRecurrentNet`.
+        emit: the distribution of an event that the decoder's outputs describe.
+        objective: what training maximises.
+        beta: the weight of the KL in it, if it is the ELBO.
+        reported: what `bound` is.
+        dropout: rate, of φ_x(x_t).
+        cond_dropout: how often training leaves out the condition.
+        guided: whether it ever does.
+        remat: whether a step is computed again on the way back.
     """
 
-    def step(carry: Any, at: Any) -> tuple[Any, Any]:
-        observed, key = at
-        mean, log_scale = model.posterior(observed, carry[0])
-        z = normal_sample(key, mean, log_scale)
-        return model.recur(observed, z, carry), (carry[0], z, mean, log_scale)
+    spec: DataSpec
+    net: Net
+    emit: Emission
+    objective: Estimate
+    beta: Any
+    reported: Estimate
+    dropout: Any
+    cond_dropout: Any
+    guided: bool
+    remat: bool
 
-    path = jax.lax.scan(rematerialised(step, remat), carry, (observed, _step_keys(key, len(x))))[1]
-    # Decoder and prior are not part of the recurrence: all steps at once.
-    flat, h, z, mean, log_scale = jax.tree.map(
-        lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), (x, *path)
+
+class VrnnNoise(NamedTuple):
+    """What the loss draws for a batch.
+
+    Attributes:
+        paths: the key of z, which the loop over time folds the step into (each of K paths of the
+            ELBO has its own, split from it).
+        net: the key of the network's dropout.
+        dropped: which examples go without their condition, bool [B]; None if none ever does.
+    """
+
+    paths: Key
+    net: Key
+    dropped: Array | None
+
+
+class StepBound(NamedTuple):
+    """What a VRNN can tell beside its records.
+
+    Attributes:
+        step_bound: (params, state, batch, key) -> the terms of the ELBO for one path in nats,
+            [B, T], 0 where padded.
+    """
+
+    step_bound: Callable[..., Array]
+
+
+def draw(model: VrnnModel, key: Key, batch: Batch) -> VrnnNoise:
+    """The randomness of the loss: the only place that splits its key."""
+    key_z, key_cond, key_net = jax.random.split(key, 3)
+    dropped = None
+    if model.guided:
+        dropped = jax.random.bernoulli(key_cond, model.cond_dropout, batch.x.shape[:1])
+    return VrnnNoise(key_z, key_net, dropped)
+
+
+def normal(outputs: Array) -> Normal:
+    """Mean and log-scale of z from a network's outputs."""
+    mean, raw = jnp.split(outputs, 2, axis=-1)
+    return mean, jnp.log(softplus(raw) + MIN_SCALE)
+
+
+def sequential(model: VrnnModel, p: Any) -> Sequential:
+    """The model with its parameters put in."""
+
+    def call(method: str, *args: Any) -> Any:
+        return model.net.apply(p, {}, *args, method=method)[0]
+
+    return Sequential(
+        prior=lambda h: normal(call("prior_of", h)),
+        posterior=lambda observed, h: normal(call("posterior_of", observed, h)),
+        log_likelihood=lambda x, z, h: model.emit.log_prob(x, call("outputs_of", z, h)),
+        recur=partial(call, "recur"),
     )
-    kl = sum_event(normal_kl(mean, log_scale, *model.prior(h)))
-    return model.log_likelihood(flat, z, h).reshape(x.shape[:2]), kl.reshape(x.shape[:2])
 
 
-def systematic(key: Key, k: int, n: int) -> Array:
-    """(i + u) / k with one u ~ U[0, 1) for each example. Kitagawa 1996."""
-    u = jax.random.uniform(key, (1, n))
-    return (jnp.arange(k, dtype=u.dtype)[:, None] + u) / k
-
-
-def multinomial(key: Key, k: int, n: int) -> Array:
-    """Independent u_i ~ U[0, 1)."""
-    return jax.random.uniform(key, (k, n))
-
-
-RESAMPLING: dict[str, Resampling] = {"systematic": systematic, "multinomial": multinomial}
-
-
-def ancestors(cuts: Array, log_weight: Array) -> Array:
-    """Which particle takes the place of each, int [K, N]: the one whose share of the cumulated
-    weights holds the cut.
-    """
-    upper = jnp.cumsum(jax.nn.softmax(log_weight, axis=0), axis=0)
-    below = upper[None] <= cuts.astype(upper.dtype)[:, None]
-    return jnp.minimum(below.sum(1), len(log_weight) - 1)  # the last sum may round to less than 1
-
-
-def particle_bound(
-    model: Sequential,
+def observe(
+    model: VrnnModel,
+    p: Any,
     x: Array,
-    observed: Any,
-    mask: Array,
-    carry: Any,
-    key: Key,
-    k: int,
-    resampling: Resampling | None = None,
-    remat: bool = False,
-) -> Array:
-    """ln p̂(x) in nats [B] from K particles z_{1..T} ~ q with E p̂(x) = p(x), so that E ln p̂(x) <=
-    ln p(x).
-
-    With weights w_t = w_{t-1} p(x_t, z_t | h_{t-1}) / q(z_t | x_t, h_{t-1}): without resampling p̂
-    = 1/K Σ_k w_T, the importance-weighted bound (Burda 2015, equation 8). With it, whenever the
-    effective sample size (Σ w)² / Σ w² is below K/2 and steps are still to come, p̂ gains the
-    factor 1/K Σ_k w_t, particles are drawn anew in proportion to their weights, and
-    these return to 1: the filtering bound (Maddison 2017, algorithm 1). As there, gradients ignore
-        how particles were chosen.
-
-    x and `observed` are [T, B, ...], the mask is [T, B] and carries are [B, ...].
+    c: Array | None,
+    dropped: Array | None = None,
+    key: Key | None = None,
+) -> tuple[Array, PyTree, PyTree]:
+    """x with time first, [T, B, *event], what the networks make of it, [T, B, ...], and the carry
+    before it; with dropout where there is a key.
     """
+    x = x.swapaxes(0, 1)
     n_steps, b = x.shape[:2]
-    tile = lambda leaf: jnp.tile(leaf, (k, *[1] * (leaf.ndim - 1)))  # noqa: E731
-
-    def step(loop: Any, at: Any) -> tuple[Any, None]:
-        carry, log_weight, total = loop
-        x, observed, valid, more, key = at
-        key_z, key_cuts = jax.random.split(key)
-        x, observed, h = tile(x), jax.tree.map(tile, observed), carry[0]
-        mean, log_scale = model.posterior(observed, h)
-        z = normal_sample(key_z, mean, log_scale)
-        log_ratio = sum_event(
-            normal_log_prob(z, *model.prior(h)) - normal_log_prob(z, mean, log_scale)
-        )
-        gain = (model.log_likelihood(x, z, h) + log_ratio).reshape(k, b)
-        log_weight = log_weight + jnp.where(valid[None], gain, 0)
-        carry = model.recur(observed, z, carry)
-        if resampling is not None:
-            log_size = 2 * jax.nn.logsumexp(log_weight, axis=0) - jax.nn.logsumexp(
-                2 * log_weight, axis=0
-            )
-            due = more & (jnp.exp(log_size) < k / 2)
-            chosen = ancestors(resampling(key_cuts, k, b), log_weight)
-            rows = (
-                jnp.where(due[None], chosen, jnp.arange(k)[:, None]) * b + jnp.arange(b)[None]
-            ).reshape(-1)
-            carry = jax.tree.map(lambda leaf: leaf[rows], carry)
-            total = total + jnp.where(due, log_mean_exp(log_weight), 0)
-            log_weight = jnp.where(due[None], 0, log_weight)
-        return (carry, log_weight, total), None
-
-    more = jnp.concatenate([mask[1:], jnp.zeros((1, b), bool)])
-    dtype = carry[0].dtype
-    start = (jax.tree.map(tile, carry), jnp.zeros((k, b), dtype), jnp.zeros(b, dtype))
-    _, log_weight, total = jax.lax.scan(
-        rematerialised(step, remat), start, (x, observed, mask, more, _step_keys(key, n_steps))
-    )[0]
-    return total + log_mean_exp(log_weight)
+    every = jax.tree.map(partial(tiled, k=n_steps), (c, dropped))
+    flat = x.reshape(n_steps * b, *x.shape[2:])
+    seen = model.net.apply(p, {}, flat, *every, key, model.dropout, method="observe")[0]
+    observed = jax.tree.map(lambda leaf: leaf.reshape(n_steps, b, *leaf.shape[1:]), seen)
+    return x, observed, model.net.apply(p, {}, b, c, dropped, method="begin")[0]
 
 
+def elbo_terms(
+    model: VrnnModel, p: Any, batch: Batch, key: Key, k: int = 1, *training: Any
+) -> tuple[Array, Array]:
+    """Log-likelihood and KL of every step, means over k paths: [B, T] in nats, 0 where padded.
+
+    `training`: which conditions are dropped and the key of dropout, in training mode.
+    """
+    sequence = observe(model, p, batch.x, model.spec.embed(batch.cond), *training)
+    mask = step_mask(model.spec, batch)
+
+    def one(key: Key) -> tuple[Array, Array]:
+        terms = elbo_steps(sequential(model, p), *sequence, key, model.remat)
+        return jax.tree.map(lambda value: jnp.where(mask, value.T, 0), terms)
+
+    if k == 1:
+        return one(key)
+    return jax.tree.map(lambda v: v.mean(0), jax.lax.map(one, jax.random.split(key, k)))
+
+
+def particles(
+    model: VrnnModel, p: Any, batch: Batch, key: Key, estimate: Estimate, *training: Any
+) -> Array:
+    """`particle_bound` of a batch in nats, [B]; `training` as in `elbo_terms`."""
+    x, observed, carry = observe(model, p, batch.x, model.spec.embed(batch.cond), *training)
+    resampling = estimate.resampling if estimate.how == "fivo" else None
+    mask, own = step_mask(model.spec, batch).T, sequential(model, p)
+    return particle_bound(own, x, observed, mask, carry, key, estimate.k, resampling, model.remat)
+
+
+def loss(
+    model: VrnnModel, params: Params, state: State, batch: Batch, key: Key, step: Array
+) -> tuple[Array, Aux]:
+    """The negative objective in nats, [B], in training mode."""
+    p, noise, objective = params["vrnn"], draw(model, key, batch), model.objective
+    training = (noise.dropped, noise.net)
+    if objective.how != "elbo":
+        found = particles(model, p, batch, noise.paths, objective, *training)
+        return -found, Aux(state, {objective.how: found})
+    terms = elbo_terms(model, p, batch, noise.paths, objective.k, *training)
+    log_lik, kl = (value.sum(1) for value in terms)
+    metrics: Metrics = {"elbo": log_lik - kl, "log_likelihood": log_lik, "kl": kl}
+    return model.beta * kl - log_lik, Aux(state, metrics)
+
+
+def bound(model: VrnnModel, params: Params, state: State, batch: Batch, key: Key) -> Array:
+    """A lower bound of ln p(x | c) in nats, [B], in evaluation mode."""
+    p, reported = params["vrnn"], model.reported
+    if reported.how != "elbo":
+        return particles(model, p, batch, key, reported)
+    log_lik, kl = elbo_terms(model, p, batch, key, reported.k)
+    return (log_lik - kl).sum(1)
+
+
+def step_bound(model: VrnnModel, params: Params, state: State, batch: Batch, key: Key) -> Array:
+    """The terms of the ELBO for one path in nats, [B, T], 0 where padded."""
+    log_lik, kl = elbo_terms(model, params["vrnn"], batch, key)
+    return log_lik - kl
+
+
+def encode(model: VrnnModel, params: Params, state: State, x: Array, cond: Any = None) -> Normal:
+    """Mean and log-scale of q(z_t | x_t, h_{t-1}), [B, T, latent_dim] each, along the path of
+    means.
+    """
+    check_cond(model.spec, cond, x.shape[0])
+    _, observed, carry = observe(model, params["vrnn"], x, model.spec.embed(cond))
+    own = sequential(model, params["vrnn"])
+
+    def step(carry: PyTree, observed: PyTree) -> tuple[PyTree, Normal]:
+        q = own.posterior(observed, carry[0])
+        return own.recur(observed, q[0], carry), q
+
+    path = jax.lax.scan(step, carry, observed)[1]
+    return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), path)
+
+
+def generate(
+    model: VrnnModel,
+    params: Params,
+    state: State,
+    key: Key,
+    n: int,
+    cond: Any = None,
+    *,
+    prompt: Array | None = None,
+    prompt_length: Array | int | None = None,
+    length: int | None = None,
+) -> Array:
+    """x [n, length, *event]: z_t comes from the posterior in the prompt and from the prior after
+    it. `prompt_length`, an int or [n], may be traced.
+
+    Raises:
+        ConfigError: for a length or a prompt that does not fit.
+    """
+    check_key(key)
+    check_cond(model.spec, cond, n)
+    n_steps = model.spec.shape[0] if length is None else length
+    check_length(n_steps)
+    if prompt is not None:
+        check_prompt(model.spec, n, prompt)
+    given, fixed = prompted(n, n_steps, prompt, prompt_length)
+    p, c = params["vrnn"], model.spec.embed(cond)
+    own, apply = sequential(model, p), partial(model.net.apply, p, {})
+
+    def step(loop: PyTree, at: PyTree) -> tuple[PyTree, Array]:
+        carry, ended = loop
+        t, x_given = at
+        key_z, key_x, key_q = jax.random.split(jax.random.fold_in(key, t), 3)
+        z = normal_sample(key_z, *own.prior(carry[0]))
+        x = model.emit.sample(key_x, apply(z, carry[0], method="outputs_of")[0])
+        x, ended = settled(x, x_given, t < fixed, ended, model.spec.end)
+        observed = apply(x, c, None, method="observe")[0]
+        if given is not None:
+            z_posterior = normal_sample(key_q, *own.posterior(observed, carry[0]))
+            z = jnp.where((t < fixed)[:, None], z_posterior, z)
+        return (own.recur(observed, z, carry), ended), x
+
+    first = (apply(n, c, None, method="begin")[0], jnp.zeros(n, bool))
+    x = jax.lax.scan(step, first, (jnp.arange(n_steps, dtype=jnp.int32), given))[1]
+    return x.swapaxes(0, 1)
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+def in_words(estimate: Estimate, resampling: str) -> str:
+    """What an estimate computes, for reports."""
+    if estimate.how == "elbo":
+        return f"ELBO, {estimate.k} sample{'s' * (estimate.k > 1)}"
+    if estimate.how == "iwae":
+        return f"importance-weighted bound, K={estimate.k}"
+    return f"filtering bound (FIVO), K={estimate.k}, {resampling} resampling"
+
+
+def latents_of(spec: DataSpec, latent_dim: int) -> DataSpec:
+    """What the latent variables of one sequence are, with its condition and its length."""
+    return dataclasses.replace(
+        spec,
+        shape=(spec.shape[0], latent_dim),
+        kind="continuous",
+        levels=None,
+        vocabulary=None,
+        end=None,
+        name=f"latents of {spec.name}",
+    )
+
+
+@builder
 def vrnn(
     spec: DataSpec,
     *,
     cell: Literal["vanilla", "lstm", "gru"] | Cell = "gru",
-    latent_dim: int = 16,
-    d_hidden: int = 128,
-    hidden: tuple[int, ...] = (128,),
+    latent_dim: Whole = 16,
+    d_hidden: Count = 128,
+    hidden: tuple[Count, ...] = (128,),
     activation: Literal["gelu", "relu", "silu", "softplus", "tanh"] = "relu",
-    dropout: float = 0.0,
-    n_components: int = 1,
-    beta: float = 1.0,
+    dropout: Rate = 0.0,
+    n_components: Count = 1,
+    beta: NonNegative = 1.0,
     objective: Literal["elbo", "iwae", "fivo"] = "elbo",
-    n_samples: int = 1,
+    n_samples: Count = 1,
     bound_estimator: Literal["elbo", "iwae", "fivo"] = "elbo",
-    n_bound_samples: int = 1,
+    n_bound_samples: Count = 1,
     resampling: Literal["systematic", "multinomial"] = "systematic",
     remat: bool = False,
-    cond_dropout: float = 0.0,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    cond_dropout: CondDropout = 0.0,
+    dtype: Dtype = "float32",
 ) -> Model:
     """A variational recurrent neural network; conditional if the spec has a condition.
 
     p(x, z) = Π_t p(z_t | h_{t-1}) p(x_t | z_t, h_{t-1}) with h_t = f(φ_x(x_t, c), φ_z(z_t),
     h_{t-1}), and q(z | x) = Π_t q(z_t | x_t, h_{t-1}); prior and posterior are Gaussian with
-    diagonal covariance. The loss is the negative
-    objective in nats per example: "elbo" is Σ_t ln p(x_t | z_t, h_{t-1}) - beta KL_t with the KL in
-    closed form, averaged over K = `n_samples` paths; "iwae" and "fivo" are `particle_bound` with K
-    particles, without and with resampling. Steps that are padding count for nothing. `bound` is the
-    estimator of its own arguments, with beta = 1; `log_prob` is None.
-    Shapes: x [B, T, *event], z [B, T, latent_dim]. Without a latent variable (latent_dim 0) and
-        hidden layers it is `rnn`.
+    diagonal covariance. The loss is the negative objective in nats per example: "elbo" is
+    Σ_t ln p(x_t | z_t, h_{t-1}) - beta KL_t with the KL in closed form, averaged over K =
+    `n_samples` paths; "iwae" and "fivo" are `particle_bound` with K particles, without and with
+    resampling. Steps that are padding count for nothing. `bound` is the estimator of its own
+    arguments, with beta = 1; `log_prob` is None. Shapes: x [B, T, *event], z [B, T, latent_dim].
+    Without a latent variable (latent_dim 0) and hidden layers it is `rnn`.
 
-    Extras:
-        encode: (params, state, x, cond=None) -> mean and log-scale of q, each [B, T, latent_dim],
-            along the path of means.
-        step_bound: (params, state, batch, key) -> the terms of the ELBO for one path, [B, T], 0
-            where padded.
-        generate: (params, state, key, n, cond=None, *, prompt=None, prompt_length=None,
-            length=None) -> x [n, length, *event]:
-            z_t from the posterior in the prompt and from the prior after it; `prompt_length` int or
-            [n] may be traced.
+    `latent` has `encode`, mean and log-scale of q along the path of means; `autoregressive` has
+    `generate`, with z_t from the posterior in a prompt and from the prior after it; `extras` is a
+    `StepBound`, the terms of the ELBO; `noise` gives a `VrnnNoise`.
+
+    Example:
+        >>> import jax
+        >>> from genjax import DataSpec, vrnn
+        >>> spec = DataSpec((5, 3), "binary", step="frame")
+        >>> model = vrnn(spec, latent_dim=2, d_hidden=8, hidden=(8,))
+        >>> params, state = model.init(jax.random.key(0))
+        >>> model.sample(params, state, jax.random.key(1), 2).shape
+        (2, 5, 3)
 
     Args:
         spec: the data; a sequence of any kind.
@@ -250,228 +398,50 @@ def vrnn(
         ConfigError: for settings that do not exist or do not fit the data, and for a prompt that
             does not fit.
     """
-    if spec.step is None:
-        raise ConfigError(
-            f"A VRNN models sequences; {spec.name} has no steps. Give its DataSpec `step`, or use "
-            "vae."
-        )
-    for label, given, names in (
-        ("objective", objective, ("elbo", "iwae", "fivo")),
-        ("bound_estimator", bound_estimator, ("elbo", "iwae", "fivo")),
-        ("resampling", resampling, RESAMPLING),
-        ("activation", activation, ACTIVATIONS),
-        ("dtype", dtype, ("float32", "bfloat16")),
-    ):
-        if given not in names:
-            raise unknown_name(label, given, names)
-    sizes = {
-        "d_hidden": d_hidden,
-        "n_components": n_components,
-        "n_samples": n_samples,
-        "n_bound_samples": n_bound_samples,
-    }
-    for label, number in sizes.items():
-        if number < 1:
-            raise ConfigError(f"{label} must be at least 1; got {number}.")
-    if latent_dim < 0:
-        raise ConfigError(f"latent_dim must be at least 0; got {latent_dim}.")
-    for label, rate in {"dropout": dropout, "cond_dropout": cond_dropout}.items():
-        if isinstance(rate, int | float) and not 0 <= rate < 1:
-            raise ConfigError(f"{label} must be in [0, 1); got {rate}.")
+    check_sequences(spec, "A VRNN", ", or use vae")
     if objective != "elbo" and not (isinstance(beta, int | float) and beta == 1):
         raise ConfigError(
             f"beta weighs the KL of the objective 'elbo'; {objective} has none. Leave beta at 1; "
             f"got {beta}."
         )
-    emit = emission(spec, n_components)
-    droppable = isinstance(cond_dropout, Tracer) or cond_dropout > 0
-    sizes_of = (latent_dim, d_hidden, tuple(hidden), emit.n_outputs)
-    net = functional(
-        partial(VariationalRecurrentNet, spec, cell_of(cell), *sizes_of, activation, droppable),
-        dtype,
+    emit, guided = emission(spec, n_components), guided_by(spec, cond_dropout)
+    sizes = (latent_dim, d_hidden, tuple(hidden), emit.n_outputs)
+    module = partial(VariationalRecurrentNet, spec, cell_of(cell), *sizes, activation, guided)
+    chosen = RESAMPLING[resampling]
+    model = VrnnModel(
+        spec=spec,
+        net=functional(module, dtype),
+        emit=emit,
+        objective=Estimate(objective, n_samples, chosen),
+        beta=beta,
+        reported=Estimate(bound_estimator, n_bound_samples, chosen),
+        dropout=dropout,
+        cond_dropout=cond_dropout,
+        guided=guided,
+        remat=remat,
     )
+    latent = None
+    if latent_dim:
+        latent = Latent(latents_of(spec, latent_dim), encode=partial(encode, model))
 
     def init(key: Key) -> tuple[Params, State]:
-        return {"vrnn": net.init(key)[0]}, {"vrnn": {}}
-
-    def condition(cond: Any) -> Array | None:
-        return jax.nn.one_hot(cond, spec.n_classes) if spec.n_classes else cond
-
-    def normal(outputs: Array) -> Normal:
-        mean, raw = jnp.split(outputs, 2, axis=-1)
-        return mean, jnp.log(softplus(raw) + MIN_SCALE)
-
-    def model_of(p: Any) -> Sequential:
-        call = lambda method, *args: net.apply(p, {}, *args, method=method)[0]  # noqa: E731
-        return Sequential(
-            prior=lambda h: normal(call("prior_of", h)),
-            posterior=lambda observed, h: normal(call("posterior_of", observed, h)),
-            log_likelihood=lambda x, z, h: emit.log_prob(x, call("outputs_of", z, h)),
-            recur=lambda observed, z, carry: call("recur", observed, z, carry),
-        )
-
-    def observe(
-        p: Any, x: Array, c: Array | None, dropped: Array | None = None, key: Key | None = None
-    ) -> tuple[Array, PyTree, PyTree]:
-        """x with time first, [T, B, *event], what the networks make of it, [T, B, ...], and the
-        carry before it.
-        """
-        x = x.swapaxes(0, 1)
-        n_steps, b = x.shape[:2]
-        every = lambda leaf: (
-            None if leaf is None else jnp.tile(leaf, (n_steps, *[1] * (leaf.ndim - 1)))
-        )  # noqa: E731
-        flat = x.reshape(n_steps * b, *x.shape[2:])
-        observed = net.apply(p, {}, flat, every(c), every(dropped), key, dropout, method="observe")[
-            0
-        ]
-        observed = jax.tree.map(lambda leaf: leaf.reshape(n_steps, b, *leaf.shape[1:]), observed)
-        return x, observed, net.apply(p, {}, b, c, dropped, method="begin")[0]
-
-    def terms(p: Any, batch: Batch, key: Key, k: int, *training: Any) -> tuple[Array, Array]:
-        """Log-likelihood and KL of every step, means over k paths: [B, T] in nats, 0 where
-        padded.
-        """
-        sequence = observe(p, batch.x, condition(batch.cond), *training)
-        mask = step_mask(spec, batch)
-
-        def one(key: Key) -> tuple[Array, Array]:
-            return jax.tree.map(
-                lambda v: jnp.where(mask, v.T, 0), elbo_steps(model_of(p), *sequence, key, remat)
-            )
-
-        if k == 1:
-            return one(key)
-        return jax.tree.map(lambda v: v.mean(0), jax.lax.map(one, jax.random.split(key, k)))
-
-    def particles(p: Any, batch: Batch, key: Key, k: int, how: str, *training: Any) -> Array:
-        x, observed, carry = observe(p, batch.x, condition(batch.cond), *training)
-        choose = RESAMPLING[resampling] if how == "fivo" else None
-        return particle_bound(
-            model_of(p), x, observed, step_mask(spec, batch).T, carry, key, k, choose, remat
-        )
-
-    def loss(
-        params: Params, state: State, batch: Batch, key: Key, step: Array
-    ) -> tuple[Array, Aux]:
-        p, n = params["vrnn"], batch.x.shape[0]
-        key_z, key_cond, key_net = jax.random.split(key, 3)
-        dropped = jax.random.bernoulli(key_cond, cond_dropout, (n,)) if spec.conditional else None
-        metrics: Metrics
-        if objective == "elbo":
-            log_lik, kl = (
-                value.sum(1) for value in terms(p, batch, key_z, n_samples, dropped, key_net)
-            )
-            value = beta * kl - log_lik
-            metrics = {"elbo": log_lik - kl, "log_likelihood": log_lik, "kl": kl}
-        else:
-            value = -particles(p, batch, key_z, n_samples, objective, dropped, key_net)
-            metrics = {objective: -value}
-        return value, Aux(state, metrics)
-
-    def bound(params: Params, state: State, batch: Batch, key: Key) -> Array:
-        if bound_estimator != "elbo":
-            return particles(params["vrnn"], batch, key, n_bound_samples, bound_estimator)
-        log_lik, kl = terms(params["vrnn"], batch, key, n_bound_samples)
-        return (log_lik - kl).sum(1)
-
-    def step_bound(params: Params, state: State, batch: Batch, key: Key) -> Array:
-        log_lik, kl = terms(params["vrnn"], batch, key, 1)
-        return log_lik - kl
-
-    def encode(params: Params, state: State, x: Array, cond: Any = None) -> Normal:
-        check_cond(spec, cond, x.shape[0])
-        _, observed, carry = observe(params["vrnn"], x, condition(cond))
-        model = model_of(params["vrnn"])
-
-        def step(carry: PyTree, observed: PyTree) -> tuple[PyTree, Normal]:
-            q = model.posterior(observed, carry[0])
-            return model.recur(observed, q[0], carry), q
-
-        return jax.tree.map(
-            lambda leaf: leaf.swapaxes(0, 1), jax.lax.scan(step, carry, observed)[1]
-        )
-
-    def generate(
-        params: Params,
-        state: State,
-        key: Key,
-        n: int,
-        cond: Any = None,
-        *,
-        prompt: Array | None = None,
-        prompt_length: Array | int | None = None,
-        length: int | None = None,
-    ) -> Array:
-        check_key(key)
-        check_cond(spec, cond, n)
-        p, c, steps = params["vrnn"], condition(cond), spec.shape[0] if length is None else length
-        model, whole = model_of(p), 0 if prompt is None else prompt.shape[1]
-        if steps < 1:
-            raise ConfigError(f"The length must be at least 1; got {steps}.")
-        if whole > steps:
-            raise ConfigError(
-                f"A prompt of {whole} steps does not fit into {steps}: shorten it or generate more."
-            )
-        if isinstance(prompt_length, int) and not 0 <= prompt_length <= whole:
-            raise ConfigError(
-                f"prompt_length must be from 0 to the {whole} steps of the prompt; got "
-                f"{prompt_length}."
-            )
-        given = jnp.zeros((steps, n, *spec.shape[1:]), spec.dtype)
-        if prompt is not None:
-            if prompt.ndim != given.ndim or (prompt.shape[0], *prompt.shape[2:]) != (
-                n,
-                *spec.shape[1:],
-            ):
-                wanted = ", ".join(map(str, (n, "steps", *spec.shape[1:])))
-                raise ConfigError(
-                    f"The prompt must have the shape [{wanted}]; got {list(prompt.shape)}."
-                )
-            given = given.astype(prompt.dtype).at[:whole].set(prompt.swapaxes(0, 1))
-        fixed = jnp.broadcast_to(
-            jnp.asarray(whole if prompt_length is None else prompt_length), (n,)
-        )
-
-        def step(loop: PyTree, at: PyTree) -> tuple[PyTree, Array]:
-            carry, ended = loop
-            t, x_given = at
-            key_z, key_x, key_q = jax.random.split(jax.random.fold_in(key, t), 3)
-            z = normal_sample(key_z, *model.prior(carry[0]))
-            x = emit.sample(key_x, net.apply(p, {}, z, carry[0], method="outputs_of")[0])
-            prompted = t < fixed
-            if prompt is not None:
-                x = jnp.where(prompted.reshape(n, *[1] * (x.ndim - 1)), x_given.astype(x.dtype), x)
-            if spec.end is not None:
-                x = jnp.where(ended, jnp.asarray(spec.end, x.dtype), x)
-                ended = ended | (x == spec.end)
-            observed = net.apply(p, {}, x, c, None, method="observe")[0]
-            if prompt is not None:
-                z_posterior = normal_sample(key_q, *model.posterior(observed, carry[0]))
-                z = jnp.where(prompted[:, None], z_posterior, z)
-            return (model.recur(observed, z, carry), ended), x
-
-        carry = net.apply(p, {}, n, c, None, method="begin")[0]
-        x = jax.lax.scan(step, (carry, jnp.zeros(n, bool)), (jnp.arange(steps), given))[1]
-        return x.swapaxes(0, 1)
-
-    names = {
-        "elbo": f"ELBO, {n_bound_samples} sample{'s' if n_bound_samples > 1 else ''}",
-        "iwae": f"importance-weighted bound, K={n_bound_samples}",
-        "fivo": f"filtering bound (FIVO), K={n_bound_samples}, {resampling} resampling",
-    }
+        return {"vrnn": model.net.init(key)[0]}, {"vrnn": {}}
 
     def sample(params: Params, state: State, key: Key, n: int, cond: Any = None) -> Array:
-        return generate(params, state, key, n, cond)
+        return generate(model, params, state, key, n, cond)
 
     return checked(
         Model(
             spec=spec,
             init=init,
-            losses={"vrnn": loss},
+            losses={"vrnn": partial(loss, model)},
             sample=sample,
-            bound=bound,
-            estimator=names[bound_estimator],
-            extras={"encode": encode, "step_bound": step_bound, "generate": generate},
+            bound=partial(bound, model),
+            estimator=in_words(model.reported, resampling),
+            labels=embedding_labels(spec),
+            noise={"vrnn": partial(draw, model)},
+            latent=latent,
+            autoregressive=Autoregressive(generate=partial(generate, model)),
+            extras=StepBound(partial(step_bound, model)),
         )
     )

@@ -29,8 +29,9 @@ def rotary(x: Array, positions: Array, base: float = 10000.0) -> Array:
     dtype = wide(x.dtype)
     frequency = jnp.asarray(base, dtype) ** (-jnp.arange(half, dtype=dtype) / half)
     angles = positions.astype(dtype)[:, None] * frequency[None]
-    over = lambda v: v.astype(x.dtype).reshape(*[1] * (x.ndim - 2), *v.shape)  # noqa: E731
-    cos, sin, a, b = over(jnp.cos(angles)), over(jnp.sin(angles)), x[..., :half], x[..., half:]
+    angles = angles.reshape(*[1] * (x.ndim - 2), *angles.shape)
+    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+    a, b = x[..., :half], x[..., half:]
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
 
@@ -97,11 +98,9 @@ def dense_attention(q: Array, k: Array, v: Array, window: int | None = None) -> 
 def fused_attention(q: Array, k: Array, v: Array, window: int | None = None) -> Array:
     """The same by `jax.nn.dot_product_attention`, for accelerators."""
     b, g, r, t, h = q.shape
-    back = lambda x: x.reshape(b, -1, t, h).swapaxes(1, 2)  # noqa: E731
+    q, k, v = (x.reshape(b, -1, t, h).swapaxes(1, 2) for x in (q, k, v))
     local = None if window is None else (window - 1, 0)
-    y = jax.nn.dot_product_attention(
-        back(q), back(k), back(v), is_causal=True, local_window_size=local
-    )
+    y = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local)
     return y.swapaxes(1, 2).reshape(b, g, r, t, h)
 
 
@@ -207,11 +206,10 @@ class Inputs(nnx.Module):
         self, spec: DataSpec, d: int, learned: bool, droppable: bool = False, *, rngs: nnx.Rngs
     ) -> None:
         self.events = EventEmbed(spec, d, droppable, rngs=rngs)
-        self.positions = (
-            nnx.Param(0.02 * jax.random.normal(rngs.params(), (spec.shape[0], d)))
-            if learned
-            else None
-        )
+        positions = None
+        if learned:
+            positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (spec.shape[0], d)))
+        self.positions = positions
 
     def __call__(self, x: Array, c: Array | None, dropped: Array | None) -> Array:
         h = self.events(x, c, dropped)
@@ -243,7 +241,11 @@ class Readout(nnx.Module):
 
     def __call__(self, h: Array, table: Array | None = None) -> Array:
         flat = self.norm(h).reshape(-1, h.shape[-1])
-        y = flat @ table.T if self.dense is None and table is not None else self.dense(flat)  # type: ignore[misc]
+        if self.dense is not None:
+            y = self.dense(flat)
+        else:
+            assert table is not None, "a tied readout needs the table"
+            y = flat @ table.T
         return y.reshape(*h.shape[:-1], -1)
 
 

@@ -21,8 +21,7 @@ def unit_rms(x: Array) -> Array:
     """y = x / sqrt(mean(x²) + ε) over the last axis.
 
     With a derivative of its own, (dx - y mean(y dx)) / sqrt(mean(x²) + ε), which takes fewer passes
-    over x than what the chain
-    rule makes of the formula: 4 % of a small GPT's gradient.
+    over x than what the chain rule makes of the formula: 4 % of a small GPT's gradient.
     """
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + EPSILON)
 
@@ -46,12 +45,11 @@ class Norm(nnx.Module):
         self.shift = nnx.Param(jnp.zeros(d)) if bias and self.centred else None
 
     def __call__(self, x: Array) -> Array:
-        y = x.astype(wide(x.dtype))
+        y, leading = x.astype(wide(x.dtype)), [1] * (x.ndim - 1)
         if self.centred:
             y = y - jnp.mean(y, axis=-1, keepdims=True)
-        over = lambda v: v[...].reshape(*[1] * (x.ndim - 1), -1)  # noqa: E731
-        y = unit_rms(y).astype(x.dtype) * over(self.scale)
-        return y if self.shift is None else y + over(self.shift)
+        y = unit_rms(y).astype(x.dtype) * self.scale[...].reshape(*leading, -1)
+        return y if self.shift is None else y + self.shift[...].reshape(*leading, -1)
 
 
 class Dense(nnx.Module):

@@ -109,9 +109,8 @@ def cell_of(cell: str | Cell, forget_bias: float | None = None) -> Cell:
             "forget_bias is for a cell with a gate that keeps the past, as lstm and gru have; got "
             f"{forget_bias}."
         )
-    return dataclasses.replace(
-        cell, bias=tuple(forget_bias if i == cell.keeper else b for i, b in enumerate(cell.bias))
-    )
+    bias = (forget_bias if i == cell.keeper else b for i, b in enumerate(cell.bias))
+    return dataclasses.replace(cell, bias=tuple(bias))
 
 
 def rematerialised(step: Callable[..., Any], remat: bool) -> Callable[..., Any]:
@@ -194,15 +193,12 @@ class RecurrentLayer(nnx.Module):
     def __call__(self, x: Array, carry: Carry) -> tuple[Array, Carry]:
         """x [T, B, d_in] -> h [T, B, d]: time comes first, as the loop wants it."""
         if self.remat:
-            return _loop(
-                rematerialised(lambda x, carry: self.step(self.inputs(x), carry), True), x, carry
-            )
+            step = rematerialised(lambda x, carry: self.step(self.inputs(x), carry), True)
+            return _loop(step, x, carry)
         a = self.inputs(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:2], -1)
-        return (
-            over_time(self.cell, a, carry, self.kernel[...])
-            if self.cell.summed
-            else _loop(self.step, a, carry)
-        )
+        if self.cell.summed:
+            return over_time(self.cell, a, carry, self.kernel[...])
+        return _loop(self.step, a, carry)
 
     def step(self, a: Array, carry: Carry) -> Carry:
         """The next carry for projected inputs a = x W + b [B, n_gates d]."""

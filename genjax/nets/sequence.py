@@ -21,6 +21,16 @@ def dropout(key: Key | None, x: Array, rate: Any) -> Array:
     return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
 
 
+def embedding_labels(spec: DataSpec) -> tuple[tuple[str, str], ...]:
+    """`Model.labels` of a network with an `EventEmbed`: a table has a row for each token, position
+    or class, of which a step sees a few only, so it is no matrix to an optimiser.
+    """
+    tables = ["table", "positions"]
+    if spec.n_classes:
+        tables.append("condition/kernel")
+    return tuple((f"/{name}$", "embedding") for name in tables)
+
+
 class EventEmbed(nnx.Module):
     """The inputs of an autoregressive network: position t gets event t-1 as a vector of d, and
     position 0 a learned start.

@@ -14,6 +14,11 @@ from genjax.nets.sequence import EventEmbed, dropout
 from genjax.protocol import Array, DataSpec, Key
 
 
+def unchanged(x: Array) -> Array:
+    """The activation of networks without hidden layers."""
+    return x
+
+
 class JointMLP(nnx.Module):
     """An MLP of two inputs. `first(a)`, the part of its first layer that depends on a, can be
     computed ahead of time.
@@ -64,10 +69,12 @@ class VariationalRecurrentNet(nnx.Module):
     ) -> None:
         d_first, d_feature = (hidden[0], hidden[-1]) if hidden else (d_hidden, d_hidden)
         self.d_hidden, self.latent_dim, self.n_carry = d_hidden, latent_dim, cell.n_carry
-        self.activation = ACTIVATIONS[activation] if hidden else lambda x: x
+        self.activation = ACTIVATIONS[activation] if hidden else unchanged
         self.embed = EventEmbed(spec, d_first, droppable, rngs=rngs)
-        deeper = lambda: MLP(d_first, hidden[1:-1], d_feature, activation=activation, rngs=rngs)  # noqa: E731
-        self.x_features = deeper() if len(hidden) > 1 else None
+        deeper = None
+        if len(hidden) > 1:
+            deeper = MLP(d_first, hidden[1:-1], d_feature, activation=activation, rngs=rngs)
+        self.x_features = deeper
         self.layer = RecurrentLayer(cell, d_feature, d_hidden, rngs=rngs)
         if latent_dim:
             self.z_features = MLP(
@@ -108,9 +115,8 @@ class VariationalRecurrentNet(nnx.Module):
         ...] each.
         """
         features = dropout(key, self._features(self.embed.one(x, c, dropped)), rate)
-        return self.encoder.first(features) if self.latent_dim else features, self.layer.inputs(
-            features
-        )
+        first = self.encoder.first(features) if self.latent_dim else features
+        return first, self.layer.inputs(features)
 
     def prior_of(self, h: Array) -> Array:
         """Mean and raw scale of p(z_t | h_{t-1}), [N, 2 latent_dim]."""
@@ -129,6 +135,6 @@ class VariationalRecurrentNet(nnx.Module):
     def recur(self, observed: tuple[Array, Array], z: Array, carry: Carry) -> Carry:
         """The carry that holds h_t = f(φ_x(x_t), φ_z(z_t), h_{t-1})."""
         a = observed[1]
-        return self.layer.step(
-            a + self.z_inputs(self.activation(self.z_features(z))) if self.latent_dim else a, carry
-        )
+        if self.latent_dim:
+            a = a + self.z_inputs(self.activation(self.z_features(z)))
+        return self.layer.step(a, carry)

@@ -45,10 +45,13 @@ def temperature(t: Array | float) -> Rule:
     """
     _require(lambda t: t >= 0, "The temperature", "0 (greedy) or above", t)
     if isinstance(t, int | float) and t == 0:
-        return lambda logits, counts: _keep(
-            jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=bool), logits
-        )
+        return greedy
     return lambda logits, counts: logits / jnp.asarray(t, logits.dtype)
+
+
+def greedy(logits: Array, counts: Array) -> Array:
+    """The first of the largest logits keeps its value, all others become -inf."""
+    return _keep(jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=bool), logits)
 
 
 def top_k(k: int) -> Rule:
@@ -117,8 +120,12 @@ def repetition_penalty(r: float) -> Rule:
         ConfigError: for r not above 0; 1 changes nothing.
     """
     _require(lambda r: r > 0, "The repetition penalty", "above 0", r)
-    penalised = lambda logits: jnp.where(logits > 0, logits / r, logits * r)  # noqa: E731
-    return lambda logits, counts: jnp.where(counts > 0, penalised(logits), logits)
+
+    def rule(logits: Array, counts: Array) -> Array:
+        penalised = jnp.where(logits > 0, logits / r, logits * r)
+        return jnp.where(counts > 0, penalised, logits)
+
+    return rule
 
 
 def compose(*rules: Rule) -> Rule:
@@ -137,9 +144,77 @@ def sampler(*rules: Rule) -> Choose:
     of one token a step.
     """
     rule = compose(*rules)
-    return lambda key, logits, counts: jax.random.categorical(key, rule(logits, counts)).astype(
-        jnp.int32
-    )
+
+    def choose(key: Key, logits: Array, counts: Array) -> Array:
+        return jax.random.categorical(key, rule(logits, counts)).astype(jnp.int32)
+
+    return choose
+
+
+# --- generation -----------------------------------------------------------------------------------
+
+
+def check_length(length: int, context: int | None = None) -> None:
+    """Refuse a sequence that the model has no room for.
+
+    Raises:
+        ConfigError: with what there is room for.
+    """
+    if length >= 1 and (context is None or length <= context):
+        return
+    room = "at least 1" if context is None else f"from 1 to {context}, the model's context"
+    raise ConfigError(f"The length must be {room}; got {length}.")
+
+
+def check_prompt(spec: DataSpec, n: int, prompt: Array) -> None:
+    """Refuse a prompt that does not hold events of the data for n sequences.
+
+    Raises:
+        ConfigError: with both shapes.
+    """
+    event = spec.shape[1:]
+    fits = prompt.ndim == len(event) + 2 and (prompt.shape[0], *prompt.shape[2:]) == (n, *event)
+    if not fits:
+        wanted = ", ".join(map(str, (n, "steps", *event)))
+        raise ConfigError(f"The prompt must have the shape [{wanted}]; got {list(prompt.shape)}.")
+
+
+def prompted(
+    n: int, n_steps: int, prompt: Array | None, prompt_length: Array | int | None
+) -> tuple[Array | None, Array]:
+    """The events that a prompt fixes, time first and padded, [n_steps, n, *event], and how many of
+    them count, int32 [n]; None and zeros without a prompt.
+
+    Raises:
+        ConfigError: for a prompt longer than n_steps, or a prompt_length (where it is no traced
+            value) longer than the prompt.
+    """
+    if prompt is None:
+        return None, jnp.zeros(n, jnp.int32)
+    whole = prompt.shape[1]
+    if whole > n_steps:
+        raise ConfigError(
+            f"A prompt of {whole} steps does not fit into {n_steps}: shorten it or generate more."
+        )
+    wanted = f"from 0 to the {whole} steps of the prompt"
+    _require(lambda m: 0 <= m <= whole, "prompt_length", wanted, prompt_length)
+    counts = jnp.asarray(whole if prompt_length is None else prompt_length, jnp.int32)
+    padding = [(0, 0), (0, n_steps - whole)] + [(0, 0)] * (prompt.ndim - 2)
+    return jnp.moveaxis(jnp.pad(prompt, padding), 1, 0), jnp.broadcast_to(counts, (n,))
+
+
+def settled(
+    x: Array, given: Array | None, here: Array, ended: Array, end: int | None
+) -> tuple[Array, Array]:
+    """What becomes of a drawn event x [n, *event]: that of the prompt where it is `given` `here`,
+    bool [n], and the end token where a sequence has `ended`; and which sequences have, now.
+    """
+    if given is not None:
+        x = jnp.where(here.reshape(-1, *[1] * (x.ndim - 1)), given.astype(x.dtype), x)
+    if end is not None:
+        x = jnp.where(ended, jnp.asarray(end, x.dtype), x)
+        ended = ended | (x == end)
+    return x, ended
 
 
 def generate(
@@ -176,36 +251,13 @@ def generate(
             value) longer than the prompt.
     """
     n = outputs.shape[0]
-    length = jnp.zeros(n, jnp.int32)
-    given = None
-    if prompt is not None:
-        if prompt.shape[1] > n_steps:
-            raise ConfigError(
-                f"A prompt of {prompt.shape[1]} steps does not fit into {n_steps}: shorten it or "
-                "generate more."
-            )
-        whole = prompt.shape[1]
-        _require(
-            lambda m: 0 <= m <= whole,
-            "prompt_length",
-            f"from 0 to the {whole} steps of the prompt",
-            prompt_length,
-        )
-        length = jnp.broadcast_to(
-            jnp.asarray(whole if prompt_length is None else prompt_length, jnp.int32), (n,)
-        )
-        padding = [(0, 0), (0, n_steps - whole)] + [(0, 0)] * (prompt.ndim - 2)
-        given = jnp.moveaxis(jnp.pad(prompt, padding), 1, 0)
+    given, length = prompted(n, n_steps, prompt, prompt_length)
 
     def event(
         t: Array | int, fixed: Array | None, outputs: Array, counts: Array, ended: Array
     ) -> tuple[Array, Array, Array]:
         x = choose(jax.random.fold_in(key, t), outputs, counts)
-        if fixed is not None:
-            x = jnp.where((t < length).reshape(n, *[1] * (x.ndim - 1)), fixed.astype(x.dtype), x)
-        if end is not None:
-            x = jnp.where(ended, jnp.asarray(end, x.dtype), x)
-            ended = ended | (x == end)
+        x, ended = settled(x, fixed, t < length, ended, end)
         if x.ndim == 1 and jnp.issubdtype(x.dtype, jnp.integer):
             counts = counts + jax.nn.one_hot(x, counts.shape[-1], dtype=counts.dtype)
         return x, counts, ended
@@ -227,6 +279,24 @@ def generate(
     return jnp.moveaxis(jnp.concatenate([x[None], later]), 0, 1)
 
 
+def check_guidance(spec: DataSpec, guided: bool) -> None:
+    """Refuse guidance of a model that cannot be guided.
+
+    Raises:
+        ConfigError: for data without a condition, outputs that are no logits, or a model that
+            always had its condition.
+    """
+    if not spec.conditional or spec.kind == "continuous":
+        raise ConfigError(
+            f"Guidance needs a condition and logits; the data {spec.name} have not both."
+        )
+    if not guided:
+        raise ConfigError(
+            "Guidance needs a model that was trained without its condition at times; this one of "
+            f"{spec.name} was not. Build it with cond_dropout=0.1."
+        )
+
+
 def generator(
     spec: DataSpec,
     begin: Callable[..., tuple[Array, Any]],
@@ -238,9 +308,9 @@ def generator(
     """The `generate` of an autoregressive family, from its `begin` and `advance`.
 
     `begin(params, state, n, cond, dropped)` and `advance(params, state, carry, x, cond, dropped)`
-    as in the family's extras, `sample(key, outputs)` as in an Emission; `context` is the longest
-    sequence that the model can handle, None for any; `guided` says whether it learned to do without
-    its condition.
+    as in `protocol.Autoregressive`, `sample(key, outputs)` as in an Emission; `context` is
+    the longest sequence that the model can handle, None for any; `guided` says whether it learned
+    to do without its condition.
 
     Returns generate(params, state, key, n, cond=None, *, choose=None, prompt=None,
     prompt_length=None, length=None, guidance=None) -> x [n, length, *event], `length` being
@@ -252,6 +322,9 @@ def generator(
             condition, of one that never did without it, or of one of continuous data, whose outputs
             are no logits.
     """
+
+    def draw(key: Key, outputs: Array, counts: Array) -> Array:
+        return sample(key, outputs)
 
     def generate_of(
         params: Params,
@@ -269,30 +342,12 @@ def generator(
         check_key(key)
         check_cond(spec, cond, n)
         steps = spec.shape[0] if length is None else length
-        if steps < 1 or (context is not None and steps > context):
-            top = "" if context is None else f" to {context}, the model's context"
-            raise ConfigError(f"The length must be from 1{top}; got {steps}.")
+        check_length(steps, context)
         if prompt is not None:
             prompt = jnp.asarray(prompt)
-            if prompt.ndim != len(spec.shape) + 1 or (prompt.shape[0], *prompt.shape[2:]) != (
-                n,
-                *spec.shape[1:],
-            ):
-                wanted = ", ".join(map(str, (n, "steps", *spec.shape[1:])))
-                raise ConfigError(
-                    f"The prompt must have the shape [{wanted}]; got {list(prompt.shape)}."
-                )
-        if guidance is not None and (not spec.conditional or spec.kind == "continuous"):
-            raise ConfigError(
-                f"Guidance needs a condition and logits; the data {spec.name} have not both."
-            )
-        if guidance is not None and not guided:
-            raise ConfigError(
-                "Guidance needs a model that was trained without its condition at times; this one "
-                f"of {spec.name} was not. "
-                "Build it with cond_dropout=0.1."
-            )
-        draw = choose or (lambda key, outputs, counts: sample(key, outputs))
+            check_prompt(spec, n, prompt)
+        if guidance is not None:
+            check_guidance(spec, guided)
         dropped = jnp.zeros(n, bool)
         outputs, carry = begin(params, state, n, cond, dropped)
         if guidance is not None:
@@ -310,7 +365,7 @@ def generator(
             go_on,
             outputs,
             carry,
-            draw,
+            choose or draw,
             key,
             steps,
             prompt=prompt,
@@ -319,6 +374,9 @@ def generator(
         )
 
     return generate_of
+
+
+# --- beam search ----------------------------------------------------------------------------------
 
 
 def beam_search(
@@ -339,9 +397,8 @@ def beam_search(
     exhaustive; beams beyond the number of sequences have ln p = -inf.
 
     `outputs` [n, V] are logits and `carry` that of n examples, but `advance` gets n * n_beams of
-    them, the beams of one example
-    next to each other: whatever else depends on the example, such as a condition, must be repeated
-        (`jnp.repeat`, axis 0).
+    them, the beams of one example next to each other: whatever else depends on the example, such as
+    a condition, must be repeated (`jnp.repeat`, axis 0).
 
     Returns:
         tokens int32 [n, n_beams, n_steps], after an end token all end tokens; log_prob [n, n_beams]
@@ -352,7 +409,10 @@ def beam_search(
     """
     _require(lambda n: n >= 1, "n_beams", "at least 1", n_beams)
     n, levels = outputs.shape
-    each = lambda leaf: leaf if jnp.ndim(leaf) == 0 else jnp.repeat(leaf, n_beams, axis=0)  # noqa: E731
+
+    def each(leaf: Array) -> Array:
+        return leaf if jnp.ndim(leaf) == 0 else jnp.repeat(leaf, n_beams, axis=0)
+
     outputs, carry = jnp.repeat(outputs, n_beams, axis=0), jax.tree.map(each, carry)
     rows = jnp.arange(n, dtype=jnp.int32)[:, None]
 
