@@ -148,7 +148,7 @@ def test_the_loss_is_that_of_the_noise_that_it_says_it_draws(x64, spec, settings
     params, state = model.init(jax.random.key(0))
     rng, key = np.random.default_rng(22), jax.random.key(23)
     params = jax.tree.map(
-        lambda leaf: jnp.asarray(leaf + 0.3 * rng.normal(size=leaf.shape)), params
+        lambda leaf: jnp.asarray(np.asarray(leaf) + 0.3 * rng.normal(size=leaf.shape)), params
     )
     batch = Batch(DATA.sample(24, (20, 2)), jnp.arange(20) % 3 if spec.conditional else None)
     t, epsilon, dropped, end = model.noise["diffusion"](key, batch)

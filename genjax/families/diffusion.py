@@ -213,7 +213,7 @@ def variance_of(model: DiffusionModel, p: Any, batch: Batch, noise: DiffusionNoi
     parameters alone.
 
     The mean of what is squared does not depend on them in continuous time, so that the gradient of
-    the square is that of the variance (Kingma 2021, appendix I). It is divided by the mean of twice
+    the square is that of the variance (Kingma 2021, section 5.3). It is divided by the mean of twice
     the value that a network of zeros has, to be of the size of the other gradients.
     """
     frozen = jax.lax.stop_gradient(p)
@@ -270,10 +270,13 @@ def regression_on(
     times: str, weighting: str, n_times: int | None, p_mean: Any, p_std: Any
 ) -> tuple[Times, Weighting]:
     """Where the loss looks, and how it weights what it finds there."""
+    weigh = WEIGHTINGS[weighting]
+    if times == "log_normal":
+        return partial(log_normal_times, p_mean, p_std), weigh
     if n_times is None:
-        law = partial(log_normal_times, p_mean, p_std)
-        return law if times == "log_normal" else uniform_times, WEIGHTINGS[weighting]
-    weigh = partial(discrete_elbo_weight, n_times) if weighting == "elbo" else WEIGHTINGS[weighting]
+        return uniform_times, weigh
+    if weighting == "elbo":
+        weigh = partial(discrete_elbo_weight, n_times)
     return partial(discrete_times, n_times), weigh
 
 
