@@ -109,9 +109,10 @@ def test_real_digits_score_as_real_digits_and_shuffled_labels_do_not() -> None:
         "FD[raw]",
     } <= set(good)
     assert good["recall"].value > 0.8
-    noise = lambda key, cond, n: (
-        np.random.default_rng(0).integers(0, 17, (n, 8, 8, 1)).astype(np.float32)
-    )  # noqa: E731
+
+    def noise(key: jax.Array, cond: np.ndarray | None, n: int) -> np.ndarray:
+        return np.random.default_rng(0).integers(0, 17, (n, 8, 8, 1)).astype(np.float32)
+
     bad = by_name(quality.figures_of(ZOO["cgan"], noise))
     assert bad["FD[cnn-v1]"].value > 3 * good["FD[cnn-v1]"].value
     assert bad["precision"].value < 0.2

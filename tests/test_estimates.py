@@ -1,4 +1,4 @@
-"""Estimates, padding and bits per dimension, against numpy and against numbers that are known."""
+"""Estimates, padding, and code lengths in bits and per step, against numpy and known numbers."""
 
 import math
 
@@ -13,10 +13,10 @@ from genjax.evaluation.estimates import (
     count,
     estimate,
     padded,
+    per_step,
     score_examples,
     scorer,
 )
-from genjax.profiling.measure import cost_of, loop_flops, matmul_peak, seconds_per_call, stepper
 from genjax.protocol import Batch, DataSpec
 
 
@@ -156,35 +156,18 @@ def test_count_takes_arrays_and_shapes() -> None:
     assert count(tree) == 11
 
 
-def test_cost_of_counts_a_matrix_product() -> None:
-    a = jnp.ones((32, 16))
-    flops, temporary = cost_of(jax.jit(lambda a: a @ a.T).lower(a).compile())
-    assert flops == pytest.approx(2 * 32 * 32 * 16, rel=0.1)
-    assert temporary >= 0
+def test_values_per_step_are_a_ratio_with_its_error() -> None:
+    rng = np.random.default_rng(0)
 
+    def once(n):
+        steps = rng.integers(1, 20, n)
+        return per_step(2.0 * steps + rng.normal(size=n) * np.sqrt(steps), steps)
 
-def test_products_in_a_loop_count_for_every_trip() -> None:
-    """Three products a trip: one forward, two backward."""
-    n, d, trips = 8, 16, 5
-
-    def loss(w: jax.Array, x: jax.Array) -> jax.Array:
-        return jax.lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, length=trips)[0].sum()
-
-    program = jax.jit(jax.grad(loss)).lower(jnp.ones((d, d)), jnp.ones((n, d))).compile()
-    products = 2 * n * d * d
-    assert loop_flops(program.as_text()) == 3 * (trips - 1) * products
-    assert cost_of(program)[0] >= 3 * trips * products
-
-
-def test_stepper_advances_the_state_and_times_are_as_many_as_asked() -> None:
-    seen: list[int] = []
-
-    def step(state, batch):
-        seen.append(state)
-        return state + batch, jnp.zeros(())
-
-    times = seconds_per_call(stepper(step, 1, 2), budget=0.0, at_least=3)
-    assert len(times) == 3
-    assert all(seconds >= 0 for seconds in times)
-    assert seen == [1, 3, 5, 7]  # one to warm up
-    assert matmul_peak(64, budget=0.0) > 0
+    found = [once(200) for _ in range(400)]
+    means, errors = (
+        np.asarray([f.mean for f in found]),
+        np.asarray([f.standard_error for f in found]),
+    )
+    assert abs(means.mean() - 2) < 4 * means.std() / 20
+    assert abs(errors.mean() / means.std(ddof=1) - 1) < 0.15  # four of its own errors, 1/√(2 · 400)
+    assert per_step(np.asarray([3.0, 5.0]), np.asarray([1, 3]))[::2] == (2.0, 4)

@@ -14,10 +14,11 @@ from program import arrays_in, refused
 
 import genjax.cli
 from genjax.errors import ConfigError, DataError
-from genjax.evaluation.estimates import per_step
 from genjax.families.flow_matching import flow_matching
+from genjax.families.gan import gan
 from genjax.families.rnn import rnn
 from genjax.families.vae import vae
+from genjax.families.vrnn import vrnn
 from genjax.protocol import DataSpec
 from genjax.runs import pictures, samples
 from genjax.runs.folder import keep_spec, read_spec
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.both_ends
 STREAM = DataSpec(
     (6,), "tokens", levels=3, vocabulary=("a", "b", "\n"), step="character", name="letters"
 )
+
 LINES = DataSpec(
     (6,),
     "tokens",
@@ -41,6 +43,7 @@ LINES = DataSpec(
     n_classes=2,
     name="lines",
 )
+
 ROLLS = DataSpec((9, 88), "binary", step="frame", lengths=True, name="rolls")
 
 
@@ -81,7 +84,7 @@ def test_temperature_zero_is_greedy_and_agrees_with_one_beam() -> None:
 @pytest.mark.slow
 def test_rules_cut_off_what_they_say() -> None:
     model, params, state = letters()
-    (outputs, _) = model.extras["begin"](params, state, 1)
+    (outputs, _) = model.autoregressive.begin(params, state, 1)
     rarest = int(np.argmin(outputs[0]))
     assert rarest in draw(500)[:, 0]
     assert rarest not in draw(500, top_k=2)[:, 0]
@@ -137,10 +140,13 @@ def squares():
 def test_a_solver_its_steps_and_guidance_are_what_a_model_from_noise_to_data_takes() -> None:
     model, params, state = squares()
     key, cond = jax.random.key(1), np.arange(6) % 2
-    draw = lambda **how: samples.draw(model, params, state, key, 6, cond, Decoding(**how))  # noqa: E731
+
+    def draw(**how) -> np.ndarray:
+        return samples.draw(model, params, state, key, 6, cond, Decoding(**how))
+
     np.testing.assert_array_equal(draw(), model.sample(params, state, key, 6, cond))
     how: dict = {"solver": "ddim", "n_steps": 7, "grid": "cosine", "guidance": 3.0}
-    wanted = model.extras["generate"](params, state, key, 6, cond, **how)
+    wanted = model.denoiser.generate(params, state, key, 6, cond, **how)
     np.testing.assert_array_equal(draw(**how), wanted)
     assert (np.asarray(wanted) != draw()).any()
     film = samples.film(model, params, state, key, 6, cond, Decoding(**how))
@@ -173,10 +179,8 @@ def test_settings_that_do_not_fit_a_model_from_noise_to_data_are_refused(how, me
 
 
 def test_solvers_and_films_are_for_models_from_noise_to_data_only() -> None:
-    with pytest.raises(
-        ConfigError,
-        match=r"--solver, --n-steps: for models that go from noise to data \(diffusion, flow matching\)",
-    ):
+    message = r"--solver, --n-steps: for models that go from noise to data \(diffusion, flow match"
+    with pytest.raises(ConfigError, match=message):
         draw(solver="heun", n_steps=3, temperature=0.5)
     model, params, state = letters()
     with pytest.raises(
@@ -203,6 +207,60 @@ def test_guidance_of_a_model_that_was_never_trained_without_its_condition_is_ref
             np.zeros(2, np.int32),
             Decoding(guidance=2.0),
         )
+
+
+RULES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+SOLVING = ("solver", "n_steps", "grid")
+IMAGES = DataSpec((2, 2, 1), "binary", n_classes=2, name="images")
+
+
+@pytest.mark.parametrize(
+    ("model", "fields"),
+    [
+        (rnn(STREAM, d_embed=2, d_hidden=2), ("prompt", *RULES, "beams", "length")),
+        (
+            rnn(LINES, d_embed=2, d_hidden=2, cond_dropout=0.5),
+            ("prompt", *RULES, "guidance", "beams", "length"),
+        ),
+        (rnn(ROLLS, d_embed=2, d_hidden=2), ("length",)),
+        (vrnn(STREAM, d_hidden=2, hidden=(2,), latent_dim=2), ("prompt", "length")),
+        (vae(IMAGES, hidden=(2,), latent_dim=1), ()),
+        (gan(IMAGES, hidden=(2,)), ()),
+        (flow_matching(IMAGES, hidden=(2,)), SOLVING),
+        (flow_matching(IMAGES, hidden=(2,), cond_dropout=0.5), ("guidance", *SOLVING)),
+    ],
+    ids=["text", "classes", "music", "latent steps", "vae", "gan", "flow", "guided flow"],
+)
+def test_what_applies_to_a_model_is_known_before_it_is_sampled(model, fields) -> None:
+    assert samples.fields_for(model) == fields
+
+
+def test_means_are_for_latents_and_films_for_what_comes_from_noise() -> None:
+    of_latents, flows = vae(IMAGES, hidden=(2,), latent_dim=1), flow_matching(IMAGES, hidden=(2,))
+    wide = flow_matching(DataSpec((5,), "continuous"), hidden=(2,))
+    assert [samples.shows_means(model) for model in (of_latents, flows)] == [True, False]
+    assert [samples.has_film(model) for model in (of_latents, flows, wide)] == [False, True, False]
+    assert samples.picture_sampler(of_latents) is of_latents.latent.sample_mean
+    assert samples.picture_title(of_latents) == "means of p(x|z), z ~ p(z),"
+    vectors = vae(DataSpec((5,), "binary"), hidden=(2,), latent_dim=1)
+    for model in (flows, vectors):
+        assert samples.picture_sampler(model) is model.sample
+        assert samples.picture_title(model) == "samples"
+
+
+@pytest.mark.parametrize(
+    ("spec", "n"),
+    [
+        (IMAGES, 100),
+        (DataSpec((2, 2, 1), "binary"), 64),
+        (DataSpec((5,), "continuous"), 64),
+        (DataSpec((2,), "continuous", n_classes=3), 2000),
+        (LINES, 16),
+        (ROLLS, 16),
+    ],
+)
+def test_how_many_samples_a_picture_shows(spec: DataSpec, n: int) -> None:
+    assert samples.picture_size(spec) == n
 
 
 @pytest.fixture(scope="module")
@@ -293,26 +351,9 @@ def test_piano_rolls_are_drawn_and_played(tmp_path: Path) -> None:
 )
 def test_sequences_have_a_picture(spec) -> None:
     x = np.random.default_rng(0).integers(0, 5, (7, *spec.shape)).astype(np.float32)
-    figure = pictures.samples(x, spec, "title")
-    assert figure is not None
-    assert figure.axes
-
-
-def test_values_per_step_are_a_ratio_with_its_error() -> None:
-    rng = np.random.default_rng(0)
-
-    def once(n):
-        steps = rng.integers(1, 20, n)
-        return per_step(2.0 * steps + rng.normal(size=n) * np.sqrt(steps), steps)
-
-    found = [once(200) for _ in range(400)]
-    means, errors = (
-        np.asarray([f.mean for f in found]),
-        np.asarray([f.standard_error for f in found]),
-    )
-    assert abs(means.mean() - 2) < 4 * means.std() / 20
-    assert abs(errors.mean() / means.std(ddof=1) - 1) < 0.15  # four of its own errors, 1/√(2 · 400)
-    assert per_step(np.asarray([3.0, 5.0]), np.asarray([1, 3]))[::2] == (2.0, 4)
+    picture = pictures.samples(x, spec, "title")
+    assert picture is not None
+    assert picture.axes
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from genjax.runs import pictures
 GREY = DataSpec((2, 3, 1), "discrete", levels=17)
 
 
-def canvas(figure) -> np.ndarray:
-    return np.asarray(figure.axes[0].images[0].get_array())
+def canvas(picture) -> np.ndarray:
+    return np.asarray(picture.axes[0].images[0].get_array())
 
 
 def numbered(n: int) -> np.ndarray:
@@ -43,7 +43,7 @@ def test_every_image_lands_where_it_should() -> None:
 @pytest.mark.parametrize(
     ("n", "shape"), [(1, (1, 1)), (4, (2, 2)), (5, (2, 3)), (64, (8, 8)), (7, (3, 3))]
 )
-def test_a_grid_is_about_square(n: int, shape: tuple[int, int]) -> None:
+def test_tiles_are_about_as_many_rows_as_columns(n: int, shape: tuple[int, int]) -> None:
     assert canvas(pictures.image_grid(numbered(n), GREY)).shape == (
         shape[0] * 3 + 1,
         shape[1] * 4 + 1,
@@ -84,25 +84,25 @@ def test_colour() -> None:
 def test_classes_get_a_row_each_in_order() -> None:
     labels = np.asarray([2, 0, 1, 2, 0, 1])
     x = np.broadcast_to((labels * 4.0)[:, None, None, None], (6, 2, 3, 1))
-    figure = pictures.samples(x, GREY, "by class", labels=labels)
-    assert figure is not None
-    found = canvas(figure)
+    picture = pictures.samples(x, GREY, "by class", labels=labels)
+    assert picture is not None
+    found = canvas(picture)
     assert found.shape == (3 * 3 + 1, 2 * 4 + 1)
     for row in range(3):
         np.testing.assert_allclose(found[row * 3 + 1, [1, 5]], row * 4 / 16)
-    axes = figure.axes[0]
+    axes = picture.axes[0]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["0", "1", "2"]
     # A label stands beside the middle of its row; pixel r covers r - 0.5 to r + 0.5.
     assert list(axes.get_yticks()) == [1.5, 4.5, 7.5]
 
 
-def test_uneven_classes_and_a_single_class_are_a_plain_grid() -> None:
+def test_uneven_classes_and_a_single_class_are_tiled_as_they_come() -> None:
     x = numbered(4)
     for labels in ([0, 0, 0, 1], [3, 3, 3, 3]):
-        figure = pictures.samples(x, GREY, labels=np.asarray(labels))
-        assert figure is not None
-        assert canvas(figure).shape == (7, 9)
-        assert figure.axes[0].get_yticklabels() == []
+        picture = pictures.samples(x, GREY, labels=np.asarray(labels))
+        assert picture is not None
+        assert canvas(picture).shape == (7, 9)
+        assert picture.axes[0].get_yticklabels() == []
 
 
 def test_what_cannot_be_drawn_is_not() -> None:
@@ -112,10 +112,13 @@ def test_what_cannot_be_drawn_is_not() -> None:
 
 def test_points_are_scattered_over_the_square_root_of_the_density() -> None:
     points = np.random.default_rng(0).normal(size=(500, 2))
-    log_prob = lambda x: -0.5 * np.square(x - [1.0, 0.0]).sum(-1) - math.log(2 * math.pi)  # noqa: E731
-    figure = pictures.samples(points, DataSpec((2,), "continuous"), "points", log_prob)
-    assert figure is not None
-    axes = figure.axes[0]
+
+    def log_prob(x: np.ndarray) -> np.ndarray:
+        return -0.5 * np.square(x - [1.0, 0.0]).sum(-1) - math.log(2 * math.pi)
+
+    picture = pictures.samples(points, DataSpec((2,), "continuous"), "points", log_prob)
+    assert picture is not None
+    axes = picture.axes[0]
     np.testing.assert_array_equal(axes.collections[0].get_offsets(), points)
     image = axes.images[0]
     left, right, bottom, top = image.get_extent()
@@ -134,9 +137,9 @@ def test_points_are_scattered_over_the_square_root_of_the_density() -> None:
 
 def test_a_film_has_a_row_for_each_sample_and_a_column_for_each_time() -> None:
     x = np.stack([numbered(3) + 4 * step for step in range(3)])  # [steps + 1, n, height, width, 1]
-    figure = pictures.film(x, GREY, "film", labels=["a", "b", "c"])
-    assert figure is not None
-    found = canvas(figure)
+    picture = pictures.film(x, GREY, "film", labels=["a", "b", "c"])
+    assert picture is not None
+    found = canvas(picture)
     expected = np.ones((3 * 3 + 1, 3 * 4 + 1))
     for step in range(3):
         for row in range(3):
@@ -144,21 +147,18 @@ def test_a_film_has_a_row_for_each_sample_and_a_column_for_each_time() -> None:
                 x[step, row, :, :, 0] / 16
             )
     np.testing.assert_allclose(found, expected, rtol=1e-12)
-    axes = figure.axes[0]
+    axes = picture.axes[0]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b", "c"]
     assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "1", "2"]
-    assert list(axes.get_xticks()) == [
-        2,
-        6,
-        10,
-    ]  # the middle of each column: pixel c covers c - 0.5 to c + 0.5
+    # The middle of each column: pixel c covers c - 0.5 to c + 0.5.
+    assert list(axes.get_xticks()) == [2, 6, 10]
     assert axes.get_xlabel() == "step of 2"
 
 
 def test_a_long_film_shows_some_times_the_first_and_the_last_among_them() -> None:
-    figure = pictures.film(np.zeros((51, 2, 2, 3, 1)), GREY, at_most=6)
-    assert figure is not None
-    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == [
+    picture = pictures.film(np.zeros((51, 2, 2, 3, 1)), GREY, at_most=6)
+    assert picture is not None
+    assert [text.get_text() for text in picture.axes[0].get_xticklabels()] == [
         "0",
         "10",
         "20",
@@ -167,14 +167,14 @@ def test_a_long_film_shows_some_times_the_first_and_the_last_among_them() -> Non
         "50",
     ]
     points = np.random.default_rng(0).normal(size=(31, 40, 2))
-    figure = pictures.film(
+    picture = pictures.film(
         points, DataSpec((2,), "continuous"), "points", lambda x: -np.square(x).sum(-1), at_most=4
     )
-    assert figure is not None
-    assert [axes.get_xlabel() for axes in figure.axes] == ["0", "10", "20", "30"]
-    for axes, index in zip(figure.axes, (0, 10, 20, 30), strict=True):
+    assert picture is not None
+    assert [axes.get_xlabel() for axes in picture.axes] == ["0", "10", "20", "30"]
+    for axes, index in zip(picture.axes, (0, 10, 20, 30), strict=True):
         np.testing.assert_array_equal(axes.collections[0].get_offsets(), points[index])
-        assert axes.get_xlim() == figure.axes[0].get_xlim()
+        assert axes.get_xlim() == picture.axes[0].get_xlim()
     assert pictures.film(np.zeros((4, 2, 5)), DataSpec((5,), "continuous")) is None
 
 
@@ -192,8 +192,8 @@ def test_metrics_of_one_kind_share_a_panel() -> None:
         for s in (10, 20, 30)
     ]
     lines.append({"step": 40, "valid/bound": 99.0})
-    figure = pictures.curves(lines, "all")
-    by_title = {axes.get_title(): axes for axes in figure.axes}
+    picture = pictures.curves(lines, "all")
+    by_title = {axes.get_title(): axes for axes in picture.axes}
     assert set(by_title) == {"loss", "log-probability (nats)", "skipped"}
     drawn = {
         line.get_label(): line
@@ -239,10 +239,10 @@ def test_a_far_off_beginning_does_not_flatten_the_rest() -> None:
     assert 0.9 < low < high < 2.2
 
 
-def test_a_saved_picture_shows_the_grid(tmp_path: Path) -> None:
+def test_a_saved_picture_shows_its_tiles(tmp_path: Path) -> None:
     x = np.zeros((1, 2, 3, 1))
     x[0, 0, 0, 0] = 16
-    path = pictures.save(pictures.image_grid(x, GREY), tmp_path / "new" / "folder" / "grid.png")
+    path = pictures.save(pictures.image_grid(x, GREY), tmp_path / "new" / "folder" / "tiles.png")
     pixels = matplotlib.image.imread(path)[..., :3]
     assert pixels.ndim == 3
     assert (pixels > 0.99).all(axis=-1).any()  # the frame and one pixel are white,
@@ -254,13 +254,13 @@ def test_a_saved_picture_shows_the_grid(tmp_path: Path) -> None:
     assert not corner[: height // 3, : width // 5].any()  # the white pixel is that at the top left
     assert corner[: height // 3, width // 2 :].all()
     assert corner[2 * height // 3 :].all()
-    assert [entry.name for entry in path.parent.iterdir()] == ["grid.png"]
+    assert [entry.name for entry in path.parent.iterdir()] == ["tiles.png"]
 
 
 def test_a_picture_is_written_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = pictures.save(pictures.image_grid(numbered(1), GREY), tmp_path / "grid.png")
+    path = pictures.save(pictures.image_grid(numbered(1), GREY), tmp_path / "tiles.png")
     before = path.read_bytes()
 
     def fail(self, file, **kwargs) -> None:
@@ -270,11 +270,11 @@ def test_a_picture_is_written_whole_or_not_at_all(
     monkeypatch.setattr(FigureCanvasAgg, "print_figure", fail)
     with pytest.raises(
         CheckpointError,
-        match=r"Could not write .*grid\.png: No space left on device\. Check the disk's space",
+        match=r"Could not write .*tiles\.png: No space left on device\. Check the disk's space",
     ):
         pictures.save(pictures.image_grid(numbered(4), GREY), path)
     assert path.read_bytes() == before
-    assert [entry.name for entry in tmp_path.iterdir()] == ["grid.png"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["tiles.png"]
 
 
 def test_reading_metrics_leaves_out_a_last_line_that_was_cut(tmp_path: Path) -> None:

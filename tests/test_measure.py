@@ -1,0 +1,41 @@
+"""What a step costs: counts of compiled programs, and times."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from genjax.profiling.measure import cost_of, loop_flops, matmul_peak, seconds_per_call, stepper
+
+
+def test_cost_of_counts_a_matrix_product() -> None:
+    a = jnp.ones((32, 16))
+    flops, temporary = cost_of(jax.jit(lambda a: a @ a.T).lower(a).compile())
+    assert flops == pytest.approx(2 * 32 * 32 * 16, rel=0.1)
+    assert temporary >= 0
+
+
+def test_products_in_a_loop_count_for_every_trip() -> None:
+    """Three products a trip: one forward, two backward."""
+    n, d, trips = 8, 16, 5
+
+    def loss(w: jax.Array, x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, length=trips)[0].sum()
+
+    program = jax.jit(jax.grad(loss)).lower(jnp.ones((d, d)), jnp.ones((n, d))).compile()
+    products = 2 * n * d * d
+    assert loop_flops(program.as_text()) == 3 * (trips - 1) * products
+    assert cost_of(program)[0] >= 3 * trips * products
+
+
+def test_stepper_advances_the_state_and_times_are_as_many_as_asked() -> None:
+    seen: list[int] = []
+
+    def step(state, batch):
+        seen.append(state)
+        return state + batch, jnp.zeros(())
+
+    times = seconds_per_call(stepper(step, 1, 2), budget=0.0, at_least=3)
+    assert len(times) == 3
+    assert all(seconds >= 0 for seconds in times)
+    assert seen == [1, 3, 5, 7]  # one to warm up
+    assert matmul_peak(64, budget=0.0) > 0
