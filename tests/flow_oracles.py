@@ -7,11 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genjax.families.flow_matching import (
-    PATHS,
-    SOFTENING,
-    flow_matching,
-)
+from genjax.families.flow_matching import PATHS, SOFTENING, flow_matching
 from genjax.nets.functional import Net
 from genjax.protocol import Batch, DataSpec
 
@@ -21,10 +17,8 @@ CLASSES = DataSpec((2,), "continuous", n_classes=3, name="classes")
 MEAN = np.asarray([0.5, -1.0, 0.2])
 ROOT = np.asarray([[0.6, 0.0, 0.0], [0.3, 0.4, 0.0], [-0.2, 0.1, 0.8]])
 COVARIANCE = ROOT @ ROOT.T
-NODES, WEIGHTS = np.polynomial.legendre.leggauss(80) / np.float64(2) + [
-    [0.5],
-    [0.0],
-]  # of integrals over t from 0 to 1
+# Of integrals over t from 0 to 1.
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(80) / np.float64(2) + [[0.5], [0.0]]
 
 
 def time_of(name, level):
@@ -81,6 +75,7 @@ every_path = pytest.mark.parametrize("name", list(PATHS))
 
 @functools.cache
 def conditional(cond_dropout=0.25, **settings):
+    """A model of three classes with random parameters: model, params, state."""
     model = flow_matching(
         CLASSES, hidden=(8,), cond_dropout=cond_dropout, solver="euler", n_steps=4, **settings
     )

@@ -29,10 +29,7 @@ from genjax.parts.paths import (
     input_scale,
     log_snr,
 )
-from genjax.parts.weightings import (
-    WEIGHTINGS,
-    uniform_times,
-)
+from genjax.parts.weightings import WEIGHTINGS, uniform_times
 from genjax.protocol import Batch, DataSpec
 
 IMAGE = DataSpec((4, 4, 1), "discrete", levels=5, name="squares")

@@ -8,9 +8,7 @@ import pytest
 from flow_oracles import CLASSES, POINTS, conditional
 
 from genjax.errors import ConfigError
-from genjax.families.flow_matching import (
-    flow_matching,
-)
+from genjax.families.flow_matching import flow_matching
 from genjax.protocol import DataSpec
 
 

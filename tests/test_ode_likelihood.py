@@ -7,14 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from path_oracles import (
-    COVARIANCE,
-    MEAN,
-    denoise_of,
-    jit,
-    model_log_prob,
-    root,
-)
+from path_oracles import COVARIANCE, MEAN, denoise_of, jit, model_log_prob, root
 
 from genjax.parts import paths
 from genjax.parts.ode_likelihood import LIKELIHOOD_SOLVERS, ode_log_prob

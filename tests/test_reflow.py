@@ -16,9 +16,7 @@ import genjax
 from genjax.errors import ConfigError
 from genjax.families.compose import reflow
 from genjax.families.diffusion import diffusion
-from genjax.families.flow_matching import (
-    flow_matching,
-)
+from genjax.families.flow_matching import flow_matching
 from genjax.families.vae import vae
 from genjax.learning.step import training
 from genjax.parts.solvers import SOLVERS

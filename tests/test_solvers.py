@@ -10,16 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from path_oracles import (
-    COVARIANCE,
-    MEAN,
-    TURN,
-    VARIANCES,
-    denoise_of,
-    flow,
-    jit,
-    marginal,
-)
+from path_oracles import COVARIANCE, MEAN, TURN, VARIANCES, denoise_of, flow, jit, marginal
 
 from genjax.errors import ConfigError
 from genjax.parts import paths, solvers

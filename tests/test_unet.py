@@ -11,13 +11,7 @@ from flax import nnx
 from gates import quick
 
 from genjax.errors import ConfigError
-from genjax.nets.conditioned import (
-    Embedding,
-    SelfAttention,
-    from_patches,
-    modulate,
-    to_patches,
-)
+from genjax.nets.conditioned import Embedding, SelfAttention, from_patches, modulate, to_patches
 from genjax.nets.fast_conv import Conv
 from genjax.nets.functional import functional
 from genjax.nets.layers import EPSILON

@@ -213,8 +213,8 @@ def variance_of(model: DiffusionModel, p: Any, batch: Batch, noise: DiffusionNoi
     parameters alone.
 
     The mean of what is squared does not depend on them in continuous time, so that the gradient of
-    the square is that of the variance (Kingma 2021, section 5.3). It is divided by the mean of twice
-    the value that a network of zeros has, to be of the size of the other gradients.
+    the square is that of the variance (Kingma 2021, section 5.3). It is divided by the mean of
+    twice the value that a network of zeros has, to be of the size of the other gradients.
     """
     frozen = jax.lax.stop_gradient(p)
     here = with_inner(frozen, p["schedule"]["inner"])
