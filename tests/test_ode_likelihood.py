@@ -9,18 +9,13 @@ import pytest
 import scipy.stats
 from path_oracles import COVARIANCE, MEAN, denoise_of, jit, model_log_prob, root
 
+from genjax.errors import ConfigError
 from genjax.parts import paths
 from genjax.parts.ode_likelihood import LIKELIHOOD_SOLVERS, ode_log_prob
 from genjax.parts.paths import PATHS
 from genjax.parts.solvers import GRIDS, SOLVERS
 
 pytestmark = pytest.mark.usefixtures("x64")
-
-STOCHASTIC = {"ancestral"}
-DETERMINISTIC = sorted(set(SOLVERS) - STOCHASTIC)
-ALL = PATHS | {
-    "log_snr": lambda: paths.from_log_snr(lambda t: -13.3 + 18.3 * (0.3 * t + 0.7 * t**3))
-}
 
 
 def sample(shape, seed=0):
@@ -98,3 +93,23 @@ def test_the_flow_map_of_the_oracle_carries_the_prior_to_the_data():
     path = paths.conditional_ot()
     carried = root(path, 1.0) @ np.linalg.solve(root(path, 1.0), root(path, 0.0))
     np.testing.assert_allclose(carried @ carried.T, COVARIANCE, rtol=1e-12)
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def test_bad_input():
+    path, x = paths.cosine(), sample((2, 2))
+    times, denoise = GRIDS["uniform"](path, 2), denoise_of(path)
+    for name in sorted(set(SOLVERS) - set(LIKELIHOOD_SOLVERS)):
+        with pytest.raises(
+            ConfigError,
+            match=rf"'{name}' has no likelihood; .*euler, midpoint, heun, rk4, adaptive\.",
+        ):
+            ode_log_prob(denoise, path, x, times, solver=name)
+    with pytest.raises(ConfigError, match=r"There is no solver called 'rk5'\. Did you mean rk4\?"):
+        ode_log_prob(denoise, path, x, times, solver="rk5")
+    with pytest.raises(ConfigError, match=r"Probes are random and need a key"):
+        ode_log_prob(denoise, path, x, times, probes=2)
+    with pytest.raises(ConfigError, match=r"probes must be 0 \(exact\) or more; got -1\."):
+        ode_log_prob(denoise, path, x, times, jax.random.key(0), probes=-1)

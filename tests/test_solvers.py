@@ -14,7 +14,6 @@ from path_oracles import COVARIANCE, MEAN, TURN, VARIANCES, denoise_of, flow, ji
 
 from genjax.errors import ConfigError
 from genjax.parts import paths, solvers
-from genjax.parts.ode_likelihood import LIKELIHOOD_SOLVERS, ode_log_prob
 from genjax.parts.paths import PATHS
 from genjax.parts.solvers import GRIDS, SOLVERS
 
@@ -385,15 +384,3 @@ def test_bad_input():
         solvers.ancestral(denoise, path, x, times)
     with pytest.raises(ConfigError, match=r"A corrected solver draws noise and needs a key"):
         solvers.corrected(solvers.heun)(denoise, path, x, times)
-    for name in sorted(set(SOLVERS) - set(LIKELIHOOD_SOLVERS)):
-        with pytest.raises(
-            ConfigError,
-            match=rf"'{name}' has no likelihood; .*euler, midpoint, heun, rk4, adaptive\.",
-        ):
-            ode_log_prob(denoise, path, x, times, solver=name)
-    with pytest.raises(ConfigError, match=r"There is no solver called 'rk5'\. Did you mean rk4\?"):
-        ode_log_prob(denoise, path, x, times, solver="rk5")
-    with pytest.raises(ConfigError, match=r"Probes are random and need a key"):
-        ode_log_prob(denoise, path, x, times, probes=2)
-    with pytest.raises(ConfigError, match=r"probes must be 0 \(exact\) or more; got -1\."):
-        ode_log_prob(denoise, path, x, times, jax.random.key(0), probes=-1)
