@@ -15,11 +15,14 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from genjax.cli.flags import axes_of, parse_recipe
 from genjax.cli.terminal import numbers, print_table
 from genjax.errors import ConfigError, GenjaxError, Interrupted, unknown_name
+
+if TYPE_CHECKING:
+    from genjax.zoo.recipe import Recipe
 
 HELP = """\
 usage: genjax COMMAND ...
@@ -62,6 +65,7 @@ class _Train(_Out):
     Attributes:
         mesh: devices to train on, such as data=8, or data=2,fsdp=4 to split the state as well, or
             tensor=2 for a Transformer; one device unless given. A run may go on with another mesh.
+        first: train the run that this recipe stands on before it, where that is not done yet.
         distributed: train over several processes, each of which runs this command with the same
             settings. On Slurm, Open MPI, Cloud TPU and Kubernetes that is all; elsewhere the three
             below, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in the
@@ -72,6 +76,7 @@ class _Train(_Out):
     """
 
     mesh: str | None = None
+    first: bool = False
     distributed: bool = False
     coordinator: str | None = None
     processes: int | None = None
@@ -136,6 +141,8 @@ def _train(args: list[str]) -> None:
             "--distributed as well."
         )
     folder = options.out or default_folder(recipe, row)
+    if options.first:
+        _train_first(recipe, options.plain or None)
     if options.distributed and not distributed.first():  # process 0 speaks for all
         train(recipe, folder, mesh=mesh)
         return
@@ -148,6 +155,19 @@ def _train(args: list[str]) -> None:
         state = train(recipe, folder, progress, mesh=mesh)
     print(f"trained to step {int(state.step)}; see {folder}/samples and {folder}/curves.png")
     print(f"next: genjax evaluate {folder}   or   genjax sample {folder} --n 64")
+
+
+def _train_first(recipe: "Recipe", plain: bool | None) -> None:
+    """Train what a recipe stands on, in the folder that it names, or go on with it."""
+    from genjax.cli.progress import console
+    from genjax.runs.train import train
+    from genjax.zoo import ZOO
+
+    if recipe.first is None:
+        raise ConfigError(f"{recipe.name} stands on no other run: leave --first out.")
+    print(f"first: genjax train {recipe.first}, in {recipe.data}", flush=True)
+    with console(recipe.first, plain) as progress:
+        train(ZOO[recipe.first], Path(recipe.data), progress)
 
 
 def _axes_in(args: Sequence[str]) -> tuple[dict[str, list[float]], list[str]]:

@@ -1,0 +1,133 @@
+"""Two stages: a density of a trained model's latents as its prior, with the bound joined."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from gates import assert_same, by_hand, quick
+
+import genjax
+from genjax.data import example_batch
+from genjax.errors import ConfigError
+from genjax.families.compose import FIRST, latent_spec, two_stage
+from genjax.families.flow_matching import flow_matching
+from genjax.families.vae import vae
+from genjax.parts.distributions import normal_log_prob, sum_event
+from genjax.protocol import DataSpec, Trained
+
+SPEC = DataSpec((3, 3, 1), "discrete", levels=5)
+KEY = jax.random.key(3)
+
+
+def grown(tree):
+    rng = np.random.default_rng(0)
+    return by_hand(lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape).astype(leaf.dtype), tree)
+
+
+def first_stage(spec=SPEC, **settings):
+    model = vae(spec, latent_dim=2, hidden=(8,), **settings)
+    params, state = model.init(jax.random.key(0))
+    return Trained(model, grown(params), state)
+
+
+def both_stages(first):
+    second = flow_matching(latent_spec(first.model), hidden=(4,), n_steps=2, n_likelihood_steps=2)
+    return second, two_stage(first, second)
+
+
+def test_with_an_identity_as_second_stage_the_joined_bound_is_that_of_the_vae():
+    """A new flow says that nothing moves: its density is N(0, I), the prior that the VAE had."""
+    first = first_stage()
+    _, both = both_stages(first)
+    params, state = both.init(jax.random.key(1))
+    batch = example_batch(SPEC, jax.random.key(2), 4)
+    got = both.bound(params, state, batch, KEY)
+
+    key_z, _ = jax.random.split(KEY)
+    mean, log_scale = first.model.latent.encode(first.params, first.state, batch.x)
+    z = mean + jnp.exp(log_scale) * jax.random.normal(key_z, mean.shape)
+    log_x = first.model.latent.log_likelihood(first.params, first.state, batch, z)
+    wanted = log_x + sum_event(normal_log_prob(z, 0.0, 0.0) - normal_log_prob(z, mean, log_scale))
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_its_mean_is_the_elbo_in_closed_form():
+    first, n = first_stage(), 4000
+    _, both = both_stages(first)
+    params, state = both.init(jax.random.key(1))
+    batch = example_batch(SPEC, jax.random.key(2), 4)
+    draws = jax.jit(jax.vmap(lambda key: both.bound(params, state, batch, key)))(
+        jax.random.split(KEY, n)
+    )
+    elbo = jax.jit(jax.vmap(lambda key: first.model.bound(first.params, first.state, batch, key)))(
+        jax.random.split(jax.random.key(4), n)
+    )
+    error = np.sqrt((draws.var(0) + elbo.var(0)) / n)
+    assert (np.abs(draws.mean(0) - elbo.mean(0)) < 4 * error).all()
+
+
+def test_the_loss_is_that_of_the_second_stage_on_latents_that_it_draws():
+    first = first_stage()
+    second, both = both_stages(first)
+    params, state = both.init(jax.random.key(1))
+    batch = example_batch(SPEC, jax.random.key(2), 4)
+    noise = both.noise["flow"](KEY, batch)
+    mean, log_scale = first.model.latent.encode(first.params, first.state, batch.x)
+    codes = batch._replace(x=mean + jnp.exp(log_scale) * noise.epsilon)
+    own = {"flow": params["flow"]}
+    wanted = second.losses["flow"](own, {"flow": {}}, codes, noise.second, 0)[0]
+    np.testing.assert_array_equal(both.losses["flow"](params, state, batch, KEY, 0)[0], wanted)
+
+
+def test_training_leaves_the_first_stage_as_it_is():
+    first = first_stage()
+    _, both = both_stages(first)
+    t = genjax.training(both, optax.adam(1e-2))
+    ts = t.init(jax.random.key(1))
+    assert set(ts.opt) == {"flow"}
+    batch = example_batch(SPEC, jax.random.key(2), 4)
+    step = quick(t.step)
+    for _ in range(2):
+        ts, _ = step(ts, batch)
+    assert_same(ts.params[FIRST], first.params)
+    x = both.sample(ts.params, ts.state, KEY, 3)
+    assert x.shape == (3, *SPEC.shape)
+    assert ((x >= 0) & (x <= SPEC.top) & (x == np.round(x))).all()
+
+
+def test_its_ways_of_sampling_end_in_events():
+    _, both = both_stages(first_stage())
+    params, state = both.init(jax.random.key(1))
+    film = both.denoiser.generate(params, state, KEY, 3, n_steps=2, every=True)
+    assert film.shape == (3, 3, *SPEC.shape)
+    means = both.latent.sample_mean(params, state, KEY, 3)
+    assert means.shape == (3, *SPEC.shape)
+
+
+def test_a_condition_goes_to_both_stages():
+    spec = dataclasses.replace(SPEC, n_classes=3, class_names=("a", "b", "c"))
+    first = first_stage(spec)
+    assert latent_spec(first.model).n_classes == 3
+    _, both = both_stages(first)
+    params, state = both.init(jax.random.key(1))
+    batch = example_batch(spec, jax.random.key(2), 4)
+    assert both.bound(params, state, batch, KEY).shape == (4,)
+    assert both.sample(params, state, KEY, 2, jnp.asarray([0, 2])).shape == (2, *SPEC.shape)
+
+
+def test_what_does_not_fit_is_refused():
+    first = first_stage()
+    points = DataSpec((2,), "continuous")
+    flow = flow_matching(points, hidden=(4,))
+    without = Trained(flow, *flow.init(jax.random.key(0)))
+    with pytest.raises(ConfigError, match="latents of the first; this model of data has none"):
+        two_stage(without, flow)
+    with pytest.raises(ConfigError, match=r"whose shape is \(2,\); its spec has \(3,\)"):
+        two_stage(first, flow_matching(DataSpec((3,), "continuous"), hidden=(4,)))
+    conditional = flow_matching(dataclasses.replace(points, n_classes=2), hidden=(4,))
+    with pytest.raises(ConfigError, match="whose n_classes is None; its spec has 2"):
+        two_stage(first, conditional)

@@ -1,0 +1,143 @@
+"""A run in the place of data: what is kept of it, and what is refused."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from program import arrays_in, program, refused
+
+from genjax.errors import ConfigError
+from genjax.learning.optim import Optimizer
+from genjax.runs.load import load
+from genjax.runs.stages import opened
+from genjax.runs.train import train
+from genjax.zoo import ZOO
+from genjax.zoo.recipe import Schedule
+
+SCHEDULE = Schedule(
+    steps=4, batch_size=8, evaluate_every=0, sample_every=4, checkpoint_every=2, steps_per_call=2
+)
+
+
+def tiny(name, steps=4, **changes):
+    row = ZOO[name]
+    schedule = dataclasses.replace(SCHEDULE, steps=steps)
+    model = {**row.model, **row.tiny}
+    plain = Optimizer(learning_rate=1e-3)
+    return dataclasses.replace(row, model=model, optimizer=plain, schedule=schedule, **changes)
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """A VAE of digits, and a density of its latents, in one folder."""
+    folder = tmp_path_factory.mktemp("stages")
+    train(tiny("vae"), folder / "runs" / "vae", say=str)
+    prior = tiny("vae-flow-prior", data=str(folder / "runs" / "vae"))
+    train(prior, folder / "runs" / "prior", say=str)
+    return folder / "runs"
+
+
+def test_the_run_keeps_where_its_first_stage_was_and_its_settings(stages):
+    config = json.loads((stages / "prior" / "config.json").read_text())
+    assert config["first"]["folder"] == str(stages / "vae")
+    assert config["first"]["step"] == 4
+    assert len(config["first"]["hash"]) == 64
+    kept = stages / "prior" / "first" / "config.json"
+    assert kept.read_bytes() == (stages / "vae" / "config.json").read_bytes()
+    run, first = load(stages / "prior"), load(stages / "vae")
+    assert run.model.spec == first.model.spec
+    assert run.data.data == "digits"
+    for got, wanted in zip(
+        run.params["first"]["vae"]["encoder"].values(),
+        first.params["vae"]["encoder"].values(),
+        strict=True,
+    ):
+        assert str(got) == str(wanted)
+
+
+@pytest.mark.slow
+def test_a_moved_run_samples_the_same_bits_without_its_first_stage(stages, tmp_path):
+    program(
+        ["sample", str(stages / "prior"), "--n", "4", "--out", str(tmp_path / "there")], tmp_path
+    )
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(stages / "prior", moved)
+    (stages / "vae").rename(stages / "gone")
+    try:
+        out, _ = program(
+            ["sample", str(moved), "--n", "4", "--out", str(tmp_path / "here")], tmp_path
+        )
+        assert "4 samples [4, 8, 8, 1]" in out
+        program(["evaluate", str(moved), "--n", "4"], tmp_path)
+    finally:
+        (stages / "gone").rename(stages / "vae")
+    one, other = (arrays_in(tmp_path / f"{name}.npz")["x"] for name in ("there", "here"))
+    np.testing.assert_array_equal(one, other)
+    report = json.loads((moved / "report.json").read_text())
+    assert report["estimator"].startswith("joined bound, 1 sample")
+    assert report["data"] == "digits"
+
+
+def test_going_on_is_the_same_run(stages):
+    said = []
+    prior = tiny("vae-flow-prior", data=str(stages / "vae"))
+    train(prior, stages / "prior", say=said.append)
+    assert "nothing is left to train" in said[0]
+
+
+def test_a_first_stage_that_changed_since_is_told(stages, tmp_path):
+    copy = tmp_path / "runs"
+    shutil.copytree(stages, copy)
+    prior = tiny("vae-flow-prior", data=str(copy / "vae"))
+    config = json.loads((copy / "prior" / "config.json").read_text())
+    config["data"] = config["first"]["folder"] = str(copy / "vae")
+    (copy / "prior" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    train(prior, copy / "prior", say=str)
+    shutil.rmtree(copy / "vae")
+    other = tiny("vae")
+    other = dataclasses.replace(other, schedule=dataclasses.replace(other.schedule, seed=1))
+    train(other, copy / "vae", say=str)
+    with pytest.raises(ConfigError, match=r"first\.hash: there '\w{64}', now '\w{64}'"):
+        train(prior, copy / "prior", say=str)
+
+
+def test_an_unfinished_run_is_refused(stages, tmp_path):
+    shutil.copytree(stages / "vae", tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    config["schedule"]["steps"] = 400
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="is at step 4 of 400, and a first stage has to be"):
+        opened(tiny("vae-flow-prior", data=str(tmp_path / "vae")))
+
+
+def test_a_run_without_latents_or_of_another_family_is_refused(stages, tmp_path):
+    train(tiny("flow-matching-2d"), tmp_path / "runs" / "flow", say=str)
+    flow = str(tmp_path / "runs" / "flow")
+    with pytest.raises(ConfigError, match="models the latents of the first; this model of ring"):
+        train(tiny("vae-flow-prior", data=flow), tmp_path / "runs" / "prior", say=str)
+    with pytest.raises(ConfigError, match="of a flow-matching model; this model is another"):
+        train(tiny("reflow-2d", data=str(stages / "vae")), tmp_path / "runs" / "re", say=str)
+    assert not (tmp_path / "runs" / "prior").exists()
+    train(tiny("reflow-2d", data=flow), tmp_path / "runs" / "re", say=str)
+    assert set(load(tmp_path / "runs" / "re").params) == {"flow", "teacher"}
+
+
+def test_the_command_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    said = refused(["train", "vae-flow-prior"], capsys)
+    assert "vae-flow-prior stands on runs/vae, which is not there. `genjax train vae` makes" in said
+    assert "--first" in said
+    assert "leave --first out" in refused(["train", "vae", "--first"], capsys)
+    assert "is a run folder" in refused(["bench", "vae-flow-prior"], capsys)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.slow
+def test_the_command_trains_what_is_missing_first(tmp_path):
+    short = ["--steps", "2", "--evaluate-every", "0", "--hidden", "4", "--plain"]
+    program(["train", "vae", "--steps", "2", "--out", "runs/v", "--plain"], tmp_path)
+    out, _ = program(["train", "vae-flow-prior", "--data", "runs/v", *short], tmp_path)
+    assert "on runs/v" in out
