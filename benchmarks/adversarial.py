@@ -115,7 +115,8 @@ def twin(seeds: tuple[int, ...] = (0, 1, 2), keep: Path | None = None) -> dict[s
     """
     if not TORCH:
         return {
-            "skipped": "GENJAX_TORCH_PYTHON is not set: the interpreter of an environment with torch==2.13.0"
+            "skipped": "GENJAX_TORCH_PYTHON is not set: the interpreter of an environment with "
+            "torch==2.13.0"
         }
     recipe = ZOO["dcgan-mnist"]
     source, schedule = recipe.source(), recipe.schedule
@@ -150,11 +151,11 @@ def twin(seeds: tuple[int, ...] = (0, 1, 2), keep: Path | None = None) -> dict[s
             print(
                 f"seed {seed}: genjax {runs['genjax'][-1]}; torch {runs['torch'][-1]}", flush=True
             )
-    over = lambda values: {
-        "mean": statistics.mean(values),
-        "sd": statistics.stdev(values),
-        "by_seed": values,
-    }  # noqa: E731
+
+    def over(values: list[float]) -> dict[str, Any]:
+        mean, sd = statistics.mean(values), statistics.stdev(values)
+        return {"mean": mean, "sd": sd, "by_seed": values}
+
     table = {
         who: {name: over([one[name] for one in of]) for name in of[0]} for who, of in runs.items()
     }

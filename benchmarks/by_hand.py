@@ -1,9 +1,9 @@
 """Training steps of every family as anyone would write them in plain jax: nothing of genjax, flax
 or optax computes here.
 
-A loss is (params of all players, x, key) -> the mean over the batch, nats or squared error summed
-over the event. Weights have the places that genjax's builders give them, and noise is drawn with
-the same keys, so that a step can be compared weight by weight with genjax's.
+A loss is (params of all players, x, noise) -> the mean over the batch, nats or squared error summed
+over the event. Weights have the places that genjax's builders give them, and noise is what the
+model's own loss draws (`Model.noise`), so that a step can be compared weight by weight.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-Loss = Callable[[Any, Array, Array], Array]
-T_END = 1e-3  # where the cosine schedule is cut off
+Loss = Callable[[Any, Array, Any], Array]
+Draw = Callable[[Array, Array], Any]  # (key, x) -> noise
 SOFTENING = 1 / 400  # keeps the noise level of straight lines finite at their ends
 
 
@@ -27,15 +27,14 @@ class HandWritten(NamedTuple):
     step: Callable[..., Any]
 
 
-def adam(losses: Mapping[str, Loss], rate: float = 1e-3) -> HandWritten:
-    """Each player in turn takes a step of Adam on its own loss."""
+def adam(losses: Mapping[str, Loss], draws: Mapping[str, Draw], rate: float = 1e-3) -> HandWritten:
+    """Each player in turn takes a step of Adam on its own loss, with the noise of its own draw."""
 
     def init(params: Any, key: Array) -> dict[str, Any]:
-        zeros = lambda: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
         return {
             "params": params,
-            "m": zeros(),
-            "v": zeros(),
+            "m": jax.tree.map(jnp.zeros_like, params),
+            "v": jax.tree.map(jnp.zeros_like, params),
             "count": jnp.zeros((), jnp.int32),
             "key": key,
         }
@@ -46,13 +45,18 @@ def adam(losses: Mapping[str, Loss], rate: float = 1e-3) -> HandWritten:
         value = jnp.zeros(())
         for turn, (player, loss) in enumerate(losses.items()):
             key = jax.random.fold_in(ts["key"], ts["count"] * len(losses) + turn)
-            value, grads = jax.value_and_grad(lambda own: loss({**params, player: own}, x, key))(
+            noise = draws[player](key, x)
+            value, grads = jax.value_and_grad(lambda own: loss({**params, player: own}, x, noise))(
                 params[player]
             )
             m[player] = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m[player], grads)
             v[player] = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, v[player], grads)
-            update = lambda p, m, v: p - rate * (m / c1) / (jnp.sqrt(v / c2) + 1e-8)  # noqa: E731
-            params[player] = jax.tree.map(update, params[player], m[player], v[player])
+            params[player] = jax.tree.map(
+                lambda p, m, v: p - rate * (m / c1) / (jnp.sqrt(v / c2) + 1e-8),
+                params[player],
+                m[player],
+                v[player],
+            )
         return {"params": params, "m": m, "v": v, "count": count, "key": ts["key"]}, value
 
     return HandWritten(jax.jit(init), jax.jit(step, donate_argnums=0))
@@ -83,22 +87,21 @@ def categorical(x: Array, logits: Array) -> Array:
 # --- one event ------------------------------------------------------------------------------------
 
 
-def vae_loss(params: Any, x: Array, key: Array) -> Array:
+def vae_loss(params: Any, x: Array, noise: Any) -> Array:
     """A Bernoulli VAE of binary images."""
     p, flat = params["vae"], x.reshape(x.shape[0], -1)
     mean, log_scale = jnp.split(mlp(p["encoder"], 2.0 * flat - 1.0, jax.nn.gelu), 2, axis=1)
-    z = mean + jnp.exp(log_scale) * jax.random.normal(key, mean.shape)
+    z = mean + jnp.exp(log_scale) * noise.epsilon[0]
     logits = mlp(p["decoder"], z, jax.nn.gelu)
     log_likelihood = jnp.sum(flat * logits - jax.nn.softplus(logits), axis=1)
     kl = jnp.sum(0.5 * (jnp.exp(2 * log_scale) + mean**2 - 1) - log_scale, axis=1)
     return jnp.mean(kl - log_likelihood)
 
 
-def gan_losses(latent: int, r1: float) -> dict[str, Loss]:
+def gan_losses(r1: float) -> dict[str, Loss]:
     """The non-saturating game over vectors, with a gradient penalty on real ones."""
 
-    def generate(p: Any, key: Array, n: int) -> Array:
-        h = jax.random.normal(key, (n, latent))
+    def generate(p: Any, h: Array) -> Array:
         for i in sorted(p["layers"]):
             h = jax.nn.relu(dense(p["layers"][i], h))
         return dense(p["last"], h)
@@ -108,17 +111,17 @@ def gan_losses(latent: int, r1: float) -> dict[str, Loss]:
             h = jax.nn.leaky_relu(dense(p["features"]["layers"][i]["layer"], h), 0.2)
         return dense(p["logit"]["layer"], h)[:, 0]
 
-    def discriminator(params: Any, x: Array, key: Array) -> Array:
+    def discriminator(params: Any, x: Array, noise: Any) -> Array:
         own = params["discriminator"]
-        fake = generate(params["generator"], jax.random.split(key)[0], x.shape[0])
+        fake = generate(params["generator"], noise.z)
         slope = jax.grad(lambda x: jnp.sum(logit(own, x)))(x)
         penalty = 0.5 * r1 * jnp.sum(slope**2, axis=1)
         return jnp.mean(
             jax.nn.softplus(-logit(own, x)) + jax.nn.softplus(logit(own, fake)) + penalty
         )
 
-    def generator(params: Any, x: Array, key: Array) -> Array:
-        fake = generate(params["generator"], key, x.shape[0])
+    def generator(params: Any, x: Array, noise: Any) -> Array:
+        fake = generate(params["generator"], noise.z)
         return jnp.mean(jax.nn.softplus(-logit(params["discriminator"], fake)))
 
     return {"discriminator": discriminator, "generator": generator}
@@ -137,28 +140,21 @@ def denoiser(p: Any, x: Array, level: Array) -> Array:
     return dense(p["last"], h)
 
 
-def diffusion_loss(params: Any, x: Array, key: Array) -> Array:
+def diffusion_loss(params: Any, x: Array, noise: Any) -> Array:
     """Diffusion of vectors with the cosine schedule and v-prediction."""
-    key_time, key_noise, _, _ = jax.random.split(key, 4)
-    t = T_END + (1 - 2 * T_END) * jax.random.uniform(key_time, (x.shape[0],))
-    noise = jax.random.normal(key_noise, x.shape)
-    alpha, sigma = jnp.cos(jnp.pi / 2 * t)[:, None], jnp.sin(jnp.pi / 2 * t)[:, None]
-    found = denoiser(
-        params["diffusion"]["net"], alpha * x + sigma * noise, (jnp.log(alpha) - jnp.log(sigma)) / 2
-    )
-    return jnp.mean(jnp.sum((found - (alpha * noise - sigma * x)) ** 2, axis=1))
+    angle, epsilon = jnp.pi / 2 * noise.t[:, None], noise.epsilon
+    alpha, sigma = jnp.cos(angle), jnp.sin(angle)
+    level = (jnp.log(alpha) - jnp.log(sigma)) / 2
+    found = denoiser(params["diffusion"]["net"], alpha * x + sigma * epsilon, level)
+    return jnp.mean(jnp.sum((found - (alpha * epsilon - sigma * x)) ** 2, axis=1))
 
 
-def flow_matching_loss(params: Any, x: Array, key: Array) -> Array:
+def flow_matching_loss(params: Any, x: Array, noise: Any) -> Array:
     """The velocity of straight lines between vectors and noise."""
-    keys = jax.random.split(key, 5)
-    noise, t = (
-        jax.random.normal(keys[0], x.shape),
-        jax.random.uniform(keys[4], (x.shape[0],))[:, None],
-    )
+    t, epsilon = noise.t[:, None], noise.epsilon
     level = 0.5 * (jnp.log(1 - t + SOFTENING) - jnp.log(t + SOFTENING))
-    found = denoiser(params["flow"], (1 - t) * x + t * noise, level)
-    return jnp.mean(jnp.sum((found - (noise - x)) ** 2, axis=1))
+    found = denoiser(params["flow"], (1 - t) * x + t * epsilon, level)
+    return jnp.mean(jnp.sum((found - (epsilon - x)) ** 2, axis=1))
 
 
 # --- sequences ------------------------------------------------------------------------------------
@@ -194,7 +190,7 @@ def shifted(p: Any, x: Array) -> Array:
 def recurrent_loss(cell: Callable[[Any, Array, Any], Any], n_carry: int) -> Loss:
     """One recurrent layer over tokens."""
 
-    def loss(params: Any, x: Array, key: Array) -> Array:
+    def loss(params: Any, x: Array, noise: Any) -> Array:
         p = params["rnn"]
         layer = p["layers"]["layers"][0]
         a = dense(layer["inputs"], shifted(p["embed"], x).swapaxes(0, 1))
@@ -240,7 +236,7 @@ def transformer_loss(n_heads: int) -> Loss:
         weights = jax.nn.softmax(jnp.where(jnp.tril(jnp.ones((t, t), bool)), scores, -jnp.inf))
         return dense(p["out"], jnp.einsum("nhij,njhd->nihd", weights, v).reshape(n, t, d))
 
-    def loss(params: Any, x: Array, key: Array) -> Array:
+    def loss(params: Any, x: Array, noise: Any) -> Array:
         p = params["transformer"]
         h = shifted(p["inputs"]["events"], x)
         for i in sorted(p["blocks"]):
@@ -267,7 +263,7 @@ def vrnn_loss(levels: int) -> Loss:
     def joint(p: Any, first: Array, h: Array) -> Array:
         return mlp(p["rest"], relu(first + dense(p["second"], h)), relu)
 
-    def loss(params: Any, x: Array, key: Array) -> Array:
+    def loss(params: Any, x: Array, noise: Any) -> Array:
         p, (n, n_steps, size) = params["vrnn"], x.shape
         layer, rows = p["layer"], x.swapaxes(0, 1)
         features = relu(dense(p["embed"]["dense"], rows * (2 / (levels - 1)) - 1))
@@ -275,9 +271,7 @@ def vrnn_loss(levels: int) -> Loss:
         start = dense(
             layer["inputs"], relu(jnp.broadcast_to(p["embed"]["start"], (n, features.shape[-1])))
         )
-        keys = jax.vmap(lambda t: jax.random.fold_in(jax.random.split(key, 3)[0], t))(
-            jnp.arange(n_steps)
-        )
+        keys = jax.vmap(lambda t: jax.random.fold_in(noise.paths, t))(jnp.arange(n_steps))
 
         def step(carry: Any, at: Any) -> Any:
             first, a, key = at

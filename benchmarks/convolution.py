@@ -33,7 +33,9 @@ def gradients(recipe: Recipe) -> dict[str, Any]:
     batch = example_batch(spec, jax.random.key(1), recipe.schedule.batch_size)
 
     def total(params: Any, state: Any, batch: Any, key: Any) -> Any:
-        return sum(loss(params, state, batch, key)[0].mean() for loss in model.losses.values())
+        step = jnp.zeros((), jnp.int32)
+        losses = (loss(params, state, batch, key, step)[0] for loss in model.losses.values())
+        return sum(loss.mean() for loss in losses)
 
     def loop(params: Any, state: Any, batch: Any, key: Any) -> Any:
         def trip(params: Any, key: Any) -> tuple[Any, None]:

@@ -35,14 +35,14 @@ def generation(
 ) -> tuple[Callable[[int], jax.Array], Callable[[], int]]:
     """(prompt length) -> tokens [batch, length], and how many programs that took so far."""
     model = model_of(name, length)
+    assert model.autoregressive is not None
+    generate = model.autoregressive.generate
     params, state = jax.jit(model.init)(jax.random.key(0))
     prompt = jnp.zeros((batch, length), jnp.int32)
 
     @jax.jit
     def run(key: jax.Array, prompt_length: jax.Array) -> jax.Array:
-        return model.extras["generate"](
-            params, state, key, batch, prompt=prompt, prompt_length=prompt_length
-        )
+        return generate(params, state, key, batch, prompt=prompt, prompt_length=prompt_length)
 
     return lambda n: run(jax.random.key(1), jnp.asarray(n, jnp.int32)), run._cache_size  # pyright: ignore[reportAttributeAccessIssue]
 

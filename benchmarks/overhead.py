@@ -29,7 +29,7 @@ from genjax.learning import loop
 from genjax.learning.step import training
 from genjax.learning.transforms import compiled
 from genjax.profiling.measure import stepper
-from genjax.protocol import DataSpec, Model
+from genjax.protocol import Batch, DataSpec, Model
 from genjax.runs.log import Log
 from genjax.zoo import ZOO
 from genjax.zoo import recipe as config
@@ -54,6 +54,18 @@ class Case(NamedTuple):
     batch: int
 
 
+def draws_of(model: Model) -> dict[str, by_hand.Draw]:
+    """What each player's loss draws, for steps by hand."""
+
+    def draw_of(player: str) -> by_hand.Draw:
+        def draw(key: jax.Array, x: jax.Array) -> Any:
+            return model.noise[player](key, Batch(x))
+
+        return draw
+
+    return {player: draw_of(player) for player in model.losses}
+
+
 def vae_case(size: str, side: int, width: int, latent: int, batch: int) -> Case:
     """Binary images."""
     model = vae(
@@ -71,7 +83,7 @@ def gan_case(width: int, d: int = 64, latent: int = 32, batch: int = 128) -> Cas
     return Case(
         size,
         gan(spec, hidden=(width,) * 2, latent_dim=latent, r1=1.0),
-        by_hand.gan_losses(latent, 1.0),
+        by_hand.gan_losses(1.0),
         batch,
     )
 
@@ -167,7 +179,10 @@ def _compare(case: Case, seconds: float) -> dict[str, Any]:
     batch = jax.jit(partial(example_batch, case.model.spec), static_argnums=1)(
         jax.random.key(1), case.batch
     )
-    t, hand = compiled(training(case.model, optax.adam(1e-3))), by_hand.adam(case.by_hand)
+    t, hand = (
+        compiled(training(case.model, optax.adam(1e-3))),
+        by_hand.adam(case.by_hand, draws_of(case.model)),
+    )
     ts = t.init(jax.random.key(0))
     mine = hand.init(jax.tree.map(jnp.copy, ts.params), jax.random.key(0))
     calls = {

@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,6 +73,7 @@ def case_of(recipe: Recipe) -> dict[str, Any]:
     model = recipe.build(spec)
     given = recipe.optimizer
     by_player = given if isinstance(given, Mapping) else dict.fromkeys(model.losses, given)
+    params = jax.eval_shape(model.init, jax.random.key(0))[0]
     case = {
         "family": recipe.family.__name__,
         "model": settings_of(recipe),
@@ -81,10 +83,10 @@ def case_of(recipe: Recipe) -> dict[str, Any]:
         "optimizer": {
             player: dataclasses.asdict(settings) for player, settings in by_player.items()
         },
-        "parameters": count(jax.eval_shape(model.init, jax.random.key(0))[0]),
+        "parameters": count(params),
     }
-    if "path" in model.extras:
-        path: Any = model.extras["path"]
+    if model.denoiser is not None:
+        path: Any = model.denoiser.path(params)
         case["times"] = [float(path.end), float(path.start)]
     return case
 
@@ -127,43 +129,25 @@ class Twin:
 # --- the same function ----------------------------------------------------------------------------
 
 
-def noise_of(recipe: Recipe, model: Model, player: str, key: Any, batch: Batch) -> dict[str, Any]:
+def noise_of(model: Model, player: str, key: Any, batch: Batch) -> dict[str, Any]:
     """What a loss draws with its key, by the name that the twin has for it."""
-    normal, uniform, n = jax.random.normal, jax.random.uniform, batch.x.shape[0]
-    settings = settings_of(recipe)
-    family, latent = recipe.family.__name__, settings.get("latent_dim", 0)
+    noise = model.noise[player](key, batch)
+    names = ("t", "u", "epsilon", "dropped")
+    found = {name: getattr(noise, name, None) for name in names}
+    family = next(iter(model.losses))
     if family == "vae":
-        return {"z": normal(key, (n, latent))}
-    if family == "gan":
-        return {
-            "z": normal(jax.random.split(key)[0] if player == "discriminator" else key, (n, latent))
-        }
-    if family == "vrnn":
-        steps = jax.vmap(lambda t: jax.random.fold_in(jax.random.split(key, 3)[0], t))(
-            jnp.arange(batch.x.shape[1])
-        )
-        return {"z": jax.vmap(lambda key: normal(key, (n, latent)))(steps)}
-    if family in ("diffusion", "flow_matching"):
-        path: Any = model.extras["path"]
-        if family == "diffusion":
-            key_time, key_noise, key_cond, _ = jax.random.split(key, 4)
-            t = path.end + (path.start - path.end) * uniform(key_time, (n,))
-            if settings["noise_schedule"] == "edm":
-                t = jnp.clip(
-                    jnp.exp(settings["p_mean"] + settings["p_std"] * normal(key_time, (n,))),
-                    path.end,
-                    path.start,
-                )
-            found = {"t": t}
-        else:
-            key_noise, _, key_data, key_cond, key_time = jax.random.split(key, 5)
-            found = {
-                "t": uniform(key_time, (n,)),
-                "u": uniform(key_data, batch.x.shape, jnp.float32, -0.5, 0.5),
-            }
-        dropped = jax.random.bernoulli(key_cond, settings["cond_dropout"], (n,))
-        return found | {"epsilon": normal(key_noise, batch.x.shape), "dropped": dropped}
-    return {}
+        found = {"z": noise.epsilon[0]}
+    elif family == "discriminator":
+        found = {"z": noise.z}
+    elif family == "vrnn":
+        assert model.latent is not None
+        n_steps, latent = model.latent.spec.shape
+        steps = jax.vmap(lambda t: jax.random.fold_in(noise.paths, t))(jnp.arange(n_steps))
+        draw = partial(jax.random.normal, shape=(batch.x.shape[0], latent))
+        found = {"z": jax.vmap(draw)(steps)}
+    elif model.denoiser is None:
+        found = {}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def agreement(recipe: Recipe, twin: Twin) -> dict[str, float]:
@@ -204,14 +188,13 @@ def differences(recipe: Recipe, twin: Twin) -> dict[str, float]:
         arrays["params|" + (name if len(params) > 1 else name.partition("/")[2])] = leaf
     mine: dict[str, list[float]] = {}
     for index, player in enumerate(model.losses):
-        key = jax.random.key(4 + index)
+        key, step = jax.random.key(4 + index), jnp.zeros((), jnp.int32)
         arrays |= {
-            f"{player}|{name}": value
-            for name, value in noise_of(recipe, model, player, key, batch).items()
+            f"{player}|{name}": value for name, value in noise_of(model, player, key, batch).items()
         }
 
         def loss(own: Any, player: str = player, key: Any = key) -> jax.Array:
-            return model.losses[player]({**params, player: own}, state, batch, key, 0)[0].mean()
+            return model.losses[player]({**params, player: own}, state, batch, key, step)[0].mean()
 
         value, grads = jax.jit(jax.value_and_grad(loss))(params[player])
         mine[player] = [

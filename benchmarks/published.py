@@ -35,11 +35,14 @@ def value(folder: Path, batch_size: int = 100) -> dict[str, Any]:
     loaded = load(folder)
     spec, arrays = loaded.model.spec, loaded.recipe.source().load().test
 
+    sequences = loaded.model.autoregressive
+    assert sequences is not None
+    assert sequences.step_log_prob is not None
+    step_log_prob = sequences.step_log_prob
+
     @jax.jit
     def sums(batch: Any) -> Any:
-        nats = loaded.model.extras["step_log_prob"](
-            loaded.params, loaded.state, batch
-        )  # 0 where padded
+        nats = step_log_prob(loaded.params, loaded.state, batch)  # 0 where padded
         return nats[:, 1:].sum(1), step_mask(spec, batch)[:, 1:].sum(1)
 
     parts = []

@@ -2,7 +2,6 @@
 is typed by hand.
 """
 
-import math
 import re
 import statistics
 from pathlib import Path
@@ -10,83 +9,14 @@ from typing import Any
 
 from benchmarks import report_costs
 from benchmarks.common import machine, markdown, percent, quartiles, read
-from genjax.zoo import ZOO
-from genjax.zoo.catalogue import measured
+from benchmarks.report_results import (
+    makemore_parts,
+    published_parts,
+    results_table,
+)
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
-
-EXACT = "exact log-probability"  # what `genjax evaluate` calls it
-
-# What others published for the same quantity; the source is named because the figure is not ours.
-REFERENCES = {
-    "transformer-shakespeare": "1.88 nats per character (nanoGPT's README, which leaves out the first of a window)",
-    "transformer-names": "1.92 nats per character (makemore's README, other test names)",
-    "gru-names": "1.92 nats per character (the same)",
-    "rnn-jsb": "8.91 nats per frame (Bai 2018, table 1, without the first frame)",
-    "gru-jsb": "8.43 nats per frame (the same)",
-    "lstm-jsb": "8.45 nats per frame (the same)",
-    "vae-mnist": "-86.8 (2x200 units, K=5000, 3,280 epochs; Burda 2015, table 1)",
-}
-
-
-# Of the figures about samples, those that the README shows; the report shows all.
-HEADLINES = ("high-quality share", "modes covered", "class agreement", "FD[cnn-v1]", "recall")
-
-
-def results_table(headlines: bool = False) -> str:
-    """The zoo's results as Markdown: family, data, value, estimator, reference, time."""
-    results = measured()
-    rows = []
-    for name, recipe in ZOO.items():
-        r = results.get(name)
-        if r is None:
-            rows.append([f"`{name}`", recipe.data, "not measured", "", "", ""])
-            continue
-        reference = REFERENCES.get(name, "")
-        if "true_log_prob" in r:
-            reference = f"{r['true_log_prob']:.2f} (the true density, same examples)"
-            if "per_step" in r:
-                per = -r["true_log_prob"] * r["n"] / r["per_step"]["n"]
-                reference = f"{per:.3f} nats per {r['per_step']['step']} (the true distribution, same examples)"
-        if "figures" in r:
-            shown = [
-                figure for figure in r["figures"] if figure["name"] in HEADLINES or not headlines
-            ]
-            value = "; ".join(map(figure_text, shown))
-            how = f"{r['estimator']}; as many samples as examples"
-        elif "per_step" in r:
-            per = r["per_step"]
-            code = mean_and_sd({"mean": per["nats"], "sd": per["sd"]}, ".3f")
-            value = f"{'at most ' * (r['kind'] != EXACT)}{code} nats per {per['step']}, {per['nats'] / math.log(2):.3f} bits"
-            how = f"{r['estimator']}; s.e. over examples {per['standard_error']:.3f}; {per['n']:,} {per['step']}s"
-        else:
-            bits = f", {r['bits_per_dim']:.3f} bits/dim" if "bits_per_dim" in r else ""
-            value = f"{'at least ' * (r['kind'] != EXACT)}{mean_and_sd(r, '.2f')} nats{bits}"
-            how = f"{r['estimator']}; s.e. over examples {r['standard_error']:.2f}"
-        how += f"; {r['split']}, n={r['n']:,}; {len(r['seeds'])} seed{'s' * (len(r['seeds']) != 1)}"
-        rows.append(
-            [
-                f"`{name}`",
-                r["data"],
-                value,
-                how,
-                reference or "-",
-                f"{r['train_seconds']['mean']:.0f} s",
-            ]
-        )
-    return markdown(["recipe", "data", "value", "estimator", "reference", "training time"], rows)
-
-
-def mean_and_sd(r: dict[str, Any], form: str) -> str:
-    """A result over seeds in words."""
-    return f"{r['mean']:{form}}" + (f" ± {r['sd']:{form}}" if r["sd"] is not None else "")
-
-
-def figure_text(figure: dict[str, Any]) -> str:
-    """A figure about samples over seeds, and the same figure of real data."""
-    real = "" if figure["real"] is None else f" (real data {figure['real']:.3g})"
-    return f"{figure['name']} {mean_and_sd(figure, '.3g')}{real}"
 
 
 def adversarial_parts(found: dict[str, Any]) -> list[str]:
@@ -285,68 +215,6 @@ def peers_parts(found: dict[str, Any]) -> list[str]:
     return parts
 
 
-def published_parts(found: dict[str, Any]) -> list[str]:
-    """The part about rows with a published reference."""
-    return [
-        "## Counted as their references count",
-        "",
-        "Nats per step of the test split without the first step of each sequence, which nanoGPT "
-        "and Bai (2018) do not predict; "
-        f"mean and sd over training seeds ({machine(found)}). Shakespeare's last tenth is "
-        "nanoGPT's validation split.",
-        "",
-        markdown(
-            ["recipe", "nats", "seeds", "s.e. over sequences", "steps", "reference"],
-            [
-                [
-                    f"`{row['recipe']}`",
-                    mean_and_sd(row, ".3f"),
-                    str(len(row["by_seed"])),
-                    f"{row['standard_error']:.3f}",
-                    f"{row['steps']:,}",
-                    f"{row['reference']} ({row['source']})",
-                ]
-                for row in found["rows"]
-            ],
-        ),
-        "",
-    ]
-
-
-def makemore_parts(found: dict[str, Any]) -> list[str]:
-    """The part about first names beside makemore's Transformer."""
-    results, runs = measured(), found["runs"]
-    ours = {
-        name: results[name]["per_step"]
-        for name, row in ZOO.items()
-        if row.data == "names" and name in results
-    }
-    rows = [
-        [
-            f"`{name}`",
-            mean_and_sd({"mean": per["nats"], "sd": per["sd"]}, ".3f"),
-            str(len(per["by_seed"])),
-        ]
-        for name, per in ours.items()
-    ]
-    rows.append(["makemore's Transformer", mean_and_sd(found, ".3f"), str(len(runs))])
-    steps = ", ".join(f"{run['best_step']:,}" for run in runs)
-    return [
-        "## First names beside makemore's Transformer",
-        "",
-        "Nats per character of the same 1,000 test names; mean and sd over training seeds "
-        f"({machine(found)}). makemore's "
-        f"model ({runs[0]['parameters']:,} parameters) was trained on the same names by its own "
-        "settings in PyTorch "
-        f"{runs[0]['torch']}, {found['steps']:,} steps, and is taken at its best step on the "
-        f"validation names ({steps}). Its "
-        "README gives 1.92 for another 1,000 names, on which the best step was chosen as well.",
-        "",
-        markdown(["model", "nats per character", "seeds"], rows),
-        "",
-    ]
-
-
 def generation_parts(found: dict[str, Any]) -> list[str]:
     """The part about cached generation."""
     rows = [
@@ -521,9 +389,11 @@ def main() -> None:
         columns = list(dict.fromkeys((row["size"], row["dtype"]) for row in throughput["rows"]))
         names = list(dict.fromkeys(row["variant"] for row in throughput["rows"]))
         table = {(row["variant"], row["size"], row["dtype"]): row for row in throughput["rows"]}
-        cell = lambda row: (
-            f"{row['ms_per_step_and_member']:.3f} ({100 * row['share_of_float32_peak']:.0f} %)"
-        )  # noqa: E731
+
+        def cell(row: dict[str, Any]) -> str:
+            share = 100 * row["share_of_float32_peak"]
+            return f"{row['ms_per_step_and_member']:.3f} ({share:.0f} %)"
+
         parts += [
             "## Throughput of one VAE step",
             "",

@@ -205,9 +205,10 @@ class UNet(nn.Module):
         super().__init__()
         d, colours, last = 4 * channels[0], shape[2] * patch**2, channels[-1]
         pairs = list(itertools.pairwise(channels))
-        row = lambda a, b: nn.ModuleList(
-            [ResidualBlock(b if i else a, b, d) for i in range(blocks)]
-        )  # noqa: E731
+
+        def row(a: int, b: int) -> nn.ModuleList:
+            return nn.ModuleList([ResidualBlock(b if i else a, b, d) for i in range(blocks)])
+
         self.patch = patch
         self.embed = Embedding(d, n_classes, guided)
         self.first = nn.Conv2d(colours, channels[0], 3, 1, 1)

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import by_hand, common, overhead, peers, report
+from benchmarks import by_hand, common, overhead, peers, report, report_results
 from genjax.data import example_batch, open_source
 from genjax.errors import ConfigError
 from genjax.families.vae import vae
@@ -64,7 +64,10 @@ def test_a_step_by_hand_does_the_same_arithmetic(name: str) -> None:
     batch = jax.jit(partial(example_batch, case.model.spec), static_argnums=1)(
         jax.random.key(1), case.batch
     )
-    t, hand = training(case.model, optax.adam(1e-3)), by_hand.adam(case.by_hand)
+    t, hand = (
+        training(case.model, optax.adam(1e-3)),
+        by_hand.adam(case.by_hand, overhead.draws_of(case.model)),
+    )
     ts = jax.jit(t.init)(jax.random.key(2))
     # A net may begin with layers of zeros, behind which every gradient is zero.
     noisy = lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(leaf.size), leaf.shape)  # noqa: E731
@@ -337,6 +340,6 @@ def test_makemores_transformer_is_trained_and_reported(
     assert 0.4 < run["test"] < 0.8
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     common.write("makemore", {"steps": 500, "runs": [run], **common.over_seeds([run["test"]])})
-    text = "\n".join(report.makemore_parts(common.read("makemore")))
+    text = "\n".join(report_results.makemore_parts(common.read("makemore")))
     assert f"| makemore's Transformer | {run['test']:.3f} |" in text
     assert "| `gru-names` | 1." in text
