@@ -6,7 +6,7 @@ import datetime
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,15 @@ from genjax.zoo import ZOO
 RESULTS = Path(__file__).parent / "results"
 
 
+def not_measured(families: Iterable[str]) -> list[str]:
+    """A paragraph that names the families of the zoo that are not among these; none if all are."""
+    lacking = sorted({row.family.__name__ for row in ZOO.values()} - set(families))
+    return [f"Not measured: {', '.join(lacking)}.", ""] if lacking else []
+
+
 def first_rows() -> tuple[str, ...]:
-    """The first row of each family, in the order of the zoo."""
-    names = {row.family: row.name for row in reversed(ZOO.values())}
+    """The first row of each family that stands on data, in the order of the zoo."""
+    names = {row.family: row.name for row in reversed(ZOO.values()) if row.first is None}
     return tuple(name for name in ZOO if name in names.values())
 
 

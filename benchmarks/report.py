@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report_costs
-from benchmarks.common import machine, markdown, percent, quartiles, read
+from benchmarks.common import machine, markdown, not_measured, percent, quartiles, read
 from benchmarks.report_results import (
     makemore_parts,
     published_parts,
     results_table,
 )
+from genjax.zoo import ZOO
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -188,9 +189,9 @@ def peers_parts(found: dict[str, Any]) -> list[str]:
             "genjax is faster.",
             "",
         ]
-    parts += [f"The PyTorch twins were skipped: {reason}." for reason in sorted(skipped)] + [
-        ""
-    ] * bool(skipped)
+    for reason in sorted(skipped):
+        parts += [f"The PyTorch twins were skipped: {reason}.", ""]
+    parts += not_measured(ZOO[row["recipe"]].family.__name__ for row in found["rows"])
     header = [
         "recipe",
         "size",
@@ -375,6 +376,7 @@ def main() -> None:
                 rows,
             ),
             "",
+            *not_measured(row.get("family", "vae") for row in overhead["step"]),
             "## Cost of the loop",
             "",
             "`fit` with metrics, log files and progress against bare dispatches of the same "

@@ -28,12 +28,6 @@ def test_a_case_is_plain_data_and_its_medium_size_is_wider(name: str) -> None:
     assert 2 * small["parameters"] < medium["parameters"]
 
 
-def test_every_family_has_a_case() -> None:
-    assert {peers.recipe_of(name, "small").family for name in peers.CASES} == {
-        row.family for row in peers.ZOO.values()
-    }
-
-
 @pytest.mark.slow
 def test_without_pytorch_the_report_says_what_was_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
