@@ -47,9 +47,8 @@ def test_the_standard_error_covers_the_truth_as_often_as_it_should() -> None:
     covered = [
         abs(found.mean - 2.0) < 1.96 * found.standard_error for found in map(estimate, draws)
     ]
-    assert np.mean(covered) == pytest.approx(
-        0.95, abs=4 * math.sqrt(0.05 * 0.95 / 2000) + 0.005
-    )  # 0.005: a skewed mean
+    # 0.005: a skewed mean.
+    assert np.mean(covered) == pytest.approx(0.95, abs=4 * math.sqrt(0.05 * 0.95 / 2000) + 0.005)
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 1), (3,), ()])
@@ -94,11 +93,11 @@ def run_on(n: int, batch_size: int, seen: list | None = None) -> np.ndarray:
         np.stack([np.arange(n), np.zeros(n)], axis=1).astype(np.uint8),
         np.arange(n, dtype=np.int32) * 100,
     )
-    progress = (
-        (lambda done, total: None)
-        if seen is None
-        else lambda done, total: seen.append((done, total))
-    )
+
+    def progress(done: int, total: int) -> None:
+        if seen is not None:
+            seen.append((done, total))
+
     values = score_examples(
         run, jnp.float32(2.0), {}, arrays, jax.random.key(0), batch_size, progress
     )

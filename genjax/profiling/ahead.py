@@ -17,7 +17,8 @@ from jax.sharding import NamedSharding
 
 from genjax.errors import ConfigError
 from genjax.learning.sharding import batch_spec_of, layout, make_mesh, shard
-from genjax.profiling.measure import step_shapes
+from genjax.profiling.measure import step_shapes, training_of
+from genjax.protocol import Trained
 from genjax.zoo.recipe import Recipe
 
 # What one device, as jax counts them, does and holds: bfloat16 FLOP/s and bytes of memory. From
@@ -89,9 +90,17 @@ def devices_of(topology: str) -> list[Any]:
     return list(topologies.get_topology_desc(topology, "tpu").devices)
 
 
-def compile_for(recipe: Recipe, topology: str, mesh: Mapping[str, int] | None = None) -> Compiled:
+def compile_for(
+    recipe: Recipe,
+    topology: str,
+    mesh: Mapping[str, int] | None = None,
+    on: Trained | None = None,
+) -> Compiled:
     """Compile one optimiser step of a recipe for a topology, data parallel over all its devices or
     as `mesh` says.
+
+    Args:
+        on: the first stage of a recipe that stands on one.
 
     Raises:
         ConfigError: see `devices_of` and `sharding.layout`.
@@ -99,8 +108,8 @@ def compile_for(recipe: Recipe, topology: str, mesh: Mapping[str, int] | None = 
     devices = devices_of(topology)
     axes = dict(mesh or {"data": len(devices)})
     where = make_mesh(axes, devices)
-    spec = recipe.source().spec
-    t = shard(recipe.training(spec), where)
+    t, spec = training_of(recipe, on)
+    t = shard(t, where)
     state, batch = step_shapes(t, spec, recipe.schedule.batch_size)
     split = NamedSharding(where, batch_spec_of(where))
     state = jax.tree.map(_placed, state, layout(state, where))
@@ -111,6 +120,9 @@ def compile_for(recipe: Recipe, topology: str, mesh: Mapping[str, int] | None = 
     found: Any = program.cost_analysis()
     memory: Any = program.memory_analysis()
     flops, optimal = float(found["flops"]), float(found["optimal_seconds"])
+    # Results that are stored in arguments (alias) need no room of their own.
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
     kind = devices[0].device_kind
     peak, capacity = CHIPS[kind]
     return Compiled(
@@ -119,23 +131,18 @@ def compile_for(recipe: Recipe, topology: str, mesh: Mapping[str, int] | None = 
         compile_seconds=seconds,
         flops=flops,
         bytes_accessed=float(found["bytes accessed"]),
-        memory=memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes,
+        memory=needed,
         capacity=capacity,
         optimal_seconds=optimal,
         share_of_peak=flops / optimal / peak,
     )
 
 
-def lowered_for_cuda(recipe: Recipe) -> int:
-    """Lower one optimiser step of a recipe for CUDA; the bytes of its StableHLO."""
-    spec = recipe.source().spec
-    t = recipe.training(spec)
-    exported = jax.export.export(jax.jit(t.step), platforms=["cuda"])(
-        *step_shapes(t, spec, recipe.schedule.batch_size)
-    )
+def lowered_for_cuda(recipe: Recipe, on: Trained | None = None) -> int:
+    """Lower one optimiser step of a recipe for CUDA; the bytes of its StableHLO. `on` as above."""
+    t, spec = training_of(recipe, on)
+    shapes = step_shapes(t, spec, recipe.schedule.batch_size)
+    exported = jax.export.export(jax.jit(t.step), platforms=["cuda"])(*shapes)
     return len(exported.mlir_module_serialized)
 
 

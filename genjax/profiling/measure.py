@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from genjax.data import example_batch
 from genjax.learning.transforms import compiled
-from genjax.protocol import Batch, DataSpec, Training, TrainState
+from genjax.protocol import Batch, DataSpec, Trained, Training, TrainState
 from genjax.zoo.recipe import Recipe
 
 # What is read of a compiled program's text.
@@ -45,6 +45,16 @@ class StepCost(NamedTuple):
     temporary_bytes: int
     share_of_peak: float
     peak_gflops: float
+
+
+def training_of(recipe: Recipe, on: Trained | None = None) -> tuple[Training, DataSpec]:
+    """A recipe's training and the spec of its batches: those of its source or, where it stands on a
+    first stage, of that model's data.
+    """
+    if on is not None:
+        return recipe.training(on), on.model.spec
+    spec = recipe.source().spec
+    return recipe.training(spec), spec
 
 
 def step_shapes(t: Training, spec: DataSpec, batch_size: int) -> tuple[Any, Any]:
@@ -181,15 +191,20 @@ def stepper(
     return call
 
 
-def step_cost(recipe: Recipe, budget: float = 5.0) -> StepCost:
+def step_cost(recipe: Recipe, budget: float = 5.0, on: Trained | None = None) -> StepCost:
     """Measure one optimiser step per dispatch of a recipe, on random data of its spec and batch
     size.
 
     The time is the median over calls; the share of the peak is FLOPs / seconds over the rate of a
     large matrix product.
+
+    Args:
+        recipe: what to measure.
+        budget: seconds to spend on the time.
+        on: the first stage of a recipe that stands on one.
     """
-    spec, batch_size = recipe.source().spec, recipe.schedule.batch_size
-    t = compiled(recipe.training(spec))
+    t, spec = training_of(recipe, on)
+    t, batch_size = compiled(t), recipe.schedule.batch_size
     batch = jax.jit(partial(example_batch, spec), static_argnums=1)(jax.random.key(1), batch_size)
     state = t.init(jax.random.key(0))
     start = time.perf_counter()

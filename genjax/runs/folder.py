@@ -138,7 +138,8 @@ def keep_spec(folder: Path, spec: DataSpec) -> None:
         return
     there = read_spec(folder)
     if there != spec:
-        old = dataclasses.asdict(there)  # type: ignore[arg-type]  # there is a file, so there is a spec
+        assert there is not None
+        old = dataclasses.asdict(there)
         changed = [name for name, value in dataclasses.asdict(spec).items() if old[name] != value]
         raise ConfigError(
             f"The data are not those that {folder} was trained on: {', '.join(changed)} changed "

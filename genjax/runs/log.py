@@ -33,7 +33,9 @@ class Log:
             CheckpointError: if the disk does not take it.
         """
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]  # made at run time
+
+        # What protobuf makes at run time is not seen by a type checker.
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
 
         lines = pictures.read_metrics(self.path) if self.path.exists() else []
         kept = [line for line in lines if line["step"] <= step]
@@ -55,11 +57,7 @@ class Log:
 
     def __call__(self, line: dict[str, Any]) -> None:
         seconds = round(self.before + time.perf_counter() - self.started, 3)
-        line = {
-            "step": line["step"],
-            "seconds": seconds,
-            **{k: v for k, v in line.items() if k != "step"},
-        }
+        line = {"step": line["step"], "seconds": seconds, **line}
         with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         with writing(self.folder / "tensorboard"):
@@ -89,8 +87,8 @@ def _event(line: dict[str, Any]) -> Any:
     """A line of metrics.jsonl as a TensorBoard event; the members of a sweep are scalars of their
     own, "name/0", "name/1".
     """
-    from tensorboardX.proto.event_pb2 import Event  # type: ignore[attr-defined]  # made at run time
-    from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]  # made at run time
+    from tensorboardX.proto.event_pb2 import Event  # type: ignore[attr-defined]
+    from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
 
     scalars: dict[str, float] = {}
     for name, value in line.items():
