@@ -399,6 +399,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except GenjaxError as error:
         print(f"genjax: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except BrokenPipeError:  # of `genjax list | head`; Python would complain once more as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None  # as shells have it, 128 + SIGPIPE
     except KeyboardInterrupt:
         print("genjax: interrupted; what was saved before is still there.", file=sys.stderr)
         raise SystemExit(130) from None

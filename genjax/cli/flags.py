@@ -68,7 +68,7 @@ def parse_recipe(command: str, args: list[str], options: type) -> "tuple[Recipe,
     import tyro
 
     from genjax.zoo import ZOO
-    from genjax.zoo.sections import SECTIONS, replace
+    from genjax.zoo.sections import SECTIONS, fields_of, replace
 
     if name not in ZOO:
         raise unknown_name("recipe", name, ZOO)
@@ -76,10 +76,10 @@ def parse_recipe(command: str, args: list[str], options: type) -> "tuple[Recipe,
     # Another data set has other settings, so it is looked for before the flags are made.
     recipe = row.on(value_of("--data", args) or row.data)
     settings = flags_of(recipe, options)
-    fields: list[Any] = [
-        ("name", Annotated[str, tyro.conf.arg(name="data", help=DATA_HELP)], recipe.data),
-        ("options", Annotated[options, tyro.conf.arg(name="")]),
-    ]
+    # With its help given field by field the parser need not read any source.
+    own = {_dashed(field): entry for field, entry in fields_of(options()).items()}
+    first = group("Options", {"data": (str, recipe.data, DATA_HELP), **own})
+    fields: list[Any] = [("options", Annotated[first, tyro.conf.arg(name="")])]
     for section, title in SECTIONS.items():
         entries = {
             flag: (setting.hint, setting.value, setting.help)

@@ -15,8 +15,6 @@ from genjax.data import Source, loader, open_source
 from genjax.errors import ConfigError, unknown_name
 from genjax.families.compose import latent_spec, two_stage
 from genjax.learning.optim import Optimizer
-from genjax.learning.step import training
-from genjax.learning.transforms import microbatch, skip_nonfinite
 from genjax.protocol import DataSpec, Model, Trained, Training
 from genjax.settings import Count, Whole, Within, check_fields
 from genjax.zoo.sections import parameters_of as parameters_of
@@ -153,6 +151,10 @@ class Recipe:
 
     def training(self, on: DataSpec | Trained) -> Training:
         """The whole training procedure that the settings describe."""
+        # Late: what settings there are is asked without it, and optax takes long to import.
+        from genjax.learning.step import training
+        from genjax.learning.transforms import microbatch, skip_nonfinite
+
         model, own = self.build(on), self.optimizer
         by_player = own if isinstance(own, Mapping) else dict.fromkeys(model.losses, own)
         steps = self.schedule.steps
