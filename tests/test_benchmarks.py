@@ -127,7 +127,8 @@ def test_a_value_without_first_steps_is_the_mean_over_all_others(tmp_path: Path)
     loaded = load(tmp_path / "run")
     found = published.value(tmp_path / "run")
     x = loaded.recipe.source().load().test.x.astype(np.int32)
-    outputs = jax.jit(loaded.model.extras["outputs"])(loaded.params, loaded.state, x)
+    assert loaded.model.autoregressive is not None
+    outputs = jax.jit(loaded.model.autoregressive.outputs)(loaded.params, loaded.state, x)
     nats = -np.take_along_axis(np.asarray(jax.nn.log_softmax(outputs)), x[..., None], -1)[..., 0]
     assert found["steps"] == nats[:, 1:].size
     assert found["nats"] == pytest.approx(nats[:, 1:].mean(), rel=1e-5)

@@ -51,9 +51,10 @@ class Decoding:
         beams: search for the most probable sequences with so many beams, and show the best one.
         length: how many steps to sample; those of the training data unless given.
         solver: how to go from noise to data: "heun", "ddim", "ancestral", ...
-            (`genjax.solvers.SOLVERS`).
+            (`genjax.parts.solvers.SOLVERS`).
         n_steps: how many steps the solver takes.
-        grid: where they are: "uniform", "karras", "cosine" or "log_snr" (`genjax.solvers.GRIDS`).
+        grid: where they are: "uniform", "karras", "cosine" or "log_snr"
+            (`genjax.parts.solvers.GRIDS`).
     """
 
     prompt: str | None = None
