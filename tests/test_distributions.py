@@ -10,9 +10,9 @@ import pytest
 import scipy.integrate
 import scipy.special
 import scipy.stats
+from statistics_checks import RARE, check_counts
 
 from genjax.parts import distributions as ds
-from genjax.protocol import DataSpec
 
 STATIC = {"sum_event": ["event_ndim"], "log_mean_exp": ["axis"]}
 STATIC |= {f"discretized_logistic_{what}": ["levels"] for what in ("log_prob", "sample")}
@@ -32,20 +32,10 @@ jitted = SimpleNamespace(
             "categorical_log_prob",
             "discretized_logistic_log_prob",
             "discretized_logistic_sample",
-            "bounded_log_scale",
         )
     }
 )
 LEVELS = (2, 17, 256)
-# 4 standard errors for a mean; a p-value this small is as rare (two-sided) and is used for whole
-# distributions.
-RARE = 2 * scipy.stats.norm.sf(4.0)
-
-
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
 
 
 def grid(*axes):
@@ -293,7 +283,10 @@ def test_discretized_logistic_is_finite_with_finite_gradients_in_float32(levels)
         MEANS, LOG_SCALES, sorted({0, 1, levels // 2, levels - 2, levels - 1})
     )
     arguments = tuple(jnp.asarray(a, jnp.float32) for a in (x, mean, log_scale))
-    log_prob = lambda x, m, s: jitted.discretized_logistic_log_prob(x, m, s, levels)  # noqa: E731
+
+    def log_prob(x, m, s):
+        return jitted.discretized_logistic_log_prob(x, m, s, levels)
+
     both = jax.jit(jax.vmap(jax.value_and_grad(log_prob, (1, 2))))
     value, slopes = jax.tree.map(np.asarray, both(*arguments))
     assert np.all(np.isfinite(value))
@@ -331,22 +324,6 @@ def test_discretized_logistic_sample_has_the_law(levels, mean, log_scale):
     check_counts(np.bincount(x.astype(int), minlength=levels), np.exp(log_p))
 
 
-def check_counts(counts, p):
-    """A chi-square test of counts against probabilities, rare levels pooled so that every cell
-    expects at least 10.
-    """
-    n = counts.sum()
-    order = np.argsort(-np.asarray(p))
-    counts, expected = counts[order], np.asarray(p)[order] * n
-    keep = max(1, int(np.sum(expected >= 10)))
-    observed = np.append(counts[:keep], counts[keep:].sum())
-    expected = np.append(expected[:keep], max(n - expected[:keep].sum(), 0.0))
-    if expected[-1] < 10:  # join the pool to its neighbour
-        observed, expected = (np.append(a[:-2], a[-2:].sum()) for a in (observed, expected))
-    assert len(observed) >= 2
-    assert scipy.stats.chisquare(observed, expected * (n / expected.sum())).pvalue > RARE
-
-
 def test_discretized_logistic_sample_survives_extreme_scales():
     for log_scale in (-7.0, 20.0):
         x = jitted.discretized_logistic_sample(
@@ -360,94 +337,7 @@ def test_discretized_logistic_sample_survives_extreme_scales():
             assert abs(np.mean(np.asarray(x) == 0) - 0.5) < 4 * math.sqrt(0.25 / 1000)
 
 
-# --- scales and likelihood records ----------------------------------------------------------------
-
-
-def test_bounded_log_scale_has_a_floor_and_is_the_identity_far_above_it(x64):
-    raw = np.array([-1e6, -100.0, -20.0, -7.0, -3.0, 0.0, 5.0, 30.0])
-    got = np.asarray(jitted.bounded_log_scale(jnp.asarray(raw)))
-    np.testing.assert_allclose(got, -7 + np.logaddexp(0, raw + 7), rtol=1e-13)
-    assert np.all(got >= -7)
-    assert np.all(np.diff(got) >= 0)
-    # raw + ln(1 + exp(-(raw - min))): the difference from raw is known, and is nothing 37 nats
-    # above the floor.
-    np.testing.assert_allclose(got[4:] - raw[4:], np.log1p(np.exp(-(raw[4:] + 7))), atol=1e-14)
-    assert got[-1] == 30.0
-    np.testing.assert_allclose(jitted.bounded_log_scale(jnp.asarray(-50.0), -2.0), -2.0, atol=1e-15)
-    slope = jax.vmap(jax.grad(jitted.bounded_log_scale))(jnp.asarray(raw))
-    np.testing.assert_allclose(slope, scipy.special.expit(raw + 7), rtol=1e-12)
-
-
-SPECS = {
-    "bernoulli": DataSpec((2, 3), "binary"),
-    "gaussian": DataSpec((2, 3), "continuous"),
-    "discretized_logistic": DataSpec((2, 3), "discrete", levels=5),
-}
-
-
-def test_every_likelihood_belongs_to_one_kind():
-    assert set(ds.LIKELIHOODS) == set(SPECS) == set(ds.LIKELIHOOD_OF_KIND.values())
-    for name, spec in SPECS.items():
-        assert ds.LIKELIHOOD_OF_KIND[spec.kind] == name
-
-
-@pytest.mark.parametrize("per_element", [False, True], ids=["shared", "element"])
-@pytest.mark.parametrize("name", SPECS)
-def test_likelihood_records_say_what_the_functions_say(x64, name, per_element):
-    spec = SPECS[name]
-    like = ds.LIKELIHOODS[name](spec, per_element)
-    assert like.scaled == (name != "bernoulli")
-    assert like.n_outputs == (2 if per_element and like.scaled else 1)
-    rng = np.random.default_rng(7)
-    outputs = jnp.asarray(rng.normal(size=(4, 2, 3, like.n_outputs)))
-    shared = -0.4
-    mean = np.asarray(outputs[..., 0])
-    log_scale = (
-        -7 + np.logaddexp(0, np.asarray(outputs[..., 1]) + 7)
-        if like.n_outputs == 2
-        else np.full(mean.shape, shared)
-    )
-    if name == "gaussian":
-        x = rng.normal(size=mean.shape)
-        want, want_mean = scipy.stats.norm.logpdf(x, mean, np.exp(log_scale)), mean
-    elif name == "bernoulli":
-        x = rng.integers(0, 2, size=mean.shape).astype(np.float64)
-        want, want_mean = (
-            scipy.stats.bernoulli.logpmf(x, scipy.special.expit(mean)),
-            scipy.special.expit(mean),
-        )
-    else:
-        x = rng.integers(0, 5, size=mean.shape).astype(np.float64)
-        cdf = scipy.stats.logistic(mean, np.exp(log_scale)).cdf
-        y = x / 2 - 1
-        want = np.log(np.where(x == 4, 1, cdf(y + 0.25)) - np.where(x == 0, 0, cdf(y - 0.25)))
-        want_mean = np.clip((mean + 1) * 2, 0, 4)
-    np.testing.assert_allclose(like.log_prob(jnp.asarray(x), outputs, shared), want, rtol=1e-10)
-    np.testing.assert_allclose(like.mean(outputs, shared), want_mean, rtol=1e-12)
-    # A different shared scale changes the answer exactly where the likelihood has a scale and the
-    # decoder does not give it.
-    changed = not np.allclose(like.log_prob(jnp.asarray(x), outputs, shared + 0.5), want)
-    assert changed == (like.scaled and not per_element)
-
-
-@pytest.mark.parametrize("name", SPECS)
-def test_likelihood_samples_have_their_law(name):
-    like, n = ds.LIKELIHOODS[name](SPECS[name], True), 20_000
-    outputs = jnp.array([0.3, -0.8][: like.n_outputs])
-    x = np.asarray(
-        like.sample(jax.random.key(8), jnp.broadcast_to(outputs, (n, like.n_outputs)), 0.0)
-    )
-    assert x.shape == (n,)
-    assert x.dtype == np.float32
-    if name == "gaussian":
-        log_scale = float(jitted.bounded_log_scale(jnp.asarray(-0.8)))
-        assert scipy.stats.kstest(x, scipy.stats.norm(0.3, math.exp(log_scale)).cdf).pvalue > RARE
-    else:
-        levels = SPECS[name].levels or 2
-        log_p = like.log_prob(
-            jnp.arange(float(levels)), jnp.broadcast_to(outputs, (levels, like.n_outputs)), 0.0
-        )
-        check_counts(np.bincount(x.astype(int), minlength=levels), np.exp(log_p))
+# --- all of them ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -455,7 +345,7 @@ def test_what_goes_in_as_float64_or_float32_comes_out_as_it(x64, dtype):
     a = jnp.asarray([0.0, 1.0, 2.0], dtype)
 
     def everything(key, a):
-        values = [
+        return [
             ds.normal_log_prob(a, a, a),
             ds.normal_kl(a, a),
             ds.normal_sample(key, a, a),
@@ -464,20 +354,8 @@ def test_what_goes_in_as_float64_or_float32_comes_out_as_it(x64, dtype):
             ds.categorical_log_prob(jnp.asarray(1), a),
             ds.discretized_logistic_log_prob(a, a, a, 3),
             ds.discretized_logistic_sample(key, a, a, 3),
-            ds.bounded_log_scale(a),
             ds.log_mean_exp(a),
         ]
-        for name, spec in SPECS.items():
-            for per_element in (False, True):
-                like = ds.LIKELIHOODS[name](spec, per_element)
-                outputs = jnp.zeros((3, like.n_outputs), dtype)
-                values += [
-                    like.log_prob(a, outputs, 0.0),
-                    like.sample(key, outputs, 0.0),
-                    like.mean(outputs, 0.0),
-                ]
-        return values
 
-    assert {value.dtype for value in jax.eval_shape(everything, jax.random.key(9), a)} == {
-        jnp.dtype(dtype)
-    }
+    found = jax.eval_shape(everything, jax.random.key(9), a)
+    assert {value.dtype for value in found} == {jnp.dtype(dtype)}

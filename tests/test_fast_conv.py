@@ -97,9 +97,10 @@ def test_several_kernels_at_once_are_one_after_the_other(x64, name):
             normal(2, 6, 6, 3) if shared else normal(3, 2, 6, 6, 3),
             normal(3, 4, 4, 3, 2, seed=1),
         )
-        gradient = lambda f, x, k: jax.grad(
-            lambda x, k: jnp.sum(jnp.sin(f(x, k, 2))), argnums=(0, 1)
-        )(x, k)  # noqa: E731
+
+        def gradient(f, x, k):
+            return jax.grad(lambda x, k: jnp.sum(jnp.sin(f(x, k, 2))), argnums=(0, 1))(x, k)
+
         found = jit(jax.vmap(partial(gradient, ours), in_axes=(None if shared else 0, 0)))(
             x, kernels
         )
@@ -144,7 +145,10 @@ def test_a_layer_has_the_variables_and_the_values_of_flax(ours, flaxs):
 
 def test_doubling_is_resizing_to_the_nearest(x64):
     x = normal(2, 3, 5, 2)
-    resize = lambda x: jax.image.resize(x, (2, 6, 10, 2), "nearest")  # noqa: E731
+
+    def resize(x):
+        return jax.image.resize(x, (2, 6, 10, 2), "nearest")
+
     np.testing.assert_array_equal(double(x), resize(x))
     y = normal(2, 6, 10, 2, seed=1)
     np.testing.assert_allclose(*(jax.vjp(f, x)[1](y)[0] for f in (double, resize)), rtol=1e-12)
@@ -169,7 +173,9 @@ def test_only_a_cpu_gets_products_and_every_platform_has_a_program(name):
     rest = () if name in ("encoder", "decoder") else (None, True)
 
     def gradient(params, state, x):
-        loss = lambda params, x: jnp.sum(net.apply(params, state, x, *rest)[0] ** 2)  # noqa: E731
+        def loss(params, x):
+            return jnp.sum(net.apply(params, state, x, *rest)[0] ** 2)
+
         return jax.grad(loss, argnums=(0, 1))(params, x)
 
     args = params, state, jax.ShapeDtypeStruct((4, *shape), jnp.float32)

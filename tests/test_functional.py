@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from genjax.errors import ConfigError
+from genjax.nets import functional as functional_module
 from genjax.nets.functional import functional
 
 
@@ -171,7 +172,10 @@ def test_init_and_apply_can_be_vmapped(graph_mode):
     net = functional(Normalised)
     keys = jax.random.split(jax.random.key(4), 3)
     params, state = jax.jit(jax.vmap(net.init))(keys)
-    call = lambda p, s: net.apply(p, s, jnp.asarray(X), train=True)  # noqa: E731
+
+    def call(p, s):
+        return net.apply(p, s, jnp.asarray(X), train=True)
+
     y, after = jax.jit(jax.vmap(call))(params, state)
     assert y.shape == (3, 5, 4)
     for i, key in enumerate(keys):
@@ -192,9 +196,12 @@ def test_gradients_are_taken_of_parameters_only(graph_mode):
     net = functional(Normalised)
     params, state = net.init(jax.random.key(5))
     weight = jnp.asarray(X[:, :1])
-    loss = lambda p: (
-        net.apply(p, state, jnp.asarray(X), train=True)[0] * weight[:, :1].repeat(4, 1)
-    ).sum()  # noqa: E731
+
+    def loss(p):
+        return (
+            net.apply(p, state, jnp.asarray(X), train=True)[0] * weight[:, :1].repeat(4, 1)
+        ).sum()
+
     grads = jax.jit(jax.grad(loss))(params)
     assert jax.tree.structure(grads) == jax.tree.structure(params)
     # Batch statistics remove a shift of the input, so the linear layer's bias has no gradient but
@@ -341,3 +348,136 @@ def test_the_build_may_be_a_closure_and_its_own_errors_stay_its_own(graph_mode):
 
     with pytest.raises(ValueError, match="my own message"):
         functional(broken)
+
+
+# --- parameters are matched by name ---------------------------------------------------------------
+
+
+class Deep(nnx.Module):
+    """Twelve layers, so that as text "10" sorts before "2", of one shape, so that none stands out;
+    and a state for each.
+    """
+
+    def __init__(self, *, rngs):
+        self.layers = nnx.List([nnx.Linear(3, 3, rngs=rngs) for _ in range(12)])
+        self.counts = nnx.List([nnx.BatchStat(jnp.zeros(())) for _ in range(12)])
+
+    def __call__(self, x):
+        for index, (layer, count) in enumerate(zip(self.layers, self.counts, strict=True)):
+            x = jnp.tanh(layer(x))
+            count[...] += index
+        return x
+
+
+DEEP = functional(Deep)
+
+
+def as_text(tree):
+    """The tree with text for keys, as a file might give it back."""
+    if not isinstance(tree, dict):
+        return tree
+    return {str(key): as_text(child) for key, child in tree.items()}
+
+
+def test_keys_of_another_kind_are_the_same_names():
+    params, state = DEEP.init(jax.random.key(0))
+    wanted, after = DEEP.apply(params, state, jnp.asarray(X))
+    text = as_text(params), as_text(state)
+    first, second = (list(jax.tree.leaves(tree)) for tree in (params, text[0]))
+    assert any(one is not other for one, other in zip(first, second, strict=True))  # by position
+    found, text_after = jax.jit(DEEP.apply)(*text, jnp.asarray(X))
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    # The state comes back under the keys that were given, with the values of its own places.
+    assert jax.tree.structure(text_after) == jax.tree.structure(text[1])
+    assert [float(text_after["counts"][str(i)]) for i in range(12)] == list(range(12))
+    assert [float(after["counts"][i]) for i in range(12)] == list(range(12))
+
+    def loss(params, state):  # gradients do, too
+        return DEEP.apply(params, state, jnp.asarray(X))[0].sum()
+
+    one, other = jax.grad(loss)(params, state), jax.grad(loss)(text[0], text[1])
+    assert jax.tree.structure(other) == jax.tree.structure(text[0])
+    for i in range(12):
+        for leaf, value in one["layers"][i].items():
+            np.testing.assert_allclose(other["layers"][str(i)][leaf], value, rtol=1e-5, atol=1e-7)
+
+
+def renamed(params, state):
+    """As if a normalisation called its scale weight and its shift bias."""
+    norm = params.pop("norm")
+    return {**params, "norm": {"weight": norm["scale"], "offset": norm["bias"]}}, state
+
+
+def missing(params, state):
+    del params["linear"]["bias"]
+    return params, state
+
+
+def surplus(params, state):
+    params["linear"]["extra"] = jnp.zeros(3)
+    return params, state
+
+
+def reshaped(params, state):
+    params["linear"]["kernel"] = params["linear"]["kernel"].T
+    return params, state
+
+
+def stateless(params, state):
+    return params, {}
+
+
+def wide_state(params, state):
+    state["norm"]["mean"] = jnp.zeros(7)
+    return params, state
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (
+            renamed,
+            "The tree of parameters of Normalised does not fit this model:\n"
+            "  norm/bias: missing\n  norm/scale: missing\n"
+            "  norm/offset: not of this model\n  norm/weight: not of this model",
+        ),
+        (missing, "linear/bias: missing"),
+        (surplus, "linear/extra: not of this model"),
+        (reshaped, r"linear/kernel: expected shape \[3, 4\]; found \[4, 3\]"),
+        (stateless, "The state of Normalised does not fit .*\n  norm/mean: missing\n  norm/var: m"),
+        (wide_state, r"norm/mean: expected shape \[4\]; found \[7\]"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_trees_that_are_not_those_of_init_are_refused(change, match, dtype):
+    net = functional(Normalised, dtype)
+    given = change(*net.init(jax.random.key(0)))
+    for apply in (net.apply, jax.jit(net.apply, static_argnames="train")):
+        with pytest.raises(ConfigError, match=match):
+            apply(*given, jnp.asarray(X), train=True)
+
+
+def test_matching_costs_nothing_once_traced(monkeypatch):
+    """The program is the same whatever the keys, and a second call of the same shapes looks at no
+    names.
+    """
+    params, state = DEEP.init(jax.random.key(0))
+    x = jnp.asarray(X)
+    same = [
+        jax.jit(DEEP.apply).lower(*trees, x).compile().cost_analysis()
+        for trees in ((params, state), (as_text(params), as_text(state)))
+    ]
+    assert same[0]["flops"] == same[1]["flops"]
+    calls, original = [], functional_module.by_name
+
+    def counted(*args):
+        calls.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(functional_module, "by_name", counted)
+    net = functional(Deep)
+    for _ in range(3):
+        net.apply(as_text(params), as_text(state), x)
+    assert len(calls) == 3  # parameters, state, and the state after: in one trace
+    net.apply(params, state, x)
+    assert len(calls) == 3  # none where the structures are equal

@@ -26,7 +26,10 @@ def test_an_mlp_is_its_formula_and_does_not_care_how_rows_are_arranged(x64):
     for i, layer in enumerate(layers):
         h = h @ layer["kernel"] + layer["bias"]
         h = np.tanh(h) if i < 2 else h
-    call = lambda *inputs: [net.apply(params, state, jnp.asarray(a))[0] for a in inputs]  # noqa: E731
+
+    def call(*inputs):
+        return [net.apply(params, state, jnp.asarray(a))[0] for a in inputs]
+
     stacked, flat, one = jit(call)(x, x.reshape(42, 3), x[0, 0])
     np.testing.assert_allclose(stacked, h, rtol=1e-10)
     np.testing.assert_array_equal(stacked.reshape(42, 2), flat)

@@ -12,7 +12,6 @@ from genjax.data import cast, example_batch
 from genjax.evaluation.estimates import padded
 from genjax.nets.functional import functional
 from genjax.nets.sequence import EventEmbed, dropout
-from genjax.parts.likelihoods import emission
 from genjax.protocol import Batch, DataSpec, step_mask
 
 NAMES = DataSpec((5,), "tokens", levels=3, vocabulary=("\n", "a", "b"), step="character", end=0)
@@ -80,49 +79,6 @@ def test_lengths_travel_with_their_examples():
     check_batch(ROLLS, cast(ROLLS)(jax.random.key(0), raw))
     last = padded(raw, 198, 4)
     np.testing.assert_array_equal(last.length, [*raw.length[198:], raw.length[0], raw.length[0]])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["tokens", "discrete", "binary", "continuous"])
-def test_an_emission_is_a_distribution_that_samples_follow(kind, x64):
-    """Discrete ones sum to 1 over all events and frequencies agree; a mixture of Gaussians has the
-    moments of its parts.
-    """
-    shape = (1,) if kind == "tokens" else (1, 2)
-    spec = DataSpec(shape, kind, levels=3 if kind in ("tokens", "discrete") else None, step="step")
-    of = emission(spec, 2)
-    outputs = jax.random.normal(jax.random.key(1), (of.n_outputs,), jnp.float64)
-    n = 20_000
-    x = jax.jit(of.sample)(jax.random.key(2), jnp.broadcast_to(outputs[None], (n, of.n_outputs)))
-    assert x.shape == (n, *shape[1:])
-    if kind == "continuous":
-        weight = np.asarray(jax.nn.softmax(outputs[:2]))
-        parts = np.asarray(outputs[2:]).reshape(2, 4)
-        mean = weight @ parts[:, :2]
-        sd = np.sqrt(weight @ (np.exp(2 * parts[:, 2:]) + parts[:, :2] ** 2) - mean**2)
-        # The floor of the log-scale is at -7 and moves values near 0 by e^-7.
-        assert (np.abs(np.asarray(x).mean(0) - mean) < 4 * sd / np.sqrt(n) + 1e-3).all()
-        line = np.linspace(-12, 12, 401)
-        grid = jnp.asarray(np.stack(np.meshgrid(line, line), -1).reshape(-1, 2))
-        density = of.log_prob(grid, jnp.broadcast_to(outputs[None], (len(grid), of.n_outputs)))
-        np.testing.assert_allclose(np.exp(density).sum() * (line[1] - line[0]) ** 2, 1, atol=1e-6)
-        return
-    values = {
-        "tokens": [(v,) for v in range(3)],
-        "discrete": np.ndindex(3, 3),
-        "binary": np.ndindex(2, 2),
-    }[kind]
-    events = np.asarray(list(values), spec.dtype).reshape(-1, *shape[1:])
-    events = events if kind == "tokens" else events.astype(np.float64)
-    probability = np.exp(
-        of.log_prob(
-            jnp.asarray(events), jnp.broadcast_to(outputs[None], (len(events), of.n_outputs))
-        )
-    )
-    np.testing.assert_allclose(probability.sum(), 1, rtol=1e-12)
-    same = np.asarray(x)[:, None] == events[None]
-    found = same.all(axis=tuple(range(2, same.ndim))).mean(0)
-    assert (np.abs(found - probability) < 4 * np.sqrt(probability * (1 - probability) / n)).all()
 
 
 @pytest.mark.parametrize("spec", [NAMES, ROLLS], ids=["tokens", "vectors"])

@@ -18,8 +18,8 @@ import scipy.linalg
 import scipy.special
 import scipy.stats
 from gates import optimised
+from statistics_checks import RARE
 from vae_oracles import (
-    RARE,
     SHIFT,
     WIDEN,
     assert_mean,
@@ -114,7 +114,7 @@ def test_a_trained_linear_vae_is_ppca(gradient):
         lambda key: model.bound(trained.params, trained.state, batch, key).mean(), 4, 20
     )
     assert_mean(value, p.optimum / len(p.x), slack=2e-3)
-    mean, log_scale = model.extras["encode"](trained.params, trained.state, batch.x)
+    mean, log_scale = model.latent.encode(trained.params, trained.state, batch.x)
     # In a rotation of the latent space of its own, but with the same projection of the data.
     projected = (
         np.asarray(mean) @ weights.T + offset,
@@ -184,18 +184,18 @@ def test_the_estimate_of_the_evidence_is_unbiased_and_its_variance_falls_as_one_
 
 
 @pytest.mark.slow
-def test_the_bound_is_the_log_mean_of_weights_made_from_the_extras(x64):
+def test_the_bound_is_the_log_mean_of_weights_made_from_what_is_encoded_and_decoded(x64):
     # An independent computation: q from `encode`, p(x|z) from `decode`, the densities from scipy,
     # other draws of z.
     p = ppca()
     params, state = linear_params(p, SHIFT, WIDEN)
     model = linear_vae(n_bound_samples=128)
     x = p.x[:5]
-    mean, log_scale = map(np.asarray, model.extras["encode"](params, state, jnp.asarray(x)))
+    mean, log_scale = map(np.asarray, model.latent.encode(params, state, jnp.asarray(x)))
     rng, k, n = np.random.default_rng(5), 128, 1000
     z = mean + np.exp(log_scale) * rng.normal(size=(n * k, 5, 2))
     decoded = np.asarray(
-        jit(model.extras["decode"])(params, state, jnp.asarray(z.reshape(-1, 2)))
+        jit(model.latent.decode)(params, state, jnp.asarray(z.reshape(-1, 2)))
     ).reshape(n * k, 5, 6)
     weight = (
         scipy.stats.norm.logpdf(x, decoded, math.sqrt(p.noise)).sum(-1)
@@ -233,11 +233,12 @@ def test_a_posterior_that_collapsed_to_a_point_has_a_finite_bound_and_finds_its_
     bias = params["vae"]["encoder"]["layers"][0]["bias"]
     params["vae"]["encoder"]["layers"][0]["bias"] = bias.at[2:].set(-96.0)
     batch = Batch(jnp.ones((4, 6)))
-    np.testing.assert_allclose(
-        jit(model.extras["encode"])(params, state, batch.x)[1], -15, rtol=1e-5
-    )
+    np.testing.assert_allclose(jit(model.latent.encode)(params, state, batch.x)[1], -15, rtol=1e-5)
     assert np.isfinite(np.asarray(jit(model.bound)(params, state, batch, jax.random.key(1)))).all()
-    loss = lambda p: model.losses["vae"](p, state, batch, jax.random.key(1), 0)[0].mean()  # noqa: E731
+
+    def loss(p):
+        return model.losses["vae"](p, state, batch, jax.random.key(1), 0)[0].mean()
+
     gradient = jit(jax.grad(loss))(params)["vae"]["encoder"]["layers"][0]["bias"]
     np.testing.assert_allclose(gradient[2:], -1, atol=1e-3)  # d/ds (½ e^2s - s) far below 0
 
@@ -257,7 +258,7 @@ def test_the_closed_form_kl_equals_the_monte_carlo_kl(x64):
     one, other = over_keys(both, 6, 3000)
     exact = one["kl"][0]
     np.testing.assert_array_equal(one["kl"], np.broadcast_to(exact, one["kl"].shape))
-    mean, log_scale = map(np.asarray, closed.extras["encode"](params, state, batch.x))
+    mean, log_scale = map(np.asarray, closed.latent.encode(params, state, batch.x))
     np.testing.assert_allclose(
         exact, 0.5 * (np.exp(2 * log_scale) + mean**2 - 1 - 2 * log_scale).sum(-1), rtol=1e-12
     )
@@ -277,7 +278,7 @@ def test_beta_weighs_the_kl_and_nothing_else(x64, n_samples):
     loss, aux = {}, {}
     for beta in (0.0, 1.0, 4.0):
         loss[beta], aux[beta] = jit(linear_vae(beta=beta, n_samples=n_samples).losses["vae"])(
-            params, state, batch, key
+            params, state, batch, key, 0
         )
     metrics = aux[1.0].metrics
     for beta in (0.0, 4.0):  # what is reported does not depend on beta
@@ -303,7 +304,7 @@ def test_beta_weighs_the_kl_and_nothing_else(x64, n_samples):
         inner = jax.random.split(jax.random.key(8), 1)[0]
         np.testing.assert_allclose(
             ours,
-            -jit(linear_vae(n_samples=4).losses["vae"])(params, state, batch, inner)[0],
+            -jit(linear_vae(n_samples=4).losses["vae"])(params, state, batch, inner, 0)[0],
             rtol=1e-12,
         )
 
@@ -335,7 +336,7 @@ def test_a_decoder_that_ignores_z_has_the_likelihood_of_its_biases(x64, kind, sc
         want = np.log(np.where(x == 4, 1, cdf(y + 0.25)) - np.where(x == 0, 0, cdf(y - 0.25))).sum(
             (1, 2)
         )
-    _, aux = jit(model.losses["vae"])(params, state, Batch(jnp.asarray(x)), jax.random.key(9))
+    _, aux = jit(model.losses["vae"])(params, state, Batch(jnp.asarray(x)), jax.random.key(9), 0)
     np.testing.assert_allclose(aux.metrics["log_likelihood"], want, rtol=1e-9)
 
 
@@ -346,14 +347,41 @@ def test_a_bernoulli_decoder_of_zeros_gives_each_pixel_ln_half():
     last = params["vae"]["decoder"]["layers"][1]
     params["vae"]["decoder"]["layers"][1] = jax.tree.map(jnp.zeros_like, last)
     x = jnp.asarray(np.random.default_rng(0).integers(0, 2, size=(4, 3, 4, 1)), jnp.float32)
-    _, aux = jit(model.losses["vae"])(params, state, Batch(x), jax.random.key(0))
+    _, aux = jit(model.losses["vae"])(params, state, Batch(x), jax.random.key(0), 0)
     np.testing.assert_allclose(aux.metrics["log_likelihood"], -12 * math.log(2), rtol=1e-6)
     assert set(params["vae"]) == {"encoder", "decoder", "prior"}  # no scale to learn
+
+
+@pytest.mark.parametrize("net", ["mlp", "conv"])
+def test_a_categorical_decoder_of_zeros_gives_every_level_alike(net):
+    spec = DataSpec((4, 4, 2), "discrete", levels=5)
+    settings = {"latent_dim": 2, "net": net, "hidden": (5,), "channels": (3,)}
+    model = vae(spec, likelihood="categorical", **settings)
+    params, state = random_params(model)
+    params["vae"]["decoder"] = jax.tree.map(jnp.zeros_like, params["vae"]["decoder"])
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 5, size=(4, 4, 4, 2)), jnp.float32)
+    _, aux = jit(model.losses["vae"])(params, state, Batch(x), jax.random.key(0), 0)
+    np.testing.assert_allclose(aux.metrics["log_likelihood"], -32 * math.log(5), rtol=1e-6)
+    decoded = model.latent.decode(params, state, jnp.ones((3, 2)))
+    np.testing.assert_allclose(decoded, 2.0, rtol=1e-6)  # the mean of 0 .. 4
+    assert set(params["vae"]) == {"encoder", "decoder", "prior"}  # no scale to learn
+
+
+def test_auto_is_the_usual_likelihood_of_the_kind():
+    spec, x = DataSpec((3,), "discrete", levels=4), Batch(jnp.asarray([[0.0, 3.0, 1.0]]))
+    one, other = (
+        vae(spec, latent_dim=2, hidden=(3,), likelihood=name)
+        for name in ("auto", "discretized_logistic")
+    )
+    params, state = random_params(one)
+    found, wanted = (m.bound(params, state, x, jax.random.key(0)) for m in (one, other))
+    np.testing.assert_array_equal(found, wanted)
 
 
 ENUMERATED = {
     "binary": DataSpec((3,), "binary"),
     "discrete": DataSpec((2,), "discrete", levels=3),
+    "categorical": DataSpec((2,), "discrete", levels=3),
 }
 
 
@@ -367,7 +395,8 @@ def test_a_tiny_model_is_a_proper_pmf_and_the_bound_finds_its_logarithm(x64, kin
         .reshape(-1, spec.size)
         .astype(float)
     )
-    model = vae(spec, latent_dim=1, hidden=(4,), activation="tanh", n_bound_samples=5000)
+    settings = {"latent_dim": 1, "hidden": (4,), "activation": "tanh", "n_bound_samples": 5000}
+    model = vae(spec, likelihood=kind if kind == "categorical" else "auto", **settings)
     params, state = random_params(model, seed=1, size=1.0)
     params = f64(params)
     # q is wide, N(., 1.2^2) or so, which bounds the weights.
@@ -382,6 +411,9 @@ def test_a_tiny_model_is_a_proper_pmf_and_the_bound_finds_its_logarithm(x64, kin
     if kind == "binary":
         p_one = scipy.special.expit(outputs)[:, None]
         table = np.where(images[None] == 1, p_one, 1 - p_one)
+    elif kind == "categorical":
+        each = scipy.special.softmax(outputs.reshape(-1, 2, 3), axis=-1)
+        table = each[:, [0, 1], images.astype(int)]
     else:
         scale = np.exp(np.asarray(bounded_log_scale(params["vae"]["log_scale"])))
         cdf, y = scipy.stats.logistic(outputs[:, None], scale).cdf, images[None] - 1

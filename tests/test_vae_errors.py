@@ -8,10 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from vae_oracles import (
-    LINE,
-    random_params,
-)
+from vae_oracles import LINE, random_params
 
 from genjax.errors import ConfigError
 from genjax.families.vae import vae
@@ -32,7 +29,7 @@ IMAGE = DataSpec((8, 8, 1), "binary", name="pictures")
         (
             IMAGE,
             {"likelihood": "gaussian"},
-            "pictures is binary, whose likelihood is bernoulli; got gaussian",
+            "pictures is binary, whose likelihood is bernoulli; got gaussian. Binarize",
         ),
         (
             LINE,
@@ -49,9 +46,20 @@ IMAGE = DataSpec((8, 8, 1), "binary", name="pictures")
         (IMAGE, {"activation": "rellu"}, "no activation called 'rellu'. Did you mean relu"),
         (IMAGE, {"dtype": "float8"}, "no dtype called 'float8'"),
         (LINE, {"scale": "per-pixel"}, "no scale called 'per-pixel'. There are: shared, element"),
-        (LINE, {"scale": 0.0}, "scale must be positive, 'shared' or 'element'; got 0.0"),
+        (LINE, {"scale": 0.0}, "scale must be positive; got 0.0"),
         (LINE, {"scale": -1}, "scale must be positive"),
+        (
+            DataSpec((6,), "discrete", levels=4, name="greys"),
+            {"likelihood": "gaussian"},
+            "greys is discrete, whose likelihood is discretized_logistic or categorical; got gauss",
+        ),
+        (LINE, {"beta_warmup_steps": -1}, "beta_warmup_steps must be at least 0; got -1"),
+        (LINE, {"beta": -0.5}, "beta must be at least 0; got -0.5"),
+        (LINE, {"latent_dims": 3}, "no setting of vae called 'latent_dims'. Did you mean latent_d"),
         (LINE, {"latent_dim": 0}, "latent_dim must be at least 1; got 0"),
+        (LINE, {"latent_dim": 2.5}, "latent_dim must be a whole number; got 2.5"),
+        (LINE, {"hidden": (8, 0)}, r"hidden\[1\] must be at least 1; got 0"),
+        (LINE, {"prior": 3}, "prior"),
         (LINE, {"n_samples": 0}, "n_samples must be at least 1; got 0"),
         (LINE, {"n_bound_samples": -3}, "n_bound_samples must be at least 1; got -3"),
         (
@@ -152,9 +160,11 @@ X = np.ones((3, 2, 2), np.float32)
 )
 def test_batches_that_do_not_fit(condition, batch, error, match):
     model, params, state = small(**condition)
-    for function in (model.losses["vae"], model.bound):
-        with pytest.raises(error, match=match):
-            function(params, state, batch, jax.random.key(0))
+    key = jax.random.key(0)
+    with pytest.raises(error, match=match):
+        model.losses["vae"](params, state, batch, key, 0)
+    with pytest.raises(error, match=match):
+        model.bound(params, state, batch, key)
 
 
 def test_keys_and_numbers_that_do_not_fit():
@@ -180,7 +190,7 @@ def test_keys_and_numbers_that_do_not_fit():
         jax.jit(lambda n: model.sample(params, state, jax.random.key(0), n))(3)
 
 
-def test_conditions_of_samples_and_extras_that_do_not_fit():
+def test_conditions_of_samples_and_codes_that_do_not_fit():
     plain, labelled = small(), small(n_classes=4)
     key = jax.random.key(0)
     for (model, params, state), cond, match in (
@@ -190,10 +200,12 @@ def test_conditions_of_samples_and_extras_that_do_not_fit():
     ):
         for call in (
             lambda: model.sample(params, state, key, 3, cond),
-            lambda: model.extras["sample_mean"](params, state, key, 3, cond),
-            lambda: model.extras["encode"](params, state, jnp.asarray(X), cond),
-            lambda: model.extras["decode"](params, state, jnp.ones((3, 2)), cond),
-            lambda: model.extras["reconstruct"](params, state, jnp.asarray(X), cond),
+            lambda: model.latent.sample_mean(params, state, key, 3, cond),
+            lambda: model.latent.encode(params, state, jnp.asarray(X), cond),
+            lambda: model.latent.decode(params, state, jnp.ones((3, 2)), cond),
+            lambda: model.latent.draw(params, state, key, jnp.ones((3, 2)), cond),
+            lambda: model.latent.log_likelihood(params, state, Batch(X, cond), jnp.ones((3, 2))),
+            lambda: model.latent.reconstruct(params, state, jnp.asarray(X), cond),
         ):
             with pytest.raises(ValueError, match=match):
                 call()

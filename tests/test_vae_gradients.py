@@ -47,7 +47,10 @@ def gradients(gradient, k, beta=1.0, prior="normal", n=20_000):
         params, state = random_params(model, seed=2)
         params = f64(params)
         batch = Batch(jnp.asarray(POINTS))
-        flatten = lambda tree: jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])  # noqa: E731
+
+        def flatten(tree):
+            return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
+
         grad = jax.grad(lambda p, key: model.losses["vae"](p, state, batch, key, 0)[0].sum())
         mine = flatten(
             {

@@ -11,16 +11,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 import scipy.stats
-from vae_oracles import (
-    RARE,
-    check_moments,
-    f64,
-    jit,
-    linear_params,
-    linear_vae,
-    ppca,
-    random_params,
-)
+from statistics_checks import RARE
+from vae_oracles import check_moments, f64, jit, linear_params, linear_vae, ppca, random_params
 
 from genjax.families.vae import vae
 from genjax.protocol import Batch, DataSpec
@@ -105,8 +97,8 @@ def test_a_condition_without_effect_or_without_change_is_no_condition(x64, net, 
             model.losses["vae"](params, state, batch, key, 0)[0],
             model.bound(params, state, batch, key),
             model.sample(params, state, key, 4, cond),
-            model.extras["encode"](params, state, x, cond),
-            model.extras["decode"](params, state, z, cond),
+            model.latent.encode(params, state, x, cond),
+            model.latent.decode(params, state, z, cond),
         )
 
     one = jit(partial(everything, plain, cond=None))(params)
@@ -124,10 +116,12 @@ def test_labels_are_one_hot_vectors_and_make_a_difference():
     labels = jnp.array([0, 1, 2])
     x, z = jnp.ones((3, 4)), jnp.ones((3, 2))
     for name, argument in (("decode", z), ("encode", x), ("reconstruct", x)):
-        one = jit(by_label.extras[name])(params, state, argument, labels)
+        one = jit(getattr(by_label.latent, name))(params, state, argument, labels)
         np.testing.assert_array_equal(
             jax.tree.leaves(one),
-            jax.tree.leaves(jit(by_vector.extras[name])(params, state, argument, jnp.eye(3))),
+            jax.tree.leaves(
+                jit(getattr(by_vector.latent, name))(params, state, argument, jnp.eye(3))
+            ),
         )
         rows = np.asarray(jax.tree.leaves(one)[0])
         assert min(np.abs(rows[i] - rows[j]).max() for i in range(3) for j in range(i)) > 1e-2
@@ -183,7 +177,7 @@ def test_a_linear_decoder_samples_its_gaussian(x64):
     assert scipy.stats.kstest(whitened.ravel(), scipy.stats.norm.cdf).pvalue > RARE
     # Without the noise of p(x|z) only the span of W is left.
     means = np.asarray(
-        jit(model.extras["sample_mean"], static_argnums=3)(params, state, jax.random.key(33), n)
+        jit(model.latent.sample_mean, static_argnums=3)(params, state, jax.random.key(33), n)
     )
     check_moments(means, p.offset, p.weights @ p.weights.T)
     outside = scipy.linalg.null_space(p.weights.T)
@@ -193,19 +187,19 @@ def test_a_linear_decoder_samples_its_gaussian(x64):
 def test_encode_decode_and_reconstruct_are_the_linear_maps_of_the_model(x64):
     p = ppca()
     params, state = linear_params(p)
-    extras = linear_vae().extras
-    mean, log_scale = extras["encode"](params, state, jnp.asarray(p.x))
+    latent = linear_vae().latent
+    mean, log_scale = latent.encode(params, state, jnp.asarray(p.x))
     np.testing.assert_allclose(mean, (p.x - p.offset) @ p.gain.T, atol=1e-12)
     np.testing.assert_allclose(
         log_scale, np.broadcast_to(0.5 * np.log(p.variance), mean.shape), atol=1e-12
     )
     z = np.random.default_rng(34).normal(size=(3, 2))
     np.testing.assert_allclose(
-        extras["decode"](params, state, jnp.asarray(z)), z @ p.weights.T + p.offset, atol=1e-12
+        latent.decode(params, state, jnp.asarray(z)), z @ p.weights.T + p.offset, atol=1e-12
     )
     want = (p.x - p.offset) @ p.gain.T @ p.weights.T + p.offset
     np.testing.assert_allclose(
-        extras["reconstruct"](params, state, jnp.asarray(p.x)), want, atol=1e-12
+        latent.reconstruct(params, state, jnp.asarray(p.x)), want, atol=1e-12
     )
 
 
@@ -227,14 +221,14 @@ def test_shapes_kinds_and_ranges(kind, net):
 
     @jit
     def everything(params, key):
-        extras = model.extras
+        latent = model.latent
         return (
-            extras["encode"](params, state, x),
-            extras["decode"](params, state, jnp.ones((7, 3))),
-            extras["reconstruct"](params, state, x),
-            extras["sample_mean"](params, state, key, 300),
+            latent.encode(params, state, x),
+            latent.decode(params, state, jnp.ones((7, 3))),
+            latent.reconstruct(params, state, x),
+            latent.sample_mean(params, state, key, 300),
             model.sample(params, state, key, 300),
-            extras["decode"](params, state, extras["encode"](params, state, x)[0]),
+            latent.decode(params, state, latent.encode(params, state, x)[0]),
         )
 
     (mean, log_scale), decoded, rebuilt, means, samples, twice = everything(
@@ -268,15 +262,76 @@ def test_bfloat16_arithmetic_keeps_float32_parameters_and_losses(net):
     params, state = random_params(narrow)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     batch = Batch(jnp.ones((4, 4, 4, 1)))
-    value = lambda p, m: (lambda loss, aux: (loss.sum(), (loss, aux)))(
-        *m.losses["vae"](p, state, batch, jax.random.key(38), 0)
-    )  # noqa: E731
+
+    def value(p, m):
+        loss, aux = m.losses["vae"](p, state, batch, jax.random.key(38), 0)
+        return loss.sum(), (loss, aux)
+
     (_, (one, aux)), grads = jit(jax.value_and_grad(partial(value, m=narrow), has_aux=True))(params)
-    other, _ = jit(wide.losses["vae"])(params, state, batch, jax.random.key(38))
+    other, _ = jit(wide.losses["vae"])(params, state, batch, jax.random.key(38), 0)
     assert {one.dtype, *(m.dtype for m in aux.metrics.values())} == {jnp.dtype("float32")}
     np.testing.assert_allclose(one, other, rtol=0.02)
     assert np.any(np.asarray(one) != np.asarray(other))
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+
+
+# --- what a loss draws, and what latents are ------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_loss_is_a_function_of_its_noise(x64, k):
+    """What `noise` says that a loss draws gives its value: with it all is computed again."""
+    p = ppca()
+    params, state = linear_params(p, 0.3, 0.25)
+    model = linear_vae(n_samples=k, gradient="stl")
+    batch, key = Batch(jnp.asarray(p.x[:5])), jax.random.key(39)
+    epsilon = np.asarray(model.noise["vae"](key, batch).epsilon)
+    assert epsilon.shape == (k, 5, 2)
+    mean, log_scale = map(np.asarray, model.latent.encode(params, state, batch.x))
+    z = mean + np.exp(log_scale) * epsilon
+    log_lik = [model.latent.log_likelihood(params, state, batch, jnp.asarray(one)) for one in z]
+    log_q = scipy.stats.norm.logpdf(z, mean, np.exp(log_scale)).sum(-1)
+    weights = np.asarray(log_lik) + scipy.stats.norm.logpdf(z).sum(-1) - log_q
+    value, aux = jit(model.losses["vae"])(params, state, batch, key, 0)
+    np.testing.assert_allclose(value, -np.log(np.exp(weights).mean(0)), rtol=1e-10)
+    np.testing.assert_allclose(aux.metrics["log_likelihood"], np.mean(log_lik, 0), rtol=1e-10)
+
+
+def test_a_loss_in_narrow_data_draws_what_it_draws_in_float32():
+    model = linear_vae()
+    x = jnp.ones((4, 6))
+    one, other = (
+        model.noise["vae"](jax.random.key(0), Batch(x.astype(dtype))).epsilon
+        for dtype in ("bfloat16", "float32")
+    )
+    np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("kind", ["binary", "discrete", "continuous"])
+def test_a_sample_is_drawn_from_a_latent_of_the_prior(kind):
+    """And `draw` gives values of the data, as `sample` does."""
+    spec = DataSpec((3, 2), kind, levels=4 if kind == "discrete" else None, n_classes=2)
+    model = vae(spec, latent_dim=2, hidden=(4,))
+    params, state = random_params(model)
+    key_z, key_x = jax.random.split(jax.random.key(40))
+    z, cond = jax.random.normal(key_z, (50, 2)), jnp.arange(50) % 2
+    x = model.sample(params, state, jax.random.key(40), 50, cond)
+    drawn = model.latent.draw(params, state, key_x, z, cond)
+    np.testing.assert_array_equal(x, drawn)
+    means = model.latent.sample_mean(params, state, key_z, 50, cond)
+    np.testing.assert_array_equal(means, model.latent.decode(params, state, z, cond))
+    assert (x.shape, x.dtype) == ((50, 3, 2), jnp.float32)
+    if kind != "continuous":
+        assert set(np.unique(x)) == set(range(spec.levels or 2))
+
+
+def test_latents_are_described_as_data_are():
+    spec = DataSpec((8, 8, 1), "binary", n_classes=3, class_names=("a", "b", "c"), name="pictures")
+    latents = vae(spec, latent_dim=5, hidden=()).latent.spec
+    assert (latents.shape, latents.kind) == ((5,), "continuous")
+    assert latents.name == "latents of pictures"
+    assert (latents.n_classes, latents.class_names) == (3, ("a", "b", "c"))
+    assert vae(DataSpec((4,), "continuous", cond_dim=2), hidden=()).latent.spec.cond_dim == 2
 
 
 def test_what_a_report_is_told():

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
-from genjax.families.vae import normal_prior, vae
+from genjax.families.vae import vae
+from genjax.parts.priors import normal_prior
 from genjax.protocol import DataSpec
 
-RARE = 2 * scipy.stats.norm.sf(4.0)  # the p-value of 4 standard errors
 LINE = DataSpec((6,), "continuous", name="pPCA data")
 # These programs are small and run once or a few times: most of the time is the compiler's, and this
 # takes a third of it.

@@ -16,6 +16,7 @@ from genjax.checks import check_cond, checked
 from genjax.errors import ConfigError
 from genjax.nets.conv import ConvDecoder, ConvEncoder
 from genjax.nets.functional import Net, functional
+from genjax.nets.layers import wide
 from genjax.nets.mlp import MLP, flatten_with
 from genjax.parts.distributions import log_mean_exp, normal_log_prob, sum_event
 from genjax.parts.likelihoods import Likelihood, bounded_log_scale, likelihood_of
@@ -74,8 +75,8 @@ class Noise(NamedTuple):
 def draw_noise(latent_dim: int, k: int, key: Key, batch: Batch) -> Noise:
     """The noise of K draws of z for each example."""
     shape = (k, batch.x.shape[0], latent_dim)
-    dtype = jnp.promote_types(batch.x.dtype, jnp.float32)
-    return Noise(jax.random.normal(key, shape, dtype), jax.random.fold_in(key, 1))
+    epsilon = jax.random.normal(key, shape, wide(batch.x.dtype))
+    return Noise(epsilon, jax.random.fold_in(key, 1))
 
 
 # --- the model ------------------------------------------------------------------------------------

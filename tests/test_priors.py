@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
+from statistics_checks import RARE
 from vae_oracles import (
-    RARE,
     SHIFT,
     WIDEN,
     assert_mean,
@@ -26,7 +26,8 @@ from vae_oracles import (
     random_params,
 )
 
-from genjax.families.vae import Prior, vae, vamp_prior
+from genjax.families.vae import vae
+from genjax.parts.priors import Prior, vamp_prior
 from genjax.protocol import Batch, DataSpec
 
 
@@ -38,6 +39,11 @@ def mixture(x, condition):
 PSEUDO = np.array([[-1.5, 0.2], [0.1, 1.0], [1.2, -0.7]])
 
 
+def density(prior, u, posterior, z):
+    """ln p(z) of a VampPrior with these pseudo-inputs; what else a prior gets does not matter."""
+    return prior.log_prob({"x": u}, {}, posterior, z, None, None)
+
+
 def naive_mixture(z, mean, log_scale):
     parts = scipy.stats.norm.logpdf(z[..., None, :], mean, np.exp(log_scale)).sum(-1)
     return scipy.special.logsumexp(parts, axis=-1) - math.log(len(mean))
@@ -47,7 +53,7 @@ def naive_mixture(z, mean, log_scale):
 def test_the_vamp_prior_is_the_mixture_of_its_posteriors(x64, shape):
     prior = vamp_prior(DataSpec((2,), "continuous"), 3)
     z = np.random.default_rng(15).normal(size=(*shape, 2)) * 4
-    got = jit(lambda z: prior.log_prob({"x": jnp.asarray(PSEUDO)}, mixture, z))(jnp.asarray(z))
+    got = jit(lambda z: density(prior, jnp.asarray(PSEUDO), mixture, z))(jnp.asarray(z))
     assert got.shape == shape
     np.testing.assert_allclose(got, naive_mixture(z, 3 * PSEUDO, -1 + 0.3 * PSEUDO), rtol=1e-10)
 
@@ -66,11 +72,8 @@ def test_the_vamp_prior_keeps_its_digits_in_float32(narrow, loses):
     )
     z = (mean[:8] + np.exp(log_scale[:8]) * rng.normal(size=(8, 16))).astype(np.float32)
     prior = vamp_prior(DataSpec((1,), "continuous"), 20)
-    got = prior.log_prob(
-        {"x": jnp.zeros((20, 1))},
-        lambda x, c: (jnp.asarray(mean), jnp.asarray(log_scale)),
-        jnp.asarray(z),
-    )
+    q = (jnp.asarray(mean), jnp.asarray(log_scale))
+    got = density(prior, jnp.zeros((20, 1)), lambda x, c: q, jnp.asarray(z))
     want = naive_mixture(*(a.astype(np.float64) for a in (z, mean, log_scale)))
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=loses)
 
@@ -85,7 +88,7 @@ def test_the_vamp_prior_has_the_gradient_of_the_mixture(x64, narrow):
     prior = vamp_prior(DataSpec((1,), "continuous"), 3)
 
     def ours(mean, log_scale, z):
-        return prior.log_prob({"x": jnp.zeros((3, 1))}, lambda x, c: (mean, log_scale), z).sum()
+        return density(prior, jnp.zeros((3, 1)), lambda x, c: (mean, log_scale), z).sum()
 
     def naive(mean, log_scale, z):
         square = ((z[:, None] - mean[None]) / jnp.exp(log_scale)[None]) ** 2
@@ -100,15 +103,20 @@ def test_the_vamp_prior_has_the_gradient_of_the_mixture(x64, narrow):
 def test_samples_of_the_vamp_prior_follow_it():
     prior, n = vamp_prior(DataSpec((2,), "continuous"), 3), 20_000
     z = np.asarray(
-        jit(lambda key: prior.sample({"x": jnp.asarray(PSEUDO, jnp.float32)}, mixture, key, n))(
-            jax.random.key(18)
-        )
+        jit(
+            lambda key: prior.sample(
+                {"x": jnp.asarray(PSEUDO, jnp.float32)}, {}, mixture, key, n, None
+            )
+        )(jax.random.key(18))
     )
     mean, scale = 3 * PSEUDO, np.exp(-1 + 0.3 * PSEUDO)
     for axis in range(2):
-        cdf = lambda t: np.mean(
-            [scipy.stats.norm.cdf(t, mean[m, axis], scale[m, axis]) for m in range(3)], 0
-        )  # noqa: E731
+
+        def cdf(t):
+            return np.mean(
+                [scipy.stats.norm.cdf(t, mean[m, axis], scale[m, axis]) for m in range(3)], 0
+            )
+
         assert scipy.stats.kstest(z[:, axis], cdf).pvalue > RARE
     # The components lie many deviations apart, so the nearest one is the one that was drawn: equal
     # shares.
@@ -128,12 +136,12 @@ def test_equal_pseudo_inputs_are_one_component(x64):
     one, many = (vamp_prior(DataSpec((2,), "continuous"), m) for m in (1, 6))
     u = jnp.asarray(PSEUDO[:1])
     np.testing.assert_allclose(
-        one.log_prob({"x": u}, mixture, z),
-        many.log_prob({"x": jnp.tile(u, (6, 1))}, mixture, z),
+        density(one, u, mixture, z),
+        density(many, jnp.tile(u, (6, 1)), mixture, z),
         rtol=1e-12,
     )
     np.testing.assert_allclose(
-        one.log_prob({"x": u}, mixture, z),
+        density(one, u, mixture, z),
         scipy.stats.norm.logpdf(z, 3 * u, np.exp(-1 + 0.3 * u)).sum(-1),
         rtol=1e-12,
     )
@@ -149,9 +157,7 @@ def test_a_vae_with_one_pseudo_input_has_the_evidence_of_a_shifted_gaussian(x64)
     u = p.x[7:8]
     params["vae"]["prior"] = {"x": jnp.asarray(u)}
     model = linear_vae(prior="vamp", n_pseudo_inputs=1, n_bound_samples=64)
-    mean, log_scale = (
-        np.asarray(a)[0] for a in model.extras["encode"](params, state, jnp.asarray(u))
-    )
+    mean, log_scale = (np.asarray(a)[0] for a in model.latent.encode(params, state, jnp.asarray(u)))
     weights = p.weights * np.exp(log_scale)
     want = log_marginal(p.x[:5], weights, p.offset + p.weights @ mean, p.noise)
     value = over_keys(
@@ -176,24 +182,26 @@ def test_pseudo_inputs_live_on_the_normalised_scale(x64, kind):
     u = raw if kind == "continuous" else np.tanh(raw)
     # `encode` takes events in the units of the data, and maps them to the scale that the
     # pseudo-inputs are on.
-    seen = np.asarray(model.extras["encode"](params, state, spec.denormalize(jnp.asarray(u)))[0])
+    seen = np.asarray(model.latent.encode(params, state, spec.denormalize(jnp.asarray(u)))[0])
     prior = vamp_prior(spec, 3)
     inputs = []
     prior.sample(
         params["vae"]["prior"],
+        {},
         lambda x, c: inputs.append(x) or (jnp.asarray(seen), jnp.zeros((3, 2))),
         jax.random.key(0),
         4,
+        None,
     )
     np.testing.assert_allclose(inputs[0], u, rtol=1e-12)
     # As the prior is a mixture over these, tiny posteriors put every sample_mean on one of the
     # decoded pseudo-inputs.
     tiny = params["vae"]["encoder"]["layers"][1]
     tiny["kernel"], tiny["bias"] = tiny["kernel"].at[:, 2:].set(0.0), tiny["bias"].at[2:].set(-30.0)
-    seen = model.extras["encode"](params, state, spec.denormalize(jnp.asarray(u)))[0]
-    decoded = np.asarray(model.extras["decode"](params, state, seen))
+    seen = model.latent.encode(params, state, spec.denormalize(jnp.asarray(u)))[0]
+    decoded = np.asarray(model.latent.decode(params, state, seen))
     drawn = np.asarray(
-        jit(model.extras["sample_mean"], static_argnums=3)(params, state, jax.random.key(22), 200)
+        jit(model.latent.sample_mean, static_argnums=3)(params, state, jax.random.key(22), 200)
     )
     distance = np.abs(drawn[:, None] - decoded).max(-1)
     assert distance.min(1).max() < 1e-5  # of the order of the floor of the scale, e^-15
@@ -204,7 +212,7 @@ def test_pseudo_inputs_live_on_the_normalised_scale(x64, kind):
 def test_pseudo_inputs_and_their_conditions_are_learned():
     spec = DataSpec((3,), "binary", n_classes=2)
     model = vae(spec, latent_dim=2, hidden=(4,), prior="vamp", n_pseudo_inputs=5)
-    np.testing.assert_allclose(vamp_prior(spec, 5).init(jax.random.key(23))["cond"], 0.5)
+    np.testing.assert_allclose(vamp_prior(spec, 5).init(jax.random.key(23))[0]["cond"], 0.5)
     params, state = random_params(model)
     batch = Batch(
         jnp.ones((4, 3)), jnp.array([0, 1, 0, 1])
@@ -220,11 +228,11 @@ def test_a_prior_of_ones_own_is_used_for_all_three_things(x64):
     # N(1, 2^2) with parameters of its own: the evidence of the linear model changes as it must.
     p = ppca()
     prior = Prior(
-        init=lambda key: {"mean": jnp.ones(2)},
-        log_prob=lambda own, posterior, z: jnp.sum(
+        init=lambda key: ({"mean": jnp.ones(2)}, {}),
+        log_prob=lambda own, state, posterior, z, cond, key: jnp.sum(
             jax.scipy.stats.norm.logpdf(z, own["mean"][0], 2.0), -1
         ),
-        sample=lambda own, posterior, key, n: (
+        sample=lambda own, state, posterior, key, n, cond: (
             own["mean"][None] + 2 * jax.random.normal(key, (n, 2))
         ),
     )
