@@ -43,7 +43,8 @@ _HOME = {
     "two_stage": "families.compose",
     "vrnn": "families.vrnn",
     "vae": "families.vae",
-    "Prior": "families.vae",
+    "Prior": "parts.priors",
+    "prior_of": "parts.priors",
     "ZOO": "zoo",
 }
 
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
     from genjax.families.gan import gan
     from genjax.families.rnn import rnn
     from genjax.families.transformer import transformer
-    from genjax.families.vae import Prior, vae
+    from genjax.families.vae import vae
     from genjax.families.vrnn import vrnn
     from genjax.learning.loop import fit
     from genjax.learning.members import ensemble, grid, sweep
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
         scan_steps,
         skip_nonfinite,
     )
+    from genjax.parts.priors import Prior, prior_of
     from genjax.protocol import Aux, Batch, DataSpec, Model, Trained, Training, TrainState
     from genjax.zoo import ZOO
 
