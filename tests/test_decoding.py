@@ -158,10 +158,10 @@ START = (jnp.broadcast_to(jnp.asarray(FIRST), (4, W)), jnp.full(4, W, jnp.int32)
 
 def log_probs(x):
     """ln p of whole strings x [N, T], by hand."""
-    log_softmax = lambda logits: np.log(softmax(logits))  # noqa: E731
-    total, before = log_softmax(FIRST)[x[:, 0]], np.full(len(x), W)
+    total, before = np.log(softmax(FIRST))[x[:, 0]], np.full(len(x), W)
     for t in range(1, x.shape[1]):
-        total = total + log_softmax(TABLE[before, x[:, t - 1]])[np.arange(len(x)), x[:, t]]
+        each = np.log(softmax(TABLE[before, x[:, t - 1]]))
+        total = total + each[np.arange(len(x)), x[:, t]]
         before = x[:, t - 1]
     return total
 
@@ -195,7 +195,9 @@ def test_the_law_of_generated_strings():
 
 
 def test_counts_are_those_of_the_tokens_so_far():
-    least = lambda key, outputs, counts: counts.argmin(-1).astype(jnp.int32)  # noqa: E731
+    def least(key, outputs, counts):
+        return counts.argmin(-1).astype(jnp.int32)
+
     got = generate(
         second_order, *START, least, jax.random.key(0), 7, prompt=jnp.full((4, 1), 1, jnp.int32)
     )
@@ -242,8 +244,12 @@ def test_after_the_end_token_all_is_the_end_token():
 
 
 def test_events_need_not_be_tokens():
-    walk = lambda carry, x: (x, carry)  # noqa: E731
-    choose = lambda key, outputs, counts: outputs + 1 + 0 * counts.sum().astype(outputs.dtype)  # noqa: E731
+    def walk(carry, x):
+        return x, carry
+
+    def choose(key, outputs, counts):
+        return outputs + 1 + 0 * counts.sum().astype(outputs.dtype)
+
     got = generate(
         walk,
         jnp.zeros((2, 3)),
@@ -344,13 +350,18 @@ def of_class(params, state, n, cond, dropped):
 
 @pytest.mark.slow
 def test_the_generator_of_a_family_guides_and_refuses_what_does_not_fit():
-    stay = lambda params, state, carry, x, cond, dropped: (carry, carry)  # noqa: E731
-    draw = lambda key, outputs: jax.random.categorical(key, outputs).astype(jnp.int32)  # noqa: E731
+    def stay(params, state, carry, x, cond, dropped):
+        return carry, carry
+
+    def draw(key, outputs):
+        return jax.random.categorical(key, outputs).astype(jnp.int32)
+
     run = generator(CLASSES, of_class, stay, draw, context=4)
     cond, key = jnp.asarray([0, 1] * 500), jax.random.key(0)
-    rate = lambda **options: float(
-        (run({}, {}, key, 1000, cond, **options) == cond[:, None]).mean()
-    )  # noqa: E731
+
+    def rate(**options):
+        return float((run({}, {}, key, 1000, cond, **options) == cond[:, None]).mean())
+
     for scale, logit in ((0.0, 0.0), (1.0, 4.0), (0.5, 2.0)):
         p = np.exp(logit) / (np.exp(logit) + 2)
         assert abs(rate(guidance=scale) - p) < 4 * np.sqrt(p * (1 - p) / 4000), scale

@@ -28,7 +28,7 @@ def test_the_new_state_is_written_over_the_donated_one(name):
     nothing of it is there twice.
     """
     spec = setup(name).spec
-    t = setup(name).recipe.training(spec)
+    t = setup(name).recipe.training(setup(name).on)
     state, batch = step_shapes(t, spec, B)
     looped = jax.jit(repeat_steps(t, 3).step, donate_argnums=0).lower(state, batch).compile(QUICK)
     for program in (step_program(t, spec, B, QUICK), looped):

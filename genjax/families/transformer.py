@@ -96,8 +96,9 @@ def through_blocks(layers: Layers, p: Any, h: Array, keys: Any) -> Array:
 
 
 def blocks_of(layers: Layers, p: Any) -> list[Any]:
-    """The parameters of each block, in their order."""
-    return [p["blocks"][index] for index in range(layers.n_layers)]
+    """The parameters of each block, in their order; "10" is the same name as 10."""
+    named = {str(index): block for index, block in p["blocks"].items()}
+    return [named[str(index)] for index in range(layers.n_layers)]
 
 
 def read(layers: Layers, p: Any, h: Array) -> Array:

@@ -16,14 +16,13 @@ from rows import grown, widen
 from genjax.data import example_batch
 from genjax.families.rnn import rnn
 from genjax.families.vae import vae
-from genjax.families.vrnn import (
-    MIN_SCALE,
+from genjax.families.vrnn import MIN_SCALE, vrnn
+from genjax.parts.particles import (
     RESAMPLING,
     Sequential,
     ancestors,
     elbo_steps,
     particle_bound,
-    vrnn,
 )
 from genjax.protocol import Batch, DataSpec
 
@@ -307,7 +306,10 @@ def test_one_step_is_a_conditional_variational_autoencoder(x64):
     p = params["vrnn"]
     p["prior"] = jax.tree.map(jnp.zeros_like, p["prior"])
     p["prior"]["layers"][0]["bias"] = jnp.asarray([0, 0, *[state_space.raw(1.0)] * 2])
-    wide = lambda layer: (layer["kernel"], layer.get("bias", 0.0))  # noqa: E731
+
+    def wide(layer):
+        return layer["kernel"], layer.get("bias", 0.0)
+
     (embed, b_embed), condition = wide(p["embed"]["dense"]), p["embed"]["condition"]["kernel"]
 
     def first_h(label):
@@ -337,8 +339,8 @@ def test_one_step_is_a_conditional_variational_autoencoder(x64):
         }
     }
     x, cond = jnp.asarray([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]]), jnp.asarray([0, 1])
-    mean, raw = other.extras["encode"](vae_params, {"vae": {}}, x, cond)
-    got = model.extras["encode"](params, state, x[:, None], cond)
+    mean, raw = other.latent.encode(vae_params, {"vae": {}}, x, cond)
+    got = model.latent.encode(params, state, x[:, None], cond)
     np.testing.assert_allclose(got[0][:, 0], mean, rtol=1e-10)
     np.testing.assert_allclose(got[1][:, 0], np.log(np.log1p(np.exp(raw)) + MIN_SCALE), rtol=1e-10)
     # The VAE's scale is the exponential of the same output: move its bias so that they agree for
@@ -347,9 +349,9 @@ def test_one_step_is_a_conditional_variational_autoencoder(x64):
     vae_params["vae"]["encoder"]["layers"][0]["bias"] += jnp.concatenate(
         [jnp.zeros(2), got[1][0, 0] - raw[0]]
     )
-    terms = quick(other.losses["vae"])(vae_params, {"vae": {}}, many, KEY)[1].metrics
+    terms = quick(other.losses["vae"])(vae_params, {"vae": {}}, many, KEY, 0)[1].metrics
     mine = quick(model.losses["vrnn"])(
-        params, state, many._replace(x=many.x[:, None]), jax.random.key(8)
+        params, state, many._replace(x=many.x[:, None]), jax.random.key(8), 0
     )[1].metrics
     np.testing.assert_allclose(mine["kl"], terms["kl"], rtol=1e-9)
     difference = mine["log_likelihood"].mean() - terms["log_likelihood"].mean()
@@ -395,7 +397,7 @@ def test_identical_noise_gives_identical_bounds():
         bound(params, state, batch, KEY) != bound(params, state, batch, jax.random.key(6))
     ).all()
     assert_close(
-        model.extras["step_bound"](params, state, batch, KEY).sum(1),
+        model.extras.step_bound(params, state, batch, KEY).sum(1),
         bound(params, state, batch, KEY),
         rtol=1e-5,
     )

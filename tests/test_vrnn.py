@@ -68,7 +68,7 @@ def test_padding_changes_neither_values_nor_gradients(how, x64):
     assert_close(value_of(longer)(params, padded), wanted, rtol=1e-12)
     bound = quick(model.bound)
     assert_same(bound(params, state, other, KEY), bound(params, state, batch, KEY))
-    terms = quick(model.extras["step_bound"])(params, state, other, KEY)
+    terms = quick(model.extras.step_bound)(params, state, other, KEY)
     assert np.sum(np.asarray(terms) == 0) == 15 - 8
 
 
@@ -86,13 +86,13 @@ def test_after_the_end_token_nothing_counts(how, x64):
 def test_no_term_of_the_bound_sees_its_future(x64):
     model, params, state = setup(DataSpec((5, 3), "binary", step="frame"), hidden=(6, 7))
     x = widen(example_batch(model.spec, KEY, 1)).x
-    terms = quick(jax.jacrev(lambda x: model.extras["step_bound"](params, state, Batch(x), KEY)[0]))
+    terms = quick(jax.jacrev(lambda x: model.extras.step_bound(params, state, Batch(x), KEY)[0]))
     size = np.abs(terms(x)[:, 0]).max(-1)
     np.testing.assert_array_equal(size[np.triu_indices(5, 1)], 0)
     assert size[np.tril_indices(5)].min() > 0
-    mean, log_scale = model.extras["encode"](params, state, x)
+    mean, log_scale = model.latent.encode(params, state, x)
     assert mean.shape == log_scale.shape == (1, 5, 2)
-    of_mean = quick(jax.jacrev(lambda x: model.extras["encode"](params, state, x)[0][0].sum(-1)))
+    of_mean = quick(jax.jacrev(lambda x: model.latent.encode(params, state, x)[0][0].sum(-1)))
     size = np.abs(of_mean(x)[:, 0]).max(-1)
     np.testing.assert_array_equal(size[np.triu_indices(5, 1)], 0)
 
@@ -102,16 +102,16 @@ def test_the_loss_is_the_bound_and_beta_weighs_the_divergence(x64):
     batch = widen(example_batch(CURVES, KEY, 6))
     for how, settings in OBJECTIVES.items():
         model, params, state = setup(CURVES, **settings)
-        loss, aux = quick(model.losses["vrnn"])(params, state, batch, KEY)
-        key = jax.random.split(KEY, 3)[0]  # the others are for dropout
+        loss, aux = quick(model.losses["vrnn"])(params, state, batch, KEY, 0)
+        key = model.noise["vrnn"](KEY, batch).paths
         np.testing.assert_allclose(quick(model.bound)(params, state, batch, key), -loss, rtol=1e-12)
         np.testing.assert_allclose(aux.metrics[how], -loss, rtol=1e-12)
     one, params, state = setup(CURVES)
     three, _, _ = setup(CURVES, beta=3.0)
-    metrics = quick(one.losses["vrnn"])(params, state, batch, KEY)[1].metrics
+    metrics = quick(one.losses["vrnn"])(params, state, batch, KEY, 0)[1].metrics
     wanted = 3 * metrics["kl"] - metrics["log_likelihood"]
     np.testing.assert_allclose(
-        quick(three.losses["vrnn"])(params, state, batch, KEY)[0], wanted, rtol=1e-12
+        quick(three.losses["vrnn"])(params, state, batch, KEY, 0)[0], wanted, rtol=1e-12
     )
     assert metrics["kl"].min() > 1e-2
 
@@ -139,7 +139,7 @@ def test_free_runs_use_the_prior_and_given_data_the_posterior(x64):
     bound = quick(model.bound)
     before, after = (bound(p, state, Batch(x), KEY) for p in (params, moved))
     assert after[0] < before[0] - 1000
-    generate = optimised(model.extras["generate"], static_argnums=3)
+    generate = optimised(model.autoregressive.generate, static_argnums=3)
     prompt = jnp.tile(x, (50, 1, 1))
     # The latent variable of a prompt of one step is about 50 up, and the second x is what goes on
     # from there.
@@ -179,7 +179,7 @@ def test_samples_end_with_the_end_token_and_have_the_dtype_of_the_data():
     ended = np.cumsum(x == 2, axis=1) > 0
     assert (x[ended] == 2).all()
     assert 0 < ended[:, 0].mean() < 1
-    longer = model.extras["generate"](params, state, KEY, 3, length=9)
+    longer = model.autoregressive.generate(params, state, KEY, 3, length=9)
     assert longer.shape == (3, 9)
 
 
@@ -189,11 +189,11 @@ def test_conditions_matter_and_are_dropped_at_the_rate_that_was_asked_for():
     never, _, _ = setup(LABELLED, cond_dropout=1e-9)  # with the same parameters
     n = 3000
     batch = Batch(jnp.zeros((n, 4), jnp.int32), jnp.ones(n, jnp.int32))
-    loss = [quick(m.losses["vrnn"])(params, state, batch, KEY)[0] for m in (model, never)]
+    loss = [quick(m.losses["vrnn"])(params, state, batch, KEY, 0)[0] for m in (model, never)]
     rate = 1 - np.isclose(*loss, rtol=1e-5).mean()
     assert abs(rate - 0.3) < 3 * math.sqrt(0.3 * 0.7 / n)
     other = quick(never.losses["vrnn"])(
-        params, state, batch._replace(cond=jnp.zeros(n, jnp.int32)), KEY
+        params, state, batch._replace(cond=jnp.zeros(n, jnp.int32)), KEY, 0
     )[0]
     assert not np.isclose(other, loss[1], rtol=1e-5).any()
 
@@ -206,7 +206,7 @@ def test_dropout_is_for_losses_only():
     assert_same(
         quick(model.bound)(params, state, batch, KEY), quick(plain.bound)(params, state, batch, KEY)
     )
-    loss, same = (quick(m.losses["vrnn"])(params, state, batch, KEY)[0] for m in (model, plain))
+    loss, same = (quick(m.losses["vrnn"])(params, state, batch, KEY, 0)[0] for m in (model, plain))
     assert (loss != same).all()
 
 
@@ -222,9 +222,12 @@ def test_ten_thousand_random_inits_are_finite_with_their_gradients():
     def run(key):
         params, state = model.init(key)
         params = jax.tree.map(lambda leaf: 3 * leaf, params)
-        value = lambda p: model.losses["vrnn"](p, state, Batch(x), key, 0)[0].sum()  # noqa: E731
+
+        def value(p):
+            return model.losses["vrnn"](p, state, Batch(x), key, 0)[0].sum()
+
         loss, gradient = jax.value_and_grad(value)(params)
-        scale = model.extras["encode"](params, state, x)[1]
+        scale = model.latent.encode(params, state, x)[1]
         return loss, jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), gradient), scale.min()
 
     loss, finite, scale = jax.jit(jax.vmap(run))(jax.random.split(KEY, 10_000))
@@ -239,11 +242,13 @@ def test_ten_thousand_random_inits_are_finite_with_their_gradients():
         (DataSpec((4,), "continuous", name="points"), {}, "points has no steps"),
         (ROLLS, {"cell": "grru"}, r"no cell called 'grru'\. Did you mean gru"),
         (ROLLS, {"objective": "fivvo"}, "no objective called 'fivvo'"),
-        (ROLLS, {"bound_estimator": "iwea"}, "no bound_estimator called 'iwea'"),
+        (ROLLS, {"bound_estimator": "iwea"}, "no bound estimator called 'iwea'"),
         (ROLLS, {"resampling": "residual"}, "no resampling called 'residual'"),
         (ROLLS, {"activation": "rellu"}, "no activation called 'rellu'"),
         (ROLLS, {"dtype": "float8"}, "no dtype called 'float8'"),
         (ROLLS, {"latent_dim": -1}, "latent_dim must be at least 0; got -1"),
+        (ROLLS, {"hidden": (8, 0)}, r"hidden\[1\] must be at least 1; got 0"),
+        (ROLLS, {"beta": -1.0}, "beta must be at least 0; got -1.0"),
         (ROLLS, {"n_samples": 0}, "n_samples must be at least 1; got 0"),
         (ROLLS, {"cond_dropout": 1.5}, r"cond_dropout must be in \[0, 1\); got 1.5"),
         (ROLLS, {"objective": "iwae", "beta": 0.5}, "iwae has none. Leave beta at 1; got 0.5"),
@@ -257,7 +262,7 @@ def test_settings_that_do_not_exist_or_do_not_fit(spec, settings, match):
 @pytest.mark.slow
 def test_prompts_that_do_not_fit():
     model, params, state = setup(ROLLS)
-    generate = functools.partial(model.extras["generate"], params, state, KEY, 2)
+    generate = functools.partial(model.autoregressive.generate, params, state, KEY, 2)
     with pytest.raises(ConfigError, match="A prompt of 6 steps does not fit into 5"):
         generate(prompt=jnp.zeros((2, 6, 3)))
     with pytest.raises(

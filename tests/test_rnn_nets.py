@@ -14,7 +14,8 @@ from rows import grown, widen
 
 from genjax.errors import ConfigError
 from genjax.nets.functional import functional
-from genjax.nets.recurrent import CELLS, Cell, Recurrent, RecurrentLayer, cell_of
+from genjax.nets.cells import CELLS, Cell, cell_of
+from genjax.nets.recurrent import Recurrent, RecurrentLayer
 
 B, T, D_IN, D = 3, 5, 4, 6
 every_cell = pytest.mark.parametrize("cell", CELLS)
@@ -30,7 +31,10 @@ def written(cell, x, carry, w, b, u, c):
     """
     carry = tuple(map(np.asarray, carry))
     h = carry[0]
-    gate = lambda k: x @ w[k] + b[k] + h @ u[k]  # noqa: E731
+
+    def gate(k):
+        return x @ w[k] + b[k] + h @ u[k]
+
     if cell == "vanilla":
         return (np.tanh(gate(0)),)
     if cell == "lstm":
@@ -177,7 +181,9 @@ def test_the_way_back_with_one_product_for_all_steps_has_every_derivative(cell, 
         def first(params):
             return jax.jvp(loss, (params,), (along,))[1]
 
-        forward_over_reverse = lambda params: jax.jvp(jax.grad(loss), (params,), (along,))[1]  # noqa: E731
+        def forward_over_reverse(params):
+            return jax.jvp(jax.grad(loss), (params,), (along,))[1]
+
         return quick(
             lambda params: (first(params), jax.grad(first)(params), forward_over_reverse(params))
         )(params)

@@ -83,16 +83,16 @@ def test_a_mixture_of_gaussians_integrates_to_one_and_one_component_is_a_gaussia
     model, params, state = setup(spec, n_components=3)
     grid = jnp.linspace(-60, 60, 12_001)
     x = jnp.stack([jnp.full_like(grid, 0.7), grid], axis=1)[..., None]
-    steps = quick(model.extras["step_log_prob"])(params, state, Batch(x))
+    steps = quick(model.autoregressive.step_log_prob)(params, state, Batch(x))
     np.testing.assert_allclose(np.exp(steps[:, 1]).sum() * (grid[1] - grid[0]), 1, rtol=1e-6)
     model, params, state = setup(CURVES)
     batch = wide_batch(CURVES, 3)
-    outputs, _ = model.extras["begin"](params, state, 3, batch.cond)
+    outputs, _ = model.autoregressive.begin(params, state, 3, batch.cond)
     mean, raw = outputs[:, 1:3], outputs[:, 3:]
     wanted = scipy.stats.norm.logpdf(
         batch.x[:, 0], mean, np.exp(-7 + np.log1p(np.exp(raw + 7)))
     ).sum(-1)
-    got = model.extras["step_log_prob"](params, state, batch)[:, 0]
+    got = model.autoregressive.step_log_prob(params, state, batch)[:, 0]
     np.testing.assert_allclose(got, wanted, rtol=1e-12)
 
 
@@ -105,10 +105,10 @@ def test_one_step_at_a_time_equals_the_whole_sequence(spec, x64):
     model, params, state = setup(spec, n_layers=2, n_components=2, cond_dropout=1 - 1e-9)
     batch, n = wide_batch(spec, 4), 4
     begin, advance = (
-        quick(model.extras[name], static_argnums=(2,) if name == "begin" else ())
+        quick(getattr(model.autoregressive, name), static_argnums=(2,) if name == "begin" else ())
         for name in ("begin", "advance")
     )
-    log_prob = quick(model.extras["step_log_prob"])(params, state, batch)
+    log_prob = quick(model.autoregressive.step_log_prob)(params, state, batch)
     emit = quick(emission(spec, 2).log_prob)
 
     def walk(dropped):
@@ -124,7 +124,7 @@ def test_one_step_at_a_time_equals_the_whole_sequence(spec, x64):
         np.sum(log_prob, 1), quick(model.log_prob)(params, state, batch, KEY), rtol=1e-13
     )
     without = walk(jnp.ones(n, bool))
-    loss, aux = quick(model.losses["rnn"])(params, state, batch, KEY)  # all conditions are dropped
+    loss, aux = quick(model.losses["rnn"])(params, state, batch, KEY, 0)  # no condition is left
     np.testing.assert_allclose(loss, -without.sum(1), rtol=1e-12)
     np.testing.assert_allclose(
         aux.metrics["nats_per_step"],
@@ -139,7 +139,7 @@ def test_no_step_sees_its_future(x64):
     model, params, state = setup(DataSpec((5, 3), "binary", step="frame"), n_layers=2)
     x = wide_batch(model.spec, 1).x
     jacobian = quick(
-        jax.jacrev(lambda x: model.extras["step_log_prob"](params, state, Batch(x))[0])
+        jax.jacrev(lambda x: model.autoregressive.step_log_prob(params, state, Batch(x))[0])
     )(x)[:, 0]
     size = np.abs(jacobian).max(-1)  # of the derivative of step t with respect to event s
     np.testing.assert_array_equal(size[np.triu_indices(5, 1)], 0)
@@ -162,8 +162,8 @@ def test_padding_changes_neither_values_nor_gradients(spec, x64):
     )
     assert_same(value(params, other), value(params, batch))
     assert_same(
-        model.extras["step_log_prob"](params, state, other),
-        model.extras["step_log_prob"](params, state, batch),
+        model.autoregressive.step_log_prob(params, state, other),
+        model.autoregressive.step_log_prob(params, state, batch),
     )
     if spec.end is None:  # nor does their amount: the same sequences cut to 2 steps
         short, _, _ = setup(
@@ -187,14 +187,16 @@ def test_windows_with_a_carried_state_are_the_long_sequence(cell, x64):
     whole, params, nothing = setup(LONG, cell=cell, n_layers=2)
     model, _, start = setup(WINDOW, cell=cell, n_layers=2, lanes=2)
     x = example_batch(LONG, jax.random.key(3), 2).x
-    wanted = quick(whole.extras["step_log_prob"])(params, nothing, Batch(x))
+    wanted = quick(whole.autoregressive.step_log_prob)(params, nothing, Batch(x))
     loss, state = quick(model.losses["rnn"]), start
     for part in range(3):
-        value, (state, _) = loss(params, state, Batch(x[:, 4 * part : 4 * part + 4]), KEY)
+        value, (state, _) = loss(params, state, Batch(x[:, 4 * part : 4 * part + 4]), KEY, 0)
         np.testing.assert_allclose(value, -wanted[:, 4 * part : 4 * part + 4].sum(1), rtol=1e-12)
     carry, nats = None, []
     for part in range(3):
-        one, carry = model.extras["stream"](params, carry, Batch(x[:, 4 * part : 4 * part + 4]))
+        one, carry = model.autoregressive.stream(
+            params, carry, Batch(x[:, 4 * part : 4 * part + 4])
+        )
         nats.append(one)
     np.testing.assert_allclose(jnp.concatenate(nats, axis=1), wanted, rtol=0, atol=1e-12)
     assert_close(carry, state["rnn"], rtol=1e-12)
@@ -217,15 +219,15 @@ def test_the_gradient_of_one_window_is_the_full_one_and_stops_at_its_edge(x64):
     # the long sequence.
     state = model.losses["rnn"](params, start, Batch(x[:, :4]), KEY, 0)[1].state
     cut = gradient(params, state, x[:, 4:8])
-    fixed = jax.grad(lambda p: -model.extras["stream"](p, state["rnn"], Batch(x[:, 4:8]))[0].sum())(
-        params
-    )
+    fixed = jax.grad(
+        lambda p: -model.autoregressive.stream(p, state["rnn"], Batch(x[:, 4:8]))[0].sum()
+    )(params)
     assert_close(cut, fixed, rtol=1e-12)
-    through = jax.grad(lambda p: -long.extras["step_log_prob"](p, nothing, Batch(x))[:, 4:8].sum())(
-        params
-    )
-    kernel = lambda tree: tree["rnn"]["layers"]["layers"][0]["kernel"]  # noqa: E731
-    assert np.abs(kernel(cut) - kernel(through)).max() > 1e-3
+    through = jax.grad(
+        lambda p: -long.autoregressive.step_log_prob(p, nothing, Batch(x))[:, 4:8].sum()
+    )(params)
+    one, other = (tree["rnn"]["layers"]["layers"][0]["kernel"] for tree in (cut, through))
+    assert np.abs(one - other).max() > 1e-3
 
 
 @pytest.mark.slow
@@ -233,9 +235,9 @@ def test_a_restarted_stream_begins_afresh():
     model, params, state = setup(WINDOW, wide=False, lanes=2000, restart=0.3, cell="gru")
     x = example_batch(WINDOW, jax.random.key(3), 1).x.repeat(2000, axis=0)
     loss = quick(model.losses["rnn"])
-    first, (state, _) = loss(params, state, Batch(x), jax.random.key(0))
+    first, (state, _) = loss(params, state, Batch(x), jax.random.key(0), 0)
     assert np.ptp(first) == 0
-    second, _ = loss(params, state, Batch(x), jax.random.key(1))
+    second, _ = loss(params, state, Batch(x), jax.random.key(1), 0)
     afresh = np.isclose(second, first[0], rtol=1e-5)
     assert len(np.unique(np.asarray(second))) == 2
     assert abs(afresh.mean() - 0.3) < 3 * math.sqrt(0.3 * 0.7 / 2000)
@@ -248,7 +250,10 @@ def chi_square(x, x_all, p, levels):
     """The p-value of how often each sequence came, given its probability; rare ones are counted
     together.
     """
-    code = lambda x: (np.asarray(x) * levels ** np.arange(x.shape[1])).sum(1)  # noqa: E731
+
+    def code(x):
+        return (np.asarray(x) * levels ** np.arange(x.shape[1])).sum(1)
+
     values, counts = np.unique(code(x), return_counts=True)
     observed = np.zeros(len(p))
     index = {value: i for i, value in enumerate(code(x_all).tolist())}
@@ -256,8 +261,8 @@ def chi_square(x, x_all, p, levels):
         observed[index[value]] = count
     expected = np.asarray(p, np.float64) * len(x)
     rare = expected < 5
-    pool = lambda a: np.append(a[~rare], a[rare].sum()) if rare.any() else a  # noqa: E731
-    observed, expected = pool(observed), pool(expected)
+    if rare.any():
+        observed, expected = (np.append(a[~rare], a[rare].sum()) for a in (observed, expected))
     return scipy.stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue
 
 
@@ -271,7 +276,7 @@ def test_samples_follow_the_enumerated_law_and_a_prompt_its_conditional_law():
     )
     p = np.exp(model.log_prob(params, state, Batch(jnp.asarray(x_all)), KEY))
     n = 20_000
-    generate = quick(model.extras["generate"], static_argnums=3)
+    generate = quick(model.autoregressive.generate, static_argnums=3)
     x = generate(params, state, jax.random.key(4), n)
     assert x.dtype == jnp.int32
     assert chi_square(x, x_all, p, 3) > 1e-3
@@ -287,7 +292,7 @@ def test_samples_follow_the_enumerated_law_and_a_prompt_its_conditional_law():
 def test_guidance_of_scale_1_is_the_conditional_and_0_the_unconditional_model():
     model, params, state = setup(LABELLED, wide=False, cond_dropout=0.1)
     cond = jnp.asarray([0, 1] * 50, jnp.int32)
-    generate = quick(model.extras["generate"], static_argnums=3)
+    generate = quick(model.autoregressive.generate, static_argnums=3)
     plain = model.sample(params, state, KEY, 100, cond)
     assert_same(generate(params, state, KEY, 100, cond, guidance=jnp.asarray(1.0)), plain)
     without = generate(params, state, KEY, 100, cond, guidance=jnp.asarray(0.0))
@@ -322,7 +327,7 @@ def test_conditions_are_dropped_at_the_rate_that_was_asked_for():
     model, params, state = setup(LABELLED, wide=False, cond_dropout=0.2)
     n = 4000
     x, cond = jnp.zeros((n, 4), jnp.int32), jnp.ones(n, jnp.int32)
-    loss, _ = quick(model.losses["rnn"])(params, state, Batch(x, cond), KEY)
+    loss, _ = quick(model.losses["rnn"])(params, state, Batch(x, cond), KEY, 0)
     given = -model.log_prob(params, state, Batch(x[:1], cond[:1]), KEY)[0]
     assert len(np.unique(np.asarray(loss))) == 2
     rate = 1 - np.isclose(loss, given, rtol=1e-5).mean()
@@ -339,10 +344,13 @@ def test_conditions_are_dropped_at_the_rate_that_was_asked_for():
         (WINDOW, {"cell": "lsmt"}, "no cell called 'lsmt'"),
         (WINDOW, {"d_hidden": 0}, "d_hidden must be at least 1; got 0"),
         (WINDOW, {"n_layers": 0}, "n_layers must be at least 1; got 0"),
+        (WINDOW, {"d_embed": 2.5}, "d_embed must be a whole number; got 2.5"),
+        (WINDOW, {"forget_bias": float("inf")}, "forget_bias must be finite; got inf"),
+        (WINDOW, {"d_hiden": 8}, "no setting of rnn called 'd_hiden'. Did you mean d_hidden"),
         (WINDOW, {"dropout": 1.0}, r"dropout must be in \[0, 1\); got 1.0"),
         (WINDOW, {"cond_dropout": -0.1}, "cond_dropout must be in"),
         (WINDOW, {"dtype": "float8"}, "no dtype called 'float8'"),
-        (WINDOW, {"lanes": -1}, "or 0 for sequences of their own; got lanes=-1"),
+        (WINDOW, {"lanes": -1}, "lanes must be at least 0; got -1"),
         (WORDS, {"lanes": 2}, "got lanes=2 with sequences that end"),
         (ROLLS, {"lanes": 2}, "got lanes=2 with sequences that end"),
     ],

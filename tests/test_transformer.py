@@ -43,12 +43,8 @@ def built(spec=TOKENS, **options):
     params = jax.tree.unflatten(
         tree, [leaf + 0.4 * rng.normal(size=leaf.shape).astype(leaf.dtype) for leaf in leaves]
     )
-    extras = {
-        name: quick(f)
-        for name, f in model.extras.items()
-        if name in ("outputs", "step_log_prob", "advance")
-    }
-    begin = quick(model.extras["begin"], static_argnums=2)
+    own = model.autoregressive
+    begin = quick(own.begin, static_argnums=2)
     sample = quick(model.sample, static_argnums=3)
     loss = quick(model.losses["transformer"])
     return SimpleNamespace(
@@ -58,7 +54,9 @@ def built(spec=TOKENS, **options):
         begin=begin,
         sample=sample,
         loss=loss,
-        **extras,
+        outputs=quick(own.outputs),
+        step_log_prob=quick(own.step_log_prob),
+        advance=quick(own.advance),
     )
 
 
@@ -92,7 +90,7 @@ def test_a_step_depends_on_every_earlier_event_in_reach_and_exactly_on_no_other(
         jnp.ones((1, 2)),
     )
     jacobian = np.asarray(
-        quick(jax.jacrev(lambda x: m.model.extras["outputs"](m.params, {}, x, c)))(x)
+        quick(jax.jacrev(lambda x: m.model.autoregressive.outputs(m.params, {}, x, c)))(x)
     )
     size = np.abs(jacobian[0, :, :, 0]).max(axis=(1, 3))  # [T of the output, T of the event]
     reach = 6 if window is None else TINY["n_layers"] * (window - 1)
@@ -198,7 +196,7 @@ def test_steps_are_the_log_softmax_of_the_outputs_and_padding_counts_for_nothing
     np.testing.assert_array_equal(
         steps, v.step_log_prob(v.params, {}, batch._replace(x=x.at[1, 4:].set(99.0)))
     )
-    loss, aux = v.loss(v.params, {"transformer": {}}, batch, jax.random.key(0))
+    loss, aux = v.loss(v.params, {"transformer": {}}, batch, jax.random.key(0), 0)
     np.testing.assert_allclose(loss, -steps.sum(1), rtol=1e-5)
     np.testing.assert_allclose(aux.metrics["nats_per_step"], -steps.sum(1) / [1, 4, 6], rtol=1e-5)
 
@@ -235,9 +233,10 @@ def test_the_gradient_of_a_tied_table_is_the_sum_of_its_two_uses(x64):
     assert not {"dense"} & set(params["readout"])
 
     def gradient(model, p):
-        loss = lambda p: model.losses["transformer"](
-            p, {"transformer": {}}, Batch(tokens(0, 4)), jax.random.key(0), 0
-        )[0].sum()  # noqa: E731
+        def loss(p):
+            batch, key = Batch(tokens(0, 4)), jax.random.key(0)
+            return model.losses["transformer"](p, {"transformer": {}}, batch, key, 0)[0].sum()
+
         value, grad = quick(jax.value_and_grad(loss))({"transformer": p})
         return value, grad["transformer"]
 
@@ -265,7 +264,7 @@ def test_dropout_depends_on_the_key_in_training_and_is_absent_from_evaluation():
     losses = {}
     for name, m in (("plain", plain), ("noisy", noisy)):
         losses[name] = [
-            np.asarray(m.loss(m.params, {"transformer": {}}, batch, jax.random.key(k))[0])
+            np.asarray(m.loss(m.params, {"transformer": {}}, batch, jax.random.key(k), 0)[0])
             for k in (0, 0, 1)
         ]
     np.testing.assert_array_equal(losses["plain"][0], losses["plain"][2])
@@ -284,7 +283,7 @@ def test_dropout_depends_on_the_key_in_training_and_is_absent_from_evaluation():
 def test_the_condition_is_left_out_at_the_rate_that_was_asked_for():
     m, n, rate = built(CLASSES, cond_dropout=0.3), 2000, 0.3
     batch = Batch(jnp.repeat(tokens(0, 1), n, axis=0), jnp.ones(n, jnp.int32))
-    loss, _ = m.loss(m.params, {"transformer": {}}, batch, jax.random.key(0))
+    loss, _ = m.loss(m.params, {"transformer": {}}, batch, jax.random.key(0), 0)
     values, counts = np.unique(np.round(np.asarray(loss), 3), return_counts=True)
     given = -float(
         m.log_prob(m.params, {}, Batch(batch.x[:1], batch.cond[:1]), jax.random.key(0))[0]
@@ -318,16 +317,19 @@ def test_the_law_of_samples_is_the_model_by_enumeration():
 def test_guidance_of_scale_one_is_the_conditional_and_of_zero_the_unconditional_model():
     m, cond, key = built(CLASSES, cond_dropout=0.1), jnp.asarray([0, 1] * 8), jax.random.key(1)
     with pytest.raises(ConfigError, match="cond_dropout"):
-        shared("rotary", CLASSES).model.extras["generate"](
+        shared("rotary", CLASSES).model.autoregressive.generate(
             m.params, {}, key, 16, cond, guidance=2.0
         )
     run = quick(
-        lambda scale: m.model.extras["generate"](m.params, {}, key, 16, cond, guidance=scale)
+        lambda scale: m.model.autoregressive.generate(m.params, {}, key, 16, cond, guidance=scale)
     )
     np.testing.assert_array_equal(run(1.0), m.sample(m.params, {}, key, 16, cond))
     dropped = jnp.ones(16, bool)
     outputs, carry = m.begin(m.params, {}, 16, cond, dropped)
-    advance = lambda carry, x: m.model.extras["advance"](m.params, {}, carry, x, cond, dropped)  # noqa: E731
+
+    def advance(carry, x):
+        return m.model.autoregressive.advance(m.params, {}, carry, x, cond, dropped)
+
     without = generate(advance, outputs, carry, sampler(), key, 6)
     np.testing.assert_array_equal(run(0.0), without)
     np.testing.assert_array_equal(outputs, m.begin(m.params, {}, 16, 1 - cond, dropped)[0])
@@ -339,7 +341,7 @@ def test_guidance_of_scale_one_is_the_conditional_and_of_zero_the_unconditional_
 def test_a_prompt_is_kept_and_no_length_of_it_compiles_another_program():
     m, prompt = shared("window"), tokens(3, 5)
     run = jax.jit(
-        lambda length: m.model.extras["generate"](
+        lambda length: m.model.autoregressive.generate(
             m.params,
             {},
             jax.random.key(0),
@@ -357,11 +359,11 @@ def test_a_prompt_is_kept_and_no_length_of_it_compiles_another_program():
         np.testing.assert_array_equal(x[:, length:], best[:, length:])
     assert run._cache_size() == 1
     with pytest.raises(ConfigError, match="prompt of 7 steps does not fit into 6"):
-        m.model.extras["generate"](
+        m.model.autoregressive.generate(
             m.params, {}, jax.random.key(0), 5, prompt=jnp.zeros((5, 7), jnp.int32)
         )
     with pytest.raises(ConfigError, match="from 1 to 6, the model's context"):
-        m.model.extras["generate"](m.params, {}, jax.random.key(0), 5, length=7)
+        m.model.autoregressive.generate(m.params, {}, jax.random.key(0), 5, length=7)
 
 
 @pytest.mark.slow
@@ -370,7 +372,10 @@ def test_beam_search_over_the_cache_finds_the_best_string_of_each_condition():
     m, cond = built(spec, n_heads=4, n_kv_heads=2), jnp.asarray([0, 1])
     outputs, carry = m.begin(m.params, {}, 2, cond)
     each = jnp.repeat(cond, beams)
-    advance = lambda carry, x: m.model.extras["advance"](m.params, {}, carry, x, each)  # noqa: E731
+
+    def advance(carry, x):
+        return m.model.autoregressive.advance(m.params, {}, carry, x, each)
+
     found, nats = quick(lambda outputs, carry: beam_search(advance, outputs, carry, beams, 3))(
         outputs, carry
     )

@@ -89,7 +89,10 @@ def test_scores_that_would_overflow_do_not():
 @pytest.mark.slow
 def test_rotary_scores_depend_on_the_difference_of_positions_only(x64):
     q, k = normal(0, 1, 1, 8), normal(1, 1, 1, 8)
-    score = lambda m, n: float((rotary(q, jnp.asarray([m])) * rotary(k, jnp.asarray([n]))).sum())  # noqa: E731
+
+    def score(m, n):
+        return float((rotary(q, jnp.asarray([m])) * rotary(k, jnp.asarray([n]))).sum())
+
     for difference in (0, 1, 7):
         values = [score(n + difference, n) for n in (0, 1, 50, 1000)]
         np.testing.assert_allclose(values, values[0], atol=1e-11)
@@ -133,9 +136,11 @@ def test_grouped_queries_are_multi_head_attention_with_repeated_keys_and_values(
 
     def spread(w):
         q, k, v = w[..., :d], w[..., d : d + 2 * h], w[..., d + 2 * h :]
-        twice = lambda y: jnp.repeat(y.reshape(*y.shape[:-1], 2, h), 2, axis=-2).reshape(
-            *y.shape[:-1], 4 * h
-        )  # noqa: E731
+
+        def twice(y):
+            each = jnp.repeat(y.reshape(*y.shape[:-1], 2, h), 2, axis=-2)
+            return each.reshape(*y.shape[:-1], 4 * h)
+
         return jnp.concatenate([q, twice(k), twice(v)], axis=-1)
 
     copied = {**params, "qkv": jax.tree.map(spread, params["qkv"])}
@@ -170,12 +175,16 @@ def test_without_positions_attention_does_not_know_the_order_of_the_past():
 
 
 def test_the_derivative_of_normalisation_is_that_of_the_formula(x64):
-    plain = lambda x: x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + EPSILON)  # noqa: E731
     x, w, dx = normal(0, 3, 7), normal(1, 3, 7), normal(2, 3, 7)
+
+    def plain(x):
+        return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + EPSILON)
 
     @functools.partial(quick, static_argnums=0)
     def everything(f, x):
-        loss = lambda x: jnp.sum(jnp.sin(f(x)) * w)  # noqa: E731
+        def loss(x):
+            return jnp.sum(jnp.sin(f(x)) * w)
+
         gradient, twice = jax.jvp(jax.grad(loss), (x,), (dx,))
         return f(x), gradient, jax.jvp(loss, (x,), (dx,))[1], twice
 
