@@ -1,5 +1,5 @@
-"""Networks against formulas written out: multilayer perceptrons and convolutional encoders and
-decoders.
+"""Networks against formulas written out: multilayer perceptrons, convolutional encoders and
+decoders, what sequences have in front of them.
 """
 
 from functools import partial
@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from vae_oracles import f64, jit, random_params
 
+from genjax.data import example_batch
 from genjax.nets.conv import ConvDecoder, ConvEncoder
 from genjax.nets.functional import functional
 from genjax.nets.mlp import MLP, flatten_with
+from genjax.nets.sequence import EventEmbed, dropout
+from genjax.protocol import DataSpec
 
 
 def test_an_mlp_is_its_formula_and_does_not_care_how_rows_are_arranged(x64):
@@ -83,3 +86,44 @@ def test_a_decoder_with_unit_kernels_repeats_and_an_encoder_with_them_picks_ever
     # "SAME" padding of an even side with stride 2 adds nothing before and one row after, so kernels
     # centre on odd pixels.
     np.testing.assert_array_equal(features[0], x[0, 1::2, 1::2, 0].ravel())
+
+
+# --- sequences ------------------------------------------------------------------------------------
+
+NAMES = DataSpec((5,), "tokens", levels=3, vocabulary=("\n", "a", "b"), step="character", end=0)
+ROLLS = DataSpec((4, 2), "binary", step="frame", lengths=True)
+
+
+@pytest.mark.parametrize("spec", [NAMES, ROLLS], ids=["tokens", "vectors"])
+def test_inputs_come_one_step_late_and_single_steps_agree(spec):
+    net = functional(lambda rngs: EventEmbed(spec, 6, rngs=rngs))
+    params, _ = net.init(jax.random.key(0))
+    x = example_batch(spec, jax.random.key(1), 3).x
+    whole, _ = net.apply(params, {}, x, None)
+    first, _ = net.apply(params, {}, 3, None, method="first")
+    np.testing.assert_allclose(whole[:, 0], first, rtol=1e-6)
+    for t in range(1, x.shape[1]):
+        one, _ = net.apply(params, {}, x[:, t - 1], None, method="one")
+        np.testing.assert_allclose(whole[:, t], one, rtol=1e-5, atol=1e-7)
+
+
+def test_a_dropped_condition_leaves_no_trace():
+    spec = DataSpec((4,), "tokens", levels=3, n_classes=2, step="token")
+    net = functional(lambda rngs: EventEmbed(spec, 6, droppable=True, rngs=rngs))
+    params, _ = net.init(jax.random.key(0))
+    assert params["dropped"].shape == (6,)
+    x = jnp.zeros((2, 4), jnp.int32)
+    c = jax.nn.one_hot(jnp.asarray([0, 1]), 2)
+    given, _ = net.apply(params, {}, x, c, jnp.asarray([False, False]))
+    without, _ = net.apply(params, {}, x, c, jnp.asarray([True, True]))
+    np.testing.assert_array_equal(given, net.apply(params, {}, x, c)[0])
+    assert (np.asarray(given[0]) != np.asarray(given[1])).any()
+    np.testing.assert_array_equal(without[0], without[1])
+
+
+def test_dropout_keeps_the_mean_and_no_key_keeps_everything():
+    x = jnp.ones((100, 100))
+    assert dropout(None, x, 0.5) is x
+    y = np.asarray(dropout(jax.random.key(0), x, 0.25))
+    assert set(np.unique(y).tolist()) == {0.0, np.float32(1 / 0.75)}
+    assert abs((y == 0).mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / y.size)
