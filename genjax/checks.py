@@ -9,7 +9,6 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -263,7 +262,7 @@ def checked(model: Model) -> Model:
             params, state = matched(params, state)
             value, aux = loss_fn(params, state, batch, key, step)
             check_per_example(value, aux.metrics, n, player)
-            chex.assert_trees_all_equal_shapes_and_dtypes(aux.state, state)
+            _same_kind(aux.state, state)
             return value, aux
 
         return loss
@@ -289,7 +288,7 @@ def checked(model: Model) -> Model:
             check_arguments(batch, key)
             params, state = matched(params, state)
             after = prepare_fn(params, state, batch, key)
-            chex.assert_trees_all_equal_shapes_and_dtypes(after, (params, state))
+            _same_kind(after, (params, state))
             return after
 
         return prepare
@@ -306,7 +305,7 @@ def checked(model: Model) -> Model:
         check_cond(spec, cond, n)
         params, state = matched(params, state)
         x = model.sample(params, state, key, n, cond)
-        chex.assert_shape(x, (n, *spec.shape))
+        _of_shape(x, (n, *spec.shape))
         return x
 
     return model._replace(
@@ -317,6 +316,18 @@ def checked(model: Model) -> Model:
         bound=score_of("bound", model.bound),
         prepare=prepare_of(model.prepare),
     )
+
+
+def _same_kind(found: PyTree, wanted: PyTree) -> None:
+    import chex  # late: what settings there are is asked without it
+
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, wanted)
+
+
+def _of_shape(x: Array, shape: tuple[int, ...]) -> None:
+    import chex
+
+    chex.assert_shape(x, shape)
 
 
 def _per_example(value: Array, n: int, what: str) -> None:

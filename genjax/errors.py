@@ -53,8 +53,10 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        text = f"Could not write {os.fspath(path)}: {error.strerror or error}. Check the disk's space and permissions."
-        raise CheckpointError(text) from error
+        raise CheckpointError(
+            f"Could not write {os.fspath(path)}: {error.strerror or error}. Check the disk's space "
+            "and permissions."
+        ) from error
 
 
 @contextmanager

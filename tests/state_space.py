@@ -13,7 +13,7 @@ import scipy.stats
 from gates import named
 
 from genjax.families.vrnn import MIN_SCALE, vrnn
-from genjax.nets.recurrent import Cell
+from genjax.nets.cells import Cell
 from genjax.protocol import DataSpec
 
 L, D = 1, 2

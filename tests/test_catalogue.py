@@ -79,3 +79,17 @@ def test_what_is_known_of_the_rows_takes_nothing_heavy(args):
     )
     assert done.stdout.splitlines()[-1] == "[]"
     assert "vae" in done.stdout + done.stderr or args == ["list", "--help"]
+
+
+def test_what_settings_a_recipe_has_takes_jax_and_no_more():
+    code = (
+        "import sys\nfrom genjax.cli import main\n"
+        "try: main(['train', 'cgan', '--help'])\n"
+        "except SystemExit as stop: pass\n"
+        "print(sorted({name.split('.')[0] for name in sys.modules} & "
+        "{'jax', 'flax', 'optax', 'orbax', 'chex', 'sklearn', 'scipy', 'diffrax', 'matplotlib'}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "['jax']"

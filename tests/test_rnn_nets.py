@@ -13,8 +13,8 @@ from gates import assert_close, quick
 from rows import grown, widen
 
 from genjax.errors import ConfigError
-from genjax.nets.functional import functional
 from genjax.nets.cells import CELLS, Cell, cell_of
+from genjax.nets.functional import functional
 from genjax.nets.recurrent import Recurrent, RecurrentLayer
 
 B, T, D_IN, D = 3, 5, 4, 6

@@ -14,18 +14,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from genjax import nets
 from genjax.checks import check_cond, checked
 from genjax.errors import ConfigError
 from genjax.nets.functional import Net, functional
-from genjax.nets.gan import (
-    DCGANFeatures,
-    DCGANGenerator,
-    Discriminator,
-    MLPFeatures,
-    MLPGenerator,
-    ResidualFeatures,
-    ResidualGenerator,
-)
 from genjax.parts.adversarial import (
     OBJECTIVES,
     Objective,
@@ -175,12 +167,6 @@ def generator_loss(
 
 # --- assembly -------------------------------------------------------------------------------------
 
-NETS: dict[str, tuple[type, type]] = {
-    "mlp": (MLPGenerator, MLPFeatures),
-    "dcgan": (DCGANGenerator, DCGANFeatures),
-    "resnet": (ResidualGenerator, ResidualFeatures),
-}
-
 
 def _generator(
     spec: DataSpec, net: str, widths: tuple[int, ...], latent_dim: int, norm: str, where: str
@@ -188,7 +174,7 @@ def _generator(
     """What makes the module; `where` it takes a condition."""
     e = spec.cond_size
     return partial(
-        NETS[net][0],
+        nets.gan.NETS[net][0],
         latent_dim,
         spec.shape,
         widths[::-1],
@@ -213,8 +199,8 @@ def _discriminator(
     if net != "mlp":
         options["norm"] = norm == "batch"
     return partial(
-        Discriminator,
-        partial(NETS[net][1], spec.shape, widths, **options),
+        nets.gan.Discriminator,
+        partial(nets.gan.NETS[net][1], spec.shape, widths, **options),
         projection=e if where == "projection" else 0,
         auxiliary=e if where == "auxiliary" else 0,
         bias=bias,

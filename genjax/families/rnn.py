@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from genjax import nets
+from genjax.nets.cells import Cell, cell_of
 from genjax.nets.functional import Net, functional
-from genjax.nets.recurrent import Cell, RecurrentNet, cell_of
-from genjax.nets.sequence import embedding_labels
 from genjax.parts.autoregressive import SequenceNet, Windows, autoregressive, check_sequences
 from genjax.parts.likelihoods import emission
 from genjax.protocol import Array, DataSpec, Key, Model, PyTree
@@ -67,7 +67,7 @@ def sequence_net(spec: DataSpec, net: Net, dropout: Any) -> SequenceNet:
     ) -> tuple[Array, PyTree]:
         return net.apply(p, {}, x, c, dropped, carry, method="one")[0]
 
-    labels = embedding_labels(spec)
+    labels = nets.sequence.embedding_labels(spec)
     return SequenceNet(init, outputs, begin, advance, windows=windows, labels=labels)
 
 
@@ -145,7 +145,8 @@ def rnn(
     emit = emission(spec, n_components)
     guided = guided_by(spec, cond_dropout)
     sizes = (d_embed, d_hidden, n_layers, emit.n_outputs)
-    module = partial(RecurrentNet, spec, cell_of(cell, forget_bias), *sizes, guided, remat)
+    net, chosen = nets.recurrent.RecurrentNet, cell_of(cell, forget_bias)
+    module = partial(net, spec, chosen, *sizes, guided, remat)
     return autoregressive(
         spec,
         emit,

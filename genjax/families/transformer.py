@@ -14,11 +14,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from genjax import nets
 from genjax.errors import ConfigError
-from genjax.nets.attention import Attention, FeedForward, Inputs, Readout, output_std
 from genjax.nets.functional import Net, functional
-from genjax.nets.sequence import dropout as drop
-from genjax.nets.sequence import embedding_labels
 from genjax.parts.autoregressive import SequenceNet, autoregressive, check_sequences
 from genjax.parts.likelihoods import emission
 from genjax.protocol import Array, DataSpec, Key, Model, PyTree
@@ -77,9 +75,9 @@ def block(layers: Layers, h: Array, p: Any, key: Key | None) -> Array:
     """
     key_attention, key_feed = (None, None) if key is None else jax.random.split(key)
     added = layers.attention.apply(p["attention"], {}, h)[0]
-    h = h + drop(key_attention, added, layers.dropout)
+    h = h + nets.sequence.dropout(key_attention, added, layers.dropout)
     added = layers.feed_forward.apply(p["feed_forward"], {}, h)[0]
-    return h + drop(key_feed, added, layers.dropout)
+    return h + nets.sequence.dropout(key_feed, added, layers.dropout)
 
 
 def through_blocks(layers: Layers, p: Any, h: Array, keys: Any) -> Array:
@@ -120,7 +118,7 @@ def outputs(
     if key is None or not used(layers.dropout):
         return read(layers, p, through_blocks(layers, p, h, None))
     keys = jax.random.split(key, layers.n_layers + 1)
-    h = drop(keys[-1], h, layers.dropout)
+    h = nets.sequence.dropout(keys[-1], h, layers.dropout)
     return read(layers, p, through_blocks(layers, p, h, keys[:-1]))
 
 
@@ -271,14 +269,16 @@ def transformer(
     kv = n_heads if n_kv_heads is None else n_kv_heads
     width = 4 * d_model if d_hidden is None else d_hidden
     check_fits(spec, d_model, n_heads, kv, position, tie_weights)
-    emit, std = emission(spec, n_components), output_std(n_layers)
+    emit, std = emission(spec, n_components), nets.attention.output_std(n_layers)
     learned, turned = position == "learned", position == "rotary"
     guided = guided_by(spec, cond_dropout)
 
-    inputs = partial(Inputs, spec, d_model, learned, guided)
-    attention = partial(Attention, d_model, n_heads, kv, norm, bias, window, turned, std)
-    feed_forward = partial(FeedForward, d_model, width, activation, norm, bias, std)
-    readout = partial(Readout, d_model, emit.n_outputs, tie_weights, norm, bias)
+    inputs = partial(nets.attention.Inputs, spec, d_model, learned, guided)
+    attention = partial(
+        nets.attention.Attention, d_model, n_heads, kv, norm, bias, window, turned, std
+    )
+    feed_forward = partial(nets.attention.FeedForward, d_model, width, activation, norm, bias, std)
+    readout = partial(nets.attention.Readout, d_model, emit.n_outputs, tie_weights, norm, bias)
     layers = Layers(
         inputs=functional(inputs, dtype),
         attention=functional(attention, dtype),
@@ -297,6 +297,6 @@ def transformer(
         begin=partial(begin, layers),
         advance=partial(advance, layers),
         context=spec.shape[0],
-        labels=embedding_labels(spec),
+        labels=nets.sequence.embedding_labels(spec),
     )
     return autoregressive(spec, emit, net, player="transformer", cond_dropout=cond_dropout)

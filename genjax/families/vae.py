@@ -12,12 +12,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from genjax import nets
 from genjax.checks import check_cond, checked
 from genjax.errors import ConfigError
-from genjax.nets.conv import ConvDecoder, ConvEncoder
 from genjax.nets.functional import Net, functional
-from genjax.nets.layers import wide
-from genjax.nets.mlp import MLP, flatten_with
 from genjax.parts.distributions import log_mean_exp, normal_log_prob, sum_event
 from genjax.parts.likelihoods import Likelihood, bounded_log_scale, likelihood_of
 from genjax.parts.priors import Prior, normal_prior, vamp_prior
@@ -75,7 +73,7 @@ class Noise(NamedTuple):
 def draw_noise(latent_dim: int, k: int, key: Key, batch: Batch) -> Noise:
     """The noise of K draws of z for each example."""
     shape = (k, batch.x.shape[0], latent_dim)
-    epsilon = jax.random.normal(key, shape, wide(batch.x.dtype))
+    epsilon = jax.random.normal(key, shape, nets.layers.wide(batch.x.dtype))
     return Noise(epsilon, jax.random.fold_in(key, 1))
 
 
@@ -84,7 +82,7 @@ def draw_noise(latent_dim: int, k: int, key: Key, batch: Batch) -> Noise:
 
 def posterior(model: Autoencoder, p: Any, x: Array, c: Array | None) -> tuple[Array, Array]:
     """Mean and log-scale of q(z | x, c) for normalised events x: [N, d] each."""
-    given = (flatten_with(x, len(model.spec.shape), c),) if model.flat else (x, c)
+    given = (nets.mlp.flatten_with(x, len(model.spec.shape), c),) if model.flat else (x, c)
     mean, raw = jnp.split(model.encoder.apply(p["encoder"], {}, *given)[0], 2, axis=-1)
     # A scale so small that z - mean is lost to rounding ends in NaN. The gradient passes, to find
     # the way back.
@@ -95,7 +93,7 @@ def decoded(model: Autoencoder, p: Any, z: Array, c: Array | None) -> tuple[Arra
     """The decoder's outputs [N, *shape, n_outputs] for z [N, d], and the log-scale that goes with
     them.
     """
-    outputs = model.decoder.apply(p["decoder"], {}, flatten_with(z, 1, c))[0]
+    outputs = model.decoder.apply(p["decoder"], {}, nets.mlp.flatten_with(z, 1, c))[0]
     outputs = outputs.reshape(-1, *model.spec.shape, model.likelihood.n_outputs)
     if "log_scale" in p:
         return outputs, bounded_log_scale(p["log_scale"])
@@ -265,14 +263,15 @@ def _nets(
     """Encoder and decoder; `widths` are those of an MLP and of a convolutional net."""
     (hidden, channels), e = widths, spec.cond_size
     if net == "mlp":
-        make = partial(MLP, activation=activation)
+        make = partial(nets.mlp.MLP, activation=activation)
         encoder = partial(make, spec.size + e, hidden, 2 * d_z)
         decoder = partial(make, d_z + e, hidden[::-1], spec.size * n_outputs)
         return functional(encoder, dtype), functional(decoder, dtype)
     shape: Any = spec.shape
-    encoder = partial(ConvEncoder, shape, channels, 2 * d_z, cond_size=e, activation=activation)
+    down, up = nets.conv.ConvEncoder, nets.conv.ConvDecoder
+    encoder = partial(down, shape, channels, 2 * d_z, cond_size=e, activation=activation)
     d_out = shape[-1] * n_outputs if shape else 1  # an image without axes is refused
-    decoder = partial(ConvDecoder, d_z + e, shape, channels[::-1], d_out, activation=activation)
+    decoder = partial(up, d_z + e, shape, channels[::-1], d_out, activation=activation)
     return functional(encoder, dtype), functional(decoder, dtype)
 
 

@@ -12,12 +12,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from genjax import nets
 from genjax.checks import check_cond, check_key, checked
 from genjax.errors import ConfigError
+from genjax.nets.cells import Cell, cell_of
 from genjax.nets.functional import Net, functional
-from genjax.nets.recurrent import Cell, cell_of
-from genjax.nets.sequence import embedding_labels
-from genjax.nets.vrnn import VariationalRecurrentNet
 from genjax.parts.autoregressive import check_sequences
 from genjax.parts.decoding import check_length, check_prompt, prompted, settled
 from genjax.parts.distributions import normal_sample, softplus
@@ -406,7 +405,8 @@ def vrnn(
         )
     emit, guided = emission(spec, n_components), guided_by(spec, cond_dropout)
     sizes = (latent_dim, d_hidden, tuple(hidden), emit.n_outputs)
-    module = partial(VariationalRecurrentNet, spec, cell_of(cell), *sizes, activation, guided)
+    net = nets.vrnn.VariationalRecurrentNet
+    module = partial(net, spec, cell_of(cell), *sizes, activation, guided)
     chosen = RESAMPLING[resampling]
     model = VrnnModel(
         spec=spec,
@@ -438,7 +438,7 @@ def vrnn(
             sample=sample,
             bound=partial(bound, model),
             estimator=in_words(model.reported, resampling),
-            labels=embedding_labels(spec),
+            labels=nets.sequence.embedding_labels(spec),
             noise={"vrnn": partial(draw, model)},
             latent=latent,
             autoregressive=Autoregressive(generate=partial(generate, model)),

@@ -4,17 +4,19 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from genjax.checks import leaves_by_name
 from genjax.errors import ConfigError, unknown_name
 from genjax.learning.labels import LABELS, Labels, labels_of
 from genjax.protocol import PyTree
 from genjax.settings import NonNegative, Positive, Rate, Whole, Within, check_fields, used
+
+if TYPE_CHECKING:
+    import optax
 
 
 class TrackEmaState(NamedTuple):
@@ -26,7 +28,7 @@ class TrackEmaState(NamedTuple):
     ema: PyTree
 
 
-def track_ema(decay: float) -> optax.GradientTransformation:
+def track_ema(decay: float) -> "optax.GradientTransformation":
     """Keep ema <- d ema + (1 - d) params after each update; put it last in a chain, since it sees
     the final update.
 
@@ -37,6 +39,7 @@ def track_ema(decay: float) -> optax.GradientTransformation:
     Args:
         decay: in [0, 1); 0.999 averages over about the last 1,000 steps.
     """
+    import optax
 
     def init(params: PyTree) -> TrackEmaState:
         return TrackEmaState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params))
@@ -74,8 +77,9 @@ def averaged(opt: Any, params: PyTree) -> PyTree:
 
 def scale_by_label(
     factors: Mapping[str, float], labels: Labels = (), player: str | None = None
-) -> optax.GradientTransformation:
+) -> "optax.GradientTransformation":
     """Multiply the update of each parameter by the factor of its label, 1 where it has none."""
+    import optax
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         def scaled(update: jax.Array, label: str) -> jax.Array:
@@ -137,7 +141,7 @@ class Optimizer:
 
     def build(
         self, steps: int, labels: Labels = (), player: str | None = None
-    ) -> optax.GradientTransformation:
+    ) -> "optax.GradientTransformation":
         """The optax transform for a run of `steps` optimiser steps. Float settings may be traced,
         as a sweep does.
 
@@ -158,6 +162,8 @@ class Optimizer:
             >>> settings = Optimizer("adamw", 1e-3, weight_decay=0.1, schedule="cosine")
             >>> t = training(model, {"vae": settings.build(1000, model.labels, "vae")})
         """
+        import optax
+
         labels = tuple(labels)
         if labels and player is None:
             raise ConfigError("Labels go by paths 'player/...': build(steps, labels, player).")
@@ -181,8 +187,12 @@ class Optimizer:
         covered = {*LABELS, *self.decayed, *factors}
         return _covering(tx, covered, labels, player) if labels else tx
 
-    def _rule(self, steps: int, labels: Labels, player: str | None) -> optax.GradientTransformation:
+    def _rule(
+        self, steps: int, labels: Labels, player: str | None
+    ) -> "optax.GradientTransformation":
         """The algorithm with its step size and decay."""
+        import optax
+
         rate: Any = self.learning_rate
         if self.schedule != "constant" or self.warmup_steps:
             rate = functools.partial(self._rate, steps)
@@ -250,9 +260,10 @@ def _factors(rates: Iterable[str]) -> dict[str, float]:
 
 
 def _covering(
-    tx: optax.GradientTransformation, covered: set[str], labels: Labels, player: str | None
-) -> optax.GradientTransformation:
+    tx: "optax.GradientTransformation", covered: set[str], labels: Labels, player: str | None
+) -> "optax.GradientTransformation":
     """The transform, whose `init` refuses parameters with a label that no rule covers."""
+    import optax
 
     def init(params: PyTree) -> Any:
         for name, label in leaves_by_name(labels_of(params, labels, player)).items():

@@ -7,10 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
-from genjax.nets.conditioned import DenoiserMlp
-from genjax.nets.dit import DiT
+from genjax import nets
 from genjax.nets.functional import Net, functional
-from genjax.nets.unet import UNet
 from genjax.protocol import DataSpec
 from genjax.settings import Count, Settings, Whole
 
@@ -43,12 +41,13 @@ class DenoiserNet(Settings):
 
 
 def _mlp(spec: DataSpec, network: DenoiserNet, guided: bool) -> Callable[..., Any]:
-    return partial(DenoiserMlp, spec.shape, tuple(network.hidden), spec.cond_size, guided)
+    net = nets.conditioned.DenoiserMlp
+    return partial(net, spec.shape, tuple(network.hidden), spec.cond_size, guided)
 
 
 def _unet(spec: DataSpec, network: DenoiserNet, guided: bool) -> Callable[..., Any]:
     return partial(
-        UNet,
+        nets.unet.UNet,
         spec.shape,
         tuple(network.channels),
         spec.cond_size,
@@ -61,7 +60,7 @@ def _unet(spec: DataSpec, network: DenoiserNet, guided: bool) -> Callable[..., A
 
 def _dit(spec: DataSpec, network: DenoiserNet, guided: bool) -> Callable[..., Any]:
     sizes = (network.patch or 2, network.d_model, network.n_layers, network.n_heads)
-    return partial(DiT, spec.shape, *sizes, spec.cond_size, guided)
+    return partial(nets.dit.DiT, spec.shape, *sizes, spec.cond_size, guided)
 
 
 # (the data, the settings, guided) -> a builder of the module.

@@ -5,15 +5,17 @@ plain dicts out.
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from genjax.checks import by_name
 from genjax.errors import ConfigError
 from genjax.protocol import Key, Params, PyTree, State
+
+if TYPE_CHECKING:
+    from flax import nnx
 
 
 class Net(NamedTuple):
@@ -49,7 +51,9 @@ def _matched(given: PyTree, wanted: PyTree, what: str) -> PyTree:
     return by_name(given, wanted, what)
 
 
-def _refuse(module: nnx.Module, name: str) -> None:
+def _refuse(module: "nnx.Module", name: str) -> None:
+    from flax import nnx
+
     shared = nnx.find_duplicates(module)
     if shared:
         paths = " and ".join(".".join(map(str, path)) for path in shared[0])
@@ -68,7 +72,7 @@ def _refuse(module: nnx.Module, name: str) -> None:
             )
 
 
-def functional(build: Callable[..., nnx.Module], dtype: str | None = None) -> Net:
+def functional(build: "Callable[..., nnx.Module]", dtype: str | None = None) -> Net:
     """Turn `build(*, rngs) -> nnx.Module` into a `Net`.
 
     Whether a call trains or evaluates is a call argument of the module; nothing of NNX leaves this
@@ -95,6 +99,8 @@ def functional(build: Callable[..., nnx.Module], dtype: str | None = None) -> Ne
         >>> y.shape
         (5, 2)
     """
+    from flax import nnx
+
     name = getattr(getattr(build, "func", build), "__name__", "the module")
     try:
         module = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))

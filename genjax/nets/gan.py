@@ -301,3 +301,11 @@ class Discriminator(nnx.Module):
         if self.embed is not None:
             logit = logit + jnp.sum(self.embed(cond, train) * h, axis=-1)
         return logit, None if self.auxiliary is None else self.auxiliary(h)
+
+
+# net -> generator, features of the discriminator.
+NETS: dict[str, tuple[type, type]] = {
+    "mlp": (MLPGenerator, MLPFeatures),
+    "dcgan": (DCGANGenerator, DCGANFeatures),
+    "resnet": (ResidualGenerator, ResidualFeatures),
+}

@@ -2,7 +2,6 @@
 one step at a time.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,113 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from genjax.errors import ConfigError, unknown_name
+from genjax.nets.cells import Carry, Cell, cell_of, rematerialised
 from genjax.nets.sequence import EventEmbed, dropout
 from genjax.protocol import Array, DataSpec, Key
-
-# What a layer carries from step to step, each [B, d]; the first entry is h, the output.
-Carry = tuple[Array, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One step of a recurrent layer without its matrix products, which is elementwise.
-
-    Attributes:
-        step: (a, u, carry) -> carry, where a = x W + b and u = h U (+ c for the last gates), each
-            [B, n_gates d].
-        n_gates: how many vectors of d the products give.
-        n_carry: how many vectors of d are carried; the first is h.
-        n_biased: how many of the last gates have a bias of their own in u.
-        summed: whether `step` sees a and u as their sum a + u only, which has a faster way back
-            (see `over_time`).
-        bias: the initial b of each gate.
-        keeper: which gate keeps the past when it is open, of those that `bias` lists; None where
-            there is none.
-
-    Raises:
-        ConfigError: for a `summed` cell with gates that have a bias of their own in u.
-    """
-
-    step: Callable[[Array, Array, Carry], Carry]
-    n_gates: int
-    n_carry: int = 1
-    n_biased: int = 0
-    summed: bool = False
-    bias: tuple[float, ...] = (0.0,)
-    keeper: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.summed and self.n_biased:
-            raise ConfigError(
-                "a cell that sees a + u has one bias: with summed, n_biased must be 0; got "
-                f"{self.n_biased}."
-            )
-
-
-def vanilla_step(a: Array, u: Array, carry: Carry) -> Carry:
-    """h' = tanh(x W + h U + b). Elman 1990."""
-    return (jnp.tanh(a + u),)
-
-
-def lstm_step(a: Array, u: Array, carry: Carry) -> Carry:
-    """(i, f, g, o) = x W + h U + b;  c' = σ(f) c + σ(i) tanh(g);  h' = σ(o) tanh(c').
-
-    Hochreiter & Schmidhuber 1997 with the forget gate of Gers 2000, without peepholes. b of f
-    starts at 1 (Jozefowicz 2015).
-    """
-    i, f, g, o = jnp.split(a + u, 4, axis=-1)
-    c = jax.nn.sigmoid(f) * carry[1] + jax.nn.sigmoid(i) * jnp.tanh(g)
-    return jax.nn.sigmoid(o) * jnp.tanh(c), c
-
-
-def gru_step(a: Array, u: Array, carry: Carry) -> Carry:
-    """r, z = σ(x W + h U + b);  n = tanh(x W_n + b_n + r (h U_n + c_n));  h' = (1 - z) n + z h.
-
-    Cho 2014 resets h before its product, (r h) U_n; this is the form of cuDNN (and, without c_n, of
-    Flax), which resets after it, so that one product serves all three gates.
-    """
-    a_gates, a_n = jnp.split(a, [2 * (a.shape[-1] // 3)], axis=-1)
-    u_gates, u_n = jnp.split(u, [2 * (u.shape[-1] // 3)], axis=-1)
-    r, z = jnp.split(jax.nn.sigmoid(a_gates + u_gates), 2, axis=-1)
-    n = jnp.tanh(a_n + r * u_n)
-    return (n + z * (carry[0] - n),)
-
-
-CELLS = {
-    "vanilla": Cell(vanilla_step, 1, summed=True),
-    "lstm": Cell(lstm_step, 4, n_carry=2, summed=True, bias=(0.0, 1.0, 0.0, 0.0), keeper=1),
-    "gru": Cell(gru_step, 3, n_biased=1, bias=(0.0, 0.0, 0.0), keeper=1),
-}
-
-
-def cell_of(cell: str | Cell, forget_bias: float | None = None) -> Cell:
-    """A cell by name, or the one that is given; with `forget_bias` as the initial bias of the gate
-    that keeps the past.
-
-    Raises:
-        ConfigError: for an unknown name, and for a bias of a gate that the cell does not have.
-    """
-    if not isinstance(cell, Cell):
-        if cell not in CELLS:
-            raise unknown_name("cell", cell, CELLS)
-        cell = CELLS[cell]
-    if forget_bias is None:
-        return cell
-    if cell.keeper is None:
-        raise ConfigError(
-            "forget_bias is for a cell with a gate that keeps the past, as lstm and gru have; got "
-            f"{forget_bias}."
-        )
-    bias = (forget_bias if i == cell.keeper else b for i, b in enumerate(cell.bias))
-    return dataclasses.replace(cell, bias=tuple(bias))
-
-
-def rematerialised(step: Callable[..., Any], remat: bool) -> Callable[..., Any]:
-    """The step of a loop; with `remat`, one that keeps its carry only and is computed again on the
-    way back.
-    """
-    return jax.checkpoint(step, prevent_cse=False) if remat else step
 
 
 def _loop(step: Callable[[Array, Carry], Carry], given: Array, carry: Carry) -> tuple[Array, Carry]:

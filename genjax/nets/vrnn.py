@@ -8,8 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from genjax.nets.cells import Carry, Cell
 from genjax.nets.mlp import ACTIVATIONS, MLP
-from genjax.nets.recurrent import Carry, Cell, RecurrentLayer
+from genjax.nets.recurrent import RecurrentLayer
 from genjax.nets.sequence import EventEmbed, dropout
 from genjax.protocol import Array, DataSpec, Key
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from genjax.nets.recurrent import rematerialised
+from genjax.nets.cells import rematerialised
 from genjax.parts.distributions import (
     log_mean_exp,
     normal_kl,
