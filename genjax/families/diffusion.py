@@ -437,7 +437,7 @@ def diffusion(
             spec=spec,
             init=init,
             losses={"diffusion": loss},
-            sample=record.generate,
+            sample=sampler_of(record),
             log_prob=log_prob if exact else None,
             bound=bound,
             estimator=words if exact else bound_in_words(n_bound_samples, n_times),

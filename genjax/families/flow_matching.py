@@ -366,7 +366,7 @@ def flow_matching(
             spec=spec,
             init=init,
             losses={"flow": regress},
-            sample=record.generate,
+            sample=sampler_of(record),
             log_prob=log_prob if exact else None,
             bound=None if exact else bound,
             estimator=words if exact else f"dequantised once, {words}",

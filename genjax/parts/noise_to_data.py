@@ -18,7 +18,7 @@ from genjax.parts.guidance import guided
 from genjax.parts.ode_likelihood import LIKELIHOOD_SOLVERS, likelihood_in_words, ode_log_prob
 from genjax.parts.paths import Denoise, Path, coefficients, prior
 from genjax.parts.solvers import GRIDS, SOLVERS
-from genjax.protocol import Array, DataSpec, Denoiser, Key, Params, State
+from genjax.protocol import Array, DataSpec, Denoiser, Key, Params, SampleFn, State
 from genjax.settings import Count, Finite, OneOf, Settings, Whole, check_fields
 
 # --- settings -------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def generate_along(
 
 
 def denoiser_of(model: NoiseToData, sampling: Sampling) -> Denoiser:
-    """The record of what such a model offers; its `generate` is `sample`, too.
+    """The record of what such a model offers.
 
     generate: (params, state, key, n, cond=None, *, solver=None, n_steps=None, grid=None,
     guidance=None, every=False) -> `generate_along`; what is not given there is as in `sampling`.
@@ -209,6 +209,15 @@ def denoiser_of(model: NoiseToData, sampling: Sampling) -> Denoiser:
         return generate_along(model, how, params, key, n, cond, every)
 
     return Denoiser(model.path, denoise, generate, model.guided)
+
+
+def sampler_of(denoiser: Denoiser) -> SampleFn:
+    """`generate` as the contract's `sample`: with the settings of the builder."""
+
+    def sample(params: Params, state: State, key: Key, n: int, cond: Any = None) -> Array:
+        return denoiser.generate(params, state, key, n, cond)
+
+    return sample
 
 
 def ode_density(
