@@ -15,15 +15,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import genjax
+from genjax.data import Source
 from genjax.errors import GenjaxError
 from genjax.runs.folder import environment, write_json
 from genjax.runs.pictures import read_metrics
-from genjax.zoo import ZOO
+from genjax.zoo import ZOO, catalogue
 
 # Only so many test examples, the first, of rows whose estimator takes a second or more for each.
 FIRST = {"flow-matching-mnist": 500}
-PATH = Path(genjax.__file__).parent / "zoo" / "results.json"
+PATH = catalogue.FOLDER / "results.json"
 
 
 def train(name: str, seed: int, folder: Path, *flags: str) -> float:
@@ -65,12 +65,12 @@ def run_row(name: str, seeds: list[int], keep: Path | None) -> dict[str, Any]:
     reports, seconds = [], []
     with tempfile.TemporaryDirectory() as scratch:
         for seed in seeds:
-            folder = (keep or Path(scratch)) / f"{name}_seed{seed}"
-            seconds.append(train(name, seed, folder))
+            place = keep or Path(scratch)
+            folder = place / f"{name}_seed{seed}"
+            seconds.append(train(name, seed, folder, *first_stage(name, seed, place)))
             reports.append(evaluate(folder, ZOO[name].schedule.steps))
     means = [report["mean"] for report in reports]
     first = reports[0]
-    spread = lambda values: {"mean": statistics.mean(values), "max": max(values)}  # noqa: E731
     result = {
         "mean": statistics.mean(means),
         "sd": statistics.stdev(means) if len(means) > 1 else None,
@@ -93,8 +93,8 @@ def run_row(name: str, seeds: list[int], keep: Path | None) -> dict[str, Any]:
                 "hardware",
             )
         },
-        "train_seconds": spread(seconds),
-        "evaluate_seconds": spread([report["seconds"] for report in reports]),
+        "train_seconds": _spread(seconds),
+        "evaluate_seconds": _spread([report["seconds"] for report in reports]),
     }
     for key in ("bits_per_dim", "true_log_prob"):
         if key in first:
@@ -118,6 +118,28 @@ def run_row(name: str, seeds: list[int], keep: Path | None) -> dict[str, Any]:
     return result
 
 
+def first_stage(name: str, seed: int, place: Path) -> list[str]:
+    """The flags that name the run which a row stands on, trained with the same seed; none for most
+    rows.
+    """
+    first = ZOO[name].first
+    if first is None:
+        return []
+    folder = place / f"{first}_seed{seed}"
+    train(first, seed, folder, *first_stage(first, seed, place))
+    return ["--data", str(folder)]
+
+
+def source_of(name: str) -> Source:
+    """The data that a row, or the row that it stands on, is trained on."""
+    first = ZOO[name].first
+    return ZOO[name].source() if first is None else source_of(first)
+
+
+def _spread(seconds: list[float]) -> dict[str, float]:
+    return {"mean": statistics.mean(seconds), "max": max(seconds)}
+
+
 def over_seeds(figures: list[dict[str, Any]]) -> dict[str, Any]:
     """One figure about samples as mean and sd over seeds, with what it is."""
     values, real = (
@@ -134,11 +156,13 @@ def over_seeds(figures: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(names: list[str], seeds: list[int], keep: Path | None = None) -> None:
-    """Measure the rows named, or all, and merge them into genjax/results.json."""
+    """Measure the rows named, or all, and merge them into genjax/zoo/results.json; and count every
+    model again, into genjax/zoo/models.json.
+    """
     results = json.loads(PATH.read_text())
     for name in names or list(ZOO):
         try:
-            ZOO[name].source().load()
+            source_of(name).load()
         except GenjaxError as error:
             print(f"skipped {name}: {error}", file=sys.stderr)
             continue
@@ -147,4 +171,5 @@ def main(names: list[str], seeds: list[int], keep: Path | None = None) -> None:
             f"{name}: {results[name]['mean']:.3f} (by seed {results[name]['by_seed']})", flush=True
         )
         write_json(PATH, {row: results[row] for row in ZOO if row in results})
-    print(f"written: {PATH}, on {environment()['hardware']}")
+    catalogue.write()
+    print(f"written: {PATH}, on {environment()['hardware']}; {catalogue.PATH}")
