@@ -36,6 +36,7 @@ from genjax.parts.noise_to_data import (
     denoiser_of,
     dropped_conditions,
     ode_density,
+    sample_with,
 )
 from genjax.parts.paths import (
     PREDICTIONS,
@@ -437,7 +438,7 @@ def diffusion(
             spec=spec,
             init=init,
             losses={"diffusion": loss},
-            sample=sampler_of(record),
+            sample=sample_with(record),
             log_prob=log_prob if exact else None,
             bound=bound,
             estimator=words if exact else bound_in_words(n_bound_samples, n_times),

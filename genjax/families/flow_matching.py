@@ -28,6 +28,7 @@ from genjax.parts.noise_to_data import (
     denoiser_of,
     dropped_conditions,
     ode_density,
+    sample_with,
 )
 from genjax.parts.pairing import COUPLINGS
 from genjax.parts.paths import (
@@ -366,7 +367,7 @@ def flow_matching(
             spec=spec,
             init=init,
             losses={"flow": regress},
-            sample=sampler_of(record),
+            sample=sample_with(record),
             log_prob=log_prob if exact else None,
             bound=None if exact else bound,
             estimator=words if exact else f"dequantised once, {words}",

@@ -211,7 +211,7 @@ def denoiser_of(model: NoiseToData, sampling: Sampling) -> Denoiser:
     return Denoiser(model.path, denoise, generate, model.guided)
 
 
-def sampler_of(denoiser: Denoiser) -> SampleFn:
+def sample_with(denoiser: Denoiser) -> SampleFn:
     """`generate` as the contract's `sample`: with the settings of the builder."""
 
     def sample(params: Params, state: State, key: Key, n: int, cond: Any = None) -> Array:
