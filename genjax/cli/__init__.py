@@ -376,9 +376,7 @@ def _keep_compiled_programs() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The `genjax` program."""
-    args = list(sys.argv[1:] if argv is None else argv)
+def _run(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help", "help"):
         print(HELP)
         return
@@ -387,12 +385,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         print(version("genjax-zoo"))
         return
+    if args[0] not in COMMANDS:
+        raise unknown_name("command", args[0], COMMANDS)
+    if args[0] not in ("bench", "compile"):  # which say how long compiling takes
+        _keep_compiled_programs()
+    COMMANDS[args[0]](args[1:])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The `genjax` program."""
     try:
-        if args[0] not in COMMANDS:
-            raise unknown_name("command", args[0], COMMANDS)
-        if args[0] not in ("bench", "compile"):  # which say how long compiling takes
-            _keep_compiled_programs()
-        COMMANDS[args[0]](args[1:])
+        _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
     except Interrupted as stop:
         print(f"genjax: {stop}", file=sys.stderr)
         raise SystemExit(128 + stop.signal) from None

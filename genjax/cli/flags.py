@@ -105,7 +105,7 @@ def parse_recipe(command: str, args: list[str], options: type) -> "tuple[Recipe,
         }
         made = group(title, entries, f"Each may be called --{title}.NAME as well." * bool(entries))
         fields.append((section, Annotated[made, tyro.conf.arg(name=title)]))
-    about = {"__doc__": f"{row.summary}, on {row.data}."}
+    about = {"__doc__": f"{row.summary}, on {recipe.data}."}
     whole = dataclasses.make_dataclass("Settings", fields, namespace=about, kw_only=True)
     rest = as_shown(args[1:], settings, options)
     parsed: Any = tyro.cli(whole, prog=f"genjax {command} {name}", args=rest)
