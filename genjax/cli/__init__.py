@@ -40,8 +40,9 @@ Pure-function generative models in JAX.
                    memory, FLOPs, best time
   bench NAME       steps/s, examples/s, compile time, FLOPs and share of the machine's peak
 
-`genjax COMMAND --help` and `genjax train NAME --help` list the flags. Exit codes: 0 done,
-2 an error that is said in one message, 143 or 130 stopped by a signal after saving.
+`genjax COMMAND --help` and `genjax train NAME --help` list the flags. A setting may say its
+section, too: --optimizer.b1 for --b1. Exit codes: 0 done, 2 an error that is said in one
+message, 143 or 130 stopped by a signal after saving.
 """
 
 

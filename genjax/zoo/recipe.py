@@ -23,7 +23,7 @@ from genjax.zoo.sections import sections_of
 
 
 class _Seeds(Within):
-    """What `jax.random.key` takes apart: one number of 32 bits."""
+    """Seeds have 32 bits, as those of `jax.random.key` do."""
 
     def __str__(self) -> str:
         return "from 0 to 2**32 - 1"
