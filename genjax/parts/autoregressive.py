@@ -393,6 +393,7 @@ def autoregressive(
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from genjax import DataSpec
+        >>> from genjax.parts.autoregressive import SequenceNet, autoregressive, recomputed
         >>> from genjax.parts.likelihoods import emission
         >>> spec = DataSpec((4,), "tokens", levels=3, step="symbol")
         >>> def outputs(p, x, c, dropped, key):  # logits that depend on the position alone
