@@ -73,22 +73,14 @@ MODELS = {**ZOO, **EXTRA}
 first_of_family = {row.family: row.name for row in reversed(ZOO.values())}.values()
 
 
-def _marked(name, quick):
-    """A row of the quick tier, or a slow one. Further rows of a family are variants, which CI runs
-    on one end of the supported versions.
-    """
-    if name in quick:
-        return name
-    marks = (
-        [pytest.mark.slow] if name in first_of_family else [pytest.mark.slow, pytest.mark.variant]
-    )
-    return pytest.param(name, marks=marks)
-
-
 def _over(names, quick=()):
-    # Within a module all gates of a row come one after the other, and so in one worker, which
-    # compiles what they share once (that is what the scope is for).
-    return pytest.mark.parametrize("name", [_marked(n, quick) for n in names], scope="module")
+    """These models, of which some are in the quick tier.
+
+    Within a module all gates of one come one after the other, and so in one worker, which compiles
+    what they share once (that is what the scope is for).
+    """
+    params = [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
+    return pytest.mark.parametrize("name", params, scope="module")
 
 
 def _where(holds):

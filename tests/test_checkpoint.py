@@ -21,8 +21,6 @@ from genjax.learning.checkpoint import Checkpoints, difference
 from genjax.learning.optim import track_ema
 from genjax.protocol import TrainState
 
-pytestmark = pytest.mark.both_ends
-
 NOTE = {"window": {"net/loss": [0.1, 1 / 3, float("inf")], "net/members": [[1.5, float("nan")]]}}
 
 

@@ -25,8 +25,6 @@ from genjax.runs.folder import read_config
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import from_dict
 
-pytestmark = pytest.mark.both_ends
-
 # Small, and with so many checkpoints that a signal is likely to hit a save.
 TRAIN = shlex.split(
     "train vae --hidden 8 --latent-dim 2 --batch-size 32 --steps 300 --steps-per-call 10 "

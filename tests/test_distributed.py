@@ -39,8 +39,6 @@ from genjax.runs.train import train
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import from_dict, to_dict
 
-pytestmark = pytest.mark.both_ends
-
 LIMIT = 600  # seconds; on a machine with nothing else to do everything here takes a few
 TRAIN = shlex.split(
     "train vae --hidden 8 --latent-dim 2 --batch-size 16 --steps 100 --steps-per-call 5 "

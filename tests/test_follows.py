@@ -40,8 +40,6 @@ from genjax.learning.transforms import (
     skip_nonfinite,
 )
 
-pytestmark = pytest.mark.both_ends
-
 RATE = 0.1
 
 

@@ -35,7 +35,6 @@ from genjax.families.gan import gan
 from genjax.learning.step import training
 from genjax.protocol import InitFn, LossFn, SampleFn, ScoreFn
 
-pytestmark = pytest.mark.both_ends
 # Rows whose losses depend on the rest of the batch by design (batch statistics), which G6 then
 # wants to see.
 BATCH_COUPLED = {"dcgan-mnist"}

@@ -59,8 +59,6 @@ from genjax.learning.step import training
 from genjax.learning.transforms import microbatch, scan_steps
 from genjax.protocol import Batch, step_mask
 
-pytestmark = pytest.mark.both_ends
-
 PARTS = 4
 RATES = np.asarray([RATE, RATE / 4, RATE / 8], np.float32)
 WEIGHT = np.asarray([1, 0, 2, 0.5, 0, 1, 3, 1], np.float32)

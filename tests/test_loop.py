@@ -27,8 +27,6 @@ from genjax.learning.step import training
 from genjax.learning.transforms import skip_nonfinite
 from genjax.protocol import Aux, Batch, DataSpec, Model, Training, TrainState
 
-pytestmark = pytest.mark.both_ends
-
 SPEC = DataSpec((2,), "continuous", name="toy")
 N, BATCH, SEED = 40, 8, 3
 FLAG = 1000.0  # a first coordinate above this makes a gradient NaN though the loss is finite

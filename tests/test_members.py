@@ -39,8 +39,6 @@ from genjax.learning.transforms import (
     skip_nonfinite,
 )
 
-pytestmark = pytest.mark.both_ends
-
 
 def mesh():
     return make_mesh({"data": 8})

@@ -9,8 +9,6 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-pytestmark = pytest.mark.both_ends
-
 FOLDER = Path(__file__).parent.parent / "notebooks"
 SMALL = {
     "01_composition.ipynb": "STEPS = 40\nSWEEP_STEPS = 20\nSEEDS = 2",

@@ -43,8 +43,6 @@ from genjax.learning.transforms import (
 )
 from genjax.protocol import Batch
 
-pytestmark = pytest.mark.both_ends
-
 TX = optax.chain(optax.adam(0.05), track_ema(0.9))
 
 

@@ -26,8 +26,6 @@ from genjax.runs.train import train
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import config_hash, from_dict, to_dict
 
-pytestmark = pytest.mark.both_ends
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -15,8 +15,6 @@ from genjax.zoo import ZOO
 from genjax.zoo.recipe import to_dict
 from genjax.zoo.sections import replace
 
-pytestmark = pytest.mark.both_ends
-
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")

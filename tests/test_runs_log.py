@@ -11,8 +11,6 @@ from genjax.errors import CheckpointError
 from genjax.runs import pictures
 from genjax.runs.log import Log, logging_in
 
-pytestmark = pytest.mark.both_ends
-
 
 def test_a_log_is_cut_back_to_the_step_that_training_goes_on_from(tmp_path: Path) -> None:
     log = Log(tmp_path)

@@ -27,8 +27,6 @@ from genjax.runs.train import train
 from genjax.zoo import ZOO
 from genjax.zoo.sections import replace
 
-pytestmark = pytest.mark.both_ends
-
 STREAM = DataSpec(
     (6,), "tokens", levels=3, vocabulary=("a", "b", "\n"), step="character", name="letters"
 )

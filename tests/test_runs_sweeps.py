@@ -16,8 +16,6 @@ from genjax.runs.sweeps import check_axes, run_sweep
 from genjax.runs.train import VALID_SEED
 from genjax.zoo import ZOO
 
-pytestmark = pytest.mark.both_ends
-
 
 @pytest.mark.slow
 def test_a_sweep_compares_its_members_on_the_validation_split(tmp_path: Path) -> None:

@@ -30,8 +30,6 @@ from genjax.runs.train import train
 from genjax.zoo import ZOO
 from genjax.zoo.sections import replace
 
-pytestmark = pytest.mark.both_ends
-
 KEY = jax.random.key(0)
 TX = optax.chain(optax.adam(1e-2), track_ema(0.9))
 PLANE = DataSpec((2,), "continuous")

@@ -35,8 +35,6 @@ from genjax.learning.transforms import (
 )
 from genjax.protocol import Batch
 
-pytestmark = pytest.mark.both_ends
-
 
 @pytest.mark.parametrize(
     "weight", [None, np.asarray([1, 0, 2, 0.5, 0, 1, 3, 1], np.float32)], ids=["equal", "weighted"]

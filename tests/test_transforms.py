@@ -45,8 +45,6 @@ from genjax.learning.transforms import (
 )
 from genjax.protocol import Batch, DataSpec
 
-pytestmark = pytest.mark.both_ends
-
 
 @pytest.mark.slow
 def test_compiled_steps_are_the_same_and_donate_the_state():
