@@ -226,7 +226,8 @@ def test_mnist_places(mnist_folder, monkeypatch, tmp_path):
 def test_mnist_hash(mnist_folder, monkeypatch):
     with pytest.raises(
         DataError,
-        match=r"train-images-idx3-ubyte.gz: not the published file of mnist: expected SHA-256 ba89\w+",
+        match="train-images-idx3-ubyte.gz: not the published file of mnist: "
+        r"expected SHA-256 ba89\w+",
     ):
         data.mnist(path=str(mnist_folder)).load()
 

@@ -453,6 +453,7 @@ def test_published_texts_are_the_published_ones(published):
     file.write_text(file.read_text() + "\nzz")
     with pytest.raises(
         DataError,
-        match=r"names\.txt: not the published file of names: expected SHA-256 \w{64} .*found \w{64}\.",
+        match=r"names\.txt: not the published file of names: "
+        r"expected SHA-256 \w{64} .*found \w{64}\.",
     ):
         data.names(path=str(folder)).load()

@@ -116,7 +116,10 @@ def test_the_command_line_imports_nothing_heavy():
 
 @pytest.mark.parametrize("flag", ["--help", "--version"])
 def test_help_does_not_import_jax(flag):
-    code = f"import sys; from genjax.cli import main; main(['{flag}']); print('jax' in sys.modules, 'numpy' in sys.modules)"
+    code = (
+        f"import sys; from genjax.cli import main; main(['{flag}']); "
+        "print('jax' in sys.modules, 'numpy' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent
     )
