@@ -21,6 +21,7 @@ from vae_oracles import (
     open_normal,
     over_keys,
     ppca,
+    random_params,
 )
 
 from genjax.checks import checked
@@ -78,7 +79,7 @@ def params_with(prior, **moved):
 # --- the same as what is known --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("k", [1, 6])
+@pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.slow), 6])
 def test_a_model_of_the_normal_is_the_normal_prior(x64, k):
     """Draw by draw, with the KL by Monte Carlo; and its samples are those of the normal prior."""
     p, prior = ppca(), prior_of(gaussian())
@@ -112,7 +113,9 @@ def test_parameters_and_state_of_the_model_are_part_of_those_of_the_vae():
         assert linear_vae(prior=name).init(KEY)[1] == {"vae": {}}
 
 
-@pytest.mark.parametrize("gradient", ["pathwise", "stl", "dreg"])
+@pytest.mark.parametrize(
+    "gradient", ["pathwise", *(pytest.param(g, marks=pytest.mark.slow) for g in ("stl", "dreg"))]
+)
 def test_the_models_parameters_learn_through_its_density(x64, gradient):
     """∂/∂mean of -ln N(z; mean, I) is mean - z, for the z that the noise says."""
     p, prior = ppca(), prior_of(gaussian())
@@ -159,8 +162,14 @@ def test_training_moves_the_prior_to_where_the_latents_are(x64):
 # --- conditions -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize("form", ["label", "vector"])
+@pytest.mark.parametrize(
+    ("form", "k"),
+    [
+        ("label", 3),
+        pytest.param("label", 1, marks=pytest.mark.slow),
+        pytest.param("vector", 3, marks=pytest.mark.slow),
+    ],
+)
 def test_a_conditional_prior_gets_the_condition_of_each_example(x64, form, k):
     p = ppca()
     condition = {"n_classes": 3} if form == "label" else {"cond_dim": 3}
@@ -255,19 +264,19 @@ def test_models_that_make_no_prior():
 
 def test_priors_of_another_size_or_condition():
     wide = linear_vae(prior=prior_of(gaussian(d=3)))
-    params, state = wide.init(KEY)
+    params, state = random_params(wide)
     batch = Batch(jnp.ones((4, 6)))
     with pytest.raises(ConfigError, match=r"of 3 dimensions, and z has 2\. Say latent_dim=3"):
         wide.losses["vae"](params, state, batch, KEY, 0)
     with pytest.raises(ConfigError, match=r"must draw z of shape \[5, 2\]; got \[5, 3\]"):
         wide.sample(params, state, KEY, 5)
     plain = linear_vae(prior=prior_of(gaussian(n_classes=4)))
-    params, state = plain.init(KEY)
+    params, state = random_params(plain)
     with pytest.raises(ConfigError, match=r"condition of size 4, and the model .* one of size 0"):
         plain.bound(params, state, batch, KEY)
     spec = DataSpec((6,), "continuous", n_classes=3)
     other = vae(spec, latent_dim=2, hidden=(), prior=prior_of(gaussian(n_classes=4)))
-    params, state = other.init(KEY)
+    params, state = random_params(other)
     with pytest.raises(ConfigError, match=r"condition of size 4, and the model .* one of size 3"):
         other.sample(params, state, KEY, 2, jnp.asarray([0, 1]))
 

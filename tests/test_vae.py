@@ -374,7 +374,7 @@ def test_auto_is_the_usual_likelihood_of_the_kind():
         for name in ("auto", "discretized_logistic")
     )
     params, state = random_params(one)
-    found, wanted = (m.bound(params, state, x, jax.random.key(0)) for m in (one, other))
+    found, wanted = (jit(m.bound)(params, state, x, jax.random.key(0)) for m in (one, other))
     np.testing.assert_array_equal(found, wanted)
 
 

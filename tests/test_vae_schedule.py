@@ -74,6 +74,7 @@ def weights_of(metrics):
     return (found["loss"] + found["log_likelihood"]) / found["kl"]
 
 
+@pytest.mark.slow
 def test_training_gives_the_loss_its_own_steps_whichever_way_they_are_taken(x64):
     model = linear_vae(beta=2.0, beta_warmup_steps=4)
     t = training(model, optax.sgd(1e-3))
