@@ -56,7 +56,7 @@ from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.members import ensemble, sweep
 from genjax.learning.sharding import shard
 from genjax.learning.step import training
-from genjax.learning.transforms import microbatch, scan_steps
+from genjax.learning.transforms import microbatch, repeat_steps, scan_steps
 from genjax.protocol import Batch, step_mask
 
 PARTS = 4
@@ -308,7 +308,7 @@ def test_g7_eight_examples_are_memorised_down_to_the_floor(name):
         ),
     )
     fast = (optimised if score is None or row.family in COPIES else jax.jit)(
-        scan_steps(t, 200).step, donate_argnums=0
+        repeat_steps(t, 200).step, donate_argnums=0
     )
     many = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * COPIES.get(row.family, 1)), eight)
     ts = t.init(jax.random.key(0))
