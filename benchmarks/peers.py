@@ -14,7 +14,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -284,6 +284,11 @@ def alternate(
     return in_turns(calls, steps, seconds)
 
 
+def _steps_of(twin: Twin, variant: str, steps: int) -> float:
+    """Seconds that so many steps of a twin take."""
+    return twin.ask(variant=variant, steps=steps)
+
+
 def measure(
     name: str, size: str, seconds: float, peak: float, python: str | None, block: float = 0.3
 ) -> dict[str, Any]:
@@ -303,7 +308,7 @@ def measure(
             "first_step_seconds": {},
         }
         for variant in VARIANTS:
-            own = lambda steps, variant=variant: twin.ask(variant=variant, steps=steps)  # noqa: E731
+            own = partial(_steps_of, twin, variant)
             try:
                 about["first_step_seconds"][variant] = own(1)
                 calls[f"PyTorch, {variant}"] = own
@@ -312,7 +317,10 @@ def measure(
     rounds = alternate(calls, mine.per_call, seconds, block)
     if twin:
         twin.close()
-    best = lambda names: min(names, key=lambda one: statistics.median(rounds[one]))  # noqa: E731
+
+    def best(names: Iterable[str]) -> str:
+        return min(names, key=lambda one: statistics.median(rounds[one]))
+
     fastest = best(mine.calls)
     step = statistics.median(rounds[fastest])
     per_example = spec.shape[0] if spec.step else 1

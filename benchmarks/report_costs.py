@@ -147,7 +147,10 @@ def sampling_parts(found: dict[str, Any]) -> list[str]:
 
 def startup_parts(found: dict[str, Any]) -> list[str]:
     """The part about starting."""
-    each = lambda times: f"{statistics.median(times):.2f} ({', '.join(f'{t:.2f}' for t in times)})"  # noqa: E731
+
+    def each(times: list[float]) -> str:
+        return f"{statistics.median(times):.2f} ({', '.join(f'{t:.2f}' for t in times)})"
+
     rows = [[f"`{row['command']}`", each(row["cold"]), each(row["warm"])] for row in found["rows"]]
     return [
         "## From the command to the first step",

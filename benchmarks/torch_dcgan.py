@@ -86,7 +86,10 @@ def main() -> None:
     generator = generator.to(memory_format=torch.channels_last)
     discriminator = discriminator.to(memory_format=torch.channels_last)
     average = copy.deepcopy(generator)
-    make = lambda module: torch.optim.Adam(module.parameters(), lr=2e-4, betas=(0.5, 0.999))  # noqa: E731
+
+    def make(module: torch.nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.Adam(module.parameters(), lr=2e-4, betas=(0.5, 0.999))
+
     opt_g, opt_d = make(generator), make(discriminator)
     order = torch.empty(0, dtype=torch.long)
     start = time.perf_counter()
@@ -124,7 +127,10 @@ def main() -> None:
         .to(torch.uint8)
         .numpy()
     )
-    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+
+    def count(module: torch.nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
     np.savez_compressed(
         args.out,
         x=x,

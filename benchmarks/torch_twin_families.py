@@ -369,7 +369,10 @@ class Diffusion(Denoiser):
         self, player: str, x: torch.Tensor, cond: torch.Tensor | None, noise: Noise
     ) -> torch.Tensor:
         x0, t, d = self.normalize(x), noise["t"], self.s.sigma_data
-        over = lambda v: v[:, None, None, None]  # noqa: E731
+
+        def over(v: torch.Tensor) -> torch.Tensor:
+            return v[:, None, None, None]
+
         if self.s.noise_schedule == "edm":
             x_t, scale = x0 + over(t) * noise["epsilon"], torch.rsqrt(d * d + t * t)
             target = (x0 - over((d * scale).square()) * x_t) / over(t * d * scale)

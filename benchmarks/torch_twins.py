@@ -86,7 +86,9 @@ def stepper(case: dict[str, Any], variant: str) -> Callable[[], None]:
     }
 
     def loss_of(name: str) -> Callable[[], torch.Tensor]:
-        loss = lambda: twin.loss(name, x, cond, twin.draw(name))  # noqa: E731
+        def loss() -> torch.Tensor:
+            return twin.loss(name, x, cond, twin.draw(name))
+
         return torch.compile(loss) if variant == "compiled" else loss
 
     losses = {name: loss_of(name) for name in players}
