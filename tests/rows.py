@@ -37,7 +37,7 @@ COVERING = (
     "gan-ring",
     "spectral-cgan",
     "dcgan-mnist",
-    "r3gan-mnist",
+    "residual-gan",
     "rnn",
     "lstm-lanes",
     "gru-names",
@@ -66,6 +66,7 @@ EXTRA = {
     for row in (
         _changed("iwae-vamp", ZOO["iwae"], {"prior": "vamp"}, {"n_pseudo_inputs": 3}),
         _changed("spectral-cgan", ZOO["cgan"], {"spectral_norm": True}),
+        _changed("residual-gan", ZOO["gan"], {"net": "resnet", "r1": 0.0}, {"channels": (4,)}),
         _changed("lstm-lanes", ZOO["lstm"], tiny={"lanes": B}),
     )
 }

@@ -70,7 +70,7 @@ WEIGHT = np.asarray([1, 0, 2, 0.5, 0, 1, 3, 1], np.float32)
 SCANNED_TO_ROUNDING = {
     "vae-conv": 1e-6,
     "dcgan-mnist": 2e-5,
-    "r3gan-mnist": 2e-5,
+    "residual-gan": 2e-5,
     "gru-markov": 1e-5,
 }
 
