@@ -202,6 +202,13 @@ class StageNoise(NamedTuple):
     second: Key
 
 
+def draw_stage(codes: DataSpec, key: Key, batch: Batch) -> StageNoise:
+    """The randomness of the loss: the only place that splits its key."""
+    key_z, key_second = jax.random.split(key)
+    shape = (batch.x.shape[0], *codes.shape)
+    return StageNoise(jax.random.normal(key_z, shape), key_second)
+
+
 def two_stage(first: Trained, second: Model) -> Model:
     """The first stage's data with the second stage as the prior: p(x) = ∫ p_2(z) p_1(x | z) dz.
 
@@ -237,6 +244,7 @@ def two_stage(first: Trained, second: Model) -> Model:
     model, wanted = first.model, latent_spec(first.model)
     _check_stage(second.spec, wanted)
     latent: Any = model.latent
+    draw_noise = partial(draw_stage, wanted)
 
     def init(key: Key) -> tuple[Params, State]:
         params, state = second.init(key)
@@ -248,11 +256,6 @@ def two_stage(first: Trained, second: Model) -> Model:
         mean, log_scale = latent.encode(params[FIRST], state[FIRST], batch.x, batch.cond)
         z = jax.lax.stop_gradient(mean + jnp.exp(log_scale) * epsilon)
         return batch._replace(x=z, length=None)
-
-    def draw_noise(key: Key, batch: Batch) -> StageNoise:
-        key_z, key_second = jax.random.split(key)
-        shape = (batch.x.shape[0], *wanted.shape)
-        return StageNoise(jax.random.normal(key_z, shape), key_second)
 
     def loss_of(player: str) -> LossFn:
         def loss(
