@@ -30,17 +30,12 @@ from rows import (
     widen,
 )
 
-from genjax.families.compose import reflow
-from genjax.families.gan import gan
 from genjax.learning.step import training
 from genjax.protocol import InitFn, LossFn, SampleFn, ScoreFn
 
 # Rows whose losses depend on the rest of the batch by design (batch statistics), which G6 then
 # wants to see.
 BATCH_COUPLED = {"dcgan-mnist"}
-# Losses that need not look at an example, only at its condition: a generator may be judged by the
-# discriminator alone.
-DATA_FREE = {gan: {"generator"}, reflow: {"flow"}}
 
 
 @every_row
@@ -76,7 +71,7 @@ def test_g6_an_example_changes_its_own_loss_and_no_other(name):
         for j in (0, 3, B - 1):
             after = np.asarray(value(exchange(j)))
             changed = np.flatnonzero(before != after).tolist()
-            data_free = what in DATA_FREE.get(row.recipe.family, ())
+            data_free = what in rows.DATA_FREE.get(row.recipe.family, ())
             if name in BATCH_COUPLED and not data_free:
                 assert len(changed) > 1, (
                     "no example sees another: take the row out of BATCH_COUPLED"

@@ -61,12 +61,13 @@ def skeleton(spec: DataSpec, *, scale: Positive = 1.0) -> Model:
         raise ConfigError(f"A Gaussian models continuous data; {spec.name} is {spec.kind}.")
 
     def init(key: Key) -> tuple[Params, State]:
+        key_mean, key_weight = jax.random.split(key)
         own = {
-            "mean": jnp.zeros(spec.shape),
-            "log_scale": jnp.full(spec.shape, jnp.log(scale)),
+            "mean": 0.01 * jax.random.normal(key_mean, spec.shape),
+            "log_scale": jnp.full(spec.shape, jnp.log(scale), jnp.float32),
         }
         if spec.conditional:
-            own["weight"] = 0.01 * jax.random.normal(key, (spec.cond_size, spec.size))
+            own["weight"] = 0.01 * jax.random.normal(key_weight, (spec.cond_size, spec.size))
         return {PLAYER: own}, {PLAYER: {}}
 
     def loss(
