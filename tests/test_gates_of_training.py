@@ -344,7 +344,7 @@ def _moved(own, direction, t):
     return jax.tree.map(lambda p, d: p + t * d, own, direction)
 
 
-@covering
+@rows.differentiable
 def test_g8_gradients_equal_finite_differences(name):
     rng, h = np.random.default_rng(1), 1e-6  # small: a unit may have its kink within the step
     for player in setup(name).model.losses:

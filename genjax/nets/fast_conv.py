@@ -48,7 +48,9 @@ def convolve(x: Array, kernel: Array, stride: int = 1) -> Array:
         strides = (stride, stride)
         return jax.lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=_NHWC)
 
-    products = functools.partial(_convolve, stride=stride)
+    def products(x: Array, kernel: Array) -> Array:
+        return _convolve(x, kernel, stride)
+
     return jax.lax.platform_dependent(x, kernel, cpu=products, default=native)
 
 
@@ -70,7 +72,9 @@ def convolve_transpose(x: Array, kernel: Array, stride: int = 1) -> Array:
         strides = (stride, stride)
         return jax.lax.conv_transpose(x, kernel, strides, "SAME", dimension_numbers=_NHWC)
 
-    products = functools.partial(_convolve_transpose, stride=stride)
+    def products(x: Array, kernel: Array) -> Array:
+        return _convolve_transpose(x, kernel, stride)
+
     return jax.lax.platform_dependent(x, kernel, cpu=products, default=native)
 
 
