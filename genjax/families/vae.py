@@ -190,9 +190,9 @@ def elbo_terms(
         log_lik, log_ratio = log_weights(model, p, state, x, c, noise)
         return log_lik[0], -log_ratio[0]
     mean, log_scale = posterior(model, p, model.spec.normalize(x), c)
-    z = mean[None] + jnp.exp(log_scale)[None] * noise.epsilon
+    z = mean + jnp.exp(log_scale) * noise.epsilon[0]
     kl = model.prior.kl(p["prior"], mean, log_scale)
-    return log_likelihood(model, p, x, z, c)[0], kl
+    return log_likelihood(model, p, x, z[None], c)[0], kl
 
 
 def importance_weighted_bound(
