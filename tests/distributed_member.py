@@ -100,7 +100,7 @@ def main(folder: Path) -> None:
         sum(np.abs(leaf).sum() for leaf in jax.tree.leaves(distributed.whole(state.params)))
     )
 
-    found["told"] = distributed.told(lambda: {"from": jax.process_index()})
+    found["told"] = distributed.agreed(lambda: {"from": jax.process_index()})
     six = jax.eval_shape(lambda: example_batch(SPEC, jax.random.key(0), 6))
     found["complaints"] = [
         complaint(lambda: make_mesh({"data": 2})),
@@ -109,7 +109,7 @@ def main(folder: Path) -> None:
                 lambda key, batch: t.step(t.init(key), batch), jax.random.key(0), six
             )
         ),
-        complaint(lambda: distributed.told(no_data)),
+        complaint(lambda: distributed.agreed(no_data)),
         complaint(lambda: distributed.check_shared(folder / f"only{jax.process_index()}")),
     ]
     (folder / f"found{jax.process_index()}.json").write_text(json.dumps(found))

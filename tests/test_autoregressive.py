@@ -132,6 +132,7 @@ def test_a_net_without_a_cache_gives_its_outputs_step_by_step():
     np.testing.assert_array_equal(differs, dropped)
 
 
+@pytest.mark.slow
 def test_data_that_are_no_sequences_are_modelled_as_one_and_keep_their_shape():
     model, params, state, _ = setup(IMAGES, steps=PIXELS)
     batch = example_batch(IMAGES, KEY, 3)

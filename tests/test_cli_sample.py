@@ -101,8 +101,8 @@ def test_flags_that_do_not_apply_are_refused_in_one_message(
     genjax.cli.main([*small.split(), str(run)])
     capsys.readouterr()
     for flags, message in [
-        ("--temperature 2", "--temperature: for models that make samples step by step"),
-        ("--solver heun --n-steps 3", "--solver, --n-steps: for models"),
+        ("--temperature 2", "--temperature: for models that make a sequence step by step"),
+        ("--solver heun --n-steps 3", "--solver, --n-steps: for models that go from noise to data"),
         ("--film", "--film shows the way from noise to data"),
         ("--means", "no means of p(x|z) to show"),
         ("--cond 3", "unconditional: leave `cond` out"),

@@ -16,7 +16,7 @@ from genjax.parts.decoding import (
     beam_search,
     compose,
     generate,
-    generator,
+    make_generate,
     min_p,
     repetition_penalty,
     sampler,
@@ -356,7 +356,7 @@ def test_the_generator_of_a_family_guides_and_refuses_what_does_not_fit():
     def draw(key, outputs):
         return jax.random.categorical(key, outputs).astype(jnp.int32)
 
-    run = generator(CLASSES, of_class, stay, draw, context=4)
+    run = make_generate(CLASSES, of_class, stay, draw, context=4)
     cond, key = jnp.asarray([0, 1] * 500), jax.random.key(0)
 
     def rate(**options):
@@ -381,4 +381,4 @@ def test_the_generator_of_a_family_guides_and_refuses_what_does_not_fit():
     ):
         labels = cond[:2] if spec.conditional else None
         with pytest.raises(ConfigError, match="Guidance needs a condition and logits"):
-            generator(spec, of_class, stay, draw)({}, {}, key, 2, labels, guidance=2.0)
+            make_generate(spec, of_class, stay, draw)({}, {}, key, 2, labels, guidance=2.0)

@@ -83,6 +83,7 @@ def test_the_embedding_is_its_formula(x64):
 
 
 @every_net
+@pytest.mark.slow
 def test_a_dropped_condition_is_the_same_for_every_class(name):
     net, apply = guided_net(name)
     params, (x, c, cond) = random(net), inputs()

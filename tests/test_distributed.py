@@ -287,10 +287,10 @@ def test_flags_that_do_not_fit(
 
 
 def test_one_process_does_nothing_special() -> None:
-    assert distributed.first()
+    assert distributed.writes()
     assert not distributed.several()
     value = object()
-    assert distributed.told(lambda: value) is value
+    assert distributed.agreed(lambda: value) is value
     assert distributed.whole(value) is value
 
 

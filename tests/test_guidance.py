@@ -174,10 +174,10 @@ def test_an_interval_switches_at_its_ends_exactly(x64):
 def test_a_solver_that_guides_in_an_interval_is_a_loop_with_an_if(x64):
     path = PATHS["edm"]
     cond, plain = gaussian(path, *PAIRS["narrow"]), gaussian(path, *PAIRS["wide"])
-    guide, times = guided(cond, plain, 2.0), solvers.grid("karras")(path, 8)
+    guide, times = guided(cond, plain, 2.0), solvers.GRIDS["karras"](path, 8)
     x = jnp.asarray(80.0 * normal(3, 4, D))
     found = jax.jit(
-        lambda x: solvers.solver("ddim")(interval(path, guide, cond, 0.1, 4.0), path, x, times)
+        lambda x: solvers.SOLVERS["ddim"](interval(path, guide, cond, 0.1, 4.0), path, x, times)
     )(x)
     inside = 0
     for t, s in itertools.pairwise(times):
@@ -283,9 +283,9 @@ def painted(rho, name, solver, n_steps=200):
     path = {"edm": paths.edm(0.0, 80.0)}.get(name) or paths.PATHS[name]()
     pair = gaussian(path, np.zeros(2), np.asarray([[1, rho], [rho, 1]]))
     denoise = inpaint(pair, jnp.asarray([1.5, 7.0]), LEFT)
-    times = solvers.grid("karras" if name == "edm" else "uniform")(path, n_steps)
+    times = solvers.GRIDS["karras" if name == "edm" else "uniform"](path, n_steps)
     x = float(paths.prior(path)) * jnp.asarray([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    y = np.asarray(jax.jit(lambda x: solvers.solver(solver)(denoise, path, x, times))(x))
+    y = np.asarray(jax.jit(lambda x: solvers.SOLVERS[solver](denoise, path, x, times))(x))
     return y[:, 0], y[0, 1], np.sum((y[1:, 1] - y[0, 1]) ** 2)
 
 
@@ -340,10 +340,10 @@ def test_langevin_steps_take_the_bias_of_replacement_away(x64):
     denoise = inpaint(
         gaussian(path, np.zeros(2), np.asarray([[1, rho], [rho, 1]])), jnp.asarray([1.5, 0.0]), LEFT
     )
-    times, x = solvers.grid("uniform")(path, 40), jnp.asarray(normal(0, n, 2))
+    times, x = solvers.GRIDS["uniform"](path, 40), jnp.asarray(normal(0, n, 2))
     gaps = []
     for n_steps in (0, 5, 60):
-        ddim = solvers.solver("ddim")
+        ddim = solvers.SOLVERS["ddim"]
         run = solvers.corrected(ddim, n_steps) if n_steps else ddim
         y = np.asarray(
             jax.jit(lambda x, key, run=run: run(denoise, path, x, times, key))(x, jax.random.key(0))
@@ -424,11 +424,11 @@ def test_wrappers_compose_under_jit_and_vmap(x64):
     def run(scale, phi, x):
         guide = rescale(guided(cond, plain, scale), cond, phi)
         inner = interval(path, guide, cond, 0.2, 5.0)
-        return solvers.solver("heun")(
+        return solvers.SOLVERS["heun"](
             inpaint(inner, jnp.ones(D), np.asarray([True, False, False])), path, x, times
         )
 
-    times, x = solvers.grid("uniform")(path, 6), jnp.asarray(normal(3, 4, D))
+    times, x = solvers.GRIDS["uniform"](path, 6), jnp.asarray(normal(3, 4, D))
     scales, shares = jnp.asarray([1.0, 3.0]), jnp.asarray([0.3, 0.7])
     many = jax.jit(jax.vmap(run, (0, 0, None)))(scales, shares, x)
     for index in range(2):

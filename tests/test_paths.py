@@ -107,6 +107,7 @@ def test_the_variance_is_preserved(name):
     np.testing.assert_allclose(path.alpha(t) ** 2 + path.sigma(t) ** 2, 1, rtol=1e-13)
 
 
+@pytest.mark.slow
 def test_a_learned_log_snr_gets_gradients_and_may_bring_its_own_inverse():
     t = jnp.asarray(0.3)
 
@@ -221,6 +222,7 @@ def test_derivatives_of_a_path_in_discrete_time_are_those_of_the_path_at_the_rou
 
 
 @pytest.mark.parametrize("name", ALL)
+@pytest.mark.slow
 def test_the_score_and_velocity_of_normal_data(name):
     path = ALL[name]()
     denoise = denoise_of(path)
@@ -286,6 +288,7 @@ def test_the_posterior_at_the_ends_has_no_noise_and_no_nan():
         np.testing.assert_allclose(std, path.sigma(jnp.asarray(0.4)), rtol=1e-14)
 
 
+@pytest.mark.slow
 def test_neighbours_in_discrete_time_are_ddpm():
     """Ho 2020, equations 6 and 7, in the paper's own letters."""
     path = paths.discretize(paths.linear(), 10)

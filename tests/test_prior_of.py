@@ -84,6 +84,7 @@ def params_with(prior, **moved):
 
 
 @pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.slow), 6])
+@pytest.mark.slow
 def test_a_model_of_the_normal_is_the_normal_prior(x64, k):
     """Draw by draw, with the KL by Monte Carlo; and its samples are those of the normal prior."""
     p, prior = ppca(), prior_of(gaussian())

@@ -43,6 +43,7 @@ def reflowed():
     return model, params, state, reflow(Trained(model, params, state), solver="rk4", n_steps=30)
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_pairs_that_its_noise_becomes(x64):
     """Pairs by hand: the teacher's ODE from the noise that is drawn, and the line between the
     two.

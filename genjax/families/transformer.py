@@ -147,7 +147,7 @@ def begin(
     layers: Layers, p: Any, n: int, c: Array | None, dropped: Array | None
 ) -> tuple[Array, PyTree]:
     """Outputs for the first position, and the cache after it."""
-    h = layers.inputs.apply(p["inputs"], {}, n, c, dropped, method="first")[0]
+    h = layers.inputs.apply(p["inputs"], {}, n, c, dropped, method="initial")[0]
     empty = [jnp.zeros((n, *layers.cache), h.dtype)] * layers.n_layers
     return step(layers, p, h, empty, empty, jnp.zeros((), jnp.int32))
 

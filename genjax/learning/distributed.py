@@ -8,7 +8,7 @@ A cluster that jax recognises needs no arguments of `start`.
 
 Process 0 alone writes what a person reads; checkpoints are written by all of them, into one folder.
 What processes must agree on, such as whether a file is there, process 0 finds out and tells the
-others (`told`): two that go different ways would wait for each other. With one process everything
+others (`agreed`): two that go different ways would wait for each other. With one process everything
 here does nothing.
 
 What jax does when a process dies: without process 0 the others are ended at once (SIGABRT); without
@@ -126,12 +126,12 @@ def several() -> bool:
     return jax.process_count() > 1
 
 
-def first() -> bool:
+def writes() -> bool:
     """Whether this is the process that writes: process 0, or the only one."""
     return jax.process_index() == 0
 
 
-def told(find: Callable[[], Any]) -> Any:
+def agreed(find: Callable[[], Any]) -> Any:
     """What `find()` returns on process 0, as JSON, on every process; no other process calls it.
 
     It also is a barrier: nobody goes on before process 0 is done.
@@ -143,7 +143,7 @@ def told(find: Callable[[], Any]) -> Any:
     if not several():
         return find()
     answer, failure = {}, None
-    if first():
+    if writes():
         try:
             answer = {"value": find()}
         except Exception as error:
@@ -152,7 +152,7 @@ def told(find: Callable[[], Any]) -> Any:
     meet()
     size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(data), np.int32)))
     padded = np.zeros(-(-size // 1024) * 1024, np.uint8)  # few sizes, since each is compiled
-    if first():
+    if writes():
         padded[:size] = np.frombuffer(data, np.uint8)
     answer = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded))[:size].tobytes())
     if failure is not None:

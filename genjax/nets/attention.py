@@ -215,9 +215,9 @@ class Inputs(nnx.Module):
         h = self.events(x, c, dropped)
         return h if self.positions is None else h + self.positions[...][None]
 
-    def first(self, n: int, c: Array | None, dropped: Array | None) -> Array:
+    def initial(self, n: int, c: Array | None, dropped: Array | None) -> Array:
         """The input of position 0, [n, d]."""
-        h = self.events.first(n, c, dropped)
+        h = self.events.initial(n, c, dropped)
         return h if self.positions is None else h + self.positions[...][:1]
 
     def one(self, x: Array, c: Array | None, dropped: Array | None, position: Array) -> Array:

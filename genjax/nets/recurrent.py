@@ -181,7 +181,7 @@ class RecurrentNet(nnx.Module):
         self, n: int, c: Array | None, dropped: Array | None
     ) -> tuple[Array, tuple[Carry, ...]]:
         """Outputs for the first step [n, n_outputs], and the carry."""
-        h, carry = self.layers.one(self.embed.first(n, c, dropped), self.start(n))
+        h, carry = self.layers.one(self.embed.initial(n, c, dropped), self.start(n))
         return self.readout(h), carry
 
     def one(
@@ -211,7 +211,7 @@ class RecurrentNet(nnx.Module):
         first = jnp.where(
             started[:, None],
             self.embed.one(last, c, dropped),
-            self.embed.first(x.shape[0], c, dropped),
+            self.embed.initial(x.shape[0], c, dropped),
         )
         inputs = self.embed(x, c, dropped).at[:, 0].set(first)
         h, carry = self.layers(dropout(keys[0], inputs, rate), carry, keys[1], rate)

@@ -72,7 +72,7 @@ class EventEmbed(nnx.Module):
         without = jnp.zeros((), given.dtype) if self.dropped is None else self.dropped[...]
         return jnp.where(dropped[:, None], without.reshape(1, -1), given)
 
-    def first(self, n: int, c: Array | None, dropped: Array | None = None) -> Array:
+    def initial(self, n: int, c: Array | None, dropped: Array | None = None) -> Array:
         """The input of position 0, [n, d]."""
         return self.start[...][None] + self.of_condition(n, c, dropped)
 

@@ -101,7 +101,7 @@ class VariationalRecurrentNet(nnx.Module):
     def begin(self, n: int, c: Array | None, dropped: Array | None) -> Carry:
         """The carry that holds h_0."""
         zeros = jnp.zeros((n, self.d_hidden), self.layer.kernel[...].dtype)
-        a = self.layer.inputs(self._features(self.embed.first(n, c, dropped)))
+        a = self.layer.inputs(self._features(self.embed.initial(n, c, dropped)))
         return self.layer.step(a, (zeros,) * self.n_carry)
 
     def observe(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from genjax.checks import check_cond, checked
 from genjax.errors import ConfigError
-from genjax.parts.decoding import generator
+from genjax.parts.decoding import make_generate
 from genjax.parts.likelihoods import Emission
 from genjax.protocol import (
     Array,
@@ -353,7 +353,7 @@ def record(model: SequenceModel) -> Autoregressive:
     """What the model offers beside scores and samples."""
     first, further = partial(begin, model), partial(advance, model)
     draw_event, context = model.emit.sample, model.net.context
-    generate = generator(model.steps, first, further, draw_event, context, model.guided)
+    generate = make_generate(model.steps, first, further, draw_event, context, model.guided)
     if model.steps is not model.spec:
         generate = in_events(model.spec, generate)
     return Autoregressive(
@@ -383,7 +383,7 @@ def autoregressive(
 
     The loss per example is -Σ_t ln p(x_t | x_<t, c) in nats over the steps that count
     (`protocol.step_mask`), in training mode; `log_prob` is the same, negated, in evaluation mode.
-    `Model.autoregressive` has `generate` (`decoding.generator`), `begin`, `advance`, `outputs`,
+    `Model.autoregressive` has `generate` (`decoding.make_generate`), `begin`, `advance`, `outputs`,
     `step_log_prob` and, where the network has windows, `stream`; `noise` gives a `SequenceNoise`.
 
     With `lanes` = L > 0 the batches must hold L examples, the windows of L streams, each going on

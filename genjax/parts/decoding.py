@@ -297,7 +297,7 @@ def check_guidance(spec: DataSpec, guided: bool) -> None:
         )
 
 
-def generator(
+def make_generate(
     spec: DataSpec,
     begin: Callable[..., tuple[Array, Any]],
     advance: Callable[..., tuple[Array, Any]],

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from genjax.errors import ConfigError, unknown_name
+from genjax.errors import ConfigError
 from genjax.parts.paths import (
     Denoise,
     Path,
@@ -317,13 +317,6 @@ SOLVERS: dict[str, Solver] = {
 }
 
 
-def solver(name: str) -> Solver:
-    """The entry of SOLVERS of that name; ConfigError if there is none."""
-    if name not in SOLVERS:
-        raise unknown_name("solver", name, SOLVERS)
-    return SOLVERS[name]
-
-
 # --- Langevin corrector ---------------------------------------------------------------------------
 
 
@@ -438,7 +431,7 @@ def karras(path: Path, n_steps: int, rho: float = 7.0) -> Array:
     return _spaced(lambda ratio: ratio ** (1 / rho), lambda value: value**rho, path, n_steps)
 
 
-def cosine(path: Path, n_steps: int) -> Array:
+def even_angles(path: Path, n_steps: int) -> Array:
     """Evenly spaced in arctan(sigma / alpha): the noise levels of the cosine path on any path;
     [n_steps + 1].
     """
@@ -453,13 +446,6 @@ def log_snr_grid(path: Path, n_steps: int) -> Array:
 GRIDS: dict[str, Grid] = {
     "uniform": uniform,
     "karras": karras,
-    "cosine": cosine,
+    "cosine": even_angles,
     "log_snr": log_snr_grid,
 }
-
-
-def grid(name: str) -> Grid:
-    """The entry of GRIDS of that name; ConfigError if there is none."""
-    if name not in GRIDS:
-        raise unknown_name("grid", name, GRIDS)
-    return GRIDS[name]
