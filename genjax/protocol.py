@@ -44,13 +44,15 @@ report can say what a figure is. What a family can do beside `sample` stands in 
 and the optimiser, and `within`, because members that share a batch may take their steps alone.
 """
 
-import dataclasses
-import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+
+from genjax.spec import KINDS as KINDS
+from genjax.spec import DataSpec as DataSpec
+from genjax.spec import Kind as Kind
 
 Array = jax.Array
 Key = jax.Array
@@ -58,159 +60,6 @@ PyTree = Any
 Params = dict[str, Any]
 State = dict[str, Any]
 Metrics = dict[str, Array]
-Kind = Literal["binary", "discrete", "continuous", "tokens"]
-
-KINDS: tuple[Kind, ...] = ("binary", "discrete", "continuous", "tokens")
-
-
-@dataclasses.dataclass(frozen=True)
-class DataSpec:
-    """What a builder must know of its data; it is plain numbers and text, and travels with every
-    checkpoint.
-
-    Attributes:
-        shape: the event's shape without the batch axis: (8, 8, 1) for an image (height, width,
-            channels), (2,) for a point.
-        kind: what the values are. `binary`: 0 or 1. `discrete`: whole numbers 0 .. levels-1 with an
-            order, such as grey
-            levels. `continuous`: real numbers. `tokens`: whole numbers 0 .. levels-1 without an
-            order. `batch.x` holds binary, discrete and continuous values as float32 and tokens as
-            int32, and `sample` returns the same.
-        levels: how many values `discrete` or `tokens` data take (256 for bytes); None for the other
-            kinds.
-        n_classes: the model is conditional on a label 0 .. n_classes-1, int32 [B]; None if it is
-            not.
-        cond_dim: the model is conditional on a vector, float32 [B, cond_dim]; None if it is not.
-        class_names: what each class is called, for messages and pictures; None calls it by its
-            number.
-        vocabulary: the symbol of each token, for `tokens` data that are text.
-        step: the event is a sequence along its first axis, and this is what one step of it is
-            called in reports:
-            "character", "frame", "row". None for events that are no sequences.
-        end: the token that ends a sequence. What follows it in `batch.x` is padding (more of the
-            same token) and counts for nothing; the end token itself counts, so a model of such data
-            models how long they are.
-        lengths: sequences come with their lengths, `batch.length` int32 [B] from 1 to shape[0];
-            steps after that count for
-            nothing. Lengths are given, not modelled: for data that have no end token, such as
-                music.
-        name: what the data are called, for messages and pictures.
-    """
-
-    shape: tuple[int, ...]
-    kind: Kind
-    levels: int | None = None
-    n_classes: int | None = None
-    cond_dim: int | None = None
-    class_names: tuple[str, ...] | None = None
-    vocabulary: tuple[str, ...] | None = None
-    step: str | None = None
-    end: int | None = None
-    lengths: bool = False
-    name: str = "data"
-
-    def __post_init__(self) -> None:
-        # JSON gives lists back; a spec must stay hashable and equal to the one that was written.
-        object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
-        for name in ("vocabulary", "class_names"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.kind not in KINDS:
-            raise ValueError(f"DataSpec.kind must be one of {', '.join(KINDS)}; got {self.kind!r}.")
-        if any(size < 1 for size in self.shape):
-            raise ValueError(f"DataSpec.shape must hold positive sizes; got {self.shape}.")
-        whole = self.kind in ("discrete", "tokens")
-        if whole and (self.levels is None or self.levels < 2):
-            raise ValueError(
-                f"{self.kind} data need levels >= 2 (256 for bytes); got levels={self.levels}."
-            )
-        if not whole and self.levels is not None:
-            raise ValueError(
-                f"levels is for discrete or token data; got levels={self.levels} with "
-                f"kind={self.kind!r}."
-            )
-        if self.n_classes is not None and self.cond_dim is not None:
-            raise ValueError("A condition is a label (n_classes) or a vector (cond_dim), not both.")
-        for name in ("n_classes", "cond_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"DataSpec.{name} must be at least 1; got {value}.")
-        if self.class_names is not None and len(self.class_names) != self.n_classes:
-            raise ValueError(
-                f"{len(self.class_names)} class_names for n_classes={self.n_classes}: give one "
-                "name for each."
-            )
-        self._check_sequence()
-
-    def _check_sequence(self) -> None:
-        if self.vocabulary is not None and (
-            self.kind != "tokens" or len(self.vocabulary) != self.levels
-        ):
-            raise ValueError(
-                f"A vocabulary names each of the levels of token data; got {len(self.vocabulary)} "
-                "symbols with "
-                f"kind={self.kind!r}, levels={self.levels}."
-            )
-        if (self.end is not None or self.lengths) and (self.step is None or not self.shape):
-            raise ValueError(
-                "end and lengths are for sequences: say what a step is called (step='character')."
-            )
-        if self.end is not None and (
-            self.lengths or self.kind != "tokens" or not 0 <= self.end < (self.levels or 0)
-        ):
-            raise ValueError(
-                "end must be a token, 0 <= end < levels, of data without lengths; got "
-                f"end={self.end} with "
-                f"kind={self.kind!r}, levels={self.levels}, lengths={self.lengths}."
-            )
-
-    @property
-    def size(self) -> int:
-        """The number of dimensions D of one event: the product of `shape`."""
-        return math.prod(self.shape)
-
-    @property
-    def conditional(self) -> bool:
-        """Whether a model of these data takes a condition."""
-        return self.n_classes is not None or self.cond_dim is not None
-
-    @property
-    def cond_size(self) -> int:
-        """The length of a condition as a vector (a label counts as one-hot); 0 for an unconditional
-        model.
-        """
-        return self.n_classes or self.cond_dim or 0
-
-    @property
-    def text(self) -> bool:
-        """Whether events are text: tokens that a vocabulary gives symbols to."""
-        return self.vocabulary is not None
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of `batch.x`: int32 for tokens, float32 for all else."""
-        return jnp.int32 if self.kind == "tokens" else jnp.float32
-
-    @property
-    def top(self) -> int | None:
-        """The largest value: 1 of binary data, levels - 1 of discrete data and tokens, or None."""
-        if self.kind == "binary":
-            return 1
-        return None if self.levels is None else self.levels - 1
-
-    def embed(self, cond: Any) -> Array | None:
-        """A condition as vectors [n, cond_size]: labels one-hot, vectors and None as they are."""
-        return cond if self.n_classes is None else jax.nn.one_hot(cond, self.n_classes)
-
-    def normalize(self, x: Array) -> Array:
-        """Values as a network wants them: binary and discrete ones mapped linearly to [-1, 1],
-        continuous ones unchanged.
-        """
-        return x if self.top is None else x * (2 / self.top) - 1
-
-    def denormalize(self, y: Array) -> Array:
-        """The inverse of `normalize`, without rounding."""
-        return y if self.top is None else (y + 1) * (self.top / 2)
 
 
 class Batch(NamedTuple):
@@ -302,7 +151,7 @@ class Autoregressive(NamedTuple):
 
     Attributes:
         generate: (params, state, key, n, cond=None, *, prompt, prompt_length, length, ...) -> x;
-            with `begin` as `parts.decoding.generator` has it.
+            with `begin` as `parts.decoding.make_generate` has it.
         begin: (params, state, n, cond=None, dropped=None) -> outputs [n, n_outputs] for the first
             step, and a carry. None where steps have latent variables.
         advance: (params, state, carry, x [n, *event], cond=None, dropped=None) -> outputs for the

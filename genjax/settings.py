@@ -198,6 +198,18 @@ def _hints(thing: Any) -> dict[str, Any]:
     return typing.get_type_hints(thing, include_extras=True)
 
 
+def check_call(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Hold keyword arguments to the annotations of the function that takes them.
+
+    Raises:
+        ConfigError: see `check_setting`.
+    """
+    hints = _hints(inspect.unwrap(function))
+    for name, value in given.items():
+        if name in hints:
+            check_setting(name, value, hints[name])
+
+
 # --- builders -------------------------------------------------------------------------------------
 
 

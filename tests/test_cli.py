@@ -109,6 +109,7 @@ def test_training_says_what_it_does_and_what_to_do_next(trained: tuple[Path, str
     )
     assert {
         "config.json",
+        "data.json",
         "spec.json",
         "metrics.jsonl",
         "tensorboard",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from program import refused
 
-import genjax.cli.of_runs
+from genjax.data.labels import condition_of
 from genjax.errors import ConfigError
 from genjax.protocol import DataSpec
 from genjax.zoo import ZOO
@@ -164,7 +164,7 @@ def test_conditions_as_text(
     text: str | None, n_classes: int | None, cond_dim: int | None, expected: Any
 ) -> None:
     spec = DataSpec((2,), "continuous", n_classes=n_classes, cond_dim=cond_dim)
-    found = genjax.cli.of_runs.condition(spec, text, 5)
+    found = condition_of(spec, text, 5)
     if expected is None:
         assert found is None
         return
@@ -182,4 +182,4 @@ def test_conditions_as_text(
 def test_conditions_that_are_no_classes(text: str) -> None:
     spec = DataSpec((2,), "continuous", n_classes=3)
     with pytest.raises(ConfigError, match="--cond takes"):
-        genjax.cli.of_runs.condition(spec, text, 5)
+        condition_of(spec, text, 5)

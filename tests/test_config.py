@@ -87,12 +87,13 @@ def test_the_hash_does_not_depend_on_the_order_of_settings():
     assert config_hash(backwards) == config_hash(values)
 
 
-def test_a_conditional_recipe_stays_so_on_other_data():
+def test_a_recipe_keeps_what_it_can_on_other_data():
     assert ZOO["cvae"].on("mine.npz").data_options == {"conditional": True}
     assert ZOO["cvae"].on("markov").data_options == {}  # it has no conditions
-    assert (
-        ZOO["vae"].on("mine.npz").data_options == ZOO["vae-mnist"].on("digits").data_options == {}
-    )
+    assert ZOO["vae"].on("mine.npz").data_options == {}
+    for name in ("digits", "fashion_mnist"):
+        assert ZOO["vae-mnist"].on(name).data_options == {"binarize": "dynamic"}
+    assert ZOO["vae-mnist"].on("mine.npz").data_options == {}
     assert ZOO["vae-mnist"].on("mnist") is ZOO["vae-mnist"]
 
 

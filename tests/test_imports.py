@@ -19,7 +19,7 @@ FILES = {
 }
 # Rooms on one level do not know of each other.
 ORDER = (
-    {"errors"},
+    {"errors", "spec"},
     {"protocol"},
     {"checks", "settings"},
     {"nets", "data"},

@@ -223,7 +223,7 @@ def test_levels_of_dequantised_values_tile_the_normalised_scale(x64, kind, level
         jax.vmap(lambda key: lk.dequantize(spec, x, key))(jax.random.split(jax.random.key(0), 500))
     )
     width = 2 / ((levels or 2) - 1)
-    assert lk.log_level_volume(spec) == pytest.approx(2 * math.log(width))
+    assert spec.log_volume == pytest.approx(2 * math.log(width))
     centre = np.asarray(spec.normalize(x))
     assert np.all(np.abs(y - centre) <= width / 2)
     assert np.abs(y - centre).max() > 0.49 * width
@@ -238,4 +238,4 @@ def test_levels_of_dequantised_values_tile_the_normalised_scale(x64, kind, level
 def test_continuous_values_are_not_dequantised():
     spec, x = DataSpec((2,), "continuous"), jnp.ones((3, 2))
     np.testing.assert_array_equal(lk.dequantize(spec, x, jax.random.key(0)), x)
-    assert lk.log_level_volume(spec) == 0
+    assert spec.log_volume == 0

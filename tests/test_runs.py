@@ -47,6 +47,7 @@ def test_a_run_folder_is_what_the_documentation_says(folder: Path) -> None:
         "checkpoints",
         "config.json",
         "curves.png",
+        "data.json",
         "metrics.jsonl",
         "samples",
         "spec.json",

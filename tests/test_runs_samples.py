@@ -186,7 +186,7 @@ def test_solvers_and_films_are_for_models_from_noise_to_data_only() -> None:
     ):
         samples.film(model, params, state, jax.random.key(0), 2, None, Decoding())
     plain = vae(DataSpec((2,), "continuous"), hidden=(2,), latent_dim=1)
-    with pytest.raises(ConfigError, match=r"--n-steps: for models that make samples step by step"):
+    with pytest.raises(ConfigError, match=r"--n-steps: for models that go from noise to data"):
         samples.draw(
             plain, *plain.init(jax.random.key(0)), jax.random.key(0), 2, None, Decoding(n_steps=3)
         )
@@ -251,7 +251,8 @@ def test_means_are_for_latents_and_films_for_what_comes_from_noise() -> None:
     [
         (IMAGES, 100),
         (DataSpec((2, 2, 1), "binary"), 64),
-        (DataSpec((5,), "continuous"), 64),
+        (DataSpec((5,), "continuous"), 2000),
+        (DataSpec((5, 5), "continuous"), 64),
         (DataSpec((2,), "continuous", n_classes=3), 2000),
         (LINES, 16),
         (ROLLS, 16),
@@ -433,7 +434,7 @@ def test_changed_data_are_noticed(folder: Path, tmp_path: Path) -> None:
     changed = DataSpec(
         (16,), "tokens", levels=2, vocabulary=("a", "b"), step="character", name=spec.name
     )
-    with pytest.raises(ConfigError, match=r"levels, vocabulary changed since"):
+    with pytest.raises(DataError, match=r"levels was 11, is 2; vocabulary was .*, is \('a', 'b'\)"):
         keep_spec(folder, changed)
     (tmp_path / "spec.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"spec\.json is damaged"):

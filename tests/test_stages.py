@@ -90,11 +90,8 @@ def test_going_on_is_the_same_run(stages):
 
 def test_a_first_stage_that_changed_since_is_told(stages, tmp_path):
     copy = tmp_path / "runs"
-    shutil.copytree(stages, copy)
+    shutil.copytree(stages / "vae", copy / "vae")
     prior = tiny("vae-flow-prior", data=str(copy / "vae"))
-    config = json.loads((copy / "prior" / "config.json").read_text())
-    config["data"] = config["first"]["folder"] = str(copy / "vae")
-    (copy / "prior" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     train(prior, copy / "prior", say=str)
     shutil.rmtree(copy / "vae")
     other = tiny("vae")
@@ -127,12 +124,21 @@ def test_a_run_without_latents_or_of_another_family_is_refused(stages, tmp_path)
 
 def test_the_command_says_what_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    said = refused(["train", "vae-flow-prior"], capsys)
+    name = "vae-flow-prior"
+    said = refused(["train", name], capsys)
     assert "vae-flow-prior stands on runs/vae, which is not there. `genjax train vae` makes" in said
     assert "--first" in said
     assert "leave --first out" in refused(["train", "vae", "--first"], capsys)
-    assert "is a run folder" in refused(["bench", "vae-flow-prior"], capsys)
+    for command in ("bench", "compile"):
+        assert "stands on runs/vae, which is not there" in refused([command, name], capsys)
     assert not Path("runs").exists()
+
+
+@pytest.mark.slow
+def test_a_step_of_a_second_stage_is_measured(stages, tmp_path):
+    run = ["vae-flow-prior", "--data", str(stages / "vae"), "--hidden", "4", "--batch-size", "8"]
+    assert "steps/s" in program(["bench", *run, "--seconds", "0.1"], tmp_path)[0]
+    assert "lowers for CUDA" in program(["compile", *run, "--topology", "cuda"], tmp_path)[0]
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from genjax.data import SOURCES, open_source
-from genjax.data.view import as_image, view_of
+from genjax.data.view import as_image, no_picture, view_of
 from genjax.protocol import DataSpec
 
 LETTERS = ("a", "b")
@@ -16,7 +16,10 @@ LETTERS = ("a", "b")
         (DataSpec((6,), "tokens", levels=2, vocabulary=LETTERS, step="character"), "text"),
         (DataSpec((8, 8, 1), "binary"), "image"),
         (DataSpec((8, 6, 3), "continuous"), "image"),
-        (DataSpec((8, 8, 2), "continuous"), "nothing"),
+        (DataSpec((8, 8, 2), "continuous"), "image"),
+        (DataSpec((8, 8, 4), "continuous"), "image"),
+        (DataSpec((8, 8, 5), "continuous"), "nothing"),
+        (DataSpec((4, 8, 3), "continuous", step="frame"), "sequence"),
         (DataSpec((8, 6), "discrete", levels=17, step="row"), "rows"),
         (DataSpec((28, 88), "binary", step="row"), "rows"),
         (DataSpec((8, 6), "discrete", levels=17), "nothing"),
@@ -26,8 +29,8 @@ LETTERS = ("a", "b")
         (DataSpec((9, 88), "continuous", step="frame"), "sequence"),
         (DataSpec((9, 3), "binary", step="frame"), "sequence"),
         (DataSpec((6,), "tokens", levels=2, step="token"), "sequence"),
-        (DataSpec((6,), "tokens", levels=2), "nothing"),
-        (DataSpec((5,), "continuous"), "nothing"),
+        (DataSpec((6,), "tokens", levels=2), "vectors"),
+        (DataSpec((5,), "continuous"), "vectors"),
         (DataSpec((), "continuous"), "nothing"),
     ],
 )
@@ -50,3 +53,17 @@ def test_rows_become_images_and_all_else_stays() -> None:
     assert view_of(whole) == "image"
     for other in (DataSpec((3, 4), "continuous"), DataSpec((3, 4, 1), "continuous")):
         assert as_image(x, other) == (x, other)
+
+
+def test_two_channels_stand_side_by_side() -> None:
+    spec = DataSpec((3, 4, 2), "continuous", shift=(0.0,), scale=(2.0,), name="pairs")
+    x = np.arange(48.0).reshape(2, 3, 4, 2)
+    images, whole = as_image(x, spec)
+    assert whole == DataSpec((3, 8, 1), "continuous", name="pairs")
+    np.testing.assert_array_equal(images[..., :4, 0], x[..., 0])
+    np.testing.assert_array_equal(images[..., 4:, 0], x[..., 1])
+
+
+def test_why_there_is_no_picture() -> None:
+    assert no_picture(DataSpec((8, 8, 4), "binary")) is None
+    assert "[8, 8, 7]" in (no_picture(DataSpec((8, 8, 7), "binary")) or "")

@@ -144,7 +144,7 @@ def _train(args: list[str]) -> None:
     folder = options.out or default_folder(recipe, row)
     if options.first:
         _train_first(recipe, options.plain or None)
-    if options.distributed and not distributed.first():  # process 0 speaks for all
+    if options.distributed and not distributed.writes():  # process 0 speaks for all
         train(recipe, folder, mesh=mesh)
         return
     print(
@@ -152,10 +152,24 @@ def _train(args: list[str]) -> None:
         f"steps, in {folder}",
         flush=True,
     )
+    if recipe.data != row.data:
+        print(_other_data(row, recipe), flush=True)
     with console(recipe.name, options.plain or None) as progress:
         state = train(recipe, folder, progress, mesh=mesh)
     print(f"trained to step {int(state.step)}; see {folder}/samples and {folder}/curves.png")
     print(f"next: genjax evaluate {folder}   or   genjax sample {folder} --n 64")
+
+
+def _other_data(row: "Recipe", recipe: "Recipe") -> str:
+    """What else changes where a recipe is trained on other data than its row's."""
+    kept = {name: value for name, value in row.data_options.items() if name in recipe.data_options}
+    lost = [name for name in row.data_options if name not in kept]
+    line = f"{recipe.data} in the place of {row.data}"
+    if kept:
+        line += f"; kept {', '.join(f'{name}={value}' for name, value in kept.items())}"
+    if lost:
+        line += f"; left out, as these data have no such option: {', '.join(lost)}"
+    return line
 
 
 def _train_first(recipe: "Recipe", plain: bool | None) -> None:
@@ -233,8 +247,9 @@ def _bench(args: list[str]) -> None:
     recipe, _, options = parse_recipe("bench", args, _Bench)
     from genjax.profiling.measure import step_cost
     from genjax.runs.folder import environment
+    from genjax.runs.stages import first_of
 
-    cost = step_cost(recipe, options.seconds)
+    cost = step_cost(recipe, options.seconds, first_of(recipe))
     machine = environment()["hardware"]
     print_table(
         f"one optimiser step of {recipe.name} per dispatch, batch {cost.batch_size}, "
@@ -261,16 +276,18 @@ def _compile(args: list[str]) -> None:
     recipe, _, options = parse_recipe("compile", args, _Compile)
     from genjax.learning.sharding import describe, parse_mesh
     from genjax.profiling.ahead import compile_for, lowered_for_cuda
+    from genjax.runs.stages import first_of
 
+    on = first_of(recipe)
     if options.topology == "cuda":
-        size = lowered_for_cuda(recipe)
+        size = lowered_for_cuda(recipe, on)
         print(
             f"a step of {recipe.name} lowers for CUDA: {size} bytes of StableHLO (compiling it "
             "takes a GPU)"
         )
         return
     mesh = parse_mesh(options.mesh) if options.mesh is not None else None
-    found = compile_for(recipe, options.topology, mesh)
+    found = compile_for(recipe, options.topology, mesh, on)
     fits = "fits" if found.memory <= found.capacity else "DOES NOT FIT"
     print_table(
         f"a step of {recipe.name}, batch {recipe.schedule.batch_size}, compiled for "

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from genjax.cli.flags import group
-from genjax.cli.terminal import check_seed, counter, numbers, print_table
+from genjax.cli.terminal import check_seed, counter, print_table
 from genjax.errors import ConfigError, replacing
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def sample(args: list[str]) -> None:
     import jax
     import numpy as np
 
+    from genjax.data.labels import condition_of
+    from genjax.data.view import no_picture, view_of
     from genjax.runs import load as runs
     from genjax.runs import samples
 
@@ -68,9 +70,9 @@ def sample(args: list[str]) -> None:
     )
     loaded = runs.load(options.run)
     spec = loaded.model.spec
-    few = spec.step is not None or (options.film and spec.shape != (2,))
+    few = spec.step is not None or (options.film and view_of(spec) != "points")
     n = options.n or (10 if few else 64)
-    cond = condition(spec, options.cond, n)
+    cond = condition_of(spec, options.cond, n)
     key = jax.random.key(options.seed)
     found = runs.sample(loaded, key, n, cond, options.means, how, options.film)
     x = found[-1] if options.film else found
@@ -83,11 +85,13 @@ def sample(args: list[str]) -> None:
     written = [stem.with_name(stem.name + ".npz")]
     what = _what(options)
     title = f"{loaded.recipe.name}: {what}, step {loaded.step}, seed {options.seed}"
-    log_prob = samples.true_log_prob(runs.source_of(loaded))
+    log_prob = samples.true_log_prob(runs.made_source(loaded))
     show = samples.show_film if options.film else samples.show
     written += show(found, spec, stem, title, log_prob, cond)
     written += samples.play(x, spec, stem)
-    if spec.text:
+    if (why := no_picture(spec)) is not None:
+        print(why)
+    if view_of(spec) == "text":
         labels = cond if spec.n_classes else None
         for text in samples.texts(x[:TEXTS_SHOWN], spec, labels):
             print(text if spec.end is not None else f"{'-' * 40}\n{text}")
@@ -190,39 +194,6 @@ def _what(options: Any) -> str:
     return "samples from noise to data" if options.film else "samples"
 
 
-def condition(spec: Any, text: str | None, n: int) -> Any:
-    """What --cond says as an array for n samples; every class in turn, sorted, where it says
-    nothing.
-
-    Raises:
-        ConfigError: for anything but classes, by number or name, or the numbers of a vector.
-    """
-    if text is None:
-        return _in_turn(range(spec.n_classes), n) if spec.n_classes else None
-    names = spec.class_names or ()
-    if names and all(part in names for part in text.split(",")):
-        return _in_turn([names.index(part) for part in text.split(",")], n)
-    try:
-        found = numbers("--cond", text)
-    except ConfigError as error:
-        called = f" The classes are called {', '.join(names)}." if names else ""
-        raise ConfigError(f"{error}{called}") from None
-    if not spec.n_classes:
-        import numpy as np
-
-        return np.tile(np.asarray(found, np.float32), (n, 1))
-    if any(number not in range(spec.n_classes) for number in found):
-        raise ConfigError(f"--cond takes classes 0..{spec.n_classes - 1}; got {text!r}.")
-    return _in_turn([int(number) for number in found], n)
-
-
-def _in_turn(classes: Sequence[int], n: int) -> Any:
-    """n labels, each of the classes as often as the others, sorted."""
-    import numpy as np
-
-    return np.sort(np.resize(np.asarray(classes, np.int32), n))
-
-
 # --- genjax evaluate ------------------------------------------------------------------------------
 
 
@@ -232,14 +203,16 @@ def evaluate(args: list[str]) -> None:
 
     @dataclasses.dataclass(frozen=True)
     class Evaluate:
-        """What a run is worth on a split: log-probability, bound or figures about its samples, into
-        report.json.
+        """What a run is worth: log-probability, bound or figures about its samples, into
+        report.json for the test split, or a report under the name of the split and data.
         """
 
         run: Annotated[Path, tyro.conf.Positional]
         """The run folder."""
-        split: Literal["test", "valid", "train"] = "test"
-        """Which split."""
+        data: str | None = None
+        """Other data of the same kind, a file or a name, to score under their own name."""
+        split: Literal["test", "valid", "train", "all"] | None = None
+        """Which split: test unless given, or all of other data."""
         n: int | None = None
         """Only the first n examples; all unless given."""
         n_samples: int | None = None
@@ -270,19 +243,34 @@ def evaluate(args: list[str]) -> None:
         if "n_bound_samples" not in parameters_of(recipe.family):
             raise ConfigError(f"{recipe.name} has no bound with samples; leave --n-samples out.")
         changes["n_bound_samples"] = options.n_samples
+    run, other = runs.load(options.run, **changes), None
+    if options.data is not None:
+        from genjax.runs.other_data import other_source
+
+        other = other_source(run, options.data)
+    split = options.split or ("test" if other is None else "all")
     report = evaluated(
-        runs.load(options.run, **changes),
-        options.split,
+        run,
+        split,
         options.n,
         options.seed,
         options.batch_size,
         counter("evaluate"),
         options.samples,
+        source=other,
     )
-    write_json(options.run / "report.json", report)
+    path = options.run / _report_name(split, None if other is None else other.spec.name)
+    write_json(path, report)
     table = _rows_of(report)
     print_table(f"{report['recipe']} on {report['data']}", ["what", "figure"], table)
-    print(f"written: {options.run}/report.json")
+    print(f"written: {path}")
+
+
+def _report_name(split: str, data: str | None) -> str:
+    """A name that no report about something else has: report.json is that of the test split."""
+    usual = "test" if data is None else "all"
+    parts = ["report", *[data] * (data is not None), *[split] * (split != usual)]
+    return "-".join(parts).replace("/", "_") + ".json"
 
 
 def _rows_of(report: dict[str, Any]) -> list[list[str]]:

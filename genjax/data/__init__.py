@@ -37,6 +37,7 @@ from genjax.data.text import (
     unicode_names,
 )
 from genjax.errors import ConfigError, DataError, unknown_name
+from genjax.settings import check_call
 
 SOURCES: dict[str, Callable[..., Source]] = {
     "digits": digits,
@@ -94,7 +95,8 @@ def open_source(name: str | os.PathLike[str], **options: Any) -> Source:
     that its loader takes.
 
     Raises:
-        ConfigError: for an unknown name, or an option that the loader does not take.
+        ConfigError: for an unknown name, an option that the loader does not take, or a value that
+            is not what its annotation says.
         DataError: for a file of one's own that cannot be used; files of named data sets are read by
             `Source.load`.
     """
@@ -108,6 +110,7 @@ def open_source(name: str | os.PathLike[str], **options: Any) -> Source:
                 f"The data set {name!r} does not take the option {option!r}. It takes: "
                 f"{', '.join(takes)}."
             )
+    check_call(make, options)
     return make(**bound, **options)
 
 
@@ -128,8 +131,8 @@ def run_folder(path: str) -> Source:
         DataError: always, with the commands that open a run as data.
     """
     raise DataError(
-        f"{path} is a run folder: `genjax train` takes one in the place of data, `open_source` and "
-        "other commands do not."
+        f"{path} is a run folder, which commands take in the place of data and `open_source` does "
+        "not: genjax.runs.stages.opened reads it."
     )
 
 

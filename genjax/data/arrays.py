@@ -2,16 +2,20 @@
 
 import math
 import os
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
+from genjax.data.kinds import Channels, Standardize, scale_of, values_of, with_channels
+from genjax.data.labels import Condition, labels_of
 from genjax.data.order import permutation
 from genjax.data.source import Source, Splits, cast, stored_dtype, validate
-from genjax.errors import ConfigError, DataError, unknown_name
-from genjax.protocol import Batch, DataSpec, Kind
+from genjax.errors import ConfigError, DataError
+from genjax.protocol import Batch, DataSpec
+from genjax.settings import Within, check_call
 
-_KINDS = ("auto", "binary", "discrete", "continuous")
+Levels = Annotated[int, Within(2, 2**24)]
+
 _LABELS = ("y", "labels", "cond")
 _LAYOUT = (
     f"x [+ {' | '.join(_LABELS)}], or x_train, x_test [, x_valid] [+ the same with y_, labels_ or "
@@ -23,22 +27,34 @@ def arrays(
     path: str,
     conditional: bool = False,
     kind: Literal["auto", "binary", "discrete", "continuous"] = "auto",
+    levels: Levels | None = None,
+    standardize: Standardize = "auto",
+    channels: Channels = "auto",
+    condition: Condition = "auto",
     valid_fraction: float = 0.1,
     test_fraction: float = 0.1,
 ) -> Source:
     """Arrays of a .npz file (x [+ y, labels or cond], or x_train, x_valid, x_test [+ y_train, ...])
     or a .npy file (x).
 
-    x is [N, D], or images [N, H, W, C]; [N, H, W] gets a channel axis. uint8 is discrete with 256
-    levels, other whole numbers are discrete with max + 1 levels, bool is binary, floats are
-    continuous (float32), unless `kind` says otherwise. Whole-number labels [N] make max + 1
-    classes, float vectors [N, C] a condition vector. The file is read at once, as the spec depends
-    on it; nothing in it is ever unpickled.
+    x is [N, D], or images [N, H, W, C]; [N, H, W] gets a channel axis. Two different values are
+    binary; uint8 is discrete with 256 levels, other whole numbers have max + 1, bool is binary, and
+    floats are continuous (float32), unless `kind` says otherwise. Continuous values are
+    standardised for the networks, and nowhere else. Labels are classes under their names: whole
+    numbers or strings [N], one-hot rows [N, K]; float vectors [N, C] are a condition vector.
+    `Source.notes` says what was decided. The file is read at once, as the spec depends on it;
+    nothing in it is ever unpickled.
 
     Args:
         path: the .npz or .npy file.
         conditional: use the labels or vectors in the file as the condition.
-        kind: what the values are; "auto" goes by their dtype.
+        kind: what the values are; "auto" goes by their dtype, and by how many there are.
+        levels: how many levels discrete values have, 0 .. levels-1; what occurs unless given.
+        standardize: what of continuous values is taken out for the networks: the mean and spread of
+            all ("event"), of each column ("element"), nothing ("none"); "auto" is "event" for
+            images and "element" for vectors.
+        channels: where images have them: "first" for [N, C, H, W].
+        condition: what the labels are: "classes", a "vector", or what they look like.
         valid_fraction: the share of the validation set where the file has none, drawn in a fixed
             order.
         test_fraction: the share of the test set where the file has no split at all, drawn in a
@@ -47,35 +63,36 @@ def arrays(
     Raises:
         DataError: for a file that is missing, damaged, not an archive of arrays, or whose arrays
             are not as above.
-        ConfigError: for fractions that leave nothing, or an unknown `kind`.
+        ConfigError: for fractions that leave nothing, or a choice that does not exist.
     """
-    if kind not in _KINDS:
-        raise unknown_name("kind of data", kind, _KINDS)
+    choices = {"kind": kind, "levels": levels, "standardize": standardize}
+    check_call(arrays, {**choices, "channels": channels, "condition": condition})
     if not (valid_fraction > 0 and test_fraction > 0 and valid_fraction + test_fraction < 1):
         raise ConfigError(
             "valid_fraction and test_fraction must be positive with a sum below 1; got "
             f"{valid_fraction} and {test_fraction}."
         )
     where = os.fspath(path)
-    parts = _split(_read(where, conditional), valid_fraction, test_fraction, where)
-    xs, kind_found, levels = _values([batch.x for batch in parts], kind, where)
-    conds, n_classes, cond_dim = (
-        _conditions([batch.cond for batch in parts], where)
-        if conditional
-        else ([None] * 3, None, None)
-    )
+    read = _read(where, conditional)
+    parts = _split(read, valid_fraction, test_fraction, where)
+    _same_shape([batch.x for batch in parts], where)
+    xs = with_channels([batch.x for batch in parts], channels, where)
+    values = values_of(xs, kind, levels, where, own_splits="all" not in read)
     name = os.path.splitext(os.path.basename(where))[0]
-    spec = DataSpec(xs[0].shape[1:], kind_found, levels, n_classes, cond_dim, name=name)
-    splits = _compact(
-        validate(Splits(*(Batch(x, cond) for x, cond in zip(xs, conds, strict=True))), spec, where),
-        spec,
+    known, conds, notes = _described(
+        values.xs[0], values.kind, parts, standardize, condition, where
     )
+    spec = DataSpec(xs[0].shape[1:], values.kind, values.levels, name=name, **known)
+    splits = _compact([Batch(*pair) for pair in zip(values.xs, conds, strict=True)], spec, where)
     sizes = " / ".join(f"{len(x):,} {split}" for x, split in zip(xs, Splits._fields, strict=True))
+    about = f"{sizes} examples of shape {list(spec.shape)}, from {where}"
     return Source(
         spec,
         lambda: splits,
         cast(spec),
-        description=f"{sizes} examples of shape {list(spec.shape)}, from {where}",
+        description=about,
+        notes=(about, values.note, *notes),
+        files=(where,),
     )
 
 
@@ -133,12 +150,13 @@ def _select(keys: list[str], get, conditional: bool, path: str) -> dict[str, Bat
                 "conditional=False (--no-conditional)."
             )
         x, cond = get(f"x{suffix}"), get(label) if conditional else None
-        for key, array in ((f"x{suffix}", x), (label, cond)):
+        for key, array, kinds in ((f"x{suffix}", x, "biuf"), (label, cond, "biufUS")):
             if array is not None and (
-                not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf"
+                not isinstance(array, np.ndarray) or array.dtype.kind not in kinds
             ):
+                wanted = "numbers" if kinds == "biuf" else "numbers or strings"
                 raise DataError(
-                    f"{path}: {key} must be an array of numbers; found "
+                    f"{path}: {key} must be an array of {wanted}; found "
                     f"{getattr(array, 'dtype', type(array).__name__)}."
                 )
         if x.ndim < 2:
@@ -189,71 +207,63 @@ def _split(
     )
 
 
-def _values(
-    xs: list[np.ndarray], kind: Literal["auto"] | Kind, where: str
-) -> tuple[list[np.ndarray], Kind, int | None]:
-    """x with a channel axis, continuous values as float32; its kind; and its levels."""
+def _same_shape(xs: list[np.ndarray], where: str) -> None:
     shapes = {x.shape[1:] for x in xs}
     if len(shapes) > 1:
         found = ", ".join(map(str, sorted(list(shape) for shape in shapes)))
         raise DataError(f"{where}: the splits must hold examples of one shape; found {found}.")
-    dtypes = {x.dtype.kind for x in xs}
-    floating = "f" in dtypes
-    if kind == "auto" and floating:
-        kind = "continuous"
-    elif kind == "auto":
-        kind = "binary" if dtypes == {"b"} else "discrete"
     if math.prod(xs[0].shape[1:]) == 0:
         raise DataError(f"{where}: the examples are empty: shape {list(xs[0].shape[1:])}.")
-    xs = [x[..., None] if x.ndim == 3 else x for x in xs]
+
+
+def _described(
+    x: np.ndarray,
+    kind: str,
+    parts: tuple[Batch, Batch, Batch],
+    standardize: Standardize,
+    condition: Condition,
+    where: str,
+) -> tuple[dict, list, list[str]]:
+    """What a spec says beside shape and kind, for the training split's x; the conditions of each
+    split, and notes.
+    """
+    known, notes = {}, []
     if kind == "continuous":
-        with np.errstate(
-            over="ignore"
-        ):  # what does not fit float32 becomes infinite, and `validate` reports it
-            return [x.astype(np.float32) for x in xs], kind, None
-    if kind == "binary":
-        return xs, kind, None
-    if floating:
-        raise DataError(
-            f"{where}: discrete data must be whole numbers; found {xs[0].dtype}. Round and cast "
-            "them, or say continuous."
+        scale = scale_of(x, standardize, where)
+        known |= {"shift": scale.shift, "scale": scale.scale}
+        notes.append(scale.note)
+    elif standardize in ("event", "element"):
+        raise ConfigError(
+            f"standardize={standardize!r} is for continuous data; those of {where} are {kind}. "
+            "Leave it out, or say --kind continuous."
         )
-    top = 255 if all(x.dtype == np.uint8 for x in xs) else max(1, *(int(x.max()) for x in xs))
-    if top >= 2**24:
-        raise DataError(
-            f"{where}: discrete values must be below 2**24, which float32 holds exactly; found "
-            f"{top}. Say continuous."
-        )
-    return xs, kind, top + 1
+    given = [batch.cond for batch in parts if batch.cond is not None]
+    if not given:
+        return known, [None] * 3, notes
+    labels = labels_of(given, where, condition)
+    known |= {name: getattr(labels, name) for name in ("n_classes", "cond_dim", "class_names")}
+    notes.append(labels.note)
+    if labels.cond_dim is not None:
+        scale = scale_of(labels.conds[0], "none" if standardize == "none" else "element", where)
+        known |= {"cond_shift": scale.shift, "cond_scale": scale.scale}
+    return known, labels.conds, notes
 
 
-def _compact(splits: Splits, spec: DataSpec) -> Splits:
-    """The same values, known to be valid by now, as uint8 or int32 if they are whole numbers."""
+def _compact(batches: list[Batch], spec: DataSpec, where: str) -> Splits:
+    """Valid values in their compact dtype: uint8 or int32 if they are whole numbers, else float32.
+
+    Raises:
+        DataError: see `validate`.
+    """
+    with np.errstate(over="ignore"):  # what does not fit float32 becomes infinite, and is reported
+        if spec.kind == "continuous":
+            batches = [batch._replace(x=batch.x.astype(np.float32)) for batch in batches]
+        if spec.cond_dim is not None:
+            conds = [np.asarray(batch.cond, np.float32) for batch in batches]
+            pairs = zip(batches, conds, strict=True)
+            batches = [batch._replace(cond=cond) for batch, cond in pairs]
+    splits = validate(Splits(*batches), spec, where)
     if spec.kind == "continuous":
         return splits
     compact = stored_dtype(spec)
     return Splits(*(batch._replace(x=batch.x.astype(compact)) for batch in splits))
-
-
-def _conditions(conds: list, where: str) -> tuple[list[np.ndarray], int | None, int | None]:
-    """Labels as int32 [N] and their number, or vectors as float32 [N, C] and their length."""
-    if all(cond.dtype.kind in "biu" for cond in conds):
-        if any(cond.ndim != 1 for cond in conds):
-            found = ", ".join(str(list(cond.shape)) for cond in conds)
-            raise DataError(
-                f"{where}: expected whole-number labels [N] or float vectors [N, C]; found whole "
-                f"numbers {found}."
-            )
-        low, high = min(int(cond.min()) for cond in conds), max(int(cond.max()) for cond in conds)
-        if low < 0 or high >= 2**31 - 1:
-            raise DataError(
-                f"{where}: labels must be in the range 0 to 2**31 - 2; found {low} to {high}."
-            )
-        return [cond.astype(np.int32) for cond in conds], high + 1, None
-    conds = [cond[:, None] if cond.ndim == 1 else cond for cond in conds]
-    lengths = {cond.shape[1:] for cond in conds}
-    if len(lengths) > 1 or conds[0].ndim != 2 or conds[0].shape[1] == 0:
-        found = ", ".join(str(list(cond.shape)) for cond in conds)
-        raise DataError(f"{where}: expected condition vectors [N, C] of one length; found {found}.")
-    with np.errstate(over="ignore"):
-        return [cond.astype(np.float32) for cond in conds], None, conds[0].shape[1]

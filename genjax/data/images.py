@@ -46,6 +46,21 @@ _SHA256 = {
         "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
     ),
 }
+_CLASSES = {
+    "mnist": None,
+    "fashion_mnist": (
+        "T-shirt/top",
+        "Trouser",
+        "Pullover",
+        "Dress",
+        "Coat",
+        "Sandal",
+        "Shirt",
+        "Sneaker",
+        "Bag",
+        "Ankle boot",
+    ),
+}
 _SUBFOLDERS = {"mnist": ("mnist",), "fashion_mnist": ("fashion_mnist", "fashion-mnist")}
 # Where Debian's package dataset-fashion-mnist puts its files; there is no such package of MNIST.
 _SYSTEM = {"mnist": (), "fashion_mnist": (Path("/usr/share/datasets/fashion-mnist"),)}
@@ -228,9 +243,8 @@ def _stratified(label: np.ndarray) -> np.ndarray:
 def _idx_source(
     name: str, conditional: bool, binarize: str, path: str | None, check_hash: bool
 ) -> Source:
-    grey = DataSpec(
-        (28, 28, 1), "discrete", levels=256, n_classes=10 if conditional else None, name=name
-    )
+    classes = {"n_classes": 10, "class_names": _CLASSES[name]} if conditional else {}
+    grey = DataSpec((28, 28, 1), "discrete", levels=256, **classes, name=name)
 
     def load() -> Splits:
         files = _find_files(name, path)
@@ -255,7 +269,18 @@ def _idx_source(
         "55,000 train / 5,000 valid / 10,000 test images of 28 x 28, from IDX files in "
         f"{' or '.join(places)}"
     )
-    return _image_source(grey, binarize, load, about)
+    source = _image_source(grey, binarize, load, about)
+    return source if check_hash else source._replace(files=_unchecked(name, path))
+
+
+def _unchecked(name: str, path: str | None) -> tuple[str, ...]:
+    """The files, where they are not held to the published hashes; none if they are not there yet,
+    which `load` says.
+    """
+    try:
+        return tuple(map(str, _find_files(name, path)))
+    except DataError:
+        return ()
 
 
 def _find_files(name: str, path: str | None) -> list[Path]:

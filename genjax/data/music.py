@@ -74,6 +74,7 @@ def rolls(path: str) -> Source:
         lambda: splits,
         cast(spec),
         description=f"{sizes} pieces of up to {longest} frames, from {path}",
+        files=(str(path),),
     )
 
 

@@ -52,6 +52,8 @@ class Source(NamedTuple):
             another one.
         fresh: (seed, n) -> Batch: n examples that are in no split, where the data can be drawn
             without end.
+        notes: what was decided about a user's own data, and why.
+        files: the files that the data are read from; none for data that are made.
     """
 
     spec: DataSpec
@@ -64,6 +66,8 @@ class Source(NamedTuple):
     description: str = ""
     order: Callable[[int, int, int | Array, int | Array], Array | np.ndarray] = batch_indices
     fresh: Callable[[int, int], Batch] | None = None
+    notes: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
 
 
 def cast(spec: DataSpec) -> Callable[[Key, Batch], Batch]:
@@ -135,12 +139,12 @@ def host_batch(source: Source, arrays: Batch, batch_size: int, seed: int, step: 
 
 def example_batch(spec: DataSpec, key: Key, n: int) -> Batch:
     """n random examples of any spec, prepared: uniform bits, levels, tokens, labels and lengths,
-    standard normal numbers.
+    normal numbers with the mean and the scale that the spec says, 0 and 1 unless it does.
     """
     x_key, cond_key, length_key = jax.random.split(key, 3)
     shape = (n, *spec.shape)
     if spec.top is None:
-        x = jax.random.normal(x_key, shape, jnp.float32)
+        x = spec.denormalize(jax.random.normal(x_key, shape, jnp.float32))
     else:
         x = jax.random.randint(x_key, shape, 0, spec.top + 1, jnp.int32).astype(spec.dtype)
     cond = length = None
@@ -151,6 +155,13 @@ def example_batch(spec: DataSpec, key: Key, n: int) -> Batch:
     if spec.lengths:
         length = jax.random.randint(length_key, (n,), 1, spec.shape[0] + 1, jnp.int32)
     return Batch(x, cond, length=length)
+
+
+def rows_of(splits: Splits, split: str) -> Batch:
+    """The examples of a split, or of "all" of them."""
+    if split != "all":
+        return getattr(splits, split)
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *splits)
 
 
 def validate(splits: Splits, spec: DataSpec, where: str) -> Splits:

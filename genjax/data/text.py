@@ -176,7 +176,8 @@ def text(
         parts = _by_position(tokens)
         _windows(parts, spec, str(path))  # refuse a short text now, before a run folder is made
         about = f"{_sizes(parts)} {unit}s, {len(vocabulary)} symbols, from {path}"
-        return _stream_source(spec, lambda: parts, order, about, str(path))
+        source = _stream_source(spec, lambda: parts, order, about, str(path))
+        return source._replace(files=(str(path),), notes=(about,))
     lengths = _line_lengths(tokens, vocabulary.index("\n"))
     n = len(lengths)
     if n < 3:
@@ -186,9 +187,10 @@ def text(
         )
     spec = _spec(name, vocabulary, int(lengths.max()) + 1, "\n", step=unit)
     held = max(1, round(n / 10))
-    return _lines_source(
+    source = _lines_source(
         spec, lambda: tokens, n, held, str(path), f"{len(vocabulary)} symbols, from {path}"
     )
+    return source._replace(files=(str(path),), notes=(source.description,))
 
 
 def shakespeare(path: str | None = None, context: int = 64, order: Order = "shuffle") -> Source:

@@ -3,13 +3,15 @@
 import dataclasses
 from typing import Any, Literal
 
+import numpy as np
+
 from genjax.data.music import KEYS
 from genjax.protocol import DataSpec
 
-# text: lines of characters. image: (height, width, 1 or 3). rows: an image that comes row by row,
-# (height, width). points: in the plane. music: a piano roll of 88 keys. sequence: any other data
-# with steps. nothing: none of these.
-View = Literal["text", "image", "rows", "points", "music", "sequence", "nothing"]
+# text: lines of characters. image: (height, width, 1 to 4). rows: an image that comes row by row,
+# (height, width). points: in the plane. vectors: of any other length. music: a piano roll of 88
+# keys. sequence: any other data with steps. nothing: none of these.
+View = Literal["text", "image", "rows", "points", "vectors", "music", "sequence", "nothing"]
 
 
 def view_of(spec: DataSpec) -> View:
@@ -22,7 +24,7 @@ def view_of(spec: DataSpec) -> View:
     """
     if spec.text:
         return "text"
-    if len(spec.shape) == 3 and spec.shape[-1] in (1, 3):
+    if len(spec.shape) == 3 and spec.shape[-1] <= 4 and spec.step is None:
         return "image"
     if spec.shape == (2,):
         return "points"
@@ -30,13 +32,38 @@ def view_of(spec: DataSpec) -> View:
         return "rows"
     if len(spec.shape) == 2 and spec.kind == "binary" and spec.shape[1] == KEYS:
         return "music"
-    return "nothing" if spec.step is None else "sequence"
+    if spec.step is not None:
+        return "sequence"
+    return "vectors" if len(spec.shape) == 1 else "nothing"
+
+
+def no_picture(spec: DataSpec) -> str | None:
+    """Why there is no picture of such data, in words; None where there is one."""
+    if view_of(spec) != "nothing":
+        return None
+    return (
+        f"no picture is drawn of {spec.name}: examples of shape {list(spec.shape)} are no images "
+        "of 1 to 4 channels, no vectors and no sequences"
+    )
 
 
 def as_image(x: Any, spec: DataSpec) -> tuple[Any, DataSpec]:
-    """Rows of images [..., height, width] as images [..., height, width, 1], and the spec of those;
-    other data as they are.
+    """What is an image in other clothes as an image of grey, colour or colour with transparency,
+    and the spec of those; other data as they are.
+
+    Rows of images [..., height, width] get a channel; of two channels, the second stands to the
+    right of the first.
     """
-    if view_of(spec) != "rows":
-        return x, spec
-    return x[..., None], dataclasses.replace(spec, shape=(*spec.shape, 1), step=None)
+    if view_of(spec) == "rows":
+        rows = dataclasses.replace(spec, step=None, shift=None, scale=None)
+        return x[..., None], _unscaled(rows, (*spec.shape, 1))
+    if view_of(spec) == "image" and spec.shape[-1] == 2:
+        height, width, _ = spec.shape
+        both = np.concatenate([x[..., 0], x[..., 1]], axis=-1)[..., None]
+        return both, _unscaled(spec, (height, 2 * width, 1))
+    return x, spec
+
+
+def _unscaled(spec: DataSpec, shape: tuple[int, ...]) -> DataSpec:
+    """The spec of what only is looked at."""
+    return dataclasses.replace(spec, shape=shape, shift=None, scale=None)

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from genjax.data import Source, loader, open_source
+from genjax.data.source import rows_of
 from genjax.data.view import view_of
 from genjax.errors import ConfigError
 from genjax.evaluation.estimates import Estimate
@@ -23,7 +25,7 @@ from genjax.evaluation.sample_metrics import (
     precision_recall_density_coverage,
     sliced_wasserstein,
 )
-from genjax.protocol import Batch, Key, Model, Params, State
+from genjax.protocol import Batch, DataSpec, Key, Model, Params, State
 from genjax.zoo.recipe import Recipe
 
 
@@ -105,6 +107,7 @@ def figures_of(
     n: int | None = None,
     seed: int = 0,
     say: Callable[[str], None] = lambda text: None,
+    source: Source | None = None,
 ) -> list[Figure]:
     """Every figure that fits the data, the most telling one first; samples have the conditions of
     the reference examples.
@@ -118,11 +121,12 @@ def figures_of(
         recipe: whose `source` has the data.
         split: what samples are compared with.
         n: how many examples of it, the first ones, and as many samples; None means all.
+        source: other data to compare with than the recipe's.
 
     Raises:
         ConfigError: for sequences, which none of the figures fits.
     """
-    source = recipe.source()
+    source = source or recipe.source()
     if source.spec.step is not None:
         raise ConfigError(
             f"Figures about samples compare points and images; {source.spec.name} are sequences. "
@@ -130,7 +134,7 @@ def figures_of(
         )
     splits = source.load()
     key_data, key_real, key_sample = jax.random.split(jax.random.key(seed), 3)
-    arrays: Batch = getattr(splits, split)
+    arrays = rows_of(splits, split)
     size = len(arrays.x) if n is None else min(n, len(arrays.x))
     reference = source.prepare(key_data, _first_rows(arrays, size))
     cond = None if reference.cond is None else np.asarray(reference.cond)
@@ -145,7 +149,7 @@ def figures_of(
         if source.spec.n_classes and cond is not None:
             found.append(_agreement(judge, sets, cond))
         found += _of_features(judge, sets)
-    return found + _of_values(sets)
+    return found + _of_values(source.spec, sets)
 
 
 def _first_rows(batch: Batch, n: int) -> Batch:
@@ -224,8 +228,12 @@ def _of_features(judge: Judge, sets: _Sets) -> list[Figure]:
     ]
 
 
-def _of_values(sets: _Sets) -> list[Figure]:
-    """Distances between raw values."""
+def _of_values(spec: DataSpec, sets: _Sets) -> list[Figure]:
+    """Distances between raw values, or standardised ones where the spec has a scale."""
+    values, called = "raw values", "raw"
+    if spec.scale is not None:
+        sets = _Sets(*(np.asarray(spec.normalize(jnp.asarray(x))) for x in sets))
+        values, called = "standardised values", "standardised"
     flat = _Sets(*(x.reshape(len(x), -1) for x in sets))
 
     def distance(x: np.ndarray) -> float:
@@ -234,8 +242,8 @@ def _of_values(sets: _Sets) -> list[Figure]:
     def sliced(x: np.ndarray) -> float:
         return sliced_wasserstein(flat.data, x, n_projections=200)
 
-    directions = "W2 over 200 random directions of raw values"
+    directions = f"W2 over 200 random directions of {values}"
     return [
-        _figure("FD[raw]", "squared", "two Gaussians over raw values", distance, flat),
+        _figure(f"FD[{called}]", "squared", f"two Gaussians over {values}", distance, flat),
         _figure("sliced Wasserstein", "distance", directions, sliced, flat),
     ]

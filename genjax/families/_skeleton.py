@@ -1,6 +1,9 @@
 """A smallest complete family, to copy: a Gaussian with a mean and a scale for each element.
 
-    p(x | c) = Π_i N(x_i; mean_i + (c W)_i, scale_i²)
+    p(x | c) = Π_i N(y_i; mean_i + (c W)_i, scale_i²) |dy_i / dx_i|,  y = (x - shift) / scale
+
+A network never sees x but y = `spec.normalize(x)`; `spec.log_volume` is the logarithm of all
+|dy/dx|, and `spec.denormalize` brings samples back. For data that are not standardised y is x.
 
 What a family needs is all here: settings with their limits in the annotations, maths at module
 level with explicit arguments, a builder that checks and assembles, and a docstring with an example
@@ -32,8 +35,9 @@ def mean_of(spec: DataSpec, own: Params, cond: Any) -> Array:
 
 def log_density(spec: DataSpec, own: Params, batch: Batch) -> Array:
     """ln p(x | c) in nats, [B]."""
-    each = normal_log_prob(batch.x, mean_of(spec, own, batch.cond), own["log_scale"][None])
-    return sum_event(each, len(spec.shape))
+    mean = mean_of(spec, own, batch.cond)
+    each = normal_log_prob(spec.normalize(batch.x), mean, own["log_scale"][None])
+    return sum_event(each, len(spec.shape)) + spec.log_volume
 
 
 @builder
@@ -81,7 +85,7 @@ def skeleton(spec: DataSpec, *, scale: Positive = 1.0) -> Model:
     def sample(params: Params, state: State, key: Key, n: int, cond: Any = None) -> Array:
         own = params[PLAYER]
         mean = jnp.broadcast_to(mean_of(spec, own, cond), (n, *spec.shape))
-        return normal_sample(key, mean, own["log_scale"][None])
+        return spec.denormalize(normal_sample(key, mean, own["log_scale"][None]))
 
     return checked(
         Model(

@@ -188,9 +188,8 @@ def latent_spec(first: Model) -> DataSpec:
             "none that it can decode. Take a run of a VAE."
         )
     spec = first.spec
-    return dataclasses.replace(
-        latent.spec, n_classes=spec.n_classes, cond_dim=spec.cond_dim, class_names=spec.class_names
-    )
+    names = ("n_classes", "cond_dim", "class_names", "cond_shift", "cond_scale")
+    return dataclasses.replace(latent.spec, **{name: getattr(spec, name) for name in names})
 
 
 class StageNoise(NamedTuple):

@@ -429,7 +429,9 @@ def diffusion(
         return variational_bound(denoise, path, spec, batch.x, key, n_bound_samples, n_times)
 
     def log_prob(params: Params, state: State, batch: Batch, key: Key) -> Array:
-        return ode_density(way, likelihood, "log_snr", params, batch.x, batch.cond, key)
+        x0 = spec.normalize(batch.x)
+        nats = ode_density(way, likelihood, "log_snr", params, x0, batch.cond, key)
+        return nats + spec.log_volume
 
     exact = spec.kind == "continuous"
     words = f"probability-flow ODE, {likelihood.in_words}"

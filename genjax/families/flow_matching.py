@@ -352,7 +352,7 @@ def flow_matching(
         return ode_density(way, likelihood, sampling.grid, params, x0, cond, key)
 
     def log_prob(params: Params, state: State, batch: Batch, key: Key) -> Array:
-        return log_density(params, batch.x, batch.cond, key)
+        return log_density(params, spec.normalize(batch.x), batch.cond, key) + spec.log_volume
 
     def bound(params: Params, state: State, batch: Batch, key: Key) -> Array:
         key_data, key_probes = jax.random.split(key)

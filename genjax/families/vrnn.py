@@ -324,6 +324,8 @@ def latents_of(spec: DataSpec, latent_dim: int) -> DataSpec:
         vocabulary=None,
         end=None,
         name=f"latents of {spec.name}",
+        shift=None,
+        scale=None,
     )
 
 

@@ -12,6 +12,7 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +22,8 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from genjax.checks import leaves_by_name
-from genjax.errors import CheckpointError, writing
-from genjax.learning.distributed import several, told
+from genjax.errors import CheckpointError, GenjaxError, writing
+from genjax.learning.distributed import agreed, several
 from genjax.protocol import PyTree, TrainState
 
 logger = logging.getLogger(__name__)
@@ -140,8 +141,10 @@ class _Unreadable(Exception):
     """Why Orbax cannot read a checkpoint whose files are whole."""
 
 
-def _read(path: Path, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-    """The state and the note of a checkpoint whose files are whole.
+def _read(
+    path: Path, like: TrainState, check: Callable[[dict[str, Any]], None]
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state and the note of a checkpoint whose files are whole; `check` may refuse the note.
 
     Raises:
         CheckpointError: if it is of another tree, or if one of several processes cannot read it.
@@ -149,8 +152,13 @@ def _read(path: Path, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
     """
     try:
         metadata = ocp.metadata(str(path))
+        custom: Any = metadata.custom_metadata or {}
+        note = custom.get("note", {})
+        check(note)
         lines = difference(metadata.metadata, _abstract(like))
         packed = None if lines else ocp.load(str(path), _abstract(like))
+    except GenjaxError:
+        raise
     except Exception as error:  # such as a format that this version of Orbax does not know
         if several():  # the others may have read it, and would go on without this one
             raise CheckpointError(
@@ -163,8 +171,7 @@ def _read(path: Path, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         raise CheckpointError(
             f"The checkpoint {path} is not of this model:\n  " + "\n  ".join(lines)
         )
-    custom: Any = metadata.custom_metadata or {}
-    return _unpack(packed, like), custom.get("note", {})
+    return _unpack(packed, like), note
 
 
 def _reason(error: Exception) -> str:
@@ -181,9 +188,24 @@ class Checkpoints:
     does the rest.
     """
 
-    def __init__(self, folder: Path | str, keep: int = 3) -> None:
+    def __init__(
+        self,
+        folder: Path | str,
+        keep: int = 3,
+        about: Mapping[str, Any] | None = None,
+        check: Callable[[dict[str, Any]], None] = lambda note: None,
+    ) -> None:
+        """
+        Args:
+            folder: where they are.
+            keep: how many of the newest to keep.
+            about: what every note says beside what `save` is given.
+            check: refuses the note of a checkpoint that belongs to something else, before its
+                arrays are read.
+        """
         self.folder = Path(folder).absolute()
         self.keep = keep
+        self.about, self.check = dict(about or {}), check
         # Orbax logs whole tracebacks of errors that it also raises.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
 
@@ -212,7 +234,7 @@ class Checkpoints:
         """
         step = int(state.step)
         path, part = self.folder / str(step), self.folder / f"{step}.part"
-        if told(path.is_dir):
+        if agreed(path.is_dir):
             return path
 
         def begin() -> None:
@@ -231,9 +253,11 @@ class Checkpoints:
             self._sweep()
 
         try:
-            told(begin)
-            ocp.save(str(part), _pack(state), custom_metadata={"note": note or {}})
-            told(finish)
+            agreed(begin)
+            ocp.save(
+                str(part), _pack(state), custom_metadata={"note": {**self.about, **(note or {})}}
+            )
+            agreed(finish)
         # Orbax and TensorStore raise many types for a disk that does not take more.
         except Exception as error:
             for _ in range(10):  # writes that were already under way may still put files back
@@ -272,7 +296,7 @@ class Checkpoints:
                 damaged, or the saved tree is not that of `like`; the message lists the leaves that
                 differ.
         """
-        have = told(self.steps)
+        have = agreed(self.steps)
         if step is not None and step not in have:
             raise CheckpointError(
                 f"There is no checkpoint of step {step} in {self.folder}; there are: "
@@ -281,10 +305,10 @@ class Checkpoints:
         passed: dict[Path, str] = {}
         for candidate in reversed(have if step is None else [step]):
             path = self.folder / str(candidate)
-            damage = told(functools.partial(_damage, path))
+            damage = agreed(functools.partial(_damage, path))
             if damage is None:
                 try:
-                    return Restored(*_read(path, like), passed)
+                    return Restored(*_read(path, like, self.check), passed)
                 except _Unreadable as error:
                     damage = str(error)
             passed[path] = damage
@@ -311,4 +335,4 @@ class Checkpoints:
             )
 
         for path, reason in restored.passed_over.items():
-            told(functools.partial(rename, path, reason))
+            agreed(functools.partial(rename, path, reason))

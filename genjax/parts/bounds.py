@@ -72,13 +72,14 @@ def reconstruction(spec: DataSpec, path: Path, x: Array, x_end: Array, denoised:
     end of the path.
 
     Binary and discrete data: every element by itself, each of its values y with probability ∝
-    N(x_end; alpha y, sigma²) (Kingma 2021, appendix E). Continuous data: N(x; denoised, (sigma /
-    alpha)² I), `denoised` being E[x | x_end].
+    N(x_end; alpha y, sigma²) (Kingma 2021, appendix E). Continuous data: N(x0; denoised, (sigma /
+    alpha)² I) of the standardised x0, `denoised` being E[x0 | x_end].
     """
     n, (alpha, sigma) = x.shape[0], coefficients(path, path.end, x)
     ratio = sigma / alpha
     if spec.kind == "continuous":
-        return jnp.sum(normal_log_prob(x, denoised, jnp.log(ratio)).reshape(n, -1), axis=1)
+        each = normal_log_prob(spec.normalize(x), denoised, jnp.log(ratio))
+        return jnp.sum(each.reshape(n, -1), axis=1) + spec.log_volume
     z, y = (v.reshape(n, -1, 1) for v in (x_end / alpha, spec.normalize(x)))
     values = spec.normalize(jnp.arange(spec.levels or 2, dtype=x.dtype)).reshape(1, 1, -1)
     # The exponent relative to that of the true value, as a product that does not cancel; it is at

@@ -29,7 +29,8 @@ class Likelihood(NamedTuple):
 
     Attributes:
         n_outputs: how many numbers the decoder gives per element.
-        log_prob: (x, outputs, log_scale) -> nats per element, [..., *event].
+        log_prob: (x, outputs, log_scale) -> nats per element, [..., *event]; of elements with
+            scales of their own (`DataSpec.scale`) only the sum over an event is meant.
         sample: (key, outputs, log_scale) -> x.
         mean: (outputs, log_scale) -> the expectation of x (for the logistic its location), in the
             units of x.
@@ -73,19 +74,22 @@ def bernoulli(spec: DataSpec, per_element_scale: bool) -> Likelihood:
 
 
 def gaussian(spec: DataSpec, per_element_scale: bool) -> Likelihood:
-    """Normal likelihood of continuous data, in the units of the data."""
+    """Normal likelihood of continuous data; mean and scale are those of standardised values, the
+    log-density is that of x.
+    """
+    volume = spec.log_volume / spec.size  # of one element; their sum is exact
 
     def log_prob(x: Array, outputs: Array, log_scale: Array | float) -> Array:
-        return normal_log_prob(x, *_split_scale(outputs, log_scale))
+        return normal_log_prob(spec.normalize(x), *_split_scale(outputs, log_scale)) + volume
 
     def sample(key: Key, outputs: Array, log_scale: Array | float) -> Array:
-        return normal_sample(key, *_split_scale(outputs, log_scale))
+        return spec.denormalize(normal_sample(key, *_split_scale(outputs, log_scale)))
 
     return Likelihood(
         n_outputs=2 if per_element_scale else 1,
         log_prob=log_prob,
         sample=sample,
-        mean=lambda outputs, log_scale: outputs[..., 0],
+        mean=lambda outputs, log_scale: spec.denormalize(outputs[..., 0]),
         scaled=True,
     )
 
@@ -233,7 +237,7 @@ def _bernoulli_emission(spec: DataSpec) -> Emission:
 
 def _mixture_emission(spec: DataSpec, m: int) -> Emission:
     event = spec.shape[1:]
-    size = math.prod(event)
+    size, volume = math.prod(event), spec.log_volume / spec.shape[0]
 
     def parts(outputs: Array) -> tuple[Array, Array, Array]:
         """Log-weights [..., m], means and log-scales [..., m, size]."""
@@ -243,9 +247,9 @@ def _mixture_emission(spec: DataSpec, m: int) -> Emission:
 
     def log_prob(x: Array, outputs: Array) -> Array:
         log_weight, mean, log_scale = parts(outputs)
-        flat = x.reshape(*outputs.shape[:-1], 1, size)
+        flat = spec.normalize(x).reshape(*outputs.shape[:-1], 1, size)
         log_each = sum_event(normal_log_prob(flat, mean, log_scale))
-        return jax.nn.logsumexp(log_weight + log_each, axis=-1)
+        return jax.nn.logsumexp(log_weight + log_each, axis=-1) + volume
 
     def sample(key: Key, outputs: Array) -> Array:
         key_component, key_noise = jax.random.split(key)
@@ -255,7 +259,7 @@ def _mixture_emission(spec: DataSpec, m: int) -> Emission:
             jnp.take_along_axis(values, chosen, axis=-2)[..., 0, :] for values in (mean, log_scale)
         )
         x = normal_sample(key_noise, mean, log_scale)
-        return x.reshape(*outputs.shape[:-1], *event)
+        return spec.denormalize(x.reshape(*outputs.shape[:-1], *event))
 
     return Emission(m * (1 + 2 * size), log_prob, sample)
 
@@ -265,25 +269,18 @@ def _mixture_emission(spec: DataSpec, m: int) -> Emission:
 
 def dequantize(spec: DataSpec, x: Array, key: Key) -> Array:
     """Normalised events with which a density can be fitted: x + u, u uniform on [-½, ½), for binary
-    and discrete data.
+    and discrete data; x for continuous data.
     """
     if spec.kind == "continuous":
         return spec.normalize(x)
     return spec.normalize(x + jax.random.uniform(key, x.shape, x.dtype, -0.5, 0.5))
 
 
-def log_level_volume(spec: DataSpec) -> float:
-    """ln of the volume that one value of an event has on the normalised scale: D ln(2 / (levels -
-    1)); 0 if continuous.
-    """
-    return 0.0 if spec.top is None else spec.size * math.log(2 / spec.top)
-
-
 def dequantized_bound(
     spec: DataSpec, log_density: Callable[[Array], Array], x: Array, key: Key
 ) -> Array:
     """ln p(x + u) per level, [n] nats: in expectation at most ln P(x), P(x) = ∫ p(x + u) du. Theis
-    2016.
+    2016. Of continuous data it is ln p(x), exactly.
 
     Args:
         spec: binary or discrete data, D dimensions.
@@ -292,4 +289,4 @@ def dequantized_bound(
         x: events in the units of the data, [n, *shape].
         key: of u.
     """
-    return log_density(dequantize(spec, x, key)) + log_level_volume(spec)
+    return log_density(dequantize(spec, x, key)) + spec.log_volume

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from genjax.data import Splits
+from genjax.data import Source, Splits
+from genjax.data.source import rows_of
 from genjax.errors import ConfigError
 from genjax.evaluation import quality
 from genjax.evaluation.estimates import (
@@ -23,7 +24,8 @@ from genjax.evaluation.estimates import (
 )
 from genjax.protocol import Array, Batch, DataSpec, Key, Params, ScoreFn, State, step_mask
 from genjax.runs.folder import environment
-from genjax.runs.load import Loaded
+from genjax.runs.identity import files_of
+from genjax.runs.load import Loaded, source_of
 from genjax.zoo.recipe import config_hash, to_dict
 
 
@@ -36,6 +38,7 @@ def evaluate(
     progress: Callable[[int, int], None] = lambda done, total: None,
     about_samples: bool = False,
     say: Callable[[str], None] = print,
+    source: Source | None = None,
 ) -> dict[str, Any]:
     """What a run is worth on a split, as the dictionary that goes into report.json.
 
@@ -46,24 +49,30 @@ def evaluate(
         n: the first n examples only; None means all.
         seed: of the estimator's noise, of the binarisation of the data, and of the samples.
         about_samples: give figures about samples beside a log-probability or bound, too.
+        source: other data of the run's spec, see `other_source`; its own unless given, which are
+            compared with what they were in training.
 
     Raises:
         ConfigError: if the split does not exist, or n is too small.
+        DataError: for data that are not there, or changed since training.
     """
-    if split not in Splits._fields:
-        raise ConfigError(f"There is no split {split!r}; there are: {', '.join(Splits._fields)}.")
+    if split not in (*Splits._fields, "all"):
+        known = ", ".join((*Splits._fields, "all"))
+        raise ConfigError(f"There is no split {split!r}; there are: {known}.")
     if n is not None and n < 2:
         raise ConfigError(f"--n must be at least 2, so that there is a standard error; got {n}.")
     started, found = time.perf_counter(), {}
+    source = source_of(run) if source is None else source
     if run.model.score is not None:
-        found = _score(run, run.model.score, split, n, seed, batch_size, progress)
+        found = _score(run, source, run.model.score, split, n, seed, batch_size, progress)
     if run.model.score is None or about_samples:
         sampler = quality.sampler_of(run.model, run.params, run.state)
-        figures = quality.figures_of(run.data, sampler, split, n, seed, say)
+        figures = quality.figures_of(run.data, sampler, split, n, seed, say, source)
         found = _headline(figures[0]) | found | {"figures": [one._asdict() for one in figures]}
     return {
         "recipe": run.recipe.name,
-        "data": run.model.spec.name,
+        "data": source.spec.name,
+        "files": files_of(source, run.files or ()),
         "value": found["mean"],
         **found,
         "split": split,
@@ -90,6 +99,7 @@ def _headline(figure: quality.Figure) -> dict[str, Any]:
 
 def _score(
     run: Loaded,
+    source: Source,
     score: ScoreFn,
     split: str,
     n: int | None,
@@ -98,8 +108,8 @@ def _score(
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
     """The part of a report that is about log-probabilities."""
-    spec, source, key = run.model.spec, run.data.source(), jax.random.key(seed)
-    arrays: Batch = getattr(source.load(), split)
+    spec, key = run.model.spec, jax.random.key(seed)
+    arrays = rows_of(source.load(), split)
     if n is not None:
         arrays = jax.tree.map(lambda leaf: leaf[:n], arrays)
     program = scorer(score, source.prepare)

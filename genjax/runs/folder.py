@@ -3,6 +3,7 @@
 config.json      every setting of the run
 spec.json        what its data look like (shape, vocabulary, end token ...), so that sampling needs
                  no data
+data.json        the files that the data are read from: absolute path, size, times, SHA-256
 first/           of a run that stands on another: the settings of that one
 metrics.jsonl    one JSON object a line: step, seconds of training so far, means over the window,
                  validation
@@ -23,7 +24,7 @@ from typing import Any
 
 import jax
 
-from genjax.errors import ConfigError, replacing
+from genjax.errors import ConfigError, DataError, replacing
 from genjax.protocol import DataSpec
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import Recipe, config_hash, flatten, from_dict, to_dict
@@ -132,18 +133,28 @@ def keep_spec(folder: Path, spec: DataSpec) -> None:
     Raises:
         ConfigError: if they are not, such as a text file whose vocabulary has changed since.
     """
-    path, values = folder / "spec.json", json.loads(json.dumps(dataclasses.asdict(spec)))
-    if not path.exists():
-        write_json(path, values)
-        return
     there = read_spec(folder)
-    if there != spec:
-        assert there is not None
-        old = dataclasses.asdict(there)
-        changed = [name for name, value in dataclasses.asdict(spec).items() if old[name] != value]
-        raise ConfigError(
-            f"The data are not those that {folder} was trained on: {', '.join(changed)} changed "
-            "since. Bring the old data back, or train in another folder with --out."
+    if there is None:
+        write_json(folder / "spec.json", json.loads(json.dumps(dataclasses.asdict(spec))))
+        return
+    check_spec(spec, there, folder)
+
+
+def check_spec(now: DataSpec, there: DataSpec, folder: Path) -> None:
+    """Refuse data of another spec than those that a run was trained on.
+
+    Raises:
+        DataError: with the fields that differ, and both values.
+    """
+    if there.class_names is None and now.n_classes == there.n_classes:
+        now = dataclasses.replace(now, class_names=None)  # names came to be known since
+    new, old = dataclasses.asdict(now), dataclasses.asdict(there)
+    changed = [f"{name} was {old[name]!r:.100}, is {new[name]!r:.100}" for name in new]
+    changed = [text for text, name in zip(changed, new, strict=True) if new[name] != old[name]]
+    if changed:
+        raise DataError(
+            f"The data are not those that {folder} was trained on: {'; '.join(changed)}. Bring the "
+            "old data back, or train in another folder with --out."
         )
 
 

@@ -1,5 +1,7 @@
 """A run that is there: its model with the parameters of its last checkpoint, and samples of it."""
 
+import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,13 +10,15 @@ import jax
 import numpy as np
 
 from genjax.checks import check_cond
-from genjax.data import Source
-from genjax.errors import CheckpointError, ConfigError, GenjaxError
+from genjax.data import SOURCES, Source
+from genjax.data.labels import condition_of
+from genjax.errors import CheckpointError, ConfigError, DataError, GenjaxError
 from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.step import eval_params
 from genjax.protocol import Key, Model, Params, State
 from genjax.runs import samples
-from genjax.runs.folder import read_config
+from genjax.runs.folder import check_spec, read_config, read_spec
+from genjax.runs.identity import check_files, check_settings, file_of, read_files
 from genjax.runs.stages import kept
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import Recipe, from_dict
@@ -22,16 +26,25 @@ from genjax.zoo.recipe import Recipe, from_dict
 
 class Loaded(NamedTuple):
     """A trained run: recipe, model, and the parameters of its last checkpoint, averaged where there
-    is an average. `data` is the recipe whose `source` has its data: its own or, for a run on
-    another run, that of the first stage.
+    is an average.
+
+    Attributes:
+        folder: where it is.
+        recipe: what was trained.
+        data: the recipe whose `source` has its data: its own or, for a run on another run, that of
+            the first stage. A file stands in it with its absolute path.
+        files: the files of these data, as `identity.files_of` has them; None for a run from before
+            they were kept.
     """
 
+    folder: Path
     recipe: Recipe
     data: Recipe
     model: Model
     params: Params
     state: State
     step: int
+    files: list[dict[str, Any]] | None = None
 
 
 def load(folder: Path, **changes: Any) -> Loaded:
@@ -43,7 +56,8 @@ def load(folder: Path, **changes: Any) -> Loaded:
 
     Raises:
         ConfigError: if the folder is no run, or is a sweep.
-        CheckpointError: if it has no checkpoint, or none that is whole.
+        CheckpointError: if it has no checkpoint, or none that is whole; or if its settings are not
+            those that the checkpoint was saved with.
     """
     values = read_config(folder)
     if "sweep" in values:
@@ -54,7 +68,11 @@ def load(folder: Path, **changes: Any) -> Loaded:
     recipe = from_dict(values, ZOO)
     on, data = kept(folder)
     t = recipe.training(on)
-    restored = Checkpoints(folder / "checkpoints").restore(
+
+    def check(note: dict[str, Any]) -> None:
+        check_settings(note, values, read_spec(folder), folder)
+
+    restored = Checkpoints(folder / "checkpoints", check=check).restore(
         jax.eval_shape(t.init, jax.random.key(0))
     )
     if restored is None:
@@ -65,17 +83,45 @@ def load(folder: Path, **changes: Any) -> Loaded:
         print(
             f"genjax: warning: passed over a damaged checkpoint, {path}: {reason}", file=sys.stderr
         )
-    state = restored.state
+    state, files, now = restored.state, restored.note.get("files"), read_files(folder)
+    if files is None or [one["sha256"] for one in now or ()] == [one["sha256"] for one in files]:
+        files = now  # which says where they were last
     model = recipe.build(on, **changes)
-    return Loaded(recipe, data, model, eval_params(state), state.state, int(state.step))
+    if files and len(files) == 1:
+        data = dataclasses.replace(data, data=files[0]["path"])
+    params = eval_params(state)
+    return Loaded(folder, recipe, data, model, params, state.state, int(state.step), files)
 
 
-def source_of(run: Loaded) -> Source | None:
-    """The data that a run was trained on; None where they are no longer there, which sampling can
-    do without.
+def source_of(run: Loaded) -> Source:
+    """The data that a run was trained on, compared with what it was then.
+
+    Raises:
+        ConfigError, DataError: for data that are no longer there, or changed since; with what to
+            do.
+    """
+    advice = f"`genjax evaluate {run.folder} --data PATH` scores other data of the same kind."
+    for one in run.files or ():
+        if not os.path.exists(one["path"]):
+            raise DataError(
+                f"{one['path']}, which {run.folder} was trained on, is not there. Bring it back; "
+                f"or {advice}"
+            )
+    if run.files:
+        known = read_files(run.folder) or run.files
+        now = [file_of(one["path"], known) for one in run.files]
+        check_files(now, run.files, run.folder, f"Bring the old data back; or {advice}")
+    source = run.data.source()
+    check_spec(source.spec, run.model.spec, run.folder)
+    return source
+
+
+def made_source(run: Loaded) -> Source | None:
+    """The data set that a run was trained on if it is one of the zoo's; None for files, which
+    sampling does not open.
     """
     try:
-        return run.data.source()
+        return run.data.source() if run.data.data in SOURCES else None
     except GenjaxError:
         return None
 
@@ -84,13 +130,13 @@ def sample(
     run: Loaded,
     key: Key,
     n: int,
-    cond: np.ndarray | None = None,
+    cond: Any = None,
     means: bool = False,
     how: samples.Decoding | None = None,
     film: bool = False,
 ) -> np.ndarray:
     """n samples of a run as an array [n, *shape]; with `means` the means of p(x|z) instead, or made
-    as `how` says.
+    as `how` says. `cond` is an array, or classes by name or number: see `condition_of`.
 
     With `film` all that a solver passes through on its way from noise to data, [n_steps + 1, n,
     *shape].
@@ -99,6 +145,7 @@ def sample(
         ConfigError: for a condition that is missing, not wanted, or out of range, or means or a
             film of a family without them.
     """
+    cond = None if cond is None else condition_of(run.model.spec, cond, n)
     try:
         check_cond(run.model.spec, cond, n)
     except (ValueError, TypeError) as error:

@@ -123,9 +123,26 @@ def scatter(
     if log_prob is not None:
         _density(axes, log_prob, _reach(points))
     axes.scatter(points[:, 0], points[:, 1], s=2, color=COLORS[1], alpha=0.5, linewidths=0)
-    axes.set_aspect("equal")
+    if log_prob is None:
+        _crop(axes, points)
+    else:
+        axes.set_aspect("equal")
     axes.set_title(title, fontsize=9)
     return picture
+
+
+def _crop(axes: Any, points: np.ndarray) -> None:
+    """Limits that show nearly all points [..., 2], with one scale for both axes unless one of them
+    would be a line.
+    """
+    low, high = np.quantile(points.reshape(-1, 2), (0.0025, 0.9975), axis=0)
+    size = np.maximum(high - low, 1e-12 + 1e-6 * np.abs(high))
+    if max(size) < 10 * min(size):
+        size = np.full(2, max(size))
+        axes.set_aspect("equal")
+    centre = (low + high) / 2
+    for limits, middle, width in zip((axes.set_xlim, axes.set_ylim), centre, size, strict=True):
+        limits(middle - 0.575 * width, middle + 0.575 * width)
 
 
 def _reach(points: np.ndarray) -> float:
@@ -165,7 +182,29 @@ def samples(
         return _by_class(x, spec, title, labels)
     if view == "points":
         return scatter(x, log_prob, title)
+    if view == "vectors":
+        return histograms(x, spec, title)
     return None if view == "nothing" else sequences(x, spec, title)
+
+
+def histograms(x: np.ndarray, spec: DataSpec, title: str = "", at_most: int = 12) -> "Figure":
+    """Vectors [n, D]: how the values of each of the first `at_most` columns are distributed."""
+    shown = min(x.shape[1], at_most)
+    columns = min(4, shown)
+    rows = math.ceil(shown / columns)
+    picture = empty(2.3 * columns, 0.4 + 1.6 * rows, layout="constrained")
+    for index in range(shown):
+        axes = picture.add_subplot(rows, columns, index + 1)
+        bins: Any = 40
+        if spec.top is not None and spec.top < 64:
+            bins = np.arange(spec.top + 2) - 0.5
+        axes.hist(x[:, index], bins=bins, color=COLORS[0])
+        axes.set_title(f"column {index}", fontsize=8)
+        axes.set_yticks([])
+        axes.tick_params(labelsize=7)
+    more = f" (the first {shown} of {x.shape[1]} columns)" if shown < x.shape[1] else ""
+    picture.suptitle(title + more, fontsize=9)
+    return picture
 
 
 def _by_class(x: np.ndarray, spec: DataSpec, title: str, labels: np.ndarray | None) -> "Figure":
@@ -251,6 +290,7 @@ def film(
         at_most: so many times are shown, evenly spaced, the first and the last among them.
     """
     shown = np.unique(np.round(np.linspace(0, len(x) - 1, min(at_most, len(x)))).astype(int))
+    x, spec = as_image(x, spec)
     view = view_of(spec)
     if view == "image":
         return _film_of_images(x, spec, shown, title, labels)
@@ -284,13 +324,16 @@ def _film_of_points(
 ) -> "Figure":
     """The times `shown` of x [steps + 1, n, 2], a scatter each, all on the same scale."""
     picture = empty(1.6 * len(shown) + 0.2, 2.2, layout="constrained")
-    half = _reach(x[shown])
     panels = np.ravel(picture.subplots(1, len(shown)))
     for axes, index in zip(panels, shown, strict=True):
         if log_prob is not None:
+            half = _reach(x[shown])
             _density(axes, log_prob, half)
+            axes.set(xlim=(-half, half), ylim=(-half, half), aspect="equal")
+        else:
+            _crop(axes, x[shown])
         axes.scatter(x[index, :, 0], x[index, :, 1], s=2, color=COLORS[1], alpha=0.5, linewidths=0)
-        axes.set(xlim=(-half, half), ylim=(-half, half), aspect="equal", xticks=[], yticks=[])
+        axes.set(xticks=[], yticks=[])
         axes.set_xlabel(f"{index}", fontsize=8)
     picture.supxlabel(f"step of {len(x) - 1}", fontsize=8)
     if title:

@@ -27,7 +27,8 @@ RULES = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
 SOLVING = ("solver", "n_steps", "grid")
 
 # How many samples a picture shows while a run trains; 100 of images and vectors with classes.
-SHOWN: dict[View, int] = {"points": 2000, "image": 64, "nothing": 64}
+SHOWN: dict[View, int] = {"points": 2000, "vectors": 2000, "image": 64, "nothing": 64}
+CLASSES_SHOWN = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,9 +133,13 @@ def draw(
     if model.denoiser is not None:
         return _solved(model, params, state, key, n, cond, how, every=False)
     if model.autoregressive is None:
+        way = (
+            "go from noise to data"
+            if set(asked) <= set(SOLVING)
+            else "make a sequence step by step"
+        )
         raise ConfigError(
-            f"{_flags(asked)}: for models that make samples step by step, which this one of "
-            f"{model.spec.name} is not."
+            f"{_flags(asked)}: for models that {way}, which this one of {model.spec.name} does not."
         )
     _check_steps(model, how)
     if how.beams is not None:
@@ -399,12 +404,14 @@ def picture_size(spec: DataSpec) -> int:
 
 
 def picture_cond(spec: DataSpec, n: int, arrays: Batch | None = None) -> np.ndarray | None:
-    """Conditions for a picture of n samples: every class equally often, or vectors of the data."""
+    """Conditions for a picture of n samples: every class, of the first ten, equally often; or
+    vectors of the data.
+    """
     if not spec.conditional:
         return None
     if spec.n_classes:
-        per = max(1, n // spec.n_classes)
-        return np.repeat(np.arange(spec.n_classes, dtype=np.int32), per)
+        classes = min(spec.n_classes, CLASSES_SHOWN)
+        return np.repeat(np.arange(classes, dtype=np.int32), max(1, n // classes))
     vectors: Any = None if arrays is None else arrays.cond
     return np.resize(np.asarray(vectors, np.float32), (n, spec.cond_dim or 1))
 

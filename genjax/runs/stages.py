@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from genjax.data import Source, is_run
-from genjax.errors import ConfigError, DataError, writing
+from genjax.errors import ConfigError, writing
 from genjax.learning.checkpoint import CHECKSUMS, Checkpoints
 from genjax.protocol import DataSpec, Trained
 from genjax.runs.folder import read_config, read_spec
@@ -67,12 +67,21 @@ def opened(recipe: Recipe) -> Opened:
             "its command again, which goes on where it stopped."
         )
     source = source_of(run)
-    if source is None:
-        raise DataError(
-            f"The data of {folder}, {run.recipe.data}, cannot be read, and training needs them."
-        )
     about = {"folder": str(folder), "step": run.step, "hash": checkpoint_hash(folder, run.step)}
     return Opened(Trained(run.model, run.params, run.state), source, run.data, about)
+
+
+def first_of(recipe: Recipe) -> Trained | None:
+    """The first stage of a recipe that stands on one, for what needs no data; None for others.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: see `opened`.
+    """
+    if not is_run(recipe.data):
+        return None
+    on = opened(recipe).on
+    assert isinstance(on, Trained)
+    return on
 
 
 def how_to_train(recipe: Recipe) -> str:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +19,10 @@ from genjax.learning.members import Mode, ensemble, grid, sweep
 from genjax.learning.step import eval_params
 from genjax.protocol import Array, Batch, Key, Params, State, Training, TrainState
 from genjax.runs.folder import environment, open_folder, write_json
+from genjax.runs.identity import check_note, files_of, keep_files, note_of, read_files
 from genjax.runs.log import logging_in
 from genjax.runs.stages import Opened, opened
-from genjax.runs.train import VALID_SEED, go_on
+from genjax.runs.train import VALID_SEED, about_data, go_on
 from genjax.zoo.recipe import Recipe, config_hash, to_dict
 from genjax.zoo.sections import replace, settings_of
 
@@ -162,7 +164,12 @@ def _train_members(
     feed = choose_feed(
         t, stage.source, splits.train, schedule.batch_size, schedule.seed, schedule.place
     )
+    files = files_of(stage.source, read_files(folder) or ())
     open_folder(folder, settings)
+    keep_files(folder, files)
+    about = note_of(settings, stage.source.spec, files)
+    for line in about_data(stage.source):
+        say(line)
     with logging_in(folder, f"{recipe.name}: {len(keys)} members") as log:
         return fit(
             feed,
@@ -172,7 +179,12 @@ def _train_members(
             log_every=schedule.log_every,
             log=log,
             on_restore=lambda step: go_on(log, step, schedule.steps, say),
-            checkpoints=Checkpoints(folder / "checkpoints", schedule.keep_checkpoints),
+            checkpoints=Checkpoints(
+                folder / "checkpoints",
+                schedule.keep_checkpoints,
+                about,
+                partial(check_note, about=about, folder=folder),
+            ),
             checkpoint_every=schedule.checkpoint_every,
             stop_on_nonfinite=False,
             progress=progress,

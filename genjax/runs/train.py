@@ -10,15 +10,17 @@ import jax
 import numpy as np
 
 from genjax.data import Source, Splits, example_batch
+from genjax.data.view import no_picture
 from genjax.evaluation.estimates import estimate, score_examples, scorer
 from genjax.learning.checkpoint import Checkpoints
-from genjax.learning.distributed import check_shared, first, several, told, whole
+from genjax.learning.distributed import agreed, check_shared, several, whole, writes
 from genjax.learning.loop import Hook, Progress, choose_feed, fit
 from genjax.learning.sharding import layout, make_mesh, shard
 from genjax.learning.step import eval_params
 from genjax.protocol import Model, TrainState
 from genjax.runs import samples, stages
 from genjax.runs.folder import keep_spec, open_folder
+from genjax.runs.identity import check_note, files_of, keep_files, note_of, read_files
 from genjax.runs.log import Log, logging_in
 from genjax.zoo.recipe import Recipe, to_dict
 
@@ -51,6 +53,9 @@ def train(
     """
     stage, schedule = stages.opened(recipe), recipe.schedule
     source, model = stage.source, recipe.build(stage.on)
+    if writes():
+        for line in about_data(source):
+            say(line)
     splits = source.load()
     t, devices = recipe.training(stage.on), None
     if several():
@@ -67,21 +72,29 @@ def train(
     # Not before everything else fits: a folder keeps its settings for good.
     settings = to_dict(recipe) | ({} if stage.first is None else {"first": stage.first})
 
-    def open_run() -> None:
+    def open_run() -> list[dict[str, Any]]:
+        files = files_of(source, read_files(folder) or ())
         open_folder(folder, settings)
         keep_spec(folder, source.spec)
+        keep_files(folder, files)
         stages.keep(folder, stage)
+        return files
 
-    told(open_run)
+    about = note_of(settings, source.spec, agreed(open_run))
     check_shared(folder / "config.json")
-    checkpoints = Checkpoints(folder / "checkpoints", schedule.keep_checkpoints)
+    checkpoints = Checkpoints(
+        folder / "checkpoints",
+        schedule.keep_checkpoints,
+        about,
+        functools.partial(check_note, about=about, folder=folder),
+    )
     hooks = [
         _valid_hook(model, source, splits, schedule.evaluate_every),
         _picture_hook(model, source, splits, folder, schedule.sample_every),
     ]
 
     title = f"{recipe.name} on {source.spec.name}"
-    with logging_in(folder, title) if first() else nullcontext() as log:
+    with logging_in(folder, title) if writes() else nullcontext() as log:
 
         def on_restore(step: int) -> None:
             if log is not None:
@@ -103,8 +116,15 @@ def train(
             layout=None if devices is None else functools.partial(layout, mesh=devices),
         )
     # Until process 0 has drawn its curves: at the end jax does not wait long for the others.
-    told(lambda: None)
+    agreed(lambda: None)
     return state
+
+
+def about_data(source: Source) -> list[str]:
+    """What was decided about a user's own data, and whether there will be pictures, a line each."""
+    lines = [f"data: {'; '.join(source.notes)}"] if source.notes else []
+    why = no_picture(source.spec)
+    return lines if why is None else [*lines, why]
 
 
 def go_on(log: Log, step: int, steps: int, say: Callable[[str], None]) -> None:
@@ -123,7 +143,7 @@ def _valid_hook(model: Model, source: Source, splits: Splits, every: int) -> Hoo
 
     def call(step: int, state: TrainState) -> dict[str, Any]:
         params, extra = whole((eval_params(state), state.state))
-        if not first():
+        if not writes():
             return {}
         values = score_examples(run, params, extra, splits.valid, jax.random.key(VALID_SEED))
         return {f"valid/{name}": estimate(values).mean}
@@ -139,7 +159,7 @@ def _picture_hook(model: Model, source: Source, splits: Splits, folder: Path, ev
 
     def call(step: int, state: TrainState) -> None:
         params, extra = whole((eval_params(state), state.state))
-        if not first():
+        if not writes():
             return
         x = np.asarray(draw(params, extra, jax.random.key(PICTURE_SEED), n, cond))
         stem = folder / "samples" / f"step_{step:08d}"

@@ -115,13 +115,13 @@ class Recipe:
         return open_source(self.data, **self.data_options)
 
     def on(self, data: str) -> "Recipe":
-        """The recipe on another data set, with that loader's own settings; a conditional one stays
-        so if the loader can be.
+        """The recipe on another data set, with those of its options that the other loader takes,
+        too.
         """
         if data == self.data:
             return self
-        can_be = "conditional" in inspect.signature(loader(data)).parameters
-        kept = {"conditional": True} if can_be and self.data_options.get("conditional") else {}
+        takes = set(inspect.signature(loader(data)).parameters) - {"path"}
+        kept = {name: value for name, value in self.data_options.items() if name in takes}
         return dataclasses.replace(self, data=data, data_options=kept)
 
     @property
@@ -198,7 +198,7 @@ def from_dict(values: Mapping[str, Any], rows: Mapping[str, Recipe]) -> Recipe:
             row,
             data=values["data"],
             model=_as_tuples(values["model"]),
-            data_options=_as_tuples(values["data_options"]),
+            data_options=_before(values["data"]) | _as_tuples(values["data_options"]),
             optimizer=optimizer,
             schedule=Schedule(**values["schedule"]),
         )
@@ -206,6 +206,12 @@ def from_dict(values: Mapping[str, Any], rows: Mapping[str, Recipe]) -> Recipe:
         raise ConfigError(
             f"This is not a configuration of the recipe {row.name!r}: {error}."
         ) from error
+
+
+def _before(data: str) -> dict[str, Any]:
+    """What loaders did before they had an option for it, for runs of that time."""
+    takes = inspect.signature(loader(data)).parameters
+    return {"standardize": "none"} if "standardize" in takes else {}
 
 
 def _as_tuples(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,89 @@
+"""Other data than those that a run was trained on, for `genjax evaluate --data PATH`: opened as the
+run's own were, and brought to its spec.
+"""
+
+import dataclasses
+import inspect
+from typing import Any
+
+import numpy as np
+
+from genjax.data import Source, Splits, cast, loader, open_source
+from genjax.errors import DataError
+from genjax.protocol import Batch, DataSpec
+from genjax.runs.load import Loaded
+
+# What may differ: how they are called, and a scale, which is the run's own.
+_FREE = ("name", "shift", "scale", "cond_shift", "cond_scale", "class_names", "n_classes", "levels")
+
+
+def other_source(run: Loaded, path: str) -> Source:
+    """The data at a path, or of that name, as events of the run's spec under their own name.
+
+    Values have the run's kind and levels, classes and symbols are matched by what they are called.
+
+    Raises:
+        DataError, ConfigError: for data that cannot be read, or are of another spec.
+    """
+    spec, takes = run.model.spec, inspect.signature(loader(path)).parameters
+    kept = {name: value for name, value in run.data.data_options.items() if name != "path"}
+    kept |= {"conditional": spec.conditional, "standardize": "none"}
+    if "levels" in takes:
+        kept |= {"kind": spec.kind, "levels": spec.levels}
+    source = open_source(path, **{name: value for name, value in kept.items() if name in takes})
+    wanted = dataclasses.replace(spec, name=source.spec.name)
+    _check(source.spec, spec, path)
+    classes = _positions(source.spec.class_names, source.spec.n_classes, spec, path)
+    symbols = _symbols(source.spec, spec, path)
+
+    def one(batch: Batch) -> Batch:
+        x = batch.x if symbols is None else symbols[np.asarray(batch.x)]
+        cond = batch.cond if classes is None else classes[np.asarray(batch.cond)]
+        return batch._replace(x=x, cond=cond)
+
+    def load() -> Splits:
+        return Splits(*map(one, source.load()))
+
+    if symbols is None and classes is None and source.spec == wanted:
+        return source
+    prepare = source.prepare if symbols is None and classes is None else cast(wanted)
+    return source._replace(spec=wanted, load=load, prepare=prepare)
+
+
+def _check(found: DataSpec, spec: DataSpec, path: str) -> None:
+    """Refuse what cannot be brought to the spec."""
+    free = (*_FREE, *["vocabulary", "end"] * spec.text)
+    new, old = dataclasses.asdict(found), dataclasses.asdict(spec)
+    names = [name for name in new if name not in free and new[name] != old[name]]
+    if spec.n_classes is None and found.n_classes is not None:
+        names.append("n_classes")
+    if names:
+        lines = "; ".join(f"{name} is {new[name]!r}, the run has {old[name]!r}" for name in names)
+        raise DataError(f"{path} is of another kind than the data of the run: {lines}.")
+    if (found.levels or 0) > (spec.levels or 0) and not spec.text:
+        raise DataError(f"{path} has {found.levels} levels, the data of the run {spec.levels}.")
+
+
+def _positions(names: Any, n: int | None, spec: DataSpec, path: str) -> np.ndarray | None:
+    """Index there -> index of the class in the run with the same name; None where they agree."""
+    if n is None or (names == spec.class_names and n <= (spec.n_classes or 0)):
+        return None
+    theirs = names or tuple(map(str, range(n)))
+    ours = spec.class_names or tuple(map(str, range(spec.n_classes or 0)))
+    return _matched(theirs, ours, "classes", path)
+
+
+def _symbols(found: DataSpec, spec: DataSpec, path: str) -> np.ndarray | None:
+    """The same for the symbols of a text."""
+    if not spec.text or found.vocabulary == spec.vocabulary:
+        return None
+    return _matched(found.vocabulary or (), spec.vocabulary or (), "symbols", path)
+
+
+def _matched(theirs: tuple, ours: tuple, what: str, path: str) -> np.ndarray:
+    lacking = [name for name in theirs if name not in ours]
+    if lacking:
+        raise DataError(
+            f"{path} has {what} that the run does not know: {', '.join(map(repr, lacking[:10]))}."
+        )
+    return np.asarray([ours.index(name) for name in theirs], np.int32)
