@@ -6,6 +6,8 @@ its traceback.
 
 import difflib
 import os
+import secrets
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -67,16 +69,51 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: if the disk does not take it; what was there before stays.
     """
-    temporary = path.with_name(f".{path.name}.part")
+    # A name that nobody can guess: in a folder of somebody else's, a link of that name may lead to
+    # any file of one's own.
+    temporary = path.with_name(f".{secrets.token_hex(8)}.part")
     with writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch(exist_ok=False)
             yield temporary
+            synced(temporary)
             temporary.replace(path)
+            synced(path.parent)
         except BaseException:
             with suppress(OSError):
                 temporary.unlink()
             raise
+
+
+def synced(path: Path) -> None:
+    """Have the disk keep a file or a folder's entries, before what comes next relies on them."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # of a folder, where the system has no such thing
+        return
+    try:
+        with suppress(OSError):  # as above; a write that failed has said so
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def regular_file(path: str | os.PathLike[str]) -> None:
+    """Refuse what is no file to read: a folder, a device, or a pipe, which would wait for ever.
+
+    Raises:
+        DataError: with what it is.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # which whoever opens it says
+        return
+    kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket"}
+    kinds |= {stat.S_ISCHR: "a device", stat.S_ISBLK: "a device"}
+    for is_kind, called in kinds.items():
+        if is_kind(mode):
+            raise DataError(f"{os.fspath(path)} is {called}; expected a file.")
 
 
 def unknown_name(what: str, name: str, names: Iterable[str]) -> ConfigError:

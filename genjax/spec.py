@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 from typing import Any, Literal
 
 import jax
@@ -68,7 +69,7 @@ class DataSpec:
 
     def __post_init__(self) -> None:
         # JSON gives lists back; a spec must stay hashable and equal to the one that was written.
-        object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
+        object.__setattr__(self, "shape", tuple(map(operator.index, self.shape)))
         for name in ("vocabulary", "class_names", "shift", "scale", "cond_shift", "cond_scale"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))

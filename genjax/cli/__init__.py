@@ -12,13 +12,14 @@ import hashlib
 import math
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from genjax.cli.flags import axes_of, parse_recipe
-from genjax.cli.terminal import numbers, print_table
+from genjax.cli.terminal import numbers, print_table, say
 from genjax.errors import ConfigError, GenjaxError, Interrupted, unknown_name
 
 if TYPE_CHECKING:
@@ -147,17 +148,17 @@ def _train(args: list[str]) -> None:
     if options.distributed and not distributed.writes():  # process 0 speaks for all
         train(recipe, folder, mesh=mesh)
         return
-    print(
+    say(
         f"genjax train {recipe.name}: {row.summary}, on {recipe.data}, for {recipe.schedule.steps} "
-        f"steps, in {folder}",
-        flush=True,
+        f"steps, in {folder}"
     )
     if recipe.data != row.data:
-        print(_other_data(row, recipe), flush=True)
+        say(_other_data(row, recipe))
     with console(recipe.name, options.plain or None) as progress:
-        state = train(recipe, folder, progress, mesh=mesh)
-    print(f"trained to step {int(state.step)}; see {folder}/samples and {folder}/curves.png")
-    print(f"next: genjax evaluate {folder}   or   genjax sample {folder} --n 64")
+        state = train(recipe, folder, progress, say, mesh)
+    say(f"trained to step {int(state.step)}; see {folder}/samples and {folder}/curves.png")
+    quoted = shlex.quote(str(folder))
+    say(f"next: genjax evaluate {quoted}   or   genjax sample {quoted} --n 64")
 
 
 def _other_data(row: "Recipe", recipe: "Recipe") -> str:
@@ -410,16 +411,36 @@ def _run(args: list[str]) -> None:
     COMMANDS[args[0]](args[1:])
 
 
+def _no_backend(error: Exception) -> str | None:
+    """What to do where jax has not the hardware that it was asked for; None for other errors."""
+    reason, asked = " ".join(str(error).split()), os.environ.get("JAX_PLATFORMS")
+    at, trace = "", error.__traceback__
+    while trace is not None:  # an unknown plug-in ends in an assertion without a word
+        at, trace = trace.tb_frame.f_code.co_filename, trace.tb_next
+    if not asked or not ("backend" in reason or at.endswith("xla_bridge.py")):
+        return None
+    return (
+        f"JAX_PLATFORMS={asked} asks for what jax does not find here{': ' * bool(reason)}"
+        f"{reason[:160]}. Unset it to use what there is, or install the plug-in: pip install "
+        "'genjax-zoo[tpu]' or 'genjax-zoo[cuda]'."
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The `genjax` program."""
     try:
         _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except Interrupted as stop:
-        print(f"genjax: {stop}", file=sys.stderr)
+        say(f"genjax: {stop}", sys.stderr)
         raise SystemExit(128 + stop.signal) from None
     except GenjaxError as error:
-        print(f"genjax: error: {error}", file=sys.stderr)
+        say(f"genjax: error: {error}", sys.stderr)
+        raise SystemExit(2) from None
+    except (RuntimeError, AssertionError) as error:
+        if (text := _no_backend(error)) is None:
+            raise
+        say(f"genjax: error: {text}", sys.stderr)
         raise SystemExit(2) from None
     except BrokenPipeError:  # of `genjax list | head`; Python would complain once more as it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from genjax.cli.flags import group
-from genjax.cli.terminal import check_seed, counter, print_table
+from genjax.cli.terminal import check_seed, counter, plain, print_table
 from genjax.errors import ConfigError, replacing
 
 if TYPE_CHECKING:
@@ -94,8 +94,10 @@ def sample(args: list[str]) -> None:
     if view_of(spec) == "text":
         labels = cond if spec.n_classes else None
         for text in samples.texts(x[:TEXTS_SHOWN], spec, labels):
-            print(text if spec.end is not None else f"{'-' * 40}\n{text}")
-    print(f"{n} {what} {list(x.shape)} in {' and '.join(map(str, written))}")
+            print(plain(text if spec.end is not None else f"{'-' * 40}\n{text}"))
+    if loaded.files:
+        print(plain(f"the run was trained on {', '.join(one['path'] for one in loaded.files)}"))
+    print(plain(f"{n} {what} {list(x.shape)} in {' and '.join(map(str, written))}"))
 
 
 def _read_sample(args: Sequence[str]) -> Any:

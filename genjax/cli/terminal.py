@@ -4,9 +4,33 @@ imported here.
 
 import math
 import sys
+import unicodedata
 from collections.abc import Callable
+from typing import Any
 
 from genjax.errors import ConfigError
+
+
+def plain(text: str) -> str:
+    """A text without what a terminal would obey or turn around: control characters but for line
+    ends and tabs, and marks of writing direction, are shown as escapes.
+    """
+    return "".join(map(_shown, text))
+
+
+def _shown(character: str) -> str:
+    if character in "\n\t":
+        return character
+    obeyed = unicodedata.category(character) == "Cc" or character in _DIRECTIONS
+    return character.encode("unicode_escape").decode() if obeyed else character
+
+
+_DIRECTIONS = "\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
+
+def say(text: str, file: Any = None) -> None:
+    """Print what may hold names and texts of somebody else's."""
+    print(plain(text), file=file, flush=True)
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -20,13 +44,13 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     # Into a file or a pipe rich would fold at 80 columns, which nobody can grep.
     console = Console() if sys.stdout.isatty() else Console(width=200)
     console.print(
-        title, style="bold", markup=False, highlight=False
+        plain(title), style="bold", markup=False, highlight=False
     )  # a table's own title is folded to the table's width
     table = Table()
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row))  # brackets are text, not markup
+        table.add_row(*(escape(plain(cell)) for cell in row))  # brackets are text, not markup
     console.print(table)
 
 

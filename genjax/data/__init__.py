@@ -82,6 +82,12 @@ def loader(name: str | os.PathLike[str]) -> Callable[..., Source]:
         return next(make for ending, make in FILES.items() if name.endswith(ending))
     if name not in SOURCES:
         *endings, last = FILES
+        if os.path.exists(name) or os.sep in name or Path(name).suffix:
+            there = "is of no kind that is read" if os.path.exists(name) else "is not there"
+            raise DataError(
+                f"{name} {there}; files end in {', '.join(endings)} or {last}, and a run folder "
+                "has a config.json."
+            )
         raise unknown_name(
             "data set",
             name,
@@ -116,12 +122,12 @@ def open_source(name: str | os.PathLike[str], **options: Any) -> Source:
 
 def is_run(name: str) -> bool:
     """Whether a name is that of a run folder, there or still to be trained: a folder that has a
-    config.json, or a path below a folder `runs`, or one without an ending.
+    config.json, or a path below a folder `runs` that is no file of data.
     """
     path = Path(name)
     if (path / "config.json").is_file():
         return True
-    return len(path.parts) > 1 and ("runs" in path.parts or not path.suffix)
+    return len(path.parts) > 1 and "runs" in path.parts and not _is_path(name)
 
 
 def run_folder(path: str) -> Source:

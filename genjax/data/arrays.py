@@ -10,7 +10,7 @@ from genjax.data.kinds import Channels, Standardize, scale_of, values_of, with_c
 from genjax.data.labels import Condition, labels_of
 from genjax.data.order import permutation
 from genjax.data.source import Source, Splits, cast, stored_dtype, validate
-from genjax.errors import ConfigError, DataError
+from genjax.errors import ConfigError, DataError, regular_file
 from genjax.protocol import Batch, DataSpec
 from genjax.settings import Within, check_call
 
@@ -98,6 +98,7 @@ def arrays(
 
 def _read(path: str, conditional: bool) -> dict[str, Batch]:
     """The file's arrays: {"all": Batch}, or {"train": ..., "valid": ..., "test": ...}."""
+    regular_file(path)
     try:
         with open(path, "rb") as file:
             start = file.read(6)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from genjax.errors import DataError
+from genjax.errors import DataError, regular_file
 
 UBYTE = 0x08  # the type code of unsigned bytes, the only one that is read here
 
@@ -35,6 +35,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
         DataError: for a file that is missing or unreadable, or a gzip stream that is cut short or
             corrupt.
     """
+    regular_file(path)
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:

@@ -13,7 +13,7 @@ import numpy as np
 from genjax.data import Source, loader, open_source
 from genjax.data.source import rows_of
 from genjax.data.view import view_of
-from genjax.errors import ConfigError
+from genjax.errors import ConfigError, GenjaxError
 from genjax.evaluation.estimates import Estimate
 from genjax.evaluation.judge import Judge, judge_of
 from genjax.evaluation.sample_metrics import (
@@ -61,7 +61,10 @@ def labelled(recipe: Recipe) -> Source | None:
         return source
     if "conditional" not in inspect.signature(loader(recipe.data)).parameters:
         return None
-    source = open_source(recipe.data, **{**recipe.data_options, "conditional": True})
+    try:
+        source = open_source(recipe.data, **{**recipe.data_options, "conditional": True})
+    except GenjaxError:  # a file without labels
+        return None
     return source if source.spec.n_classes else None
 
 

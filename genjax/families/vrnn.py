@@ -399,7 +399,7 @@ def vrnn(
         ConfigError: for settings that do not exist or do not fit the data, and for a prompt that
             does not fit.
     """
-    check_sequences(spec, "A VRNN", ", or use vae")
+    check_sequences(spec, "A VRNN")
     if objective != "elbo" and not (isinstance(beta, int | float) and beta == 1):
         raise ConfigError(
             f"beta weighs the KL of the objective 'elbo'; {objective} has none. Leave beta at 1; "

@@ -218,7 +218,7 @@ class Checkpoints:
         return sorted(
             int(entry.name)
             for entry in self.folder.iterdir()
-            if entry.name.isdigit() and entry.is_dir()
+            if entry.name.isascii() and entry.name.isdecimal() and entry.is_dir()
         )
 
     def save(self, state: TrainState, note: dict[str, Any] | None = None) -> Path:

@@ -142,15 +142,16 @@ def recomputed(spec: DataSpec, outputs: Callable[..., Array]) -> tuple[Callable,
 # --- checks ---------------------------------------------------------------------------------------
 
 
-def check_sequences(spec: DataSpec, who: str, instead: str = "") -> None:
+def check_sequences(spec: DataSpec, who: str) -> None:
     """Refuse data that are no sequences.
 
     Raises:
-        ConfigError: naming the family and, where there is one, what to do `instead`.
+        ConfigError: naming the family, and what to do instead.
     """
     if spec.step is None:
         raise ConfigError(
-            f"{who} models sequences; {spec.name} has no steps. Give its DataSpec `step`{instead}."
+            f"{who} models sequences, and {spec.name} has no steps: take a model of single events, "
+            f"such as vae, or data with steps (in Python a DataSpec with `step`)."
         )
 
 

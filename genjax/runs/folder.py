@@ -26,6 +26,7 @@ import jax
 
 from genjax.errors import ConfigError, DataError, replacing
 from genjax.protocol import DataSpec
+from genjax.settings import check_fields
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import Recipe, config_hash, flatten, from_dict, to_dict
 from genjax.zoo.sections import settings_of
@@ -115,10 +116,20 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{folder} is not a run folder: it has no config.json. `genjax train NAME` makes one."
         )
+    return _read_json(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file that may hold anything.
+
+    Raises:
+        ConfigError: for anything else.
+    """
     try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} is damaged: expected JSON, found {error}.") from error
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "too deep" if isinstance(error, RecursionError) else error
+        raise ConfigError(f"{path} is damaged: expected JSON, found {reason}.") from None
     if not isinstance(values, dict):
         raise ConfigError(
             f"{path} is damaged: expected a JSON object, found {type(values).__name__}."
@@ -167,10 +178,19 @@ def read_spec(folder: Path) -> DataSpec | None:
     path = folder / "spec.json"
     if not path.exists():
         return None
+    if not path.is_file():
+        raise ConfigError(f"{path} is damaged: expected a file.")
+    values = _read_json(path)
     try:
-        return DataSpec(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{path} is damaged: {error}.") from error
+        if not isinstance(values.get("shape"), list):
+            raise TypeError(f"shape must be a list; found {values.get('shape')!r:.80}")
+        spec = DataSpec(**values)
+        check_fields(spec)
+        if spec.vocabulary is not None and any(len(symbol) != 1 for symbol in spec.vocabulary):
+            raise ConfigError("each symbol of vocabulary must be one character")
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise ConfigError(f"{path} is damaged: {error}.") from None
+    return spec
 
 
 def default_folder(recipe: Recipe, row: Recipe, prefix: str = "", **more: Any) -> Path:

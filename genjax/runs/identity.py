@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from genjax.data import Source
-from genjax.errors import CheckpointError, ConfigError, DataError
+from genjax.errors import CheckpointError, ConfigError, DataError, regular_file
 from genjax.runs.folder import completed, write_json
 from genjax.spec import DataSpec
 
@@ -42,6 +42,7 @@ def file_of(path: str, known: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any
         DataError: for a file that cannot be read.
     """
     before = {one.get("path"): one for one in known}
+    regular_file(path)
     try:
         about = os.stat(path)
         times = {"mtime_ns": about.st_mtime_ns, "ctime_ns": about.st_ctime_ns}

@@ -118,7 +118,10 @@ def keep(folder: Path, stage: Opened) -> None:
         part.rename(folder / KEPT)
 
 
-def kept(folder: Path) -> tuple[DataSpec | Trained, Recipe]:
+MOST = 8  # stages; a folder that somebody made may lead back to itself
+
+
+def kept(folder: Path, depth: int = 0) -> tuple[DataSpec | Trained, Recipe]:
     """What the run in a folder was trained on, from the folder alone, and the recipe whose `source`
     gives its data. The parameters of a first stage are those of its init, until a checkpoint of the
     run is restored.
@@ -126,12 +129,14 @@ def kept(folder: Path) -> tuple[DataSpec | Trained, Recipe]:
     Raises:
         ConfigError: for settings that are damaged.
     """
+    if depth > MOST:
+        raise ConfigError(f"{folder} is damaged: it stands on more than {MOST} other runs.")
     values = read_config(folder)
     recipe = from_dict(values, ZOO)
     if "first" not in values:
         return read_spec(folder) or recipe.source().spec, recipe
     if not (folder / KEPT / "config.json").is_file():
         raise ConfigError(f"{folder} is damaged: it has no {KEPT}/config.json, of its first stage.")
-    on, owner = kept(folder / KEPT)
+    on, owner = kept(folder / KEPT, depth + 1)
     model = from_dict(read_config(folder / KEPT), ZOO).build(on)
     return Trained(model, *model.init(jax.random.key(0))), owner

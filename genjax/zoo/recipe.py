@@ -16,7 +16,7 @@ from genjax.errors import ConfigError, unknown_name
 from genjax.families.compose import latent_spec, two_stage
 from genjax.learning.optim import Optimizer
 from genjax.protocol import DataSpec, Model, Trained, Training
-from genjax.settings import Count, Whole, Within, check_fields
+from genjax.settings import Count, Whole, Within, check_call, check_fields
 from genjax.zoo.sections import parameters_of as parameters_of
 from genjax.zoo.sections import replace as replace
 from genjax.zoo.sections import sections_of
@@ -181,10 +181,13 @@ def from_dict(values: Mapping[str, Any], rows: Mapping[str, Recipe]) -> Recipe:
     Raises:
         ConfigError: for a row or setting that does not exist (any more).
     """
-    if values.get("recipe") not in rows:
-        raise unknown_name("recipe", str(values.get("recipe")), rows)
-    row = rows[values["recipe"]]
+    name = values.get("recipe")
+    if not isinstance(name, str) or name not in rows:
+        raise unknown_name("recipe", str(name)[:80], rows)
+    row = rows[name]
     try:
+        if not isinstance(values["data"], str):
+            raise TypeError(f"data must be a text; got {values['data']!r:.80}")
         optimizer: Any = _as_tuples(values["optimizer"])
         if isinstance(row.optimizer, Mapping):
             by_player: dict[str, dict[str, Any]] = {player: {} for player in row.optimizer}
@@ -194,7 +197,7 @@ def from_dict(values: Mapping[str, Any], rows: Mapping[str, Recipe]) -> Recipe:
             optimizer = {player: Optimizer(**fields) for player, fields in by_player.items()}
         else:
             optimizer = Optimizer(**optimizer)
-        return dataclasses.replace(
+        found = dataclasses.replace(
             row,
             data=values["data"],
             model=_as_tuples(values["model"]),
@@ -202,7 +205,10 @@ def from_dict(values: Mapping[str, Any], rows: Mapping[str, Recipe]) -> Recipe:
             optimizer=optimizer,
             schedule=Schedule(**values["schedule"]),
         )
-    except (KeyError, TypeError) as error:
+        sections_of(found)  # refuses settings that neither the builder nor the loader has
+        check_call(loader(found.data), found.data_options)
+        return found
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"This is not a configuration of the recipe {row.name!r}: {error}."
         ) from error

@@ -30,6 +30,9 @@ SECTIONS = {
     "optimizer": "optimizer",
     "schedule": "schedule",
 }
+# What a builder cannot do without a condition: a row that has them keeps its defaults without one.
+OF_A_CONDITION = ("guidance", "cond_dropout", "generator_cond", "discriminator_cond")
+
 Fields = dict[str, tuple[Any, Any, str]]  # name -> (type, value, help)
 
 
@@ -205,7 +208,8 @@ def setting_called(name: str, settings: Mapping[str, Setting]) -> Setting:
 
 def replace(recipe: "Recipe", **changes: Any) -> "Recipe":
     """The recipe with settings changed by name, wherever they belong: `replace(recipe, steps=10)`,
-    or by their full names, `replace(recipe, **{"schedule.steps": 10})`.
+    or by their full names, `replace(recipe, **{"schedule.steps": 10})`. With `conditional=False`
+    what needs a condition goes back to the builder's default.
 
     Raises:
         ConfigError: see `setting_called`; or for a value that is not what the optimiser or the
@@ -216,6 +220,13 @@ def replace(recipe: "Recipe", **changes: Any) -> "Recipe":
     for name, value in changes.items():
         setting = setting_called(name, settings)
         changed.setdefault(setting.field, {})[setting.name] = value
+    if recipe.data_options.get("conditional") and not changed.get("data_options", {}).get(
+        "conditional", True
+    ):
+        for setting in settings.values():
+            if setting.field == "model" and setting.name in OF_A_CONDITION:
+                default = parameters_of(recipe.family)[setting.name][1]
+                changed.setdefault("model", {}).setdefault(setting.name, default)
     # Each record is made once, with all of its changes: one of them alone may not fit the others.
     return dataclasses.replace(
         recipe,
