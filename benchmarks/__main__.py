@@ -37,6 +37,7 @@ class Args:
             "convolution",
             "widths",
             "pages",
+            "attack",
             "results",
             "gallery",
             "report",
@@ -52,7 +53,8 @@ class Args:
     tests/test_programs.py, for this version of jax), `memory` what they need, `sampling` samplers
     by batch, `startup` from the command to the first step, `ensemble` many small models at once,
     `convolution` gradients beside flax's convolutions, `widths` a Transformer's share of the peak,
-    `pages` a step with huge pages of memory. `all` leaves these out.
+    `pages` a step with huge pages of memory, `attack` what kills, damage and random arguments do
+    (`names`: kills, checkpoints, files, folders, arguments). `all` leaves these out.
     """
     names: tuple[str, ...] = ()
     """For `results` and `peers`: only these recipes; all unless given."""
@@ -115,6 +117,10 @@ def main() -> None:
         importlib.import_module(f"benchmarks.{args.part}").main(
             *([args.seconds] if args.seconds else [])
         )
+    if args.part == "attack":
+        from benchmarks import attack
+
+        attack.main(args.names)
     if args.part == "results":
         from benchmarks import results_of_zoo
 
