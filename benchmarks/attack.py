@@ -339,7 +339,7 @@ _ODD: tuple[Any, ...] = (None, -1, 0, 1.5, 1e300, "", "²", [], {}, [[]], True, 
 def _edit(rng: random.Random, path: Path) -> None:
     """One value of a JSON file is another one, or gone, or under another name."""
     values = json.loads(path.read_text())
-    inner = values
+    inner, name = values, ""
     while isinstance(inner, dict) and inner:
         name = rng.choice(sorted(inner))
         if not isinstance(inner[name], dict) or not inner[name] or rng.random() < 0.2:
@@ -355,10 +355,11 @@ def _edit(rng: random.Random, path: Path) -> None:
 
 
 def _sampled(folder: Path) -> np.ndarray:
-    out = folder / "drawn"
-    genjax.cli.main(["sample", str(folder), "--n", "2", "--out", str(out)])
-    with np.load(out.with_name("drawn.npz")) as file:
-        return file["x"]
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place) / "drawn"
+        genjax.cli.main(["sample", str(folder), "--n", "2", "--out", str(out)])
+        with np.load(out.with_name("drawn.npz")) as file:
+            return file["x"]
 
 
 # --- arguments ------------------------------------------------------------------------------------

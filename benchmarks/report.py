@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks import report_costs
 from benchmarks.common import machine, markdown, not_measured, percent, quartiles, read
 from benchmarks.report_results import (
+    attack_text,
     makemore_parts,
     published_parts,
     results_table,
@@ -18,6 +19,13 @@ from genjax.zoo import ZOO
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
+
+
+def _filled(text: str, name: str, block: str) -> str:
+    """A text with what stands between two marks replaced."""
+    whole = f"<!-- {name} -->\n{block}\n<!-- /{name} -->"
+    pattern = rf"<!-- {name} -->.*<!-- /{name} -->"
+    return re.sub(pattern, lambda _: whole, text, flags=re.DOTALL)
 
 
 def adversarial_parts(found: dict[str, Any]) -> list[str]:
@@ -439,8 +447,8 @@ def main() -> None:
     parts += ["## Results of the zoo", "", results_table(), ""]
     (HERE / "REPORT.md").write_text("\n".join(parts))
     print(f"written: {HERE / 'REPORT.md'}")
-    text = README.read_text()
-    block = f"<!-- results -->\n{results_table(headlines=True)}\n<!-- /results -->"
-    README.write_text(
-        re.sub(r"<!-- results -->.*<!-- /results -->", lambda _: block, text, flags=re.DOTALL)
-    )
+    text = _filled(README.read_text(), "results", results_table(headlines=True))
+    attack = read("attack")
+    if attack is not None:
+        text = _filled(text, "attack", attack_text(attack))
+    README.write_text(text)

@@ -1,9 +1,10 @@
 """The zoo's results as a table: value, estimator, reference, time."""
 
 import math
+import textwrap
 from typing import Any
 
-from benchmarks.common import machine, markdown
+from benchmarks.common import first_rows, machine, markdown
 from genjax.zoo import ZOO
 from genjax.zoo.catalogue import measured
 
@@ -27,11 +28,33 @@ REFERENCES = {
 HEADLINES = ("high-quality share", "modes covered", "class agreement", "FD[cnn-v1]", "recall")
 
 
+# The rows that the README shows: the first of each family, and those with a published reference or
+# the best figure of their data.
+FRONT = (
+    *first_rows(),
+    "vae-flow-prior",
+    "vae-mnist",
+    "cgan",
+    "dcgan-mnist",
+    "lstm",
+    "gru-names",
+    "transformer-shakespeare",
+    "lstm-jsb",
+    "vrnn-jsb",
+    "edm-mnist",
+    "vdm-digits",
+)
+
+
 def results_table(headlines: bool = False) -> str:
-    """The zoo's results as Markdown: family, data, value, estimator, reference, time."""
+    """The zoo's results as Markdown: family, data, value, estimator, reference, time. With
+    `headlines` only the rows of `FRONT`, and fewer figures about samples.
+    """
     results = measured()
     rows = []
     for name, recipe in ZOO.items():
+        if headlines and name not in FRONT:
+            continue
         r = results.get(name)
         if r is None:
             rows.append([f"`{name}`", recipe.data, "not measured", "", "", ""])
@@ -145,3 +168,28 @@ def makemore_parts(found: dict[str, Any]) -> list[str]:
         markdown(["model", "nats per character", "seeds"], rows),
         "",
     ]
+
+
+def attack_text(found: dict[str, Any]) -> str:
+    """What `python -m benchmarks attack` found, in one paragraph."""
+
+    def count(part: str, name: str) -> str:
+        return f"{found.get(part, {}).get(name, 0):,}"
+
+    silent = sum(
+        found.get(part, {}).get("silent", 0) for part in ("checkpoints", "files", "folders")
+    )
+    traces = sum(part.get("traceback", 0) for part in found.values() if isinstance(part, dict))
+    equal = count("kills", "families that ended bitwise equal")
+    sentences = [
+        f"`python -m benchmarks attack` ({found['date']}): {count('kills', 'kills')} runs killed",
+        f"by SIGKILL, half of them in a save: {equal} of {count('kills', 'families')} families",
+        "ended bitwise as if never stopped.",
+        f"{count('checkpoints', 'damaged')} damaged checkpoints,",
+        f"{count('files', 'mutated files')} mutated files of data,",
+        f"{count('folders', 'spoiled folders')} spoiled run folders and",
+        f"{count('arguments', 'argument lists')} lists of absurd arguments: {silent} silent wrong",
+        f"results, {traces} tracebacks,",
+        f"{count('arguments', 'absurd and accepted')} absurd settings accepted.",
+    ]
+    return textwrap.fill(" ".join(sentences), 100)

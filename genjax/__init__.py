@@ -45,13 +45,22 @@ _HOME = {
     "vae": "families.vae",
     "Prior": "parts.priors",
     "prior_of": "parts.priors",
+    "from_arrays": "data",
+    "load": "runs.api",
+    "train": "runs.api",
+    "save": "runs.api",
+    "restore": "runs.api",
+    "Run": "runs.api",
+    "Hook": "learning.loop",
+    "choose_feed": "learning.loop",
+    "Checkpoints": "learning.checkpoint",
     "ZOO": "zoo",
 }
 
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
-    from genjax.data import batch_at, example_batch, open_source
+    from genjax.data import batch_at, example_batch, from_arrays, open_source
     from genjax.families.compose import latent_spec, reflow, two_stage
     from genjax.families.diffusion import diffusion
     from genjax.families.flow_matching import flow_matching
@@ -60,7 +69,8 @@ if TYPE_CHECKING:
     from genjax.families.transformer import transformer
     from genjax.families.vae import vae
     from genjax.families.vrnn import vrnn
-    from genjax.learning.loop import fit
+    from genjax.learning.checkpoint import Checkpoints
+    from genjax.learning.loop import Hook, choose_feed, fit
     from genjax.learning.members import ensemble, grid, sweep
     from genjax.learning.sharding import TENSOR_RULES, make_mesh, shard
     from genjax.learning.step import eval_params, training
@@ -74,6 +84,7 @@ if TYPE_CHECKING:
     )
     from genjax.parts.priors import Prior, prior_of
     from genjax.protocol import Aux, Batch, DataSpec, Model, Trained, Training, TrainState
+    from genjax.runs.api import Run, load, restore, save, train
     from genjax.zoo import ZOO
 
 

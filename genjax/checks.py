@@ -1,4 +1,4 @@
-"""What refuses what does not keep the contract: keys, conditions, batches, parameters, models.
+"""What refuses what does not keep the contract: parameters, models, and what they are given.
 
 `checked` holds a model's functions to `protocol.py` at trace time, where it costs nothing once
 traced. `settings.py` does the same for the settings that a builder takes.
@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 
 from genjax.errors import ConfigError
@@ -21,6 +20,7 @@ from genjax.protocol import (
     Batch,
     DataSpec,
     Key,
+    Latent,
     LossFn,
     Model,
     Params,
@@ -29,109 +29,13 @@ from genjax.protocol import (
     ScoreFn,
     State,
 )
-
-
-def check_key(key: Key) -> None:
-    """Refuse anything but a typed PRNG key.
-
-    Raises:
-        TypeError: for an old-style uint32 key or something that is no key at all.
-    """
-    if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
-        found = (
-            f"an array of {key.dtype}{list(key.shape)}"
-            if hasattr(key, "dtype")
-            else f"a {type(key).__name__}"
-        )
-        raise TypeError(
-            f"Expected a typed PRNG key; got {found}. Make one with jax.random.key(seed), not "
-            "PRNGKey(seed)."
-        )
-
-
-def check_cond(spec: DataSpec, cond: PyTree | None, n: int) -> None:
-    """Check a condition against the spec: present exactly when the model is conditional, [n] labels
-    or [n, cond_dim].
-
-    Raises:
-        ValueError: for a missing, superfluous or mis-shaped condition, or a label that is out of
-            range (where the labels
-            are concrete: inside a trace their values are not known).
-        TypeError: for labels that are not whole numbers or vectors that are not real.
-    """
-    if not spec.conditional:
-        if cond is not None:
-            raise ValueError(
-                f"A condition was given, but this model of {spec.name} is unconditional: leave "
-                "`cond` out."
-            )
-        return
-    wanted = (
-        f"labels 0..{spec.n_classes - 1}, int [{n}]"
-        if spec.n_classes
-        else f"vectors, float [{n}, {spec.cond_dim}]"
-    )
-    if cond is None:
-        raise ValueError(f"This model of {spec.name} is conditional: give `cond` ({wanted}).")
-    cond = jnp.asarray(cond)
-    shape = (n,) if spec.n_classes else (n, spec.cond_dim)
-    if cond.shape != shape:
-        raise ValueError(f"`cond` must be {wanted}; got shape {list(cond.shape)}.")
-    right = jnp.issubdtype(cond.dtype, jnp.integer if spec.n_classes else jnp.floating)
-    if not right:
-        raise TypeError(f"`cond` must be {wanted}; got dtype {cond.dtype}.")
-    if spec.n_classes and not isinstance(cond, Tracer) and n:
-        labels = np.asarray(cond)  # in a trace, jax would trace even operations on constants
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= spec.n_classes:
-            raise ValueError(f"`cond` must be {wanted}; got labels from {low} to {high}.")
-
-
-def check_batch(spec: DataSpec, batch: Batch) -> None:
-    """Check a batch's ranks, shapes and dtypes against the spec; it costs nothing once traced.
-
-    Raises:
-        ValueError, TypeError: see the text, which names what was expected and found.
-    """
-    if not isinstance(batch, Batch):
-        raise TypeError(
-            f"Expected a genjax.Batch(x, cond, weight, length); got {type(batch).__name__}."
-        )
-    x = batch.x
-    if not hasattr(x, "shape") or x.ndim != len(spec.shape) + 1 or tuple(x.shape[1:]) != spec.shape:
-        found = list(x.shape) if hasattr(x, "shape") else type(x).__name__
-        raise ValueError(
-            f"batch.x of {spec.name} must have shape [B, {', '.join(map(str, spec.shape))}]; got "
-            f"{found}."
-        )
-    if spec.kind == "tokens" and not jnp.issubdtype(x.dtype, jnp.integer):
-        raise TypeError(
-            f"batch.x of {spec.name} holds tokens and must be whole numbers; got {x.dtype}."
-        )
-    if spec.kind != "tokens" and not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(
-            f"batch.x of {spec.name} is {spec.kind} and must be floating point; got {x.dtype}."
-        )
-    if batch.weight is not None and batch.weight.shape != (x.shape[0],):
-        raise ValueError(
-            f"batch.weight must have shape [{x.shape[0]}]; got {list(batch.weight.shape)}."
-        )
-    if spec.lengths != (batch.length is not None):
-        found = (
-            "it is missing: sequences of unequal length need it" if spec.lengths else "it was given"
-        )
-        raise ValueError(
-            f"batch.length goes with a spec that says lengths=True; that of {spec.name} says "
-            f"{spec.lengths}, and {found}."
-        )
-    if batch.length is not None and (
-        batch.length.shape != (x.shape[0],) or not jnp.issubdtype(batch.length.dtype, jnp.integer)
-    ):
-        raise ValueError(
-            f"batch.length must be int [{x.shape[0]}]; got "
-            f"{batch.length.dtype}{list(batch.length.shape)}."
-        )
-    check_cond(spec, batch.cond, x.shape[0])
+from genjax.values import check_batch as check_batch
+from genjax.values import check_cond as check_cond
+from genjax.values import check_events as check_events
+from genjax.values import check_key as check_key
+from genjax.values import check_real as check_real
+from genjax.values import check_values as check_values
+from genjax.values import known as known
 
 
 def leaves_by_name(tree: PyTree) -> dict[str, Any]:
@@ -174,6 +78,22 @@ def by_name(given: PyTree, wanted: PyTree, what: str) -> PyTree:
     return jax.tree.unflatten(
         jax.tree.structure(wanted), [found[name] for name in leaves_by_name(wanted)]
     )
+
+
+def check_kept(tree: PyTree, what: str) -> None:
+    """Refuse arrays whose buffers were given away.
+
+    Raises:
+        ConfigError: with what to do.
+    """
+    arrays = (leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
+    if any(leaf.is_deleted() for leaf in arrays if not isinstance(leaf, Tracer)):
+        raise ConfigError(
+            f"{what} was given to a step that donates it (`compiled` and `donate_argnums` do): the "
+            "new state is written in its place, and it is gone. Go on with the state that the step "
+            "returned: ts, metrics = t.step(ts, batch). One that is needed later is copied before: "
+            "jax.tree.map(jnp.copy, ts)."
+        )
 
 
 def check_model(model: Model) -> None:
@@ -246,6 +166,7 @@ def checked(model: Model) -> Model:
         return jax.eval_shape(init, jax.random.key(0))
 
     def matched(params: Params, state: State) -> tuple[Params, State]:
+        check_kept((params, state), "The state that these parameters are of")
         own, other = wanted()
         return by_name(params, own, "The tree of parameters"), by_name(state, other, "The state")
 
@@ -296,13 +217,7 @@ def checked(model: Model) -> Model:
     def sample(
         params: Params, state: State, key: Key, n: int, cond: PyTree | None = None
     ) -> PyTree:
-        check_key(key)
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(
-                "sample needs a whole number n >= 1 of samples (it is a shape, so not traced); got "
-                f"{n!r}."
-            )
-        check_cond(spec, cond, n)
+        _check_draws(spec, key, n, cond)
         params, state = matched(params, state)
         x = model.sample(params, state, key, n, cond)
         _of_shape(x, (n, *spec.shape))
@@ -315,6 +230,65 @@ def checked(model: Model) -> Model:
         log_prob=score_of("log_prob", model.log_prob),
         bound=score_of("bound", model.bound),
         prepare=prepare_of(model.prepare),
+        latent=None if model.latent is None else _checked_latent(spec, model.latent),
+    )
+
+
+def _check_draws(spec: DataSpec, key: Key, n: Any, cond: PyTree | None) -> None:
+    """Refuse a key that is none, a number of samples that is no shape, and a wrong condition."""
+    check_key(key)
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise ValueError(
+            "sample needs a whole number n >= 1 of samples (it is a shape, so not traced); got "
+            f"{n!r}."
+        )
+    check_cond(spec, cond, n)
+
+
+def _checked_latent(spec: DataSpec, latent: Latent) -> Latent:
+    """The same record with what it is given looked at, where it has such a function at all."""
+    codes = (None, *latent.spec.shape)
+
+    def of_events(function: Any) -> Any:
+        def run(params: Params, state: State, x: Array, cond: PyTree | None = None) -> Any:
+            check_events(spec, x)
+            check_cond(spec, cond, x.shape[0])
+            return function(params, state, x, cond)
+
+        return run
+
+    def decode(params: Params, state: State, z: Array, cond: PyTree | None = None) -> Array:
+        check_real(z, codes, "z")
+        check_cond(spec, cond, z.shape[0])
+        return latent.decode(params, state, z, cond)  # type: ignore[misc]
+
+    def draw(params: Params, state: State, key: Key, z: Array, cond: PyTree | None = None) -> Array:
+        check_key(key)
+        check_real(z, codes, "z")
+        check_cond(spec, cond, z.shape[0])
+        return latent.draw(params, state, key, z, cond)  # type: ignore[misc]
+
+    def log_likelihood(params: Params, state: State, batch: Batch, z: Array) -> Array:
+        check_batch(spec, batch)
+        check_real(z, (batch.x.shape[0], *latent.spec.shape), "z")
+        return latent.log_likelihood(params, state, batch, z)  # type: ignore[misc]
+
+    def sample_mean(
+        params: Params, state: State, key: Key, n: int, cond: PyTree | None = None
+    ) -> Array:
+        _check_draws(spec, key, n, cond)
+        return latent.sample_mean(params, state, key, n, cond)  # type: ignore[misc]
+
+    made = {
+        "encode": of_events(latent.encode),
+        "decode": decode,
+        "draw": draw,
+        "log_likelihood": log_likelihood,
+        "reconstruct": of_events(latent.reconstruct),
+        "sample_mean": sample_mean,
+    }
+    return latent._replace(
+        **{name: function for name, function in made.items() if getattr(latent, name) is not None}
     )
 
 

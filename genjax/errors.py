@@ -5,7 +5,9 @@ its traceback.
 """
 
 import difflib
+import errno
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterable, Iterator
@@ -33,6 +35,14 @@ class CheckpointError(GenjaxError, RuntimeError):
     """
 
 
+class WriteError(CheckpointError):
+    """A file beside the checkpoints that cannot be written: a picture, a report, the log."""
+
+
+class MemoryExhausted(GenjaxError, MemoryError):
+    """Arrays that do not fit. The message says which, and what makes them smaller."""
+
+
 class NonFiniteError(GenjaxError, ArithmeticError):
     """A loss that is NaN or infinite. The message names the step and the player."""
 
@@ -49,16 +59,67 @@ class Interrupted(GenjaxError):
 
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Say of any failure to write in here which file it was, as a `CheckpointError`: a full or
-    read-only disk, above all.
+    """Say of any failure to write in here which file it was, as a `WriteError`: a full or read-only
+    disk, above all.
     """
     try:
         yield
     except OSError as error:
-        raise CheckpointError(
+        raise WriteError(
             f"Could not write {os.fspath(path)}: {error.strerror or error}. Check the disk's space "
             "and permissions."
         ) from error
+
+
+@contextmanager
+def reading(
+    path: str | os.PathLike[str], kind: type[GenjaxError] = CheckpointError
+) -> Iterator[None]:
+    """Say of any failure to read in here which file it was. That is no damage: what is there may be
+    whole, and nothing must be thrown away or written in its place.
+
+    Raises:
+        GenjaxError: of that kind.
+    """
+    try:
+        yield
+    except (OSError, MemoryError) as error:
+        raise kind(
+            f"Could not read {os.fspath(path)}: {reason_of(error)}. Nothing was changed, and it "
+            "need not be damaged: mend the cause (permissions, memory, a disk or network that does "
+            "not answer) and run the same command again."
+        ) from error
+
+
+def reason_of(error: BaseException) -> str:
+    """Why something failed, on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, MemoryError) and not str(error):
+        return "there is not enough memory"
+    return (str(error) or type(error).__name__).splitlines()[0][:600]
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What asked for more memory than there is, as numpy and jax say it; None for other errors."""
+    text = reason_of(error)
+    if isinstance(error, MemoryError):
+        return text
+    if isinstance(error, GenjaxError):  # which has said what it is
+        return None
+    if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
+        return None
+    asked = re.search(r"(\d+) bytes|allocate ([\d.]+ ?[KMGT]i?B)", text)
+    if asked is None:
+        return text
+    return f"an array or program asked for {asked[2] or in_words(int(asked[1]))} at once"
+
+
+def in_words(size: int) -> str:
+    """Bytes in the unit that suits them."""
+    units = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+    power = min(max(size.bit_length() - 1, 0) // 10, len(units) - 1)
+    return f"{size / 1024**power:.{0 if power == 0 else 1}f} {units[power]}"
 
 
 @contextmanager
@@ -87,14 +148,21 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def synced(path: Path) -> None:
-    """Have the disk keep a file or a folder's entries, before what comes next relies on them."""
+    """Have the disk keep a file or a folder's entries, before what comes next relies on them.
+
+    Raises:
+        OSError: if it says that it has not.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:  # of a folder, where the system has no such thing
         return
     try:
-        with suppress(OSError):  # as above; a write that failed has said so
-            os.fsync(descriptor)
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            raise
+        # Some file systems have no such thing, above all of folders.
     finally:
         os.close(descriptor)
 

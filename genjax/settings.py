@@ -34,7 +34,11 @@ import numpy as np
 from jax.core import Tracer
 
 from genjax.errors import ConfigError, unknown_name
-from genjax.protocol import DataSpec, Model
+from genjax.protocol import DataSpec
+
+# Networks compute in float32, where what is smaller is 0 and what is larger, squared, is infinite.
+SMALLEST, LARGEST = 2.0**-126, 1e18
+MOST = 2**31 - 1  # sizes and steps are counted in int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,16 +54,35 @@ class Within:
         if not isinstance(value, int) and not math.isfinite(value):  # an int may be past any float
             return False
         over = value > self.low if self.above else value >= self.low
+        if self.low == 0 and 0 < value < SMALLEST:
+            return False
         under = value < self.high if self.below else value <= self.high
         return bool(over) and bool(under)
 
     def __str__(self) -> str:
-        if math.isfinite(self.low) and math.isfinite(self.high):
+        bounded = self.high not in (math.inf, MOST, LARGEST)
+        if bounded and math.isfinite(self.low):
             begin, end = "(" if self.above else "[", ")" if self.below else "]"
             return f"in {begin}{self.low:g}, {self.high:g}{end}"
-        if math.isfinite(self.low):
+        if self.low not in (-math.inf, -LARGEST):
             return "positive" if self.above and self.low == 0 else f"at least {self.low:g}"
-        return "finite" if self.high == math.inf else f"at most {self.high:g}"
+        return f"at most {self.high:g}" if bounded else "finite"
+
+    def why_not(self, value: Any, whole: bool = False) -> str:
+        """What a value that is not within should have been; of a `whole` number the side that it
+        is on.
+        """
+        own_words = type(self) is not Within
+        if own_words or (not isinstance(value, int) and not math.isfinite(value)):
+            return str(self)
+        limits = self.high in (MOST, LARGEST)  # of all numbers, which nobody needs to hear of
+        if value > self.high and (whole or limits):
+            return f"at most {'2**31 - 1' if self.high == MOST else f'{self.high:.10g}'}"
+        if value < self.low and (whole or self.low == -LARGEST):
+            return f"at least {self.low:.10g}"
+        if 0 < value < SMALLEST:
+            return f"{self}, and not 0 in float32"
+        return str(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +99,16 @@ class Help:
     text: str
 
 
-Count = Annotated[int, Within(1)]
-Whole = Annotated[int, Within(0)]
+Count = Annotated[int, Within(1, MOST)]
+Whole = Annotated[int, Within(0, MOST)]
+Depth = Annotated[int, Within(1, 1000)]  # what is written out one after the other: layers, turns
+Often = Annotated[int, Within(1, 10**6)]  # what is done one after the other: steps, draws
+Width = Annotated[int, Within(1, 2**20)]  # of what is listed unit by unit: masked layers
+OftenOrNot = Annotated[int, Within(0, 10**6)]
 Rate = Annotated[float, Within(0, 1, below=True)]
-Positive = Annotated[float, Within(0, above=True)]
-NonNegative = Annotated[float, Within(0)]
-Finite = Annotated[float, Within()]
+Positive = Annotated[float, Within(0, LARGEST, above=True)]
+NonNegative = Annotated[float, Within(0, LARGEST)]
+Finite = Annotated[float, Within(-LARGEST, LARGEST)]
 
 Dtype = Annotated[
     Literal["float32", "bfloat16"],
@@ -127,7 +154,7 @@ def _fault(name: str, value: Any, hint: Any) -> ConfigError | None:
     if hint is Any or isinstance(value, Tracer):
         return None
     if origin is Annotated:
-        return _fault(name, value, args[0]) or _limits(name, value, args[1:])
+        return _fault(name, value, args[0]) or _limits(name, value, args[1:], args[0] is int)
     if origin is Literal:
         return None if value in args else unknown_name(_words(name), str(value), map(str, args))
     if origin in (types.UnionType, typing.Union):
@@ -139,10 +166,10 @@ def _fault(name: str, value: Any, hint: Any) -> ConfigError | None:
     return _fault_of_type(name, value, hint)
 
 
-def _limits(name: str, value: Any, metadata: Iterable[Any]) -> ConfigError | None:
+def _limits(name: str, value: Any, metadata: Iterable[Any], whole: bool) -> ConfigError | None:
     for limit in metadata:
         if isinstance(limit, Within) and not limit.holds(value):
-            return ConfigError(f"{name} must be {limit}; got {value}.")
+            return ConfigError(f"{name} must be {limit.why_not(value, whole)}; got {value}.")
         if isinstance(limit, OneOf) and value not in limit.names:
             return unknown_name(_words(name), str(value), limit.names)
     return None
@@ -169,7 +196,9 @@ def _fault_of_tuple(name: str, value: Any, args: tuple[Any, ...]) -> ConfigError
 
 def _fault_of_type(name: str, value: Any, hint: type) -> ConfigError | None:
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    real = whole or isinstance(value, float | np.floating) or getattr(value, "shape", None) == ()
+    kind = getattr(getattr(value, "dtype", None), "kind", "?")
+    scalar = getattr(value, "shape", None) == () and kind in "iufV"  # V: bfloat16
+    real = whole or isinstance(value, float | np.floating) or scalar
     right = {int: whole, float: real, bool: isinstance(value, bool | np.bool_)}
     if right.get(hint, isinstance(value, hint)):
         return None
@@ -210,11 +239,28 @@ def check_call(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
             check_setting(name, value, hints[name])
 
 
+def checking(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which holds what it is given to its annotations: for makers of data.
+
+    Raises:
+        ConfigError: see `check_setting`.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def checked(*args: Any, **given: Any) -> Any:
+        check_call(function, signature.bind(*args, **given).arguments)
+        return function(*args, **given)
+
+    return checked
+
+
 # --- builders -------------------------------------------------------------------------------------
 
 
-def builder(build: Callable[..., Model]) -> Callable[..., Model]:
-    """A family's builder with its settings checked by their annotations and its groups opened.
+def builder(build: Callable[..., Any]) -> Callable[..., Any]:
+    """A family's builder, or a loader of data, with its settings checked by their annotations and
+    its groups opened. What comes first, a spec or a path, is given by position or name.
 
     Raises:
         ConfigError: from the builder, for a setting that does not exist or is not what its
@@ -222,12 +268,14 @@ def builder(build: Callable[..., Model]) -> Callable[..., Model]:
     """
     groups = groups_of(build)
     signature = _flat(build, groups)
+    first = next(iter(signature.parameters))
 
     @functools.wraps(build)
-    def checked_build(spec: DataSpec, **given: Any) -> Model:
+    def checked_build(*what: Any, **given: Any) -> Any:
+        (of,) = what or (given.pop(first),)
         for name in given:
             if name not in signature.parameters:
-                known = [known for known in signature.parameters if known != "spec"]
+                known = list(signature.parameters)[1:]
                 raise unknown_name(f"setting of {build.__name__}", name, known)
         hints = _hints(build)
         own = {name: value for name, value in given.items() if name in hints}
@@ -238,7 +286,7 @@ def builder(build: Callable[..., Model]) -> Callable[..., Model]:
             changes = {key: value for key, value in given.items() if key in fields}
             own[name] = dataclasses.replace(default, **changes)
             check_fields(own[name])
-        return build(spec, **own)
+        return build(of, **own)
 
     checked_build.__signature__ = signature  # type: ignore[attr-defined]
     checked_build.__doc__ = _documented(build, groups)

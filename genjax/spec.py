@@ -13,6 +13,17 @@ Kind = Literal["binary", "discrete", "continuous", "tokens"]
 KINDS: tuple[Kind, ...] = ("binary", "discrete", "continuous", "tokens")
 
 
+_TUPLES = (
+    "vocabulary",
+    "class_names",
+    "shift",
+    "scale",
+    "cond_shift",
+    "cond_scale",
+    "columns",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
     """What a builder must know of its data; it is plain numbers and text, and travels with every
@@ -49,6 +60,7 @@ class DataSpec:
             for each column of the last axis. None takes them as they are. Losses,
             log-probabilities and samples are those of x all the same.
         cond_shift, cond_scale: the same for a condition vector, one number for each entry.
+        columns: what the columns of the last axis are called, for pictures and samples.
     """
 
     shape: tuple[int, ...]
@@ -66,11 +78,12 @@ class DataSpec:
     scale: tuple[float, ...] | None = None
     cond_shift: tuple[float, ...] | None = None
     cond_scale: tuple[float, ...] | None = None
+    columns: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         # JSON gives lists back; a spec must stay hashable and equal to the one that was written.
         object.__setattr__(self, "shape", tuple(map(operator.index, self.shape)))
-        for name in ("vocabulary", "class_names", "shift", "scale", "cond_shift", "cond_scale"):
+        for name in _TUPLES:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.kind not in KINDS:
@@ -99,6 +112,11 @@ class DataSpec:
                 "name for each."
             )
         self._check_sequence()
+        if self.columns is not None and self.event[-1:] != (len(self.columns),):
+            raise ValueError(
+                f"{len(self.columns)} names of columns for events of shape {self.event}: give one "
+                "for each of the last axis."
+            )
         columns = self.event[-1] if self.event else 1
         _check_scale("", self.shift, self.scale, self.kind == "continuous", columns)
         of_vectors = self.cond_dim is not None

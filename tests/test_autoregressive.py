@@ -305,5 +305,5 @@ def test_lanes_need_windows():
 
 @every_family
 def test_data_without_steps_are_no_sequences(family):
-    with pytest.raises(ConfigError, match="models sequences; images has no steps"):
+    with pytest.raises(ConfigError, match="models sequences, and images has no steps"):
         family(IMAGES, **SMALL[family])

@@ -92,7 +92,7 @@ DIGITS = np.zeros((30, 4, 4), np.uint8)
         (
             {"x_train": DIGITS, "x_test": np.zeros((9, 5, 4), np.uint8)},
             "",
-            "must hold examples of one shape; found [4, 4], [5, 4]",
+            "must hold examples of one shape; found [4, 4, 1], [5, 4, 1]",
         ),
         ({"x": DIGITS}, "--batch-size 25", "batch_size=25 is more than the 24 examples there are"),
     ],

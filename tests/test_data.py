@@ -18,6 +18,7 @@ from genjax.checks import check_batch
 from genjax.data.source import DATA_TAG
 from genjax.errors import ConfigError, DataError
 from genjax.protocol import Batch, DataSpec
+from genjax.zoo.sections import parameters_of
 
 # --- source --------------------------------------------------------------------------------------
 
@@ -183,7 +184,7 @@ def test_open_source_names_and_options():
         data.open_source("digits", noise=1)
     with pytest.raises(
         ConfigError,
-        match=r"option 'path'. It takes: conditional, kind, .*valid_fraction, test_fraction\.",
+        match=r"option 'path'. It takes: conditional, key, .*valid_fraction, test_fraction\.",
     ):
         data.open_source("mine.npz", path="other.npz")
 
@@ -192,13 +193,15 @@ def test_open_source_names_and_options():
     "make", [*data.SOURCES.values(), data.arrays], ids=lambda make: make.__name__
 )
 def test_signatures_serve_the_command_line(make):
-    hints = typing.get_type_hints(make)
+    hints = {name: hint for name, (hint, *_) in parameters_of(make).items()}
     described = re.findall(
         r"^        (\w+): \S",
         inspect.getdoc(make).replace("\n    ", "\n        "),
         flags=re.MULTILINE,
     )
     for name, parameter in inspect.signature(make).parameters.items():
+        if name == "path" and parameter.default is inspect.Parameter.empty:
+            continue
         simple = (
             hints[name] in (bool, int, float, str, str | None, int | None)
             or typing.get_origin(hints[name]) is typing.Literal

@@ -130,7 +130,7 @@ def test_arrays_given_splits(tmp_path):
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
-        ({"z": FLOATS}, {}, r"expected the arrays x \[.*found z"),
+        ({"z": FLOATS, "w": FLOATS}, {}, r"expected the arrays x \[.*found z, w. --key NAME"),
         ({"x_train": FLOATS}, {}, "expected the arrays.*found x_train"),
         ({}, {}, "found nothing"),
         ({"x": np.zeros(5)}, {}, re.escape("x must be [N, D] or [N, H, W, C]; found shape [5]")),
@@ -229,3 +229,13 @@ def test_arrays_refuse_damage(tmp_path):
             data.arrays("any.npz", valid_fraction=fractions[0], test_fraction=fractions[1])
     with pytest.raises(ConfigError, match="no kind called 'floats'"):
         data.arrays("any.npz", kind="floats")
+
+
+def test_x_and_labels_may_be_called_anything(tmp_path):
+    label = np.arange(50) % 3
+    assert data.arrays(npz(tmp_path, images=FLOATS)).spec.shape == (3,)
+    path = npz(tmp_path, images=FLOATS, kinds=label)
+    source = data.arrays(path, key="images", label="kinds", conditional=True)
+    assert source.spec.n_classes == 3
+    with pytest.raises(DataError, match=r"--label NAME says which array they are"):
+        data.arrays(path, key="images", conditional=True)

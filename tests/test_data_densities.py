@@ -127,7 +127,7 @@ def test_entropy_of_one_gaussian_and_of_many():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("ring", {"sd": 0.0}, "sd must be a positive number; got 0"),
+        ("ring", {"sd": 0.0}, r"sd must be in \[1e-09, 1e\+06\]; got 0"),
         ("ring", {"radius": -1.0}, "radius must be"),
         ("grid", {"sd": math.nan}, "got nan"),
         ("moons", {"noise": 0.0}, "noise must be"),

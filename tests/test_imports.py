@@ -21,6 +21,7 @@ FILES = {
 ORDER = (
     {"errors", "spec"},
     {"protocol"},
+    {"values"},
     {"checks", "settings"},
     {"nets", "data"},
     {"parts", "learning"},

@@ -100,7 +100,7 @@ def test_inputs_come_one_step_late_and_single_steps_agree(spec):
     params, _ = net.init(jax.random.key(0))
     x = example_batch(spec, jax.random.key(1), 3).x
     whole, _ = net.apply(params, {}, x, None)
-    first, _ = net.apply(params, {}, 3, None, method="first")
+    first, _ = net.apply(params, {}, 3, None, method="initial")
     np.testing.assert_allclose(whole[:, 0], first, rtol=1e-6)
     for t in range(1, x.shape[1]):
         one, _ = net.apply(params, {}, x[:, t - 1], None, method="one")

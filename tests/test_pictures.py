@@ -106,8 +106,8 @@ def test_uneven_classes_and_a_single_class_are_tiled_as_they_come() -> None:
 
 
 def test_what_cannot_be_drawn_is_not() -> None:
-    assert pictures.samples(np.zeros((4, 5)), DataSpec((5,), "continuous")) is None
-    assert pictures.samples(np.zeros((4, 2, 2, 2)), DataSpec((2, 2, 2), "continuous")) is None
+    assert pictures.samples(np.zeros((4, 2, 5)), DataSpec((2, 5), "continuous")) is None
+    assert pictures.samples(np.zeros((4, 2, 2, 5)), DataSpec((2, 2, 5), "continuous")) is None
 
 
 def test_points_are_scattered_over_the_square_root_of_the_density() -> None:

@@ -11,7 +11,9 @@ import pytest
 from genjax.zoo import ZOO
 from genjax.zoo.catalogue import measured
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+REPORT = (ROOT / "benchmarks" / "REPORT.md").read_text()
 
 
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -35,21 +37,51 @@ def test_ten_lines_of_python_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("(16, 8, 8, 1)")
 
 
+def test_ones_own_array_in_ten_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len(BLOCKS[1].strip().splitlines()) <= 10
+    names = run(BLOCKS[1])
+    mean = names["run"].sample(1000).mean(0)
+    assert abs(mean[0] - 5e4) < 2e4
+    assert abs(mean[1] - 1e-3) < 5e-4
+    assert names["run"].decode(names["z"]).shape == (5, 2)
+
+
 @pytest.mark.slow
 def test_composition_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(BLOCKS[1].strip().splitlines()) <= 26
-    names = run(BLOCKS[1])
+    assert len(BLOCKS[2].strip().splitlines()) <= 26
+    names = run(BLOCKS[2])
     assert names["metrics"]["vae/elbo"].shape == (100, 6)
     assert bool(jax.numpy.isfinite(names["metrics"]["vae/elbo"]).all())
     assert capsys.readouterr().out.strip()
 
 
-def test_results_table_shows_every_recipe_as_measured() -> None:
+def rows_of(text: str) -> dict[str, str]:
+    return {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
+
+
+def test_results_table_shows_every_family_as_measured() -> None:
     table = README.split("<!-- results -->")[1].split("<!-- /results -->")[0]
-    shown = {line.split("`")[1]: line for line in table.splitlines() if line.startswith("| `")}
-    assert set(shown) <= set(ZOO)
-    for name, result in measured().items():
-        row = shown[name]
+    families = {ZOO[name].family for name in rows_of(table)}
+    assert families == {row.family for row in ZOO.values()}
+    assert_as_measured(rows_of(table))
+
+
+def test_the_report_shows_every_recipe_as_measured() -> None:
+    shown = rows_of(REPORT.split("## Results of the zoo")[1])
+    assert set(shown) == set(ZOO)
+    assert_as_measured(shown)
+
+
+def assert_as_measured(shown: dict[str, str]) -> None:
+    found = measured()
+    for name, row in shown.items():
+        if name not in found:
+            assert "not measured" in row
+            continue
+        result = found[name]
         if "per_step" in result:
             assert f"{result['per_step']['nats']:.3f}" in row
         else:

@@ -17,6 +17,7 @@ from program import refused
 import genjax
 import genjax.cli
 from genjax.cli.of_runs import SAMPLE_FLAGS
+from genjax.data import FILES
 from genjax.runs.samples import Decoding
 from genjax.zoo import ZOO
 from genjax.zoo.sections import settings_of
@@ -38,7 +39,7 @@ def known_flags():
         flags |= {field.name for field in dataclasses.fields(record)}
     flags |= set(SAMPLE_FLAGS)
     for recipe in ZOO.values():
-        for data in (None, "mine.npz", "mine.txt"):
+        for data in (None, *(f"mine{ending}" for ending in FILES)):
             row = recipe if data is None else recipe.on(data)
             for name, setting in settings_of(row).items():
                 negations = [f"no-{setting.name}"] * (setting.hint is bool)
@@ -131,7 +132,8 @@ def test_what_is_no_data_is_said_to_be_none(here, capsys, name):
     (here / "photos").mkdir()
     said = refused(["train", "vae", "--data", name], capsys)
     assert "Did you mean" not in said
-    assert re.search(r"is not there|is of no kind that is read|There are: digits", said)
+    wanted = r"is not there|no such file|holds no pictures|There are: digits"
+    assert re.search(wanted, said)
 
 
 def test_too_large_a_batch_says_what_fits(here, capsys):

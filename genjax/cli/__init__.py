@@ -1,4 +1,4 @@
-"""The command line: genjax list | train | sample | evaluate | sweep | compile | bench.
+"""The command line: genjax list | train | sample | evaluate | export | sweep | compile | bench.
 
 Nothing heavy is imported until a command needs it, so that `genjax --help` answers at once. A
 command's flags come from types: those of `train`, `sweep`, `compile` and `bench` from the
@@ -18,9 +18,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from genjax.cli.failures import streams, told
 from genjax.cli.flags import axes_of, parse_recipe
 from genjax.cli.terminal import numbers, print_table, say
-from genjax.errors import ConfigError, GenjaxError, Interrupted, unknown_name
+from genjax.errors import ConfigError, Interrupted, unknown_name
 
 if TYPE_CHECKING:
     from genjax.zoo.recipe import Recipe
@@ -35,6 +36,7 @@ Pure-function generative models in JAX.
   sample RUN       draw samples from a run folder: pictures, text (with a --prompt), music
   evaluate RUN     log-probability, bound or figures about samples on the test split,
                    into report.json
+  export RUN       weights as safetensors, sampler and score as StableHLO
   sweep NAME       many seeds and settings as one compiled program:
                    --seeds 4 --learning-rate 1e-3,3e-4
   compile NAME     the step compiled for TPUs that are not here: --topology v5e:2x2;
@@ -355,11 +357,18 @@ def _evaluate(args: list[str]) -> None:
     evaluate(args)
 
 
+def _export(args: list[str]) -> None:
+    from genjax.cli.of_runs import export
+
+    export(args)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "list": _list,
     "train": _train,
     "sample": _sample,
     "evaluate": _evaluate,
+    "export": _export,
     "sweep": _sweep,
     "compile": _compile,
     "bench": _bench,
@@ -379,7 +388,7 @@ def _keep_compiled_programs() -> None:
         return
     processor = platform.machine() + platform.processor()
     with contextlib.suppress(OSError):  # no such file but on Linux
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
         processor += "".join(
             sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
         )
@@ -411,43 +420,28 @@ def _run(args: list[str]) -> None:
     COMMANDS[args[0]](args[1:])
 
 
-def _no_backend(error: Exception) -> str | None:
-    """What to do where jax has not the hardware that it was asked for; None for other errors."""
-    reason, asked = " ".join(str(error).split()), os.environ.get("JAX_PLATFORMS")
-    at, trace = "", error.__traceback__
-    while trace is not None:  # an unknown plug-in ends in an assertion without a word
-        at, trace = trace.tb_frame.f_code.co_filename, trace.tb_next
-    if not asked or not ("backend" in reason or at.endswith("xla_bridge.py")):
-        return None
-    return (
-        f"JAX_PLATFORMS={asked} asks for what jax does not find here{': ' * bool(reason)}"
-        f"{reason[:160]}. Unset it to use what there is, or install the plug-in: pip install "
-        "'genjax-zoo[tpu]' or 'genjax-zoo[cuda]'."
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """The `genjax` program."""
+    args = list(sys.argv[1:] if argv is None else argv)
     try:
-        _run(list(sys.argv[1:] if argv is None else argv))
+        with streams():
+            _run(args)
         sys.stdout.flush()
     except Interrupted as stop:
         say(f"genjax: {stop}", sys.stderr)
         raise SystemExit(128 + stop.signal) from None
-    except GenjaxError as error:
-        say(f"genjax: error: {error}", sys.stderr)
-        raise SystemExit(2) from None
-    except (RuntimeError, AssertionError) as error:
-        if (text := _no_backend(error)) is None:
-            raise
-        say(f"genjax: error: {text}", sys.stderr)
-        raise SystemExit(2) from None
     except BrokenPipeError:  # of `genjax list | head`; Python would complain once more as it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None  # as shells have it, 128 + SIGPIPE
     except KeyboardInterrupt:
         print("genjax: interrupted; what was saved before is still there.", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        text = told(error, args[0] if args else "")
+        if text is None:
+            raise
+        say(f"genjax: error: {text}", sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -108,7 +108,9 @@ def parse_recipe(command: str, args: list[str], options: type) -> "tuple[Recipe,
         }
         made = group(title, entries, f"Each may be called --{title}.NAME as well." * bool(entries))
         fields.append((section, Annotated[made, tyro.conf.arg(name=title)]))
-    about = {"__doc__": f"{row.summary}, on {recipe.data}."}
+    text = f"{row.summary}, on {recipe.data}."
+    # A docstring takes no name of a file that is no UTF-8.
+    about = {"__doc__": text.encode("utf-8", "backslashreplace").decode()}
     whole = dataclasses.make_dataclass("Settings", fields, namespace=about, kw_only=True)
     rest = as_shown(args[1:], settings, options)
     parsed: Any = tyro.cli(whole, prog=f"genjax {command} {name}", args=rest)

@@ -1,14 +1,18 @@
-"""The commands about a run folder: genjax sample and genjax evaluate."""
+"""The commands about a run folder: genjax sample, evaluate and export."""
 
 import dataclasses
+import hashlib
+import itertools
 import math
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from genjax.cli.flags import group
-from genjax.cli.terminal import check_seed, counter, plain, print_table
-from genjax.errors import ConfigError, replacing
+from genjax.cli.terminal import check_seed, counter, plain, print_table, say
+from genjax.errors import ConfigError, regular_file, replacing
 
 if TYPE_CHECKING:
     from genjax.protocol import Model
@@ -76,12 +80,15 @@ def sample(args: list[str]) -> None:
     key = jax.random.key(options.seed)
     found = runs.sample(loaded, key, n, cond, options.means, how, options.film)
     x = found[-1] if options.film else found
-    stem = options.out or _stem(options, n, how.asked())
+    arrays: dict[str, Any] = {"x": x} | ({} if cond is None else {"cond": cond})
+    if options.film:
+        arrays["film"] = found
+    if options.out is not None:
+        stem = _free(options.out, arrays)
+    else:
+        stem = _stem(options, n, how.asked(), arrays)
     with replacing(stem.with_name(stem.name + ".npz")) as temporary, temporary.open("wb") as file:
-        more: Any = {} if cond is None else {"cond": cond}
-        if options.film:
-            more["film"] = found
-        np.savez_compressed(file, x=x, **more)
+        np.savez_compressed(file, **arrays)
     written = [stem.with_name(stem.name + ".npz")]
     what = _what(options)
     title = f"{loaded.recipe.name}: {what}, step {loaded.step}, seed {options.seed}"
@@ -178,8 +185,10 @@ def _sample_flags(model: "Model | None") -> dict[str, tuple[Any, Any, str]]:
     return {name: entry for name, entry in flags.items() if name in applies}
 
 
-def _stem(options: Any, n: int, asked: dict[str, Any]) -> Path:
-    """Where samples are written: a name that says how they were made."""
+def _stem(options: Any, n: int, asked: dict[str, Any], arrays: dict[str, Any]) -> Path:
+    """Where samples are written: a name that says how they were made. Where it does not say all, as
+    of a prompt, and the name is taken by others, a hash of it all is added.
+    """
     parts = [f"sample_n{n}_seed{options.seed}"]
     if options.cond:
         parts.append(f"cond{options.cond}")
@@ -187,7 +196,51 @@ def _stem(options: Any, n: int, asked: dict[str, Any]) -> Path:
     if "prompt" in asked:
         parts.append("prompt")
     parts += [f"{name}{value}" for name, value in asked.items() if name != "prompt"]
-    return options.run / "samples" / "_".join(parts).replace("/", "_")
+    name = "_".join(parts)
+    given = repr((parts, asked.get("prompt")))
+    added = "_" + hashlib.sha256(given.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    # Some file systems do not tell A from a.
+    if len(name) > 150 or not re.fullmatch(r"[a-z0-9,.=+-]*", options.cond or ""):
+        name = re.sub(r"[^\w,.=+ -]", "_", name, flags=re.ASCII)[:150] + added
+    stem = options.run / "samples" / name
+    if "prompt" in asked and not name.endswith(added) and _taken(stem) and not _same(stem, arrays):
+        return stem.with_name(name + added)
+    return stem
+
+
+def _free(stem: Path, arrays: dict[str, Any]) -> Path:
+    """A name for samples that somebody gave, with a number where something else is there."""
+    numbered = (stem.with_name(f"{stem.name}-{number}") for number in itertools.count(2))
+    for candidate in itertools.chain([stem], numbered):
+        if not _taken(candidate) or _same(candidate, arrays):
+            if candidate != stem:
+                say(f"{stem} is taken by something else, which stays: written as {candidate}")
+            return candidate
+    raise AssertionError("there is always another number")
+
+
+def _taken(stem: Path) -> bool:
+    """Whether there is a file that samples of that name would be written to."""
+    names = (stem.name + ending for ending in (".npz", ".png", ".txt", "_0.mid"))
+    return any(os.path.lexists(stem.with_name(name)) for name in names)
+
+
+def _same(stem: Path, arrays: dict[str, Any]) -> bool:
+    """Whether these very samples were written there before."""
+    import numpy as np
+
+    path = stem.with_name(stem.name + ".npz")
+    try:
+        regular_file(path)
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            there = dict(file)
+    except Exception:  # none, or anything else that somebody has put there
+        return False
+    here = {name: np.asarray(value) for name, value in arrays.items()}
+    kinds = [{name: (one.dtype, one.shape) for name, one in of.items()} for of in (here, there)]
+    return kinds[0] == kinds[1] and all(
+        here[name].tobytes() == there[name].tobytes() for name in here
+    )
 
 
 def _what(options: Any) -> str:
@@ -303,3 +356,29 @@ def _rows_of(report: dict[str, Any]) -> list[list[str]]:
         rows.append(["true log-density", f"{value}, on the same examples"])
     names = ("estimator", "split", "n", "seed", "step", "seconds", "config_hash")
     return rows + [[name, str(report[name])] for name in names]
+
+
+# --- genjax export --------------------------------------------------------------------------------
+
+
+def export(args: list[str]) -> None:
+    """genjax export RUN."""
+    import tyro
+
+    @dataclasses.dataclass(frozen=True)
+    class Export:
+        """A run for other programs: its weights as safetensors, its sampler and its score as
+        StableHLO, for any number of examples.
+        """
+
+        run: Annotated[Path, tyro.conf.Positional]
+        """The run folder."""
+        out: Path | None = None
+        """The folder to write into; export in the run folder unless given."""
+
+    options = tyro.cli(Export, prog="genjax export", args=args)
+    from genjax.runs.export import export as exported
+    from genjax.runs.load import load
+
+    for path in exported(load(options.run), options.out or options.run / "export"):
+        print(plain(f"written: {path} ({path.stat().st_size:,} bytes)"))

@@ -13,7 +13,12 @@ from typing import Any
 from genjax.data.arrays import arrays
 from genjax.data.densities import checkerboard, grid, moons, pinwheel, ring, swiss_roll
 from genjax.data.idx import read_idx, write_idx
+from genjax.data.image_files import ARCHIVES, image_files
+from genjax.data.image_files import ENDINGS as IMAGE_ENDINGS
 from genjax.data.images import digit_rows, digits, fashion_mnist, mnist
+from genjax.data.memory import from_arrays
+from genjax.data.midi_files import ENDINGS as MIDI_ENDINGS
+from genjax.data.midi_files import midi_files
 from genjax.data.music import jsb, midi, rolls
 from genjax.data.order import batch_indices, permutation
 from genjax.data.processes import hmm, lgssm, markov
@@ -27,6 +32,7 @@ from genjax.data.source import (
     prepare_at,
     validate,
 )
+from genjax.data.tables import table
 from genjax.data.text import (
     decode,
     encode,
@@ -59,13 +65,35 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "lgssm": lgssm,
 }
 
-# What makes a source of a user's own file, by the ending of its path.
+# What makes a source of a user's own file, by the ending of its path, in whatever case. A folder is
+# of pictures or music.
 FILES: dict[str, Callable[..., Source]] = {
     ".npz": arrays,
     ".npy": arrays,
+    ".csv": table,
+    ".tsv": table,
+    ".parquet": table,
     ".txt": text,
+    ".txt.gz": text,
     ".mat": rolls,
+    **dict.fromkeys(MIDI_ENDINGS, midi_files),
+    **dict.fromkeys(ARCHIVES, image_files),
 }
+
+
+MEMORY = "memory"  # what stands in the place of a name or path of data that were in memory
+
+
+def in_memory() -> Source:
+    """The data of a run that were in memory, and so are not there any more.
+
+    Raises:
+        DataError: always.
+    """
+    raise DataError(
+        "The data of this run were in memory and are not kept. In Python, give them again: "
+        "run.evaluate(data=x); on the command line, `genjax evaluate RUN --data PATH`."
+    )
 
 
 def loader(name: str | os.PathLike[str]) -> Callable[..., Source]:
@@ -76,10 +104,14 @@ def loader(name: str | os.PathLike[str]) -> Callable[..., Source]:
         ConfigError: for a name that is none of these.
     """
     name = os.fspath(name)
+    if name == MEMORY:
+        return in_memory
     if is_run(name):
         return run_folder
     if _is_path(name):
-        return next(make for ending, make in FILES.items() if name.endswith(ending))
+        return next(make for ending, make in FILES.items() if name.lower().endswith(ending))
+    if os.path.isdir(name) and name not in SOURCES:
+        return midi_files if _holds_music(name) else image_files
     if name not in SOURCES:
         *endings, last = FILES
         if os.path.exists(name) or os.sep in name or Path(name).suffix:
@@ -108,7 +140,8 @@ def open_source(name: str | os.PathLike[str], **options: Any) -> Source:
     """
     name = os.fspath(name)
     make = loader(name)
-    bound = {"path": name} if _is_path(name) or is_run(name) else {}
+    own = name not in SOURCES and name != MEMORY
+    bound = {"path": name} if own else {}
     takes = [option for option in inspect.signature(make).parameters if option not in bound]
     for option in options:
         if option not in takes:
@@ -142,12 +175,25 @@ def run_folder(path: str) -> Source:
     )
 
 
+def _holds_music(folder: str) -> bool:
+    """Whether a folder's first files of a known kind are MIDI files."""
+    for _, inner, files in os.walk(folder):
+        inner.sort()
+        for name in sorted(files):
+            if name.lower().endswith(MIDI_ENDINGS):
+                return True
+            if name.lower().endswith(IMAGE_ENDINGS):
+                return False
+    return False
+
+
 def _is_path(name: str) -> bool:
-    return name.endswith(tuple(FILES))
+    return name.lower().endswith(tuple(FILES))
 
 
 __all__ = [
     "FILES",
+    "MEMORY",
     "SOURCES",
     "Source",
     "Splits",
@@ -162,15 +208,18 @@ __all__ = [
     "encode",
     "example_batch",
     "fashion_mnist",
+    "from_arrays",
     "grid",
     "hmm",
     "host_batch",
+    "image_files",
     "is_run",
     "jsb",
     "lgssm",
     "loader",
     "markov",
     "midi",
+    "midi_files",
     "mnist",
     "moons",
     "names",
@@ -183,6 +232,7 @@ __all__ = [
     "rolls",
     "shakespeare",
     "swiss_roll",
+    "table",
     "text",
     "unicode_classes",
     "unicode_names",

@@ -11,17 +11,21 @@ import math
 import zlib
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from genjax.data.order import Examples
 from genjax.data.source import Source, Splits, cast, validate
-from genjax.errors import ConfigError
 from genjax.protocol import Batch, DataSpec
+from genjax.settings import Within, checking
 
 Draw = Callable[[np.random.Generator, int], tuple[np.ndarray, np.ndarray]]
+
+Scale = Annotated[float, Within(1e-9, 1e6)]  # in float32, beside means of about 1
+Turn = Annotated[float, Within(-100, 100)]
 
 _N_VALID, _N_TEST = 2_000, 10_000
 _MOON, _ROLL = (
@@ -30,8 +34,12 @@ _MOON, _ROLL = (
 )  # Gaussians along each moon and along the roll: closer together than their sd, so no beads show
 
 
+@checking
 def ring(
-    radius: float = 1.0, sd: float = 0.02, conditional: bool = False, n_train: int = 20_000
+    radius: Scale = 1.0,
+    sd: Scale = 0.02,
+    conditional: bool = False,
+    n_train: Examples = 20_000,
 ) -> Source:
     """Eight Gaussians on a circle: p(x) = 1/8 Σ_k N(x; radius (cos 2πk/8, sin 2πk/8), sd² I).
 
@@ -44,9 +52,8 @@ def ring(
         n_train: how many training points to draw.
 
     Raises:
-        ConfigError: for a size that is not positive.
+        ConfigError: for a setting that is not what its annotation says.
     """
-    _check_positive(radius=radius, sd=sd)
     angle = np.arange(8) * (2 * np.pi / 8)
     centres = radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
     return _mixture_source("ring", centres, sd, 8, conditional, n_train)._replace(
@@ -54,7 +61,8 @@ def ring(
     )
 
 
-def grid(sd: float = 0.05, conditional: bool = False, n_train: int = 20_000) -> Source:
+@checking
+def grid(sd: Scale = 0.05, conditional: bool = False, n_train: Examples = 20_000) -> Source:
     """25 Gaussians: p(x) = 1/25 Σ_c N(x; c, sd² I) with centres c in {-2, -1, 0, 1, 2}².
 
     The entropy is the expectation of -ln p under each component, by the trapezoidal rule.
@@ -65,16 +73,16 @@ def grid(sd: float = 0.05, conditional: bool = False, n_train: int = 20_000) -> 
         n_train: how many training points to draw.
 
     Raises:
-        ConfigError: for a size that is not positive.
+        ConfigError: for a setting that is not what its annotation says.
     """
-    _check_positive(sd=sd)
     centres = np.array([(a, b) for a in range(-2, 3) for b in range(-2, 3)], np.float64)
     return _mixture_source("grid", centres, sd, 25, conditional, n_train)._replace(
         modes=centres, mode_std=sd
     )
 
 
-def moons(noise: float = 0.1, conditional: bool = False, n_train: int = 20_000) -> Source:
+@checking
+def moons(noise: Scale = 0.1, conditional: bool = False, n_train: Examples = 20_000) -> Source:
     """Two half circles with Gaussian noise; defined as an equal mixture of 64 Gaussians along each.
 
     p(x) = 1/128 Σ N(x; c, noise² I) with c on (cos t, sin t) - m and (1 - cos t, 1/2 - sin t) - m,
@@ -88,9 +96,8 @@ def moons(noise: float = 0.1, conditional: bool = False, n_train: int = 20_000) 
         n_train: how many training points to draw.
 
     Raises:
-        ConfigError: for a size that is not positive.
+        ConfigError: for a setting that is not what its annotation says.
     """
-    _check_positive(noise=noise)
     t = (np.arange(_MOON) + 0.5) * (np.pi / _MOON)
     upper, lower = (
         np.stack([np.cos(t), np.sin(t)], axis=1),
@@ -100,7 +107,8 @@ def moons(noise: float = 0.1, conditional: bool = False, n_train: int = 20_000) 
     return _mixture_source("moons", centres, noise, 2, conditional, n_train)
 
 
-def swiss_roll(noise: float = 0.1, n_train: int = 20_000) -> Source:
+@checking
+def swiss_roll(noise: Scale = 0.1, n_train: Examples = 20_000) -> Source:
     """A spiral with Gaussian noise; defined as an equal mixture of 256 Gaussians along it.
 
     p(x) = 1/256 Σ_i N(x; t_i/5 (cos t_i, sin t_i), noise² I) with t_i = 3π/2 (1 + 2 (i + ½)/256):
@@ -113,20 +121,20 @@ def swiss_roll(noise: float = 0.1, n_train: int = 20_000) -> Source:
         n_train: how many training points to draw.
 
     Raises:
-        ConfigError: for a size that is not positive.
+        ConfigError: for a setting that is not what its annotation says.
     """
-    _check_positive(noise=noise)
     t = 1.5 * np.pi * (1 + 2 * (np.arange(_ROLL) + 0.5) / _ROLL)
     centres = np.stack([t * np.cos(t), t * np.sin(t)], axis=1) / 5
     return _mixture_source("swiss_roll", centres, noise, 1, False, n_train)
 
 
+@checking
 def pinwheel(
-    radial_sd: float = 0.3,
-    tangential_sd: float = 0.1,
-    rate: float = 0.25,
+    radial_sd: Scale = 0.3,
+    tangential_sd: Scale = 0.1,
+    rate: Turn = 0.25,
     conditional: bool = False,
-    n_train: int = 20_000,
+    n_train: Examples = 20_000,
 ) -> Source:
     """Five twisted arms: Gaussians N((1, 0), diag(radial_sd², tangential_sd²)), turned by 2πk/5 +
     rate · exp(|f|).
@@ -145,9 +153,8 @@ def pinwheel(
         n_train: how many training points to draw.
 
     Raises:
-        ConfigError: for a size that is not positive.
+        ConfigError: for a setting that is not what its annotation says.
     """
-    _check_positive(radial_sd=radial_sd, tangential_sd=tangential_sd)
     arms = np.arange(5) * (2 * np.pi / 5)
     constant = math.log(5) + math.log(2 * math.pi * radial_sd * tangential_sd)
 
@@ -180,7 +187,8 @@ def pinwheel(
     return _source("pinwheel", draw, log_prob, entropy, 5, conditional, n_train)
 
 
-def checkerboard(half_width: float = 2.0, n_train: int = 20_000) -> Source:
+@checking
+def checkerboard(half_width: Scale = 2.0, n_train: Examples = 20_000) -> Source:
     """Uniform on the eight dark squares of a 4 x 4 board: ln p(x) = -ln(2 half_width²) on them and
     -∞ elsewhere.
 
@@ -191,9 +199,8 @@ def checkerboard(half_width: float = 2.0, n_train: int = 20_000) -> Source:
         n_train: how many training points to draw.
 
     Raises:
-        ConfigError: for a size that is not positive.
+        ConfigError: for a setting that is not what its annotation says.
     """
-    _check_positive(half_width=half_width)
     side = half_width / 2
     entropy = math.log(2 * half_width**2)
 
@@ -256,8 +263,6 @@ def _source(
     conditional: bool,
     n_train: int,
 ) -> Source:
-    if n_train < 1:
-        raise ConfigError(f"n_train must be at least 1; got {n_train}.")
     spec = DataSpec((2,), "continuous", n_classes=n_classes if conditional else None, name=name)
 
     def split(number: int, n: int) -> Batch:
@@ -304,9 +309,3 @@ def _normal_nodes(spacing: float = 0.5, reach: float = 6.0) -> tuple[np.ndarray,
     z = z[(z**2).sum(axis=1) <= reach**2]
     weight = np.exp(-0.5 * (z**2).sum(axis=1))
     return z, weight / weight.sum()
-
-
-def _check_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not (value > 0 and math.isfinite(value)):
-            raise ConfigError(f"{name} must be a positive number; got {value}.")

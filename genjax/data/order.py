@@ -9,6 +9,7 @@ is no partial batch.
 
 import operator
 from types import ModuleType
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,9 @@ import numpy as np
 
 from genjax.errors import ConfigError, DataError
 from genjax.protocol import Array
+from genjax.settings import Within
 
+Examples = Annotated[int, Within(1, 2**24)]  # of data that are made, as many as one may ask for
 ROUNDS = 8
 _MASK = 0xFFFFFFFF
 _GOLDEN = np.uint32(0x9E3779B9)

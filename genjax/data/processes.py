@@ -10,22 +10,32 @@ filter's likelihood, one with discrete states that of the forward algorithm.
 import math
 import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import cho_solve, solve_triangular
 
+from genjax.data.order import Examples
 from genjax.data.source import Source, Splits, cast, stored_dtype, validate
 from genjax.errors import ConfigError
 from genjax.protocol import Array, Batch, DataSpec
+from genjax.settings import Within, checking
+
+Symbols = Annotated[int, Within(2, 2**10)]
+Emitted = Annotated[int, Within(2, 2**17)]
+States = Annotated[int, Within(2, 2**5)]  # of which pairs are enumerated, for the entropy
+Length = Annotated[int, Within(1, 2**14)]
+Steps = Annotated[int, Within(1, 2**9)]  # whose covariance is a matrix, for the entropy
 
 _N_HELD = 2_000  # validation and test sequences, each
+_MOST = 2**27  # numbers that drawing a split may take at once
 _BLOCKS = 2**16  # so many sequences are enumerated for the entropy of a hidden Markov model
 
 
-def markov(n_symbols: int = 4, length: int = 64, n_train: int = 20_000) -> Source:
+@checking
+def markov(n_symbols: Symbols = 4, length: Length = 64, n_train: Examples = 20_000) -> Source:
     """A Markov chain of order 1 over tokens: p(x) = π(x_1) Π_t P(x_t | x_{t-1}), with π = π P.
 
     The entropy of a whole sequence is H(π) + (T-1) h with the rate h of `markov_entropy_rate`; see
@@ -40,7 +50,7 @@ def markov(n_symbols: int = 4, length: int = 64, n_train: int = 20_000) -> Sourc
         ConfigError: for fewer than 2 symbols, or a size below 1.
     """
     initial, transition = markov_parameters(n_symbols)
-    spec = _token_spec("markov", n_symbols, length, n_train)
+    spec = _token_spec("markov", n_symbols, length)
 
     def draw(rng: np.random.Generator, n: int) -> np.ndarray:
         return _walk(rng, n, length, initial, transition)
@@ -49,7 +59,10 @@ def markov(n_symbols: int = 4, length: int = 64, n_train: int = 20_000) -> Sourc
     return _source(spec, draw, lambda x: markov_log_prob(x, initial, transition), entropy, n_train)
 
 
-def hmm(n_states: int = 3, n_symbols: int = 4, length: int = 32, n_train: int = 20_000) -> Source:
+@checking
+def hmm(
+    n_states: States = 3, n_symbols: Emitted = 4, length: Length = 32, n_train: Examples = 20_000
+) -> Source:
     """A hidden Markov model: p(x) = Σ_z π(z_1) Π_t P(z_t | z_{t-1}) Π_t E(x_t | z_t), with π = π P.
 
     `log_prob` is exact, by the forward algorithm. The entropy is the middle of the bounds of
@@ -67,7 +80,7 @@ def hmm(n_states: int = 3, n_symbols: int = 4, length: int = 32, n_train: int = 
         ConfigError: for fewer than 2 states or symbols, or a size below 1.
     """
     initial, transition, emission = hmm_parameters(n_states, n_symbols)
-    spec = _token_spec("hmm", n_symbols, length, n_train)
+    spec = _token_spec("hmm", n_symbols, length)
 
     def draw(rng: np.random.Generator, n: int) -> np.ndarray:
         return _choose(rng, emission[_walk(rng, n, length, initial, transition)])
@@ -85,7 +98,8 @@ def hmm(n_states: int = 3, n_symbols: int = 4, length: int = 32, n_train: int = 
     )
 
 
-def lgssm(length: int = 32, n_train: int = 20_000) -> Source:
+@checking
+def lgssm(length: Steps = 32, n_train: Examples = 20_000) -> Source:
     """A linear-Gaussian state-space model, a damped rotation in the plane seen through noise:
     vectors [T, 2].
 
@@ -101,7 +115,6 @@ def lgssm(length: int = 32, n_train: int = 20_000) -> Source:
         ConfigError: for a size below 1.
     """
     parameters = lgssm_parameters()
-    _check(1, length=length, n_train=n_train)
     spec = DataSpec((length, 2), "continuous", step="step", name="lgssm")
 
     def draw(rng: np.random.Generator, n: int) -> np.ndarray:
@@ -126,20 +139,21 @@ def lgssm(length: int = 32, n_train: int = 20_000) -> Source:
 # --- parameters ---------------------------------------------------------------------------------
 
 
-def markov_parameters(n_symbols: int = 4) -> tuple[np.ndarray, np.ndarray]:
+@checking
+def markov_parameters(n_symbols: Symbols = 4) -> tuple[np.ndarray, np.ndarray]:
     """(π [V], P [V, V]) of `markov`, float64; the rows of P are uniform on the simplex, drawn from
     a fixed seed.
 
     Raises:
         ConfigError: for fewer than 2 symbols.
     """
-    _check(2, n_symbols=n_symbols)
     transition = _rows(np.random.default_rng(0), n_symbols, n_symbols)
     return stationary(transition), transition
 
 
+@checking
 def hmm_parameters(
-    n_states: int = 3, n_symbols: int = 4
+    n_states: States = 3, n_symbols: Emitted = 4
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(π [K], P [K, K], E [K, V]) of `hmm`, float64, drawn from a fixed seed.
 
@@ -150,7 +164,6 @@ def hmm_parameters(
     Raises:
         ConfigError: for fewer than 2 states or symbols.
     """
-    _check(2, n_states=n_states, n_symbols=n_symbols)
     rng = np.random.default_rng(1)
     transition = 0.7 * np.eye(n_states) + 0.3 * _rows(rng, n_states, n_states)
     emission = _rows(rng, n_states, n_symbols) ** 2
@@ -359,8 +372,7 @@ def _filter(
 # --- helpers ------------------------------------------------------------------------------------
 
 
-def _token_spec(name: str, n_symbols: int, length: int, n_train: int) -> DataSpec:
-    _check(1, length=length, n_train=n_train)
+def _token_spec(name: str, n_symbols: int, length: int) -> DataSpec:
     return DataSpec((length,), "tokens", levels=n_symbols, step="token", name=name)
 
 
@@ -371,6 +383,13 @@ def _source(
     entropy: float,
     n_train: int,
 ) -> Source:
+    n, each = max(n_train, _N_HELD), max(spec.size, spec.levels or 0)
+    if n * each > _MOST:
+        raise ConfigError(
+            f"Drawing {n} sequences of {spec.size} numbers takes {n * each} numbers at once, more "
+            f"than {_MOST}: take a smaller n_train, fewer symbols or shorter ones."
+        )
+
     def split(number: int, n: int) -> Batch:
         # Each split has a stream of its own, so that n_train does not change the sequences of the
         # others.
@@ -420,9 +439,3 @@ def _entropy(probability: np.ndarray) -> float:
     """-Σ p ln p, with 0 ln 0 = 0."""
     some = probability[probability > 0]
     return -float((some * np.log(some)).sum())
-
-
-def _check(least: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < least:
-            raise ConfigError(f"{name} must be at least {least}; got {value}.")

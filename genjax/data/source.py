@@ -54,6 +54,7 @@ class Source(NamedTuple):
             without end.
         notes: what was decided about a user's own data, and why.
         files: the files that the data are read from; none for data that are made.
+        contents: a folder and the SHA-256 of what was read from it, in the place of files.
     """
 
     spec: DataSpec
@@ -68,6 +69,7 @@ class Source(NamedTuple):
     fresh: Callable[[int, int], Batch] | None = None
     notes: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+    contents: tuple[str, str] | None = None
 
 
 def cast(spec: DataSpec) -> Callable[[Key, Batch], Batch]:

@@ -10,7 +10,7 @@ import operator
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -20,10 +20,20 @@ import numpy as np
 
 from genjax.data.files import read_published
 from genjax.data.idx import read_bytes
-from genjax.data.order import batch_indices, permutation
+from genjax.data.lines import (
+    about_lengths,
+    line_lengths,
+    lines_source,
+    pad_lines,
+    sizes,
+    split_rows,
+    without_long,
+)
+from genjax.data.order import batch_indices
 from genjax.data.source import Source, Splits, cast, validate
 from genjax.errors import ConfigError, DataError, unknown_name
 from genjax.protocol import Array, Batch, DataSpec
+from genjax.settings import Count, Whole
 
 Layout = Literal["stream", "lines"]
 Order = Literal["shuffle", "stream"]
@@ -46,7 +56,7 @@ _NAMES_SHA256 = "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4
 def unicode_names(
     conditional: bool = False,
     layout: Layout = "stream",
-    context: int = 64,
+    context: Count = 64,
     order: Order = "shuffle",
 ) -> Source:
     """The 12,886 names of the characters of Unicode 3.2, without CJK ideographs and Hangul
@@ -78,10 +88,8 @@ def unicode_names(
         )
     classes = unicode_classes() if conditional else ()
     every = _unicode_names()
-    shuffled = [[every[i] for i in rows] for rows in _split(len(every), round(len(every) / 10))]
-    about = (
-        f"{_sizes(shuffled)} names of Unicode characters, from Python's unicodedata, no download"
-    )
+    shuffled = [[every[i] for i in rows] for rows in split_rows(len(every), round(len(every) / 10))]
+    about = f"{sizes(shuffled)} names of Unicode characters, from Python's unicodedata, no download"
     train, valid, test = (
         encode("\n".join(part), _UNICODE, "a name").astype(np.uint8) for part in shuffled
     )
@@ -97,7 +105,7 @@ def unicode_names(
             np.array([number.get(name.split()[0], other) for name in part], np.int32)
             for part in shuffled
         ]
-        xs = [_pad(tokens, spec) for tokens in (train, valid, test)]
+        xs = [pad_lines(tokens, spec) for tokens in (train, valid, test)]
         batches = [
             Batch(x, label if conditional else None) for x, label in zip(xs, labels, strict=True)
         ]
@@ -123,8 +131,9 @@ def text(
     path: str,
     unit: Unit = "character",
     layout: Layout = "stream",
-    context: int = 64,
+    context: Count = 64,
     order: Order = "shuffle",
+    max_length: Whole = 0,
 ) -> Source:
     """A text file of one's own, as one stream or as one item a line; it is read at once, as the
     spec depends on it.
@@ -143,26 +152,34 @@ def text(
         context: how many tokens a window of the stream has.
         order: "shuffle" takes windows at random; "stream" lets each place in the batch read on from
             step to step.
+        max_length: leave out lines of more tokens than this, 0 for none: all are padded to the
+            longest. Lines only.
 
     Raises:
         DataError: for a file that is missing, empty, no UTF-8, or too short for its context or its
             split.
-        ConfigError: for an order that the layout does not allow, an unknown unit, layout or order,
-            or a context below 1.
+        ConfigError: for an order or a longest line that the layout does not allow, an unknown unit,
+            layout or order, or a context below 1.
     """
+    if max_length and layout != "lines":
+        raise ConfigError("max_length is for lines: it needs layout='lines'.")
     _check_name("unit", unit, ("character", "byte"))
     _check_layout(layout, order)
     raw = read_bytes(path)
     if not raw:
         raise DataError(f"{path}: the file is empty.")
-    name = Path(path).stem
+    name, left = Path(path).stem, 0
     if unit == "byte":
         vocabulary = BYTES
         if layout == "lines":
             raw = raw.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n")
+        if max_length:
+            raw, left = without_long(raw, b"\n", max_length, path)
         tokens = np.frombuffer(raw, np.uint8)
     else:
         symbols = _decode_utf8(raw, path)
+        if max_length:
+            symbols, left = without_long(symbols, "\n", max_length, path)
         vocabulary = tuple(sorted({*symbols, "\n"} if layout == "lines" else set(symbols)))
         if len(vocabulary) < 2:
             raise DataError(
@@ -175,25 +192,27 @@ def text(
         spec = _spec(name, vocabulary, context, step=unit)
         parts = _by_position(tokens)
         _windows(parts, spec, str(path))  # refuse a short text now, before a run folder is made
-        about = f"{_sizes(parts)} {unit}s, {len(vocabulary)} symbols, from {path}"
+        about = f"{sizes(parts)} {unit}s, {len(vocabulary)} symbols, from {path}"
         source = _stream_source(spec, lambda: parts, order, about, str(path))
         return source._replace(files=(str(path),), notes=(about,))
-    lengths = _line_lengths(tokens, vocabulary.index("\n"))
+    lengths = line_lengths(tokens, vocabulary.index("\n"))
     n = len(lengths)
     if n < 3:
+        longer = f" ({left:,} longer than {max_length} were left out)" if left else ""
         raise DataError(
-            f"{path}: {n} lines that are not empty are too few; expected one each for train, valid "
-            "and test."
+            f"{path}: {n} lines that are not empty are too few{longer}; expected one each for "
+            "train, valid and test."
         )
     spec = _spec(name, vocabulary, int(lengths.max()) + 1, "\n", step=unit)
     held = max(1, round(n / 10))
-    source = _lines_source(
+    source = lines_source(
         spec, lambda: tokens, n, held, str(path), f"{len(vocabulary)} symbols, from {path}"
     )
-    return source._replace(files=(str(path),), notes=(source.description,))
+    notes = about_lengths(lengths, unit, max_length, left)
+    return source._replace(files=(str(path),), notes=(source.description, *notes))
 
 
-def shakespeare(path: str | None = None, context: int = 64, order: Order = "shuffle") -> Source:
+def shakespeare(path: str | None = None, context: Count = 64, order: Order = "shuffle") -> Source:
     """Tiny Shakespeare (Karpathy 2015): 1,115,394 characters of his plays, 65 symbols, split by
     position 85 / 5 / 10.
 
@@ -246,7 +265,7 @@ def names(path: str | None = None) -> Source:
         raw, found = read_published("names", where, _NAMES_SHA256, path)
         return encode(_decode_utf8(raw, found), ("\n", *_SMALL), found).astype(np.uint8)
 
-    return _lines_source(
+    return lines_source(
         spec, tokens, 32_033, 1000, "names", f"from {path or f'$GENJAX_DATA/{where}'}"
     )
 
@@ -410,19 +429,6 @@ def _by_position(tokens: np.ndarray) -> Parts:
     return train, valid, test
 
 
-def _split(n: int, held: int) -> list[np.ndarray]:
-    """The rows of train, valid and test in a fixed random order, `held` of them for each of the
-    last two.
-    """
-    return np.split(permutation(n, seed=0), [n - 2 * held, n - held])
-
-
-def _sizes(parts: Sequence[Sized]) -> str:
-    return " / ".join(
-        f"{len(part):,} {split}" for part, split in zip(parts, Splits._fields, strict=True)
-    )
-
-
 def _windows(parts: Parts, spec: DataSpec, where: str) -> Splits:
     """Every window of the training part, as a view; those of the others one after the other,
     without what is left over.
@@ -460,30 +466,3 @@ def _stream_source(
         description=about,
         order=orders[order],
     )
-
-
-def _line_lengths(tokens: np.ndarray, end: int) -> np.ndarray:
-    """Of the lines that are not empty, in tokens; the last one need not end in a newline."""
-    ends = np.flatnonzero(np.concatenate([[end], tokens, [end]]) == end)
-    lengths = np.diff(ends) - 1
-    return lengths[lengths > 0]
-
-
-def _pad(tokens: np.ndarray, spec: DataSpec) -> np.ndarray:
-    """The lines of a text that are not empty, [n, *shape]: each filled up with the end token."""
-    lengths = _line_lengths(tokens, spec.end or 0)
-    x = np.full((len(lengths), *spec.shape), spec.end, tokens.dtype)
-    x[np.arange(spec.shape[0])[None] < lengths[:, None]] = tokens[tokens != spec.end]
-    return x
-
-
-def _lines_source(
-    spec: DataSpec, tokens: Callable[[], np.ndarray], n: int, held: int, where: str, about: str
-) -> Source:
-    rows = _split(n, held)
-
-    def load() -> Splits:
-        x = _pad(tokens(), spec)
-        return validate(Splits(*(Batch(x[part]) for part in rows)), spec, where)
-
-    return Source(spec, load, cast(spec), description=f"{_sizes(rows)} lines, {about}")

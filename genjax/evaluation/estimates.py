@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from genjax.learning.memory import explained, fetched
 from genjax.protocol import Batch, DataSpec, Key, Params, PyTree, ScoreFn, State
 
 
@@ -98,10 +99,14 @@ def score_examples(
     """
     n, values = len(arrays.x), []
     size = min(batch_size, n)
-    for index, start in enumerate(range(0, n, size)):
-        out = run(params, state, padded(arrays, start, size), jax.random.fold_in(key, index))
-        values.append(np.asarray(out)[: n - start])
-        progress(min(start + size, n), n)
+
+    def called(start: int, index: int) -> tuple[Any, ...]:
+        return params, state, padded(arrays, start, size), jax.random.fold_in(key, index)
+
+    with explained(lambda: f"for {size} examples at a time", lambda: (run, called(0, 0))):
+        for index, start in enumerate(range(0, n, size)):
+            values.append(fetched(run(*called(start, index)))[: n - start])
+            progress(min(start + size, n), n)
     return np.concatenate(values)
 
 

@@ -25,6 +25,7 @@ from genjax.evaluation.sample_metrics import (
     precision_recall_density_coverage,
     sliced_wasserstein,
 )
+from genjax.learning.memory import fetched
 from genjax.protocol import Batch, DataSpec, Key, Model, Params, State
 from genjax.zoo.recipe import Recipe
 
@@ -87,7 +88,7 @@ def sampler_of(model: Model, params: Params, state: State, chunk: int = 500) -> 
             rows = np.minimum(np.arange(start, start + size), n - 1)
             own = None if cond is None else cond[rows]
             x = program(params, state, jax.random.fold_in(key, index), size, own)
-            parts.append(np.asarray(x))
+            parts.append(fetched(x))
         return np.concatenate(parts)[:n]
 
     return draw

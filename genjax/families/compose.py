@@ -36,7 +36,7 @@ from genjax.protocol import (
     State,
     Trained,
 )
-from genjax.settings import Count, Finite, OneOf, builder
+from genjax.settings import Finite, Often, OneOf, builder
 
 
 def copied(tree: PyTree) -> PyTree:
@@ -108,7 +108,7 @@ def reflow(
     first: Trained,
     *,
     solver: Annotated[str, OneOf(LIKELIHOOD_SOLVERS)] = "heun",
-    n_steps: Count = 50,
+    n_steps: Often = 50,
     guidance: Finite | None = None,
 ) -> Model:
     """The same model, to be trained on pairs that its own ODE makes: noise, and where that noise

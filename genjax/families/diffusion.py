@@ -63,7 +63,7 @@ from genjax.parts.weightings import (
     uniform_times,
 )
 from genjax.protocol import Array, Aux, Batch, DataSpec, Key, Metrics, Model, Params, State
-from genjax.settings import CondDropout, Count, Dtype, Finite, Positive, builder, guided_by
+from genjax.settings import CondDropout, Dtype, Finite, Often, Positive, builder, guided_by
 
 SCHEDULES: dict[str, Callable[[], Path]] = {"cosine": cosine, "linear": linear, "edm": edm}
 
@@ -322,7 +322,7 @@ def diffusion(
     spec: DataSpec,
     *,
     noise_schedule: Literal["cosine", "linear", "edm", "learned"] | Path = "cosine",
-    n_times: Count | None = None,
+    n_times: Often | None = None,
     prediction: Literal["epsilon", "x0", "v", "score", "velocity"] | None = None,
     precondition: Literal["none", "edm"] = "none",
     weighting: Literal["unit", "elbo", "min_snr", "edm"] = "unit",
@@ -334,7 +334,7 @@ def diffusion(
     network: DenoiserNet = DenoiserNet(),
     cond_dropout: CondDropout = 0.0,
     sampling: Sampling = Sampling(grid="karras"),
-    n_bound_samples: Count = 16,
+    n_bound_samples: Often = 16,
     likelihood: OdeLikelihood = OdeLikelihood(n_likelihood_steps=100),
     dtype: Dtype = "float32",
 ) -> Model:

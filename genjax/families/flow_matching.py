@@ -25,6 +25,7 @@ from genjax.parts.noise_to_data import (
     OdeLikelihood,
     Sampling,
     check_events,
+    check_noised,
     denoiser_of,
     dropped_conditions,
     ode_density,
@@ -236,6 +237,7 @@ def flow_of(model: FlowModel) -> Flow:
         cond: Any = None,
         dropped: Array | None = None,
     ) -> Array:
+        check_noised(model.spec, x_t, t, dropped)
         check_cond(model.spec, cond, x_t.shape[0])
         return velocity_of(model, params["flow"], cond, dropped)(x_t, t)
 

@@ -25,7 +25,7 @@ from genjax.parts.adversarial import (
     zero_centred_penalty,
 )
 from genjax.protocol import Array, Aux, Batch, DataSpec, Key, Metrics, Model, Params, State
-from genjax.settings import Count, Dtype, Finite, NonNegative, builder, used
+from genjax.settings import Count, Depth, Dtype, NonNegative, Positive, builder, used
 
 # --- the game -------------------------------------------------------------------------------------
 
@@ -297,8 +297,8 @@ def gan(
     discriminator_norm: Literal["none", "batch"] = "none",
     generator_cond: Literal["concat", "batch_norm"] = "concat",
     discriminator_cond: Literal["concat", "projection", "auxiliary"] = "concat",
-    auxiliary_weight: Finite = 1.0,
-    discriminator_steps: Count = 1,
+    auxiliary_weight: Positive = 1.0,
+    discriminator_steps: Depth = 1,
     dtype: Dtype = "float32",
 ) -> Model:
     """A generative adversarial network; conditional if the spec has a condition.

@@ -17,7 +17,17 @@ from genjax.nets.functional import Net, functional
 from genjax.parts.autoregressive import SequenceNet, Windows, autoregressive, check_sequences
 from genjax.parts.likelihoods import emission
 from genjax.protocol import Array, DataSpec, Key, Model, PyTree
-from genjax.settings import CondDropout, Count, Dtype, Finite, Rate, Whole, builder, guided_by
+from genjax.settings import (
+    CondDropout,
+    Count,
+    Depth,
+    Dtype,
+    Finite,
+    Rate,
+    Whole,
+    builder,
+    guided_by,
+)
 
 
 def start(spec: DataSpec, net: Net, p: Any, n: int, dtype: Any) -> PyTree:
@@ -78,7 +88,7 @@ def rnn(
     cell: Literal["vanilla", "lstm", "gru"] | Cell = "lstm",
     d_embed: Count = 64,
     d_hidden: Count = 128,
-    n_layers: Count = 1,
+    n_layers: Depth = 1,
     dropout: Rate = 0.0,
     forget_bias: Finite | None = None,
     n_components: Count = 1,

@@ -18,9 +18,10 @@ from genjax import nets
 from genjax.errors import ConfigError
 from genjax.nets.functional import Net, functional
 from genjax.parts.autoregressive import SequenceNet, autoregressive, check_sequences
+from genjax.parts.decoding import check_position, in_room
 from genjax.parts.likelihoods import emission
 from genjax.protocol import Array, DataSpec, Key, Model, PyTree
-from genjax.settings import CondDropout, Count, Dtype, Rate, builder, guided_by, used
+from genjax.settings import CondDropout, Count, Depth, Dtype, Rate, builder, guided_by, used
 
 
 class Layers(NamedTuple):
@@ -156,9 +157,11 @@ def advance(
     layers: Layers, p: Any, carry: PyTree, x: Array, c: Array | None, dropped: Array | None
 ) -> tuple[Array, PyTree]:
     """Outputs for the position after the events x [n, *event], and the cache after it."""
-    at = carry["position"]
+    at, context = carry["position"], layers.cache[1]
+    check_position(at, context)
     h = layers.inputs.apply(p["inputs"], {}, x, c, dropped, at, method="one")[0]
-    return step(layers, p, h, carry["keys"], carry["values"], at)
+    found, carry = step(layers, p, h, carry["keys"], carry["values"], at)
+    return in_room(found, at, context), carry
 
 
 # --- settings -------------------------------------------------------------------------------------
@@ -194,7 +197,7 @@ def transformer(
     spec: DataSpec,
     *,
     d_model: Count = 128,
-    n_layers: Count = 4,
+    n_layers: Depth = 4,
     n_heads: Count = 4,
     n_kv_heads: Count | None = None,
     d_hidden: Count | None = None,

@@ -31,7 +31,7 @@ from genjax.protocol import (
     Params,
     State,
 )
-from genjax.settings import Count, Dtype, NonNegative, Positive, Whole, builder, used
+from genjax.settings import Count, Dtype, NonNegative, Often, Positive, Whole, builder, used
 
 # The floor of the log-scale of q(z|x): at e^-15 its KL to N(0, 1) is already 14.5 nats for each
 # dimension of z.
@@ -357,8 +357,8 @@ def vae(
     n_pseudo_inputs: Count = 100,
     beta: NonNegative = 1.0,
     beta_warmup_steps: Whole = 0,
-    n_samples: Count = 1,
-    n_bound_samples: Count = 1,
+    n_samples: Often = 1,
+    n_bound_samples: Often = 1,
     gradient: Literal["pathwise", "stl", "dreg"] = "pathwise",
     dtype: Dtype = "float32",
 ) -> Model:

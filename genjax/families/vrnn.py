@@ -50,6 +50,7 @@ from genjax.settings import (
     Count,
     Dtype,
     NonNegative,
+    Often,
     Rate,
     Whole,
     builder,
@@ -279,7 +280,7 @@ def generate(
     n_steps = model.spec.shape[0] if length is None else length
     check_length(n_steps)
     if prompt is not None:
-        check_prompt(model.spec, n, prompt)
+        check_prompt(model.spec, n, prompt, prompt_length)
     given, fixed = prompted(n, n_steps, prompt, prompt_length)
     p, c = params["vrnn"], model.spec.embed(cond)
     own, apply = sequential(model, p), partial(model.net.apply, p, {})
@@ -342,9 +343,9 @@ def vrnn(
     n_components: Count = 1,
     beta: NonNegative = 1.0,
     objective: Literal["elbo", "iwae", "fivo"] = "elbo",
-    n_samples: Count = 1,
+    n_samples: Often = 1,
     bound_estimator: Literal["elbo", "iwae", "fivo"] = "elbo",
-    n_bound_samples: Count = 1,
+    n_bound_samples: Often = 1,
     resampling: Literal["systematic", "multinomial"] = "systematic",
     remat: bool = False,
     cond_dropout: CondDropout = 0.0,

@@ -1,8 +1,12 @@
 """Checkpoints of a TrainState: Orbax behind one small interface.
 
-What it adds to Orbax: a checksum of every file (a flipped byte in a checkpoint otherwise loads
-without a word), a fall-back to the last whole checkpoint, a readable difference when the tree is
-not the one that was saved, and errors that say what is still there.
+What it adds to Orbax: any path will do (`plain_path`), what was saved is read back before it
+counts, a checksum of every file (a flipped byte in a checkpoint otherwise loads without a word), a
+fall-back to the last whole checkpoint, a readable difference when the tree is not the one that was
+saved, and errors that say what is still there.
+
+Damage is what a checksum says. A file that cannot be read (permissions, memory, a network) may be
+whole: nothing is renamed for it, and no earlier checkpoint takes its place.
 """
 
 import functools
@@ -10,9 +14,13 @@ import hashlib
 import itertools
 import json
 import logging
+import os
+import re
+import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +30,20 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from genjax.checks import leaves_by_name
-from genjax.errors import CheckpointError, GenjaxError, writing
+from genjax.errors import CheckpointError, GenjaxError, reading, reason_of, synced, writing
 from genjax.learning.distributed import agreed, several
+from genjax.learning.plain_path import plain_path
 from genjax.protocol import PyTree, TrainState
 
 logger = logging.getLogger(__name__)
 CHECKSUMS = "checksums.json"
+READ_BACK = 2**26  # bytes of arrays that a save compares with what it was given
+RACES = 5  # how often a reader looks again for what a process that trains has just deleted
+
+# What a save writes until it is whole, and what is about to be deleted, with Orbax's own addition.
+_ADDITION = r"(\.orbax-checkpoint-tmp.*)?"
+_PART = re.compile(r"\d+\.[0-9a-f]{16}\.part" + _ADDITION)
+_OLDER_PART = re.compile(r"\d+\.part" + _ADDITION)  # of earlier versions
 
 
 class Restored(NamedTuple):
@@ -94,26 +110,49 @@ def _abstract(like: PyTree) -> PyTree:
     return jax.tree.map(one, jax.eval_shape(_pack, like), like)
 
 
+def _files(folder: Path) -> list[Path]:
+    """Every file below a folder. What cannot be looked into raises: `Path.rglob` would take it for
+    empty.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found = [Path(at) / name for at, _, names in os.walk(folder, onerror=fail) for name in names]
+    return sorted(path for path in found if path.is_file())
+
+
 def _checksums(folder: Path) -> dict[str, str]:
     """The SHA-256 of every file below a folder, by its name there."""
     found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path != folder / CHECKSUMS:
-            with path.open("rb") as file:
+    for path in _files(folder):
+        if path != folder / CHECKSUMS:
+            with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256")
             found[str(path.relative_to(folder))] = digest.hexdigest()
     return found
 
 
-def _damage(folder: Path) -> str | None:
+def _damage(folder: Path, called: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None: Orbax must only ever see files that are
     whole.
+
+    Raises:
+        CheckpointError: if they cannot be read, which says nothing of what they hold.
     """
+    with reading(f"the checkpoint {called}"):
+        try:
+            found = _checksums(folder)
+            text = (folder / CHECKSUMS).read_bytes()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            return f"{CHECKSUMS} cannot be read ({error.strerror})"
     try:
-        wanted, found = json.loads((folder / CHECKSUMS).read_text()), _checksums(folder)
+        wanted = json.loads(text)
         bad = [name for name in wanted if found.get(name) != wanted[name]]
-    except (OSError, ValueError, TypeError) as error:
-        return f"{CHECKSUMS} cannot be read ({error})"
+    except (ValueError, TypeError, RecursionError) as error:
+        return f"{CHECKSUMS} cannot be read ({reason_of(error)})"
+    if not wanted:
+        return f"{CHECKSUMS} names no file"
     if not bad:
         return None
     return f"{bad[0]} {'holds other bytes than were saved' if bad[0] in found else 'is missing'}"
@@ -137,18 +176,16 @@ def _kind(leaf: Any) -> str:
     return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 
-class _Unreadable(Exception):
-    """Why Orbax cannot read a checkpoint whose files are whole."""
-
-
 def _read(
-    path: Path, like: TrainState, check: Callable[[dict[str, Any]], None]
+    path: Path, called: Path, like: TrainState, check: Callable[[dict[str, Any]], None]
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state and the note of a checkpoint whose files are whole; `check` may refuse the note.
 
+    Args:
+        called: the path that a person knows.
+
     Raises:
-        CheckpointError: if it is of another tree, or if one of several processes cannot read it.
-        _Unreadable: if this one process cannot.
+        CheckpointError: if it is of another tree, or cannot be read.
     """
     try:
         metadata = ocp.metadata(str(path))
@@ -160,22 +197,82 @@ def _read(
     except GenjaxError:
         raise
     except Exception as error:  # such as a format that this version of Orbax does not know
+        reason = reason_of(error).replace(str(path), str(called))
         if several():  # the others may have read it, and would go on without this one
             raise CheckpointError(
-                f"Process {jax.process_index()} could not read the checkpoint {path}, whose files "
-                f"are whole: {_reason(error)}. All processes need one folder that each of them "
+                f"Process {jax.process_index()} could not read the checkpoint {called}, whose "
+                f"files are whole: {reason}. All processes need one folder that each of them "
                 "sees; give it with --out."
             ) from error
-        raise _Unreadable(_reason(error)) from error
+        raise CheckpointError(
+            f"The checkpoint {called}, whose files are whole, could not be read: {reason}. Nothing "
+            "was changed. Mend the cause (memory, permissions, another version of "
+            "orbax-checkpoint) and run the same command again; or move that folder away to go on "
+            "from the one before it."
+        ) from error
+    if not metadata.metadata:
+        raise CheckpointError(
+            f"The checkpoint {called} holds no arrays: earlier versions lost them in a folder with "
+            f"special characters in its path. Move {called.parent} away and train again."
+        )
     if lines:
         raise CheckpointError(
-            f"The checkpoint {path} is not of this model:\n  " + "\n  ".join(lines)
+            f"The checkpoint {called} is not of this model:\n  " + "\n  ".join(lines)
         )
     return _unpack(packed, like), note
 
 
-def _reason(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:600]
+def _check_saved(path: Path, packed: PyTree) -> None:
+    """Read back what Orbax has written: every name, shape and dtype, and the bits of arrays, the
+    small ones first, up to `READ_BACK` bytes.
+
+    Raises:
+        CheckpointError: if it is not what was to be saved.
+    """
+    metadata: Any = ocp.metadata(str(path)).metadata
+    lines = difference({} if metadata is None else metadata, packed)
+    if lines:
+        raise CheckpointError(f"what was written reads back as something else ({lines[0]})")
+    leaves, structure = jax.tree.flatten(packed)
+    sizes = [leaf.nbytes if _comparable(leaf) else READ_BACK for leaf in leaves]
+    order = np.argsort(sizes, kind="stable")
+    chosen = set(order[np.cumsum(np.asarray(sizes)[order]) < READ_BACK].tolist())
+    if not chosen:
+        return
+    like = [
+        np.empty(leaf.shape, leaf.dtype) if index in chosen else ocp.PLACEHOLDER
+        for index, leaf in enumerate(leaves)
+    ]
+    found = jax.tree.leaves(ocp.load(str(path), structure.unflatten(like)))
+    names = list(leaves_by_name(packed))
+    for index in sorted(chosen):
+        if np.asarray(found[index]).tobytes() != np.asarray(leaves[index]).tobytes():
+            raise CheckpointError(f"{names[index]} reads back with other values than were saved")
+
+
+def _comparable(leaf: Any) -> bool:
+    return getattr(leaf, "is_fully_addressable", True)
+
+
+class _Gone(Exception):
+    """A checkpoint was deleted as it was read."""
+
+
+@contextmanager
+def _still_there(folder: Path) -> Iterator[None]:
+    """Tell whatever is found of a folder in here from the folder's having been deleted meanwhile.
+
+    Raises:
+        _Gone: if it was. Several processes have the lock of the run, and nobody deletes anything.
+    """
+    try:
+        yield
+    except GenjaxError:
+        if not several() and not folder.is_dir():
+            raise _Gone from None
+        raise
+    if not several() and not folder.is_dir():
+        raise _Gone
 
 
 class Checkpoints:
@@ -212,73 +309,107 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, oldest first; a half-written one has another name and
         is not among them.
+
+        Raises:
+            CheckpointError: if the folder cannot be read; it may well have some.
         """
-        if not self.folder.is_dir():
-            return []
-        return sorted(
-            int(entry.name)
-            for entry in self.folder.iterdir()
-            if entry.name.isascii() and entry.name.isdecimal() and entry.is_dir()
-        )
+        with reading(self.folder):
+            try:
+                with os.scandir(self.folder) as entries:
+                    names = [entry.name for entry in entries if entry.is_dir()]
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        numbers = (int(name) for name in names if name.isascii() and name.isdecimal())
+        return sorted(number for number in numbers if str(number) in names)
 
     def save(self, state: TrainState, note: dict[str, Any] | None = None) -> Path:
         """Save a state under its own step, with a note (JSON); a checkpoint of that step that
         exists already stays.
 
-        It returns when the checkpoint is on disk: the next step may then donate the state's
-        buffers.
+        It returns when the checkpoint is on disk and was read back: the next step may then donate
+        the state's buffers.
 
         Raises:
-            CheckpointError: if it cannot be written (a full or read-only disk); older checkpoints
-                are untouched.
+            CheckpointError: if it cannot be written (a full or read-only disk), or does not read
+                back; older checkpoints are untouched.
         """
         step = int(state.step)
-        path, part = self.folder / str(step), self.folder / f"{step}.part"
-        if agreed(path.is_dir):
-            return path
-
-        def begin() -> None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._sweep()
-            # Orbax's threads would wait five minutes, and hold up the exit, for a folder that
-            # cannot be made.
-            part.mkdir()
-            part.rmdir()
-
-        def finish() -> None:
-            (part / CHECKSUMS).write_text(json.dumps(_checksums(part), indent=1))
-            part.rename(path)
-            for old in self.steps()[: -self.keep]:
-                (self.folder / str(old)).rename(self.folder / f"{old}.part")
-            self._sweep()
-
         try:
-            agreed(begin)
-            ocp.save(
-                str(part), _pack(state), custom_metadata={"note": {**self.about, **(note or {})}}
-            )
-            agreed(finish)
+            with plain_path(self.folder) as at:
+                part = agreed(functools.partial(self._begin, at, step))
+                if part is not None:
+                    packed = _pack(state)
+                    about: Any = {"note": {**self.about, **(note or {})}}
+                    ocp.save(str(at / part), packed, custom_metadata=about)
+                    _check_saved(at / part, packed)
+                    agreed(functools.partial(self._finish, at, part, step))
         # Orbax and TensorStore raise many types for a disk that does not take more.
         except Exception as error:
             for _ in range(10):  # writes that were already under way may still put files back
-                self._sweep()
-                if not list(self.folder.glob("*.part*")):
+                if not self._sweep(self.folder):
                     break
                 time.sleep(0.05)
-            left = "There is no earlier checkpoint"
-            if have := self.steps():
-                left = f"The checkpoint of step {have[-1]} is still there"
             raise CheckpointError(
-                f"Could not save step {step} in {self.folder}: {_reason(error)}. {left}. Check the "
-                "disk's space and permissions, then run the same command again to go on."
+                f"Could not save step {step} in {self.folder}: {reason_of(error)}. {self._left()} "
+                "Check the disk's space and permissions, and that no other process writes there; "
+                "then run the same command again to go on."
             ) from error
-        return path
+        return self.folder / str(step)
 
-    def _sweep(self) -> None:
-        """Delete what a save left half-written and what is not kept."""
-        if self.folder.is_dir():
-            for entry in self.folder.glob("*.part*"):
-                shutil.rmtree(entry, ignore_errors=True)
+    def _begin(self, at: Path, step: int) -> str | None:
+        """The name of a folder to write; None if the step has a checkpoint already."""
+        if (at / str(step)).is_dir():
+            return None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._sweep(at)
+        # A name that nobody has, so that all that is called like it is ours to delete.
+        part = f"{step}.{secrets.token_hex(8)}.part"
+        # Orbax's threads would wait five minutes, and hold up the exit, for a folder that cannot be
+        # made.
+        (at / part).mkdir()
+        (at / part).rmdir()
+        return part
+
+    def _finish(self, at: Path, part: str, step: int) -> None:
+        """Make what was written a checkpoint, once it is on the disk."""
+        text = json.dumps(_checksums(at / part), indent=1)
+        (at / part / CHECKSUMS).write_text(text, encoding="utf-8")
+        for path in _files(at / part):
+            synced(path)
+        for folder, _, _ in os.walk(at / part):
+            synced(Path(folder))
+        (at / part).rename(at / str(step))
+        synced(at)
+        for old in self.steps()[: -self.keep]:
+            (at / str(old)).rename(at / f"{old}.{secrets.token_hex(8)}.part")
+        self._sweep(at)
+
+    def _left(self) -> str:
+        """What there still is, for a message."""
+        try:
+            have = self.steps()
+        except CheckpointError:
+            return "Nothing that was there before was touched."
+        if not have:
+            return "There is no earlier checkpoint."
+        return f"The checkpoint of step {have[-1]} is still there."
+
+    def _sweep(self, folder: Path) -> bool:
+        """Delete what a save left half-written and what is not kept; whether there was anything.
+
+        Only what has our own names: through a link, names of this version that nobody else gives.
+        """
+        try:
+            names = os.listdir(folder)
+        except OSError:
+            return False
+        older = not self.folder.is_symlink()
+        swept = False
+        for name in names:
+            if _PART.fullmatch(name) or (older and _OLDER_PART.fullmatch(name)):
+                shutil.rmtree(folder / name, ignore_errors=True)
+                swept = True
+        return swept
 
     def restore(self, like: TrainState, step: int | None = None) -> Restored | None:
         """The newest whole checkpoint (or that of `step`), in the structure of `like`; None if
@@ -293,9 +424,20 @@ class Checkpoints:
 
         Raises:
             CheckpointError: if every checkpoint is damaged, the asked one does not exist or is
-                damaged, or the saved tree is not that of `like`; the message lists the leaves that
-                differ.
+                damaged, one cannot be read, or the saved tree is not that of `like`; the message
+                lists the leaves that differ.
         """
+        for _ in range(RACES):
+            try:
+                return self._restore(like, step)
+            except _Gone:  # a process that trains there has deleted what is not kept
+                continue
+        raise CheckpointError(
+            f"The checkpoints in {self.folder} are deleted faster than they can be read: a process "
+            "trains there that keeps few. Wait for it, or have it keep more (--keep-checkpoints)."
+        )
+
+    def _restore(self, like: TrainState, step: int | None) -> Restored | None:
         have = agreed(self.steps)
         if step is not None and step not in have:
             raise CheckpointError(
@@ -303,18 +445,19 @@ class Checkpoints:
                 f"{have or 'none'}."
             )
         passed: dict[Path, str] = {}
-        for candidate in reversed(have if step is None else [step]):
-            path = self.folder / str(candidate)
-            damage = agreed(functools.partial(_damage, path))
-            if damage is None:
-                try:
-                    return Restored(*_read(path, like, self.check), passed)
-                except _Unreadable as error:
-                    damage = str(error)
-            passed[path] = damage
+        with plain_path(self.folder) as at:
+            for candidate in reversed(have if step is None else [step]):
+                name, path = str(candidate), self.folder / str(candidate)
+                with _still_there(at / name):
+                    damage = agreed(functools.partial(_damage, at / name, path))
+                    if damage is None:
+                        return Restored(*_read(at / name, path, like, self.check), passed)
+                passed[path] = damage
         if not have:
             return None
         text = "\n".join(f"  {path}: {reason}" for path, reason in passed.items())
+        if step is not None:
+            raise CheckpointError(f"The checkpoint of step {step} is damaged:\n{text}")
         raise CheckpointError(
             f"No whole checkpoint is left:\n{text}\nDelete the run folder to start again."
         )

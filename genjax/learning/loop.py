@@ -9,11 +9,12 @@ of its settings alone, stopped and resumed or not.
 
 import concurrent.futures
 import functools
+import logging
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -22,13 +23,21 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from genjax.data import Source, batch_at, host_batch, prepare_at
-from genjax.errors import Interrupted, NonFiniteError
-from genjax.learning import distributed
+from genjax.errors import (
+    CheckpointError,
+    GenjaxError,
+    Interrupted,
+    NonFiniteError,
+    WriteError,
+    reason_of,
+)
+from genjax.learning import distributed, memory
 from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.sharding import batch_spec_of
 from genjax.learning.transforms import compiled, feed, repeat_steps, scan_steps
 from genjax.protocol import Batch, Key, PyTree, Training, TrainState
 
+logger = logging.getLogger(__name__)
 DEVICE_LIMIT = 2 * 2**30  # bytes of training data that place="auto" still puts on the device
 
 
@@ -145,10 +154,14 @@ def _put_rows(leaf: np.ndarray, order: np.ndarray, sharding: Sharding) -> jax.Ar
 class Hook(NamedTuple):
     """Something to do every so many steps, such as an evaluation: call(step, state) -> metrics to
     log with that step.
+
+    One that fails is said once, by its name, and training goes on without what it would have given.
+    Only `NonFiniteError`, `Interrupted` and a `CheckpointError` of checkpoints stop it.
     """
 
     every: int
     call: Callable[[int, TrainState], dict[str, Any] | None]
+    name: str = "a hook"
 
 
 class Progress(Protocol):
@@ -196,13 +209,17 @@ def fit(
     Raises:
         NonFiniteError: naming the step and the player; checkpoints from before it are kept.
         Interrupted: on SIGTERM or SIGINT, after the state was saved.
-        CheckpointError: if a checkpoint cannot be written or read.
+        CheckpointError: if a checkpoint cannot be written or read, or the log cannot be written; in
+            that case the state was saved.
+        MemoryExhausted: with the array that asked for it.
     """
     state, window = _begin(feed, key, checkpoints, layout)
     step = first = int(state.step)
     on_restore(step)
     metrics = _Metrics(window, checkpoints, stop_on_nonfinite)
     programs: dict[int, Callable[..., Any]] = {}
+    failed: set[str] = set()  # hooks of which it was said
+    payload = None
     started = time.perf_counter()
     shown: dict[str, Any] = {}  # the newest value of each metric, for the progress bar
 
@@ -215,7 +232,19 @@ def fit(
             )
         checkpoints.save(state, {"window": metrics.window})
 
-    with _signals() as caught, concurrent.futures.ThreadPoolExecutor(1) as pool:
+    def write(line: dict[str, Any]) -> None:
+        try:
+            log(line)
+        except Exception:  # which costs the line and no checkpoint
+            if not distributed.several():  # the others would not save with this one
+                with suppress(GenjaxError):
+                    save()
+            raise
+
+    asking = memory.explained(
+        lambda: f"in training, at or before step {step}", lambda: (programs[k], (state, payload))
+    )
+    with asking, _signals() as caught, concurrent.futures.ThreadPoolExecutor(1) as pool:
         ahead: concurrent.futures.Future[Any] | None = None
         while step < steps:
             k = min(steps_per_call, steps - step)
@@ -235,12 +264,14 @@ def fit(
                 metrics.collect()
                 line = {"step": step, **(metrics.line() if log_now else {})}
                 for hook in due:
-                    line |= hook.call(step, state) or {}
+                    line |= _called(hook.name, hook.call, step, failed, step, state) or {}
                 if len(line) > 1:
-                    log(line)
+                    write(line)
                 shown |= line
             if progress is not None:
-                progress(step, steps, time.perf_counter() - started, step - first, shown)
+                seconds, done = time.perf_counter() - started, step - first
+                told = (step, steps, seconds, done, shown)
+                _called("the progress bar", progress, step, failed, *told)
             stop = caught()
             if stop or _crossed(before, step, checkpoint_every, steps):
                 metrics.collect()
@@ -248,6 +279,23 @@ def fit(
             if stop and step < steps:
                 raise Interrupted(_stopped_text(stop, step, steps, checkpoints), stop)
     return state
+
+
+def _called(name: str, hook: Callable[..., Any], step: int, failed: set[str], *args: Any) -> Any:
+    """What a hook gives; nothing, and a warning the first time, if it fails."""
+    try:
+        return hook(*args)
+    except (NonFiniteError, Interrupted):
+        raise
+    except Exception as error:
+        if isinstance(error, CheckpointError) and not isinstance(error, WriteError):
+            raise
+        if name not in failed:
+            failed.add(name)
+            what = "" if isinstance(error, GenjaxError) else f"{type(error).__name__}: "
+            text = "At step %d %s failed (%s%s). Training goes on, and this is said once."
+            logger.warning(text, step, name, what, reason_of(error))
+        return None
 
 
 def _begin(
@@ -272,11 +320,12 @@ def _begin(
         checkpoints.set_aside_damaged(restored)
         window = restored.note.get("window", {})
         return restored.state, {name: list(values) for name, values in window.items()}
-    state = first.init(key)
-    if first.prepare is not None:
-        payload = feed.payload(0, 1)
-        distributed.compile_together(first.prepare, state, payload)
-        state = first.prepare(state, payload)
+    with memory.explained(lambda: "before the first step", lambda: (first.init, (key,))):
+        state = first.init(key)
+        if first.prepare is not None:
+            payload = feed.payload(0, 1)
+            distributed.compile_together(first.prepare, state, payload)
+            state = first.prepare(state, payload)
     return state, {}
 
 
@@ -307,7 +356,7 @@ class _Metrics:
             return
         (begin, metrics), self._pending = self._pending, None
         # On a CPU `jax.device_get` costs the host seven times as much.
-        values = {name: np.asarray(value) for name, value in metrics.items()}
+        values = {name: memory.fetched(value) for name, value in metrics.items()}
         if self._check:
             _check_finite(begin, values, self._checkpoints)
         for name, value in values.items():

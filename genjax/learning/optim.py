@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from genjax.checks import leaves_by_name
 from genjax.errors import ConfigError, unknown_name
@@ -93,6 +94,7 @@ def scale_by_label(
 
 ALGORITHMS = ("adam", "adamw", "sgd", "rmsprop", "lion")
 SCHEDULES = ("constant", "linear", "cosine")
+MOST_RATE = 1000.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +140,27 @@ class Optimizer:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         check_fields(self)
         _factors(self.rates)
+        self._check_size()
+
+    def _check_size(self) -> None:
+        """Refuse steps that no weight survives, where their size is known.
+
+        Raises:
+            ConfigError: see the text.
+        """
+        if isinstance(self.learning_rate, Tracer):
+            return
+        if self.learning_rate > MOST_RATE:
+            raise ConfigError(
+                f"learning_rate must be at most {MOST_RATE:g}; got {self.learning_rate}."
+            )
+        if isinstance(self.weight_decay, Tracer):
+            return
+        if self.learning_rate * self.weight_decay >= 1:
+            raise ConfigError(
+                "A step takes the share learning_rate * weight_decay of each weight away: below 1; "
+                f"got {self.learning_rate} * {self.weight_decay}."
+            )
 
     def build(
         self, steps: int, labels: Labels = (), player: str | None = None
@@ -250,10 +273,10 @@ def _factors(rates: Iterable[str]) -> dict[str, float]:
             factor = float(number)
         except ValueError:
             factor = math.nan
-        if not label or label in factors or not 0 <= factor < math.inf:
+        if not label or label in factors or not 0 <= factor <= MOST_RATE:
             raise ConfigError(
-                "rates are written as dynamics=0.1, each label once and no factor below 0; got "
-                f"{text!r}."
+                "rates are written as dynamics=0.1, each label once and no factor below 0 or above "
+                f"{MOST_RATE:g}; got {text!r}."
             )
         factors[label] = factor
     return factors

@@ -21,7 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from genjax.checks import by_name, check_batch, check_key, check_model, check_per_example
+from genjax.checks import (
+    by_name,
+    check_batch,
+    check_kept,
+    check_key,
+    check_model,
+    check_per_example,
+)
 from genjax.errors import ConfigError
 from genjax.learning.optim import averaged
 from genjax.protocol import (
@@ -99,6 +106,7 @@ def training(model: Model, tx: Optimizers) -> Training:
         return TrainState(jnp.zeros((), jnp.int32), key_train, params, state, opt)
 
     def step_with(gradient: Gradient, ts: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        check_kept(ts, "This state")
         check_batch(model.spec, batch)
         batch, weight = _weighted(batch)
         metrics: Metrics = {}
@@ -115,6 +123,7 @@ def training(model: Model, tx: Optimizers) -> Training:
         return ts._replace(step=ts.step + 1, params=_followed(model, ts.params, ts.step)), metrics
 
     def prepare(ts: TrainState, batch: Batch) -> TrainState:
+        check_kept(ts, "This state")
         check_batch(model.spec, batch)
         batch, _ = _weighted(batch)
         key = jax.random.fold_in(ts.key, PREPARATION)

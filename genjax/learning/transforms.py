@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from genjax.checks import check_kept
 from genjax.errors import ConfigError
 from genjax.protocol import (
     Array,
@@ -37,17 +38,44 @@ from genjax.protocol import (
 )
 
 
+class Donating:
+    """A jit-compiled function of a state, whose buffers it takes, that says so when it is given a
+    state that it took before. All else of the compiled function is there as well: `lower`, ...
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._program = jax.jit(function, donate_argnums=0)
+
+    def __call__(self, ts: TrainState, *given: Any) -> Any:
+        # Of a state that was given away this is gone above all, and asking for it costs nothing.
+        check_kept(getattr(ts, "step", None), "This state")
+        try:
+            return self._program(ts, *given)
+        except (RuntimeError, ValueError):
+            check_kept(ts, "This state")
+            check_kept(given, "What this step is given beside its state")
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_program":
+            raise AttributeError(name)
+        return getattr(self._program, name)
+
+
 def compiled(t: Training) -> Training:
     """The same training with its functions jit-compiled, and the state's buffers donated to `step`
-    and `prepare`.
+    and `prepare`: go on with the state that they return.
+
+    Raises:
+        ConfigError: from `step` and `prepare`, for a state that was given to one of them before.
     """
     within = t.within
     return t._replace(
         init=jax.jit(t.init),
-        step=jax.jit(t.step, donate_argnums=0),
+        step=Donating(t.step),
         rewrap=lambda wrap: compiled(t.rewrap(wrap)),
         within=None if within is None else lambda f, steps=0: compiled(within(f, steps)),
-        prepare=None if t.prepare is None else jax.jit(t.prepare, donate_argnums=0),
+        prepare=None if t.prepare is None else Donating(t.prepare),
     )
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from genjax.errors import ConfigError
 from genjax.nets.layers import Dense, Norm, wide
 from genjax.nets.sequence import EventEmbed
 from genjax.protocol import Array, DataSpec
@@ -213,7 +214,15 @@ class Inputs(nnx.Module):
 
     def __call__(self, x: Array, c: Array | None, dropped: Array | None) -> Array:
         h = self.events(x, c, dropped)
-        return h if self.positions is None else h + self.positions[...][None]
+        if self.positions is None:
+            return h
+        table = self.positions[...]
+        if len(table) != x.shape[1]:  # one step would be added to every row of it
+            raise ConfigError(
+                f"A model with a learned vector for each of {len(table)} positions takes sequences "
+                f"of {len(table)} steps; got {x.shape[1]}. Pad them, or take position='rotary'."
+            )
+        return h + table[None]
 
     def initial(self, n: int, c: Array | None, dropped: Array | None) -> Array:
         """The input of position 0, [n, d]."""

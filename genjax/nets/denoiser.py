@@ -10,7 +10,7 @@ from typing import Any, Literal
 from genjax import nets
 from genjax.nets.functional import Net, functional
 from genjax.protocol import DataSpec
-from genjax.settings import Count, Settings, Whole
+from genjax.settings import Count, Depth, Settings, Whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +33,10 @@ class DenoiserNet(Settings):
     net: Literal["mlp", "unet", "dit"] | Net = "mlp"
     hidden: tuple[Count, ...] = (256, 256, 256)
     channels: tuple[Count, ...] = (32, 64)
-    n_blocks: Count = 1
+    n_blocks: Depth = 1
     patch: Count | None = None
     d_model: Count = 128
-    n_layers: Count = 4
+    n_layers: Depth = 4
     n_heads: Whole = 4
 
 

@@ -7,6 +7,7 @@ conditions, windows of long streams. Data that are no sequences, such as images,
 by their `steps`, and a network without a cache is computed anew for every step (`recomputed`).
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from functools import partial
@@ -15,9 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from genjax.checks import check_cond, checked
+from genjax.checks import check_batch, check_cond, check_events, checked
 from genjax.errors import ConfigError
-from genjax.parts.decoding import make_generate
+from genjax.parts.decoding import check_position, in_room, make_generate
 from genjax.parts.likelihoods import Emission
 from genjax.protocol import (
     Array,
@@ -131,9 +132,11 @@ def recomputed(spec: DataSpec, outputs: Callable[..., Array]) -> tuple[Callable,
         p: Any, carry: PyTree, x: Array, c: Array | None, dropped: Array | None
     ) -> tuple[Array, PyTree]:
         at, seen = carry["position"], carry["x"]
+        check_position(at + 1, spec.shape[0])
         seen = jax.lax.dynamic_update_index_in_dim(seen, x.astype(seen.dtype), at, axis=1)
         found = outputs(p, seen, c, dropped, None)
         here = jax.lax.dynamic_index_in_dim(found, at + 1, axis=1, keepdims=False)
+        here = in_room(here, at + 1, spec.shape[0])
         return here, {"x": seen, "position": at + 1}
 
     return begin, advance
@@ -196,6 +199,24 @@ def draw(model: SequenceModel, key: Key, batch: Batch) -> SequenceNoise:
     if model.lanes:
         restart = jax.random.bernoulli(key_restart, model.restart, (n,))
     return SequenceNoise(key_net, dropped, restart)
+
+
+def check_room(model: SequenceModel, length: int) -> None:
+    """Refuse sequences longer than the network can see.
+
+    Raises:
+        ConfigError: with both lengths.
+    """
+    if model.net.context is not None and length > model.net.context:
+        raise ConfigError(
+            f"This model of {model.spec.name} has room for {model.net.context} steps; got "
+            f"sequences of {length}."
+        )
+
+
+def event_of(spec: DataSpec) -> DataSpec:
+    """One step of a sequence as an event of its own."""
+    return dataclasses.replace(spec, shape=spec.shape[1:], step=None, end=None, lengths=False)
 
 
 def in_steps(model: SequenceModel, batch: Batch) -> Batch:
@@ -280,15 +301,24 @@ def outputs(
     dropped: Array | None = None,
 ) -> Array:
     """The parameters of p(x_t | x_<t, c), [B, T, n_outputs]."""
-    batch = in_steps(model, Batch(x, cond))
+    check_events(model.spec, x, any_length=model.spec.step is not None)
     check_cond(model.spec, cond, x.shape[0])
-    c = model.spec.embed(cond)
-    return model.net.outputs(params[model.player], batch.x, c, dropped, None)
+    return outputs_of(model, params, Batch(x, cond), dropped)
+
+
+def outputs_of(
+    model: SequenceModel, params: Params, batch: Batch, dropped: Array | None = None
+) -> Array:
+    """The same of a batch that was looked at."""
+    x, c = in_steps(model, batch).x, model.spec.embed(batch.cond)
+    check_room(model, x.shape[1])
+    return model.net.outputs(params[model.player], x, c, dropped, None)
 
 
 def step_log_prob(model: SequenceModel, params: Params, state: State, batch: Batch) -> Array:
     """ln p(x_t | x_<t, c) [B, T] in nats, 0 where padded."""
-    found = outputs(model, params, state, batch.x, batch.cond)
+    check_batch(model.spec, batch, any_length=model.spec.step is not None)
+    found = outputs_of(model, params, batch)
     return step_nats(model, in_steps(model, batch), found)
 
 
@@ -303,6 +333,7 @@ def stream(
     """`step_log_prob` of windows that go on from `carry`, or begin where it is None; and the carry
     after them.
     """
+    check_batch(model.spec, batch, any_length=model.spec.step is not None)
     windows, p, batch = model.net.windows, params[model.player], in_steps(model, batch)
     assert windows is not None, "the record has no `stream` without windows"
     if carry is None:
@@ -335,6 +366,8 @@ def advance(
     dropped: Array | None = None,
 ) -> tuple[Array, PyTree]:
     """Outputs for the step after the events x, and a carry."""
+    check_events(event_of(model.steps), x)
+    check_cond(model.spec, cond, x.shape[0])
     c = model.spec.embed(cond)
     return model.net.advance(params[model.player], carry, x, c, dropped)
 

@@ -7,136 +7,31 @@ is a scalar that all examples share.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from genjax.checks import check_cond, check_key
+from genjax.checks import check_cond, check_key, check_values, known
 from genjax.errors import ConfigError
 from genjax.parts.guidance import classifier_free
+from genjax.parts.rules import Rule as Rule
+from genjax.parts.rules import compose as compose
+from genjax.parts.rules import greedy as greedy
+from genjax.parts.rules import min_p as min_p
+from genjax.parts.rules import repetition_penalty as repetition_penalty
+from genjax.parts.rules import require, require_whole, wide
+from genjax.parts.rules import temperature as temperature
+from genjax.parts.rules import top_k as top_k
+from genjax.parts.rules import top_p as top_p
 from genjax.protocol import Array, DataSpec, Key, Params, PyTree, State
 
-# (logits [n, V], counts int32 [n, V] of each token so far) -> logits [n, V].
-Rule = Callable[[Array, Array], Array]
 # (key, outputs [n, n_outputs], counts) -> events x_t [n, *event]. Counts are as above, and 0 where
 # events are no tokens.
 Choose = Callable[[Key, Array, Array], Array]
 # (carry, x_t [n, *event]) -> (outputs [n, n_outputs] for the next step, carry).
 Advance = Callable[[Any, Array], tuple[Array, Any]]
-
-
-def _keep(kept: Array, logits: Array) -> Array:
-    return jnp.where(kept, logits, -jnp.inf)
-
-
-def _require(valid: Callable[[Any], bool], name: str, wanted: str, value: Any) -> None:
-    # A traced number cannot be looked at.
-    if isinstance(value, int | float) and not valid(value):
-        raise ConfigError(f"{name} must be {wanted}; got {value}.")
-
-
-def temperature(t: Array | float) -> Rule:
-    """logits / t. The number 0 means greedy: the first of the largest logits keeps its value, all
-    others become -inf.
-
-    Raises:
-        ConfigError: for t below 0.
-    """
-    _require(lambda t: t >= 0, "The temperature", "0 (greedy) or above", t)
-    if isinstance(t, int | float) and t == 0:
-        return greedy
-    return lambda logits, counts: logits / jnp.asarray(t, logits.dtype)
-
-
-def greedy(logits: Array, counts: Array) -> Array:
-    """The first of the largest logits keeps its value, all others become -inf."""
-    return _keep(jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=bool), logits)
-
-
-def top_k(k: int) -> Rule:
-    """Keeps the k largest logits (of equal ones the first) and makes the others -inf. Fan 2018.
-
-    Raises:
-        ConfigError: for k below 1.
-    """
-    _require(lambda k: k >= 1, "k of top-k", "at least 1", k)
-
-    def rule(logits: Array, counts: Array) -> Array:
-        chosen = jax.lax.top_k(logits, min(k, logits.shape[-1]))[1]
-        return _keep(
-            jnp.put_along_axis(jnp.zeros(logits.shape, bool), chosen, True, axis=-1, inplace=False),
-            logits,
-        )
-
-    return rule
-
-
-def top_p(p: Array | float) -> Rule:
-    """Keeps the smallest set of most probable tokens whose probabilities add up to p or more.
-    Holtzman 2019, equation 3.
-
-    Raises:
-        ConfigError: for p outside (0, 1].
-    """
-    _require(lambda p: 0 < p <= 1, "p of top-p", "in (0, 1]", p)
-    if isinstance(p, int | float) and p == 1:
-        return lambda logits, counts: logits  # rounding in the sum would cut off the tail
-
-    def rule(logits: Array, counts: Array) -> Array:
-        order = jnp.argsort(logits, axis=-1, descending=True)
-        probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1))
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        # The most probable token is always in: 0 < p.
-        kept = (before < p).at[..., 0].set(True)
-        return _keep(
-            jnp.put_along_axis(jnp.zeros(logits.shape, bool), order, kept, axis=-1, inplace=False),
-            logits,
-        )
-
-    return rule
-
-
-def min_p(p: float) -> Rule:
-    """Keeps the tokens that are at least p times as probable as the most probable one. Nguyen 2024.
-
-    Raises:
-        ConfigError: for p outside (0, 1].
-    """
-    _require(lambda p: 0 < p <= 1, "p of min-p", "in (0, 1]", p)
-    return lambda logits, counts: _keep(
-        logits >= logits.max(-1, keepdims=True) + jnp.log(p).astype(logits.dtype), logits
-    )
-
-
-def repetition_penalty(r: float) -> Rule:
-    """Makes tokens that came before less likely: logit / r where it is positive and logit r where
-    it is negative.
-
-    Keskar 2019 (CTRL), section 4.1, whose logits are divided whatever their sign, which would
-    favour a repetition where they are negative.
-
-    Raises:
-        ConfigError: for r not above 0; 1 changes nothing.
-    """
-    _require(lambda r: r > 0, "The repetition penalty", "above 0", r)
-
-    def rule(logits: Array, counts: Array) -> Array:
-        penalised = jnp.where(logits > 0, logits / r, logits * r)
-        return jnp.where(counts > 0, penalised, logits)
-
-    return rule
-
-
-def compose(*rules: Rule) -> Rule:
-    """The rules one after the other, the first one first; without any, the logits as they are."""
-
-    def rule(logits: Array, counts: Array) -> Array:
-        for one in rules:
-            logits = one(logits, counts)
-        return logits
-
-    return rule
 
 
 def sampler(*rules: Rule) -> Choose:
@@ -154,29 +49,73 @@ def sampler(*rules: Rule) -> Choose:
 # --- generation -----------------------------------------------------------------------------------
 
 
-def check_length(length: int, context: int | None = None) -> None:
+def check_length(length: Any, context: int | None = None) -> None:
     """Refuse a sequence that the model has no room for.
 
     Raises:
         ConfigError: with what there is room for.
     """
-    if length >= 1 and (context is None or length <= context):
+    whole = isinstance(length, int | np.integer) and not isinstance(length, bool)
+    if whole and length >= 1 and (context is None or length <= context):
         return
     room = "at least 1" if context is None else f"from 1 to {context}, the model's context"
     raise ConfigError(f"The length must be {room}; got {length}.")
 
 
-def check_prompt(spec: DataSpec, n: int, prompt: Array) -> None:
-    """Refuse a prompt that does not hold events of the data for n sequences.
+def check_position(position: Any, context: int) -> None:
+    """Refuse a position that a model has no room for, where it is known.
 
     Raises:
-        ConfigError: with both shapes.
+        ConfigError: with both numbers.
+    """
+    at = known(position)
+    if at is not None and at >= context:
+        raise ConfigError(
+            f"Step {int(at) + 1} of a sequence is past the model's context of {context} steps: "
+            "begin anew, with the last steps as a prompt."
+        )
+
+
+def in_room(outputs: Array, position: Array, context: int) -> Array:
+    """The outputs of a position; NaN for one that the model has no room for. In a trace nobody can
+    refuse it, and a table would go on with its last row without a word.
+    """
+    return jnp.where(position < context, outputs, jnp.nan)
+
+
+def check_prompt(
+    spec: DataSpec, n: int, prompt: Any, prompt_length: Array | int | None = None
+) -> None:
+    """Refuse a prompt that does not hold events of the data for n sequences, in the steps that
+    count.
+
+    Raises:
+        ConfigError: with both shapes, or the value that is none of the data's.
     """
     event = spec.shape[1:]
     fits = prompt.ndim == len(event) + 2 and (prompt.shape[0], *prompt.shape[2:]) == (n, *event)
     if not fits:
         wanted = ", ".join(map(str, (n, "steps", *event)))
         raise ConfigError(f"The prompt must have the shape [{wanted}]; got {list(prompt.shape)}.")
+    if spec.kind == "tokens" and not jnp.issubdtype(prompt.dtype, jnp.integer):
+        raise ConfigError(f"The prompt must hold tokens, whole numbers; got {prompt.dtype}.")
+    whole = prompt.shape[1]
+    length = known(whole if prompt_length is None else prompt_length)
+    if length is None:
+        return
+    kept = np.arange(whole)[None] < np.reshape(length, (-1, 1))
+    check_values(spec, prompt, "The prompt", np.broadcast_to(kept, (n, whole)))
+
+
+def _checked_prompt(
+    spec: DataSpec, n: int, prompt: Any, prompt_length: Array | int | None
+) -> Array:
+    # Before jax makes int32 of what is larger than that.
+    given = prompt if hasattr(prompt, "dtype") else np.asarray(prompt)
+    if prompt_length is not None and given.ndim > 1:
+        check_prompt_length(prompt_length, n, given.shape[1])
+    check_prompt(spec, n, given, prompt_length)
+    return jnp.asarray(given)
 
 
 def prompted(
@@ -187,7 +126,7 @@ def prompted(
 
     Raises:
         ConfigError: for a prompt longer than n_steps, or a prompt_length (where it is no traced
-            value) longer than the prompt.
+            value) longer than the prompt, or not one number or one for each sequence.
     """
     if prompt is None:
         return None, jnp.zeros(n, jnp.int32)
@@ -196,11 +135,25 @@ def prompted(
         raise ConfigError(
             f"A prompt of {whole} steps does not fit into {n_steps}: shorten it or generate more."
         )
-    wanted = f"from 0 to the {whole} steps of the prompt"
-    _require(lambda m: 0 <= m <= whole, "prompt_length", wanted, prompt_length)
-    counts = jnp.asarray(whole if prompt_length is None else prompt_length, jnp.int32)
+    length = whole if prompt_length is None else prompt_length
+    check_prompt_length(length, n, whole)
+    counts = jnp.asarray(length, jnp.int32)
     padding = [(0, 0), (0, n_steps - whole)] + [(0, 0)] * (prompt.ndim - 2)
     return jnp.moveaxis(jnp.pad(prompt, padding), 1, 0), jnp.broadcast_to(counts, (n,))
+
+
+def check_prompt_length(length: Any, n: int, whole: int) -> None:
+    """Refuse lengths of prompts that are none.
+
+    Raises:
+        ConfigError: for another shape than [] or [n], or one outside of the prompt.
+    """
+    if jnp.shape(length) not in ((), (n,)):
+        raise ConfigError(
+            f"prompt_length must be one number or {n}; got shape {list(jnp.shape(length))}."
+        )
+    wanted = f"from 0 to the {whole} steps of the prompt"
+    require(lambda m: (m >= 0) & (m <= whole) & (m == np.floor(m)), "prompt_length", wanted, length)
 
 
 def settled(
@@ -344,10 +297,10 @@ def make_generate(
         steps = spec.shape[0] if length is None else length
         check_length(steps, context)
         if prompt is not None:
-            prompt = jnp.asarray(prompt)
-            check_prompt(spec, n, prompt)
+            prompt = _checked_prompt(spec, n, prompt, prompt_length)
         if guidance is not None:
             check_guidance(spec, guided)
+            require(np.isfinite, "guidance", "a finite number", guidance)
         dropped = jnp.zeros(n, bool)
         outputs, carry = begin(params, state, n, cond, dropped)
         if guidance is not None:
@@ -379,6 +332,31 @@ def make_generate(
 # --- beam search ----------------------------------------------------------------------------------
 
 
+class _Beams(NamedTuple):
+    """Sequences that a search keeps of each example, best first.
+
+    Attributes:
+        tokens: int32 [n, n_beams, n_steps].
+        log_prob: ln p(tokens) [n, n_beams]; -inf where there is no such sequence.
+        length: how many of the tokens count, int32 [n, n_beams].
+    """
+
+    tokens: Array
+    log_prob: Array
+    length: Array
+
+
+def _best(beams: _Beams, k: int, penalty: Array | float) -> _Beams:
+    """The k best of some sequences, of equal ones the first."""
+    over = ((5 + beams.length) / 6).astype(beams.log_prob.dtype)
+    rank = beams.log_prob / over ** jnp.asarray(penalty, over.dtype)
+    # What does not exist stays last, whatever a penalty makes of an infinity.
+    rank = jnp.where(jnp.isneginf(beams.log_prob), -jnp.inf, rank)
+    chosen = jax.lax.top_k(rank, k)[1]
+    rows = jnp.arange(len(chosen), dtype=chosen.dtype)[:, None]
+    return jax.tree.map(lambda leaf: leaf[rows, chosen], beams)
+
+
 def beam_search(
     advance: Advance,
     outputs: Array,
@@ -386,15 +364,17 @@ def beam_search(
     n_beams: int,
     n_steps: int,
     end: int | None = None,
-    length_penalty: float = 0.0,
+    length_penalty: Array | float = 0.0,
 ) -> tuple[Array, Array]:
-    """The n_beams best sequences that a search of that width finds: tokens int32 [n, n_beams,
-    n_steps] and ln p(tokens).
+    """The n_beams best sequences that a search of that width finds, best first: tokens int32 [n,
+    n_beams, n_steps] and ln p(tokens).
 
-    At every step the beams with the largest ln p / ((5 + length) / 6)^length_penalty are kept,
-    `length` counting the end token (Wu 2016, equation 14, without its coverage). They come best
-    first. With n_beams >= V^(n_steps - 1) nothing is cut off before its time, and the search is
-    exhaustive; beams beyond the number of sequences have ln p = -inf.
+    The best are those with the largest ln p / ((5 + length) / 6)^length_penalty, `length` counting
+    the end token (Wu 2016, equation 14, without its coverage). At every step the n_beams best
+    sequences that have not ended are kept, and apart from them the n_beams best of all that have:
+    one that ended never makes way for one that goes on, nor the other way round. What is returned
+    is the best of both after n_steps. With n_beams >= V^(n_steps - 1) nothing is cut off before its
+    time, and the search is exhaustive; beams beyond the number of sequences have ln p = -inf.
 
     `outputs` [n, V] are logits and `carry` that of n examples, but `advance` gets n * n_beams of
     them, the beams of one example next to each other: whatever else depends on the example, such as
@@ -405,51 +385,64 @@ def beam_search(
         in nats, not penalised.
 
     Raises:
-        ConfigError: for n_beams below 1.
+        ConfigError: for n_beams or n_steps below 1, an end that is no token, or a penalty that is
+            not finite.
     """
-    _require(lambda n: n >= 1, "n_beams", "at least 1", n_beams)
     n, levels = outputs.shape
+    require_whole("n_beams", n_beams)
+    require_whole("n_steps", n_steps)
+    if end is not None:
+        require(lambda e: (e >= 0) & (e < levels), "end", f"a token, 0 to {levels - 1}", end)
+    require(np.isfinite, "length_penalty", "finite", length_penalty)
 
     def each(leaf: Array) -> Array:
         return leaf if jnp.ndim(leaf) == 0 else jnp.repeat(leaf, n_beams, axis=0)
 
     outputs, carry = jnp.repeat(outputs, n_beams, axis=0), jax.tree.map(each, carry)
     rows = jnp.arange(n, dtype=jnp.int32)[:, None]
+    dtype = wide(outputs).dtype
+    ends = jnp.zeros(levels, bool) if end is None else jnp.arange(levels) == end
 
-    def extend(beams: Any, outputs: Array, t: Array | int) -> tuple[Any, Array]:
-        """The best beams with one token more, and from which of the n * n_beams beams each
-        comes.
+    def extend(
+        live: _Beams, ended: _Beams, outputs: Array, t: Array | int
+    ) -> tuple[_Beams, _Beams, Array]:
+        """The best with one token more, those that go on and those that ended; and from which of
+        the n * n_beams beams each of the first comes.
         """
-        tokens, log_prob, length, ended = beams
-        step = jax.nn.log_softmax(outputs).reshape(n, n_beams, levels)
-        if end is not None:
-            free = jnp.where(jnp.arange(levels) == end, 0.0, -jnp.inf).astype(step.dtype)
-            step = jnp.where(ended[..., None], free[None, None], step)
-        total = log_prob[..., None] + step
-        after = length + jnp.where(ended, 0, 1)
-        rank = total / (((5 + after) / 6).astype(total.dtype) ** length_penalty)[..., None]
-        chosen = jax.lax.top_k(rank.reshape(n, -1), n_beams)[1]
+        step = jax.nn.log_softmax(wide(outputs)).reshape(n, n_beams, levels)
+        total = live.log_prob[..., None] + step
+        going = jnp.where(ends[None, None], -jnp.inf, total).reshape(n, -1)
+        chosen = jax.lax.top_k(going, n_beams)[1]  # all of one length, so of one penalty
         parent, token = chosen // levels, (chosen % levels).astype(jnp.int32)
-        ended = ended[rows, parent] | (False if end is None else token == end)
-        tokens = jax.lax.dynamic_update_index_in_dim(tokens[rows, parent], token, t, axis=2)
-        beams = (tokens, total.reshape(n, -1)[rows, chosen], after[rows, parent], ended)
-        return beams, (parent + rows * n_beams).reshape(-1)
+        longer = jax.lax.dynamic_update_index_in_dim(live.tokens[rows, parent], token, t, axis=2)
+        new = _Beams(longer, going[rows, chosen], live.length + 1)
+        if end is not None:
+            tokens = live.tokens.at[:, :, t].set(end)
+            just = _Beams(tokens, total[..., end], live.length + 1)
+            both = jax.tree.map(lambda *two: jnp.concatenate(two, axis=1), ended, just)
+            ended = _best(both, n_beams, length_penalty)
+        return new, ended, (parent + rows * n_beams).reshape(-1)
 
     def step(loop: Any, t: Array) -> tuple[Any, None]:
-        beams, carry, parent = loop
+        live, ended, carry, parent = loop
         carry = jax.tree.map(lambda leaf: leaf if jnp.ndim(leaf) == 0 else leaf[parent], carry)
-        outputs, carry = advance(carry, beams[0][:, :, t - 1].reshape(-1))
-        beams, parent = extend(beams, outputs, t)
-        return (beams, carry, parent), None
+        outputs, carry = advance(carry, live.tokens[:, :, t - 1].reshape(-1))
+        live, ended, parent = extend(live, ended, outputs, t)
+        return (live, ended, carry, parent), None
 
     # All beams of an example are alike at first, so all but one of them are out of the running.
-    alone = jnp.where(jnp.arange(n_beams) == 0, 0.0, -jnp.inf).astype(outputs.dtype)
-    shape = (n, n_beams)
-    empty = (jnp.zeros((*shape, n_steps), jnp.int32), jnp.broadcast_to(alone, shape))
-    beams, parent = extend(
-        (*empty, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool)), outputs, 0
+    alone = jnp.where(jnp.arange(n_beams) == 0, 0.0, -jnp.inf).astype(dtype)
+    shape, nothing = (n, n_beams), jnp.zeros((n, n_beams, n_steps), jnp.int32)
+    none = jnp.full(shape, -jnp.inf, dtype)
+    live = _Beams(nothing, jnp.broadcast_to(alone, shape), jnp.zeros(shape, jnp.int32))
+    ended = _Beams(nothing, none, jnp.ones(shape, jnp.int32))
+    live, ended, parent = extend(live, ended, outputs, 0)
+    (live, ended, _, _), _ = jax.lax.scan(
+        step, (live, ended, carry, parent), jnp.arange(1, n_steps, dtype=jnp.int32)
     )
-    (beams, _, _), _ = jax.lax.scan(
-        step, (beams, carry, parent), jnp.arange(1, n_steps, dtype=jnp.int32)
-    )
-    return beams[0], beams[1]
+    both = jax.tree.map(lambda *two: jnp.concatenate(two, axis=1), ended, live)
+    found = _best(both, n_beams, length_penalty)
+    if end is None:
+        return found.tokens, found.log_prob
+    over = jnp.cumsum(found.tokens == end, axis=-1) > 0
+    return jnp.where(over, jnp.int32(end), found.tokens), found.log_prob

@@ -12,14 +12,14 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from genjax.checks import check_cond, check_key
-from genjax.errors import ConfigError
+from genjax.checks import check_cond, check_key, check_real
+from genjax.errors import ConfigError, DataError
 from genjax.parts.guidance import guided
 from genjax.parts.ode_likelihood import LIKELIHOOD_SOLVERS, likelihood_in_words, ode_log_prob
 from genjax.parts.paths import Denoise, Path, coefficients, prior
 from genjax.parts.solvers import GRIDS, SOLVERS
 from genjax.protocol import Array, DataSpec, Denoiser, Key, Params, SampleFn, State
-from genjax.settings import Count, Finite, OneOf, Settings, Whole, check_fields
+from genjax.settings import Finite, Often, OftenOrNot, OneOf, Settings, check_fields
 
 # --- settings -------------------------------------------------------------------------------------
 
@@ -37,7 +37,7 @@ class Sampling(Settings):
     """
 
     solver: Annotated[str, OneOf(tuple(SOLVERS))] = "heun"
-    n_steps: Count = 50
+    n_steps: Often = 50
     grid: Annotated[str, OneOf(tuple(GRIDS))] = "uniform"
     guidance: Finite | None = None
 
@@ -55,8 +55,8 @@ class OdeLikelihood(Settings):
     """
 
     likelihood_solver: Annotated[str, OneOf(LIKELIHOOD_SOLVERS)] = "rk4"
-    n_likelihood_steps: Count = 50
-    n_probes: Whole = 0
+    n_likelihood_steps: Often = 50
+    n_probes: OftenOrNot = 0
 
     @property
     def in_words(self) -> str:
@@ -76,6 +76,19 @@ def check_events(spec: DataSpec, family: str) -> None:
     raise ConfigError(
         f"{family} models vectors and images; {spec.name} are {found}. Use a sequence family."
     )
+
+
+def check_noised(spec: DataSpec, x_t: Any, t: Any, dropped: Any = None) -> None:
+    """Refuse what is no noisy event, no time, or not one time or choice for each event.
+
+    Raises:
+        DataError, TypeError: with the shape that was wanted, or for values that are not finite.
+    """
+    check_real(x_t, (None, *spec.shape), f"x_t of {spec.name}")
+    n = x_t.shape[0]
+    check_real(t, (n,) if jnp.ndim(t) else (), "t")
+    if dropped is not None and (jnp.shape(dropped) != (n,) or dropped.dtype != bool):
+        raise DataError(f"`dropped` must be bool [{n}]; got {dropped.dtype}{list(dropped.shape)}.")
 
 
 # --- a model --------------------------------------------------------------------------------------
@@ -186,6 +199,7 @@ def denoiser_of(model: NoiseToData, sampling: Sampling) -> Denoiser:
         cond: Any = None,
         dropped: Array | None = None,
     ) -> Array:
+        check_noised(model.spec, x_t, t, dropped)
         check_cond(model.spec, cond, x_t.shape[0])
         return model.denoise(params, cond, dropped)(x_t, t)
 

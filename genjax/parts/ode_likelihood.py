@@ -19,7 +19,7 @@ from genjax.parts.solvers import (
     ode_field,
     runge_kutta_step,
 )
-from genjax.protocol import Array, Key
+from genjax.protocol import Array, Key, PyTree
 
 LIKELIHOOD_SOLVERS = (*TABLEAUS, "adaptive")
 
@@ -36,7 +36,7 @@ def _flat(x: Array) -> Array:
     return x.reshape(x.shape[0], -1)
 
 
-def _with_divergence(field: Field, probes: Array | None) -> Field:
+def with_divergence(field: Field, probes: Array | None) -> Field:
     """(x [n, *event], t) -> dx/dt and its divergence [n]: exact, one derivative a dimension, or by
     probes [P, n, *event].
     """
@@ -59,6 +59,30 @@ def _with_divergence(field: Field, probes: Array | None) -> Field:
         return rate, jnp.sum(diagonal, axis=0)
 
     return both
+
+
+def carried(
+    field: Field,
+    start: PyTree,
+    times: Array,
+    solver: str,
+    tolerance: float = TOLERANCE,
+    remat: bool = False,
+) -> PyTree:
+    """y at times[-1] of the ODE dy/dt = field(y, t) that begins with `start` at times[0].
+
+    `solver` is one of LIKELIHOOD_SOLVERS; "adaptive" takes only the ends of `times` and keeps to
+    the tolerance. With `remat` the insides of a step are computed again on the way back.
+    """
+    if solver == "adaptive":
+        return integrate(field, start, times, tolerance, every=False)
+    tableau = TABLEAUS[solver]
+
+    def step(y: PyTree, at: tuple[Array, Array]) -> tuple[PyTree, None]:
+        return runge_kutta_step(tableau, field, y, *at), None
+
+    one = jax.checkpoint(step, prevent_cse=False) if remat else step
+    return jax.lax.scan(one, start, (times[:-1], times[1:]))[0]
 
 
 def ode_log_prob(
@@ -111,17 +135,9 @@ def ode_log_prob(
     drawn = None
     if key is not None and probes:
         drawn = jax.random.rademacher(key, (probes, *x.shape), x.dtype)
-    field = _with_divergence(ode_field(denoise, path, x.dtype), drawn)
+    field = with_divergence(ode_field(denoise, path, x.dtype), drawn)
     backwards = jnp.asarray(times, x.dtype)[::-1]
     start = (x, jnp.zeros(x.shape[0], x.dtype))
-    if solver == "adaptive":
-        x_start, gained = integrate(field, start, backwards, tolerance, every=False)
-    else:
-        tableau = TABLEAUS[solver]
-
-        def step(y: tuple[Array, Array], at: tuple[Array, Array]) -> tuple[tuple, None]:
-            return runge_kutta_step(tableau, field, y, *at), None
-
-        (x_start, gained), _ = jax.lax.scan(step, start, (backwards[:-1], backwards[1:]))
+    x_start, gained = carried(field, start, backwards, solver, tolerance)
     log_scale = jnp.log(prior(path)).astype(x.dtype)
     return sum_event(normal_log_prob(_flat(x_start), 0.0, log_scale)) + gained

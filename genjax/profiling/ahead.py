@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from genjax.errors import ConfigError
 from genjax.learning.sharding import batch_spec_of, layout, make_mesh, shard
 from genjax.profiling.measure import step_shapes, training_of
+from genjax.profiling.room import program_memory
 from genjax.protocol import Trained
 from genjax.zoo.recipe import Recipe
 
@@ -118,11 +119,7 @@ def compile_for(
     program = jax.jit(t.step, donate_argnums=0).lower(state, batch).compile()
     seconds = time.perf_counter() - begin
     found: Any = program.cost_analysis()
-    memory: Any = program.memory_analysis()
     flops, optimal = float(found["flops"]), float(found["optimal_seconds"])
-    # Results that are stored in arguments (alias) need no room of their own.
-    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
     kind = devices[0].device_kind
     peak, capacity = CHIPS[kind]
     return Compiled(
@@ -131,7 +128,7 @@ def compile_for(
         compile_seconds=seconds,
         flops=flops,
         bytes_accessed=float(found["bytes accessed"]),
-        memory=needed,
+        memory=program_memory(program),
         capacity=capacity,
         optimal_seconds=optimal,
         share_of_peak=flops / optimal / peak,

@@ -9,15 +9,19 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from genjax.data import example_batch
 from genjax.learning.transforms import compiled
+from genjax.profiling.room import check_program, check_training
 from genjax.protocol import Batch, DataSpec, Trained, Training, TrainState
+from genjax.settings import Within, check_setting
 from genjax.zoo.recipe import Recipe
+
+Seconds = Annotated[float, Within(0, 3600, above=True)]
 
 # What is read of a compiled program's text.
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
@@ -202,14 +206,21 @@ def step_cost(recipe: Recipe, budget: float = 5.0, on: Trained | None = None) ->
         recipe: what to measure.
         budget: seconds to spend on the time.
         on: the first stage of a recipe that stands on one.
+
+    Raises:
+        ConfigError: for a budget that is no time to wait.
+        MemoryExhausted: for a step that does not fit; it is not run.
     """
+    check_setting("seconds", budget, Seconds)
     t, spec = training_of(recipe, on)
     t, batch_size = compiled(t), recipe.schedule.batch_size
+    check_training(t, jax.random.key(0), spec, batch_size)
+    start = time.perf_counter()
+    program = step_program(t, spec, batch_size)
+    compile_seconds = time.perf_counter() - start
+    check_program(program, f"A step of {batch_size} examples")
     batch = jax.jit(partial(example_batch, spec), static_argnums=1)(jax.random.key(1), batch_size)
     state = t.init(jax.random.key(0))
-    start = time.perf_counter()
-    program = jax.jit(t.step, donate_argnums=0).lower(state, batch).compile()
-    compile_seconds = time.perf_counter() - start
     flops, temporary = cost_of(program)
     peak = matmul_peak()
     seconds = statistics.median(seconds_per_call(stepper(program, state, batch), budget))

@@ -18,14 +18,16 @@ import dataclasses
 import json
 import os
 import platform
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from genjax.errors import ConfigError, DataError, replacing
+from genjax.errors import ConfigError, DataError, reading, replacing
 from genjax.protocol import DataSpec
+from genjax.runs.json_text import dumps
 from genjax.settings import check_fields
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import Recipe, config_hash, flatten, from_dict, to_dict
@@ -33,13 +35,13 @@ from genjax.zoo.sections import settings_of
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write JSON, whole or not at all.
+    """Write JSON, whole or not at all; null stands for NaN and infinity, which JSON has not.
 
     Raises:
         CheckpointError: if the disk does not take it; what was there before stays.
     """
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n")
+        temporary.write_text(dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def environment() -> dict[str, Any]:
@@ -69,14 +71,9 @@ def open_folder(folder: Path, values: dict[str, Any]) -> None:
             is no run.
         CheckpointError: if it cannot be written.
     """
-    path = folder / "config.json"
-    if not path.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(
-                f"{folder} exists and is not a run folder; nothing was written. Give another one "
-                "with --out."
-            )
-        write_json(path, values)
+    check_folder(folder)
+    if not is_there(folder / "config.json"):
+        write_json(folder / "config.json", values)
         return
     old, new = flatten(completed(read_config(folder))), flatten(values)
     if old == new:
@@ -91,6 +88,49 @@ def open_folder(folder: Path, values: dict[str, Any]) -> None:
         f"{folder} holds a run with other settings; nothing was changed:\n{''.join(lines)}"
         "Give the same settings to go on with it, or another folder with --out."
     )
+
+
+# What may lie in a folder before its settings do, where a process was killed: see `lock` and
+# `errors.replacing`.
+_OURS = re.compile(r"\.lock|\.[0-9a-f]{16}\.part")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that has something else than a run in it, before anything is written there.
+
+    Raises:
+        ConfigError: for such a folder, or one that cannot be read.
+    """
+    if is_there(folder / "config.json"):
+        return
+    with reading(folder, ConfigError):
+        try:
+            names = os.listdir(folder)
+        except FileNotFoundError:
+            return
+        except NotADirectoryError:
+            names = [""] if folder.exists() else []  # else a file stands above it, which is said
+    if all(_OURS.fullmatch(name) for name in names):
+        return
+    raise ConfigError(
+        f"{folder} exists and is not a run folder; nothing was written. Give another one with "
+        "--out."
+    )
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is something of that name. `Path.exists` takes what it may not look at for
+    missing, in some versions.
+
+    Raises:
+        ConfigError: if it cannot be known, as in a folder that may not be read.
+    """
+    with reading(path, ConfigError):
+        try:
+            os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+    return True
 
 
 def completed(values: dict[str, Any]) -> dict[str, Any]:
@@ -112,22 +152,24 @@ def read_config(folder: Path) -> dict[str, Any]:
         ConfigError: if there are none, or they are no JSON.
     """
     path = folder / "config.json"
-    if not path.is_file():
+    if not is_there(path) or not path.is_file():
         raise ConfigError(
             f"{folder} is not a run folder: it has no config.json. `genjax train NAME` makes one."
         )
-    return _read_json(path)
+    return read_json(path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file that may hold anything.
 
     Raises:
-        ConfigError: for anything else.
+        ConfigError: for anything else, or a file that cannot be read, which is another message.
     """
+    with reading(path, ConfigError):
+        raw = path.read_bytes()
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        values = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         reason = "too deep" if isinstance(error, RecursionError) else error
         raise ConfigError(f"{path} is damaged: expected JSON, found {reason}.") from None
     if not isinstance(values, dict):
@@ -176,11 +218,11 @@ def read_spec(folder: Path) -> DataSpec | None:
         ConfigError: for a damaged file.
     """
     path = folder / "spec.json"
-    if not path.exists():
+    if not is_there(path):
         return None
     if not path.is_file():
         raise ConfigError(f"{path} is damaged: expected a file.")
-    values = _read_json(path)
+    values = read_json(path)
     try:
         if not isinstance(values.get("shape"), list):
             raise TypeError(f"shape must be a list; found {values.get('shape')!r:.80}")
@@ -212,7 +254,8 @@ def default_folder(recipe: Recipe, row: Recipe, prefix: str = "", **more: Any) -
         for name, value in [*sorted(changed.items()), *more.items()]
     ]
     suffix = ",".join(parts)
-    if len(suffix) > 100:
+    # A name has at most 255 bytes; and one with line ends and the like is no name for a person.
+    if len(os.fsencode(suffix)) > 100 or not suffix.isprintable():
         suffix = config_hash(to_dict(recipe) | more)
     return Path("runs") / (prefix + recipe.name + (f",{suffix}" if suffix else ""))
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from genjax.data import Source
 from genjax.errors import CheckpointError, ConfigError, DataError, regular_file
-from genjax.runs.folder import completed, write_json
+from genjax.runs.folder import completed, is_there, read_json, write_json
 from genjax.spec import DataSpec
 
 FILE = "data.json"
@@ -32,7 +32,13 @@ def files_of(source: Source, known: Sequence[Mapping[str, Any]] = ()) -> list[di
     Raises:
         DataError: for a file that cannot be read.
     """
-    return [file_of(os.path.abspath(path), known) for path in source.files]
+    found = [file_of(os.path.abspath(path), known) for path in source.files]
+    if source.contents is not None:
+        path, sha256 = source.contents
+        nothing = {"size": 0, "mtime_ns": 0, "ctime_ns": 0}
+        where = os.path.abspath(path) if os.path.exists(path) else path
+        found.append({"path": where, **nothing, "sha256": sha256})
+    return found
 
 
 def file_of(path: str, known: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
@@ -75,7 +81,8 @@ def check_files(
 
 
 def _told(one: Mapping[str, Any]) -> str:
-    return f"{one['path']}, {one['size']:,} bytes, SHA-256 {one['sha256'][:12]}"
+    size = f", {one['size']:,} bytes" if one["size"] else ""
+    return f"{one['path']}{size}, SHA-256 {one['sha256'][:12]}"
 
 
 def keep_files(folder: Path, files: Sequence[Mapping[str, Any]]) -> None:
@@ -100,15 +107,16 @@ def read_files(folder: Path) -> list[dict[str, Any]] | None:
         ConfigError: for a damaged file.
     """
     path = folder / FILE
-    if not path.is_file():
+    if not is_there(path) or not path.is_file():
         return None
+    values = read_json(path)
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        files = values["files"]
         kinds = {"path": str, "size": int, "mtime_ns": int, "ctime_ns": int, "sha256": str}
         for one in files:
             if not all(type(one[name]) is kind for name, kind in kinds.items()):
                 raise TypeError(f"found {one}")
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{path} is damaged: {type(error).__name__} {error}.") from error
     return files
 

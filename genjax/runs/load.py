@@ -1,6 +1,7 @@
 """A run that is there: its model with the parameters of its last checkpoint, and samples of it."""
 
 import dataclasses
+import functools
 import os
 import sys
 from pathlib import Path
@@ -10,15 +11,22 @@ import jax
 import numpy as np
 
 from genjax.checks import check_cond
-from genjax.data import SOURCES, Source
+from genjax.data import MEMORY, SOURCES, Source
 from genjax.data.labels import condition_of
 from genjax.errors import CheckpointError, ConfigError, DataError, GenjaxError
 from genjax.learning.checkpoint import Checkpoints
+from genjax.learning.memory import explained, fetched
 from genjax.learning.step import eval_params
 from genjax.protocol import Key, Model, Params, State
 from genjax.runs import samples
 from genjax.runs.folder import check_spec, read_config, read_spec
-from genjax.runs.identity import check_files, check_settings, file_of, read_files
+from genjax.runs.identity import (
+    check_files,
+    check_settings,
+    file_of,
+    files_of,
+    read_files,
+)
 from genjax.runs.stages import kept
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import Recipe, from_dict
@@ -87,7 +95,7 @@ def load(folder: Path, **changes: Any) -> Loaded:
     if files is None or [one["sha256"] for one in now or ()] == [one["sha256"] for one in files]:
         files = now  # which says where they were last
     model = recipe.build(on, **changes)
-    if files and len(files) == 1:
+    if files and len(files) == 1 and data.data != MEMORY:
         data = dataclasses.replace(data, data=files[0]["path"])
     params = eval_params(state)
     return Loaded(folder, recipe, data, model, params, state.state, int(state.step), files)
@@ -100,6 +108,8 @@ def source_of(run: Loaded) -> Source:
         ConfigError, DataError: for data that are no longer there, or changed since; with what to
             do.
     """
+    if run.data.data == MEMORY:
+        return run.data.source()  # which says so
     advice = f"`genjax evaluate {run.folder} --data PATH` scores other data of the same kind."
     for one in run.files or ():
         if not os.path.exists(one["path"]):
@@ -107,11 +117,14 @@ def source_of(run: Loaded) -> Source:
                 f"{one['path']}, which {run.folder} was trained on, is not there. Bring it back; "
                 f"or {advice}"
             )
-    if run.files:
-        known = read_files(run.folder) or run.files
+    known, advice = read_files(run.folder) or (), f"Bring the old data back; or {advice}"
+    if run.files and all(os.path.isfile(one["path"]) for one in run.files):
+        # Before they are opened: a changed file may not even be readable any more.
         now = [file_of(one["path"], known) for one in run.files]
-        check_files(now, run.files, run.folder, f"Bring the old data back; or {advice}")
+        check_files(now, run.files, run.folder, advice)
     source = run.data.source()
+    if run.files:
+        check_files(files_of(source, known), run.files, run.folder, advice)
     check_spec(source.spec, run.model.spec, run.folder)
     return source
 
@@ -156,7 +169,13 @@ def sample(
             raise ConfigError(
                 f"{run.recipe.name} has no means of p(x|z) to show; sample without --means."
             )
-        draw = jax.jit(latent.sample_mean, static_argnums=3)
-        return np.asarray(draw(run.params, run.state, key, n, cond))
+        drawn = latent.sample_mean
+    else:
+        drawn = run.model.sample
     make = samples.film if film else samples.draw
-    return make(run.model, run.params, run.state, key, n, cond, how or samples.Decoding())
+    program = functools.partial(drawn, n=n, cond=cond)
+    with explained(lambda: f"for {n} samples", lambda: (program, (run.params, run.state, key))):
+        if means:
+            draw = jax.jit(drawn, static_argnums=3)
+            return fetched(draw(run.params, run.state, key, n, cond))
+        return make(run.model, run.params, run.state, key, n, cond, how or samples.Decoding())

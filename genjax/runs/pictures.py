@@ -2,7 +2,6 @@
 without a display.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from genjax.data.view import as_image, view_of
 from genjax.errors import replacing
 from genjax.protocol import DataSpec
+from genjax.runs.json_text import metrics_in
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -181,7 +181,10 @@ def samples(
     if view == "image":
         return _by_class(x, spec, title, labels)
     if view == "points":
-        return scatter(x, log_prob, title)
+        picture = scatter(x, log_prob, title)
+        if spec.columns is not None:
+            picture.axes[0].set(xlabel=spec.columns[0], ylabel=spec.columns[1])
+        return picture
     if view == "vectors":
         return histograms(x, spec, title)
     return None if view == "nothing" else sequences(x, spec, title)
@@ -199,7 +202,8 @@ def histograms(x: np.ndarray, spec: DataSpec, title: str = "", at_most: int = 12
         if spec.top is not None and spec.top < 64:
             bins = np.arange(spec.top + 2) - 0.5
         axes.hist(x[:, index], bins=bins, color=COLORS[0])
-        axes.set_title(f"column {index}", fontsize=8)
+        called = f"column {index}" if spec.columns is None else spec.columns[index]
+        axes.set_title(called, fontsize=8)
         axes.set_yticks([])
         axes.tick_params(labelsize=7)
     more = f" (the first {shown} of {x.shape[1]} columns)" if shown < x.shape[1] else ""
@@ -395,11 +399,7 @@ def _draw_curves(axes: Any, lines: Sequence[dict[str, Any]], names: Sequence[str
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that was cut short by a crash is left out."""
-    lines = []
-    for text in Path(path).read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+    """The lines of a metrics.jsonl in the order of their steps; what is no line of metrics, such as
+    a last one that was cut short by a crash, is left out.
+    """
+    return metrics_in(Path(path).read_bytes())[0]

@@ -2,6 +2,7 @@
 is asked for them.
 """
 
+import csv
 import dataclasses
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,7 @@ import numpy as np
 from genjax.data import Source, decode, encode, midi
 from genjax.data.view import View, view_of
 from genjax.errors import ConfigError, replacing
+from genjax.learning.memory import fetched
 from genjax.parts import decoding
 from genjax.protocol import Array, Autoregressive, Batch, DataSpec, Key, Model, Params, State
 from genjax.runs import pictures
@@ -129,7 +131,7 @@ def draw(
     """
     asked = how.asked()
     if not asked:
-        return np.asarray(jax.jit(model.sample, static_argnums=3)(params, state, key, n, cond))
+        return fetched(jax.jit(model.sample, static_argnums=3)(params, state, key, n, cond))
     if model.denoiser is not None:
         return _solved(model, params, state, key, n, cond, how, every=False)
     if model.autoregressive is None:
@@ -186,7 +188,7 @@ def _solved(
             f"{model.spec.name} goes from noise to data and takes {_flags(takes)}."
         )
     generate = partial(model.denoiser.generate, every=every, **asked)
-    return np.asarray(jax.jit(generate, static_argnums=3)(params, state, key, n, cond))
+    return fetched(jax.jit(generate, static_argnums=3)(params, state, key, n, cond))
 
 
 def _check_steps(model: Model, how: Decoding) -> None:
@@ -250,14 +252,14 @@ def _stepwise(
         return _beyond(go_on, key, text, record.context, length)
     program = jax.jit(partial(generate, length=how.length))
     if given is None:
-        return np.asarray(program(params, state, key, cond=cond))
+        return fetched(program(params, state, key, cond=cond))
     if len(given) > length:
         raise ConfigError(
             f"The prompt has {len(given)} {spec.step}s, and only {length} fit. Shorten it, or give "
             "--length."
         )
     prompt, counts = _padded_prompt(np.tile(given[None], (n, 1)), length)
-    return np.asarray(program(params, state, key, cond=cond, prompt=prompt, prompt_length=counts))
+    return fetched(program(params, state, key, cond=cond, prompt=prompt, prompt_length=counts))
 
 
 def _padded_prompt(text: np.ndarray, length: int) -> tuple[Array, Array]:
@@ -282,7 +284,7 @@ def _beyond(
         kept = text if text.shape[1] < context else text[:, -(context // 2) :]
         prompt, counts = _padded_prompt(kept, context)
         new = go_on(jax.random.fold_in(key, index), prompt=prompt, prompt_length=counts)
-        text = np.concatenate([text, np.asarray(new)[:, kept.shape[1] :]], axis=1)
+        text = np.concatenate([text, fetched(new)[:, kept.shape[1] :]], axis=1)
         index += 1
     return text[:, :length]
 
@@ -301,6 +303,7 @@ def _beams(
     assert begin is not None  # `_check_steps` has looked
     assert further is not None
     steps, end = how.length or model.spec.shape[0], model.spec.end
+    decoding.check_length(steps, record.context)
 
     @jax.jit
     def search(params: Params, state: State, cond: Any, repeated: Any) -> Array:
@@ -311,7 +314,7 @@ def _beams(
         return decoding.beam_search(advance, outputs, carry, n_beams, steps, end=end)[0][:, 0]
 
     repeated = None if cond is None else np.repeat(cond, n_beams, axis=0)
-    return np.asarray(search(params, state, cond, repeated))
+    return fetched(search(params, state, cond, repeated))
 
 
 # --- showing --------------------------------------------------------------------------------------
@@ -353,10 +356,27 @@ def show(
         path = stem.with_name(stem.name + ".txt")
         separator = "\n" if spec.end is not None else f"\n{'-' * 40}\n"
         with replacing(path) as temporary:
-            temporary.write_text(separator.join(texts(x, spec, labels)) + "\n")
+            text = separator.join(texts(x, spec, labels)) + "\n"
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         return [path]
     picture = pictures.samples(x, spec, title, log_prob, labels)
-    return [] if picture is None else [pictures.save(picture, stem.with_name(stem.name + ".png"))]
+    if picture is None:
+        return []
+    written = [pictures.save(picture, stem.with_name(stem.name + ".png"))]
+    if spec.columns is not None and len(spec.shape) == 1:
+        written.append(_table(x, spec, stem.with_name(stem.name + ".csv"), labels))
+    return written
+
+
+def _table(x: np.ndarray, spec: DataSpec, path: Path, labels: np.ndarray | None) -> Path:
+    """Write vectors [n, D] as a table with the names of their columns, and of their classes."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*(spec.columns or ()), *["class"] * (labels is not None)])
+        for index, row in enumerate(x.tolist()):
+            named = [] if labels is None else [class_name(spec, labels[index])]
+            writer.writerow([*row, *named])
+    return path
 
 
 def show_film(

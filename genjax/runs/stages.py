@@ -41,16 +41,16 @@ class Opened(NamedTuple):
     first: dict[str, Any] | None = None
 
 
-def opened(recipe: Recipe) -> Opened:
-    """The data that a recipe names, or the run.
+def opened(recipe: Recipe, source: Source | None = None) -> Opened:
+    """The data that a recipe names, or the run; or a source that is given.
 
     Raises:
         ConfigError: for a run that is not there, is not finished, or is a sweep.
         CheckpointError: for one without a whole checkpoint.
         DataError: see `Recipe.source`.
     """
-    if not is_run(recipe.data):
-        source = recipe.source()
+    if source is not None or not is_run(recipe.data):
+        source = source or recipe.source()
         return Opened(source.spec, source, recipe)
     folder = Path(recipe.data)
     if not (folder / "config.json").is_file():

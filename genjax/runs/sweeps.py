@@ -2,9 +2,10 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,14 +18,21 @@ from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.loop import Progress, choose_feed, fit
 from genjax.learning.members import Mode, ensemble, grid, sweep
 from genjax.learning.step import eval_params
+from genjax.profiling.room import check_training
 from genjax.protocol import Array, Batch, Key, Params, State, Training, TrainState
-from genjax.runs.folder import environment, open_folder, write_json
+from genjax.runs.folder import check_folder, environment, open_folder, write_json
 from genjax.runs.identity import check_note, files_of, keep_files, note_of, read_files
+from genjax.runs.lock import locked
 from genjax.runs.log import logging_in
+from genjax.runs.smaller import fitting, widest
 from genjax.runs.stages import Opened, opened
 from genjax.runs.train import VALID_SEED, about_data, go_on
+from genjax.settings import Within, check_setting
 from genjax.zoo.recipe import Recipe, config_hash, to_dict
 from genjax.zoo.sections import replace, settings_of
+
+Seeds = Annotated[int, Within(1, 10_000)]
+TRACED = ("model", "optimizer")  # what a program is made of; the data are read before it
 
 
 def check_axes(recipe: Recipe, axes: Mapping[str, Sequence[float]]) -> None:
@@ -34,7 +42,8 @@ def check_axes(recipe: Recipe, axes: Mapping[str, Sequence[float]]) -> None:
         ConfigError: for a setting that does not exist or is not a real number: only those can
             differ within one program.
     """
-    real = {name: one for name, one in settings_of(recipe).items() if _is_real(one.hint)}
+    settings = settings_of(recipe).items()
+    real = {name: one for name, one in settings if _is_real(one.hint) and one.field in TRACED}
     known = {*real, *(setting.full for setting in real.values())}
     for name, values in axes.items():
         if name not in known:
@@ -44,6 +53,19 @@ def check_axes(recipe: Recipe, axes: Mapping[str, Sequence[float]]) -> None:
             )
         if not values:
             raise ConfigError(f"--{name.replace('_', '-')} has no values to sweep over.")
+
+
+def check_values(recipe: Recipe, axes: Mapping[str, Sequence[float]], stage: Opened) -> None:
+    """Refuse values that a setting cannot have: within the program they are traced, and nobody sees
+    them.
+
+    Raises:
+        ConfigError: from the settings and the builder.
+    """
+    recipe.build(stage.on)
+    for name, values in axes.items():
+        for value in values:
+            replace(recipe, **{name: value}).build(stage.on)
 
 
 def _is_real(hint: Any) -> bool:
@@ -82,10 +104,13 @@ def members_of(axes: Mapping[str, Sequence[float]], first_seed: int, n_seeds: in
     """The members of a sweep.
 
     Raises:
-        ConfigError: for no seed.
+        ConfigError: for no seed, or more than there are.
     """
-    if n_seeds < 1:
-        raise ConfigError(f"--seeds must be at least 1; got {n_seeds}.")
+    check_setting("--seeds", n_seeds, Seeds)
+    if first_seed + n_seeds > 2**32:
+        raise ConfigError(
+            f"{n_seeds} seeds from --seed {first_seed} on go past 2**32 - 1: take a smaller one."
+        )
     product = grid(**axes) if axes else {}
     columns = {name: np.repeat(column, n_seeds) for name, column in product.items()}
     return Members(axes, [first_seed + index for index in range(n_seeds)], columns)
@@ -112,13 +137,32 @@ def run_sweep(
     """
     check_axes(recipe, axes)
     members = members_of(axes, recipe.schedule.seed, n_seeds)
+    also = "; --seeds, for fewer members at once; --mode map"
+    with fitting(recipe, folder, also), ExitStack() as held:
+        return _run(recipe, members, folder, mode, progress, say, held)
+
+
+def _run(
+    recipe: Recipe,
+    members: Members,
+    folder: Path,
+    mode: Mode,
+    progress: Progress | None,
+    say: Callable[[str], None],
+    held: ExitStack,
+) -> dict[str, Any]:
+    """See `run_sweep`; the lock of the folder is `held` until the end."""
     stage = opened(recipe)
-    recipe.build(stage.on)  # refuses settings that do not fit, before anything is written
+    check_values(recipe, members.axes, stage)  # before anything is written
+    for line in about_data(stage.source):
+        say(line)
     splits = stage.source.load()
     settings = to_dict(recipe) | ({} if stage.first is None else {"first": stage.first})
-    listed = {name: list(values) for name, values in axes.items()}
-    settings |= {"sweep": {"axes": listed, "seeds": n_seeds, "mode": mode}}
-    state = _train_members(recipe, stage, splits, members, folder, settings, mode, progress, say)
+    listed = {name: list(values) for name, values in members.axes.items()}
+    settings |= {"sweep": {"axes": listed, "seeds": len(members.seeds), "mode": mode}}
+    state = _train_members(
+        recipe, stage, splits, members, folder, settings, mode, progress, say, held
+    )
     params = eval_params(state)
     if recipe.build(stage.on).score is None:
         found = _figures_of_members(recipe, stage, members, params, state.state, say)
@@ -151,6 +195,7 @@ def _train_members(
     mode: Mode,
     progress: Progress | None,
     say: Callable[[str], None],
+    held: ExitStack,
 ) -> TrainState:
     schedule, keys = recipe.schedule, members.keys
     if members.columns:
@@ -161,15 +206,16 @@ def _train_members(
         t = sweep(train_with, mode=mode, **members.columns)
     else:
         t = ensemble(recipe.training(stage.on), mode=mode)
+    check_training(t, keys, stage.source.spec, schedule.batch_size, widest=widest(recipe))
     feed = choose_feed(
         t, stage.source, splits.train, schedule.batch_size, schedule.seed, schedule.place
     )
+    check_folder(folder)
+    held.enter_context(locked(folder, say))
     files = files_of(stage.source, read_files(folder) or ())
     open_folder(folder, settings)
     keep_files(folder, files)
     about = note_of(settings, stage.source.spec, files)
-    for line in about_data(stage.source):
-        say(line)
     with logging_in(folder, f"{recipe.name}: {len(keys)} members") as log:
         return fit(
             feed,

@@ -2,12 +2,11 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from genjax.data import Source, Splits, example_batch
 from genjax.data.view import no_picture
@@ -15,13 +14,17 @@ from genjax.evaluation.estimates import estimate, score_examples, scorer
 from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.distributed import agreed, check_shared, several, whole, writes
 from genjax.learning.loop import Hook, Progress, choose_feed, fit
+from genjax.learning.memory import fetched
 from genjax.learning.sharding import layout, make_mesh, shard
 from genjax.learning.step import eval_params
+from genjax.profiling.room import check_training
 from genjax.protocol import Model, TrainState
 from genjax.runs import samples, stages
-from genjax.runs.folder import keep_spec, open_folder
+from genjax.runs.folder import check_folder, keep_spec, open_folder
 from genjax.runs.identity import check_note, files_of, keep_files, note_of, read_files
+from genjax.runs.lock import locked
 from genjax.runs.log import Log, logging_in
+from genjax.runs.smaller import fitting, widest
 from genjax.zoo.recipe import Recipe, to_dict
 
 # Fixed keys, so that a validation curve compares like with like and the pictures of a run show the
@@ -35,6 +38,7 @@ def train(
     progress: Progress | None = None,
     say: Callable[[str], None] = print,
     mesh: Mapping[str, int] | None = None,
+    source: Source | None = None,
 ) -> TrainState:
     """Train a recipe in a run folder, or go on with the run that is there.
 
@@ -47,17 +51,35 @@ def train(
             are those of one device to rounding, and a run may go on with another mesh. Several
             processes (see `distributed`) each call this, and share the batch among all their
             devices unless it is given.
+        source: the data, where they are in memory and the recipe cannot open them.
 
     Raises:
         GenjaxError: see the modules that this one calls; whatever was saved before stays.
     """
-    stage, schedule = stages.opened(recipe), recipe.schedule
+    with fitting(recipe, folder), ExitStack() as held:
+        return _train(recipe, folder, progress, say, mesh, source, held)
+
+
+def _train(
+    recipe: Recipe,
+    folder: Path,
+    progress: Progress | None,
+    say: Callable[[str], None],
+    mesh: Mapping[str, int] | None,
+    given: Source | None,
+    held: ExitStack,
+) -> TrainState:
+    """See `train`; the lock of the folder is `held` until the end."""
+    stage, schedule = stages.opened(recipe, given), recipe.schedule
     source, model = stage.source, recipe.build(stage.on)
     if writes():
         for line in about_data(source):
             say(line)
-    splits = source.load()
     t, devices = recipe.training(stage.on), None
+    key = jax.random.key(schedule.seed)
+    sent = min(schedule.steps_per_call, schedule.steps) if schedule.place == "host" else 1
+    check_training(t, key, source.spec, schedule.batch_size, sent, widest(recipe))
+    splits = source.load()
     if several():
         mesh = mesh or {"data": jax.device_count()}
     if mesh:
@@ -73,6 +95,8 @@ def train(
     settings = to_dict(recipe) | ({} if stage.first is None else {"first": stage.first})
 
     def open_run() -> list[dict[str, Any]]:
+        check_folder(folder)
+        held.enter_context(locked(folder, say))
         files = files_of(source, read_files(folder) or ())
         open_folder(folder, settings)
         keep_spec(folder, source.spec)
@@ -102,7 +126,7 @@ def train(
 
         state = fit(
             feed,
-            key=jax.random.key(schedule.seed),
+            key=key,
             steps=schedule.steps,
             steps_per_call=schedule.steps_per_call,
             log_every=schedule.log_every,
@@ -148,7 +172,7 @@ def _valid_hook(model: Model, source: Source, splits: Splits, every: int) -> Hoo
         values = score_examples(run, params, extra, splits.valid, jax.random.key(VALID_SEED))
         return {f"valid/{name}": estimate(values).mean}
 
-    return Hook(every, call)
+    return Hook(every, call, "the evaluation on the validation split")
 
 
 def _picture_hook(model: Model, source: Source, splits: Splits, folder: Path, every: int) -> Hook:
@@ -161,9 +185,9 @@ def _picture_hook(model: Model, source: Source, splits: Splits, folder: Path, ev
         params, extra = whole((eval_params(state), state.state))
         if not writes():
             return
-        x = np.asarray(draw(params, extra, jax.random.key(PICTURE_SEED), n, cond))
+        x = fetched(draw(params, extra, jax.random.key(PICTURE_SEED), n, cond))
         stem = folder / "samples" / f"step_{step:08d}"
         title = f"{samples.picture_title(model)} at step {step}"
         samples.show(x, spec, stem, title, samples.true_log_prob(source), cond)
 
-    return Hook(every, call)
+    return Hook(every, call, "the picture of samples")

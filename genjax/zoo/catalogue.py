@@ -97,7 +97,7 @@ def write() -> None:
     rows = {name: about(recipe) | counted(recipe) for name, recipe in ZOO.items()}
     values = {"rows_sha256": _fingerprint(), "rows": rows}
     with replacing(PATH) as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n")
+        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def rows() -> list[dict[str, Any]]:

@@ -1,0 +1,394 @@
+"""A user's own pictures: a folder, zip or tar of PNG, JPEG, WebP, GIF, BMP and TIFF files, of the
+classes that its sub-folders name; and the binary files of CIFAR-10 and CIFAR-100.
+
+What was decoded is kept as one array in the user's cache folder, under a name that its files and
+settings decide, so that the next time costs no decoding.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from genjax.data.own import Reading, contents_of, own_source
+from genjax.data.source import Source
+from genjax.errors import DataError, GenjaxError, regular_file, replacing
+from genjax.protocol import Batch
+from genjax.settings import Count, builder
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+_SPLITS = {
+    "train": "train",
+    "training": "train",
+    "valid": "valid",
+    "val": "valid",
+    "validation": "valid",
+    "test": "test",
+    "testing": "test",
+}
+_LARGEST = 1 << 28  # bytes of one packed picture, and pixels of one that is unpacked
+_CIFAR = {3073: 1, 3074: 2}  # bytes of an example -> of its labels, the last of which is taken
+
+Mode = Literal["auto", "grey", "rgb", "rgba"]
+Fit = Literal["crop", "pad"]
+
+
+class Member(NamedTuple):
+    """A picture that is not decoded yet.
+
+    Attributes:
+        name: its path below the folder or in the archive.
+        read: () -> its bytes.
+        stamp: what changes when it does.
+    """
+
+    name: str
+    read: Callable[[], bytes]
+    stamp: tuple[Any, ...]
+
+
+@builder
+def image_files(
+    path: str,
+    *,
+    conditional: bool = False,
+    size: Count | None = None,
+    fit: Fit = "crop",
+    mode: Mode = "auto",
+    skip_bad: bool = False,
+    reading: Reading = Reading(),
+) -> Source:
+    """Pictures in a folder, a zip or a tar; their classes are the names of the folders they are in.
+
+    Folders called train, test and valid at the top are the splits. Pictures are turned as their
+    EXIF data say, palettes and 16-bit greys become 8 bits, and what is transparent lies on white
+    unless `mode` is "rgba". CIFAR's binary files (data_batch_1.bin ..., test_batch.bin) are read,
+    too.
+
+    Args:
+        path: the folder or archive.
+        conditional: use the names of the sub-folders as classes.
+        size: height and width that pictures are brought to; needed where they differ.
+        fit: how: "crop" fills the square and cuts off what is over, "pad" puts all of it on black.
+        mode: "grey", "rgb", "rgba", or "auto": grey if all are, else rgb.
+        skip_bad: leave out files that cannot be read, and say how many, instead of stopping.
+
+    Raises:
+        DataError: for a path without pictures, one that cannot be decoded, and sizes that differ.
+        ConfigError: for settings that do not fit.
+    """
+    where = os.fspath(path)
+    with _members(where, ENDINGS) as members:
+        if not members:
+            return _cifar(where, conditional, reading)
+        settings = {"size": size, "fit": fit, "mode": mode, "skip_bad": skip_bad}
+        names, x, bad = _decoded(members, settings, where)
+    read = _by_split(names, x, conditional, where)
+    notes = [f"left out {bad} files that cannot be read"] if bad else []
+    return _source(read, reading, where, notes)
+
+
+def _source(
+    read: dict[str, Batch], reading: Reading, where: str, notes: Sequence[str] = ()
+) -> Source:
+    """The source of pictures that were read, with the archive or the pixels as what they are."""
+    name = Path(where).resolve().name.split(".")[0]
+    files = () if os.path.isdir(where) else (where,)
+    source = own_source(read, reading, name, where, files=files, notes=notes)
+    return source if files else source._replace(contents=(where, contents_of(read)))
+
+
+# --- finding --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _members(where: str, endings: Sequence[str]) -> Iterator[list[Member]]:
+    """The files with some endings below a folder or in an archive, in the order of their names."""
+    if os.path.isdir(where):
+        yield _in_folder(where, endings)
+        return
+    regular_file(where)
+    try:
+        stamp = _stamp(where)
+        if zipfile.is_zipfile(where):
+            with zipfile.ZipFile(where) as archive:
+                yield _in_zip(archive, endings, stamp)
+            return
+        with tarfile.open(where) as archive:
+            yield _in_tar(archive, endings, stamp)
+    except FileNotFoundError:
+        raise DataError(f"{where}: there is no such file or folder.") from None
+    except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
+        raise DataError(f"{where}: cannot be read as a zip or tar ({error}).") from error
+
+
+def _stamp(path: str) -> tuple[Any, ...]:
+    about = os.stat(path)
+    return (about.st_size, about.st_mtime_ns)
+
+
+def _in_folder(where: str, endings: Sequence[str]) -> list[Member]:
+    found = []
+    for folder, inner, files in os.walk(where, followlinks=False):
+        inner.sort()
+        for name in sorted(files):
+            path = os.path.join(folder, name)
+            if name.lower().endswith(tuple(endings)) and not name.startswith("."):
+                relative = os.path.relpath(path, where).replace(os.sep, "/")
+                found.append(Member(relative, _reader(path), _stamp(path)))
+    return sorted(found, key=lambda member: member.name)
+
+
+def _reader(path: str) -> Callable[[], bytes]:
+    def read() -> bytes:
+        regular_file(path)
+        with open(path, "rb") as file:
+            return file.read()
+
+    return read
+
+
+def _in_zip(archive: zipfile.ZipFile, endings: Sequence[str], stamp: Any) -> list[Member]:
+    found = []
+    for info in archive.infolist():
+        if _wanted(info.filename, endings) and not info.is_dir():
+            _check_size(info.filename, info.file_size)
+            read = _locked(archive.read, info)
+            found.append(Member(info.filename, read, (*stamp, info.CRC, info.file_size)))
+    return sorted(found, key=lambda member: member.name)
+
+
+def _in_tar(archive: tarfile.TarFile, endings: Sequence[str], stamp: Any) -> list[Member]:
+    found = []
+    for info in archive.getmembers():
+        if _wanted(info.name, endings) and info.isfile():
+            _check_size(info.name, info.size)
+
+            def read(info: tarfile.TarInfo) -> bytes:
+                file = archive.extractfile(info)
+                return b"" if file is None else file.read()
+
+            found.append(Member(info.name, _locked(read, info), (*stamp, info.size)))
+    return sorted(found, key=lambda member: member.name)
+
+
+def _wanted(name: str, endings: Sequence[str]) -> bool:
+    hidden = any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts[:-1])
+    return name.lower().endswith(tuple(endings)) and not hidden
+
+
+def _check_size(name: str, size: int) -> None:
+    if size > _LARGEST:
+        raise DataError(f"{name} would unpack to {size:,} bytes; at most {_LARGEST:,} are read.")
+
+
+def _locked(read: Callable[[Any], bytes], info: Any) -> Callable[[], bytes]:
+    """Archives are read by one thread at a time; here, as they are listed for decoding."""
+    return lambda: read(info)
+
+
+# --- decoding -------------------------------------------------------------------------------------
+
+
+def _decoded(
+    members: list[Member], settings: dict[str, Any], where: str
+) -> tuple[list[str], np.ndarray, int]:
+    """Names, pictures [N, H, W, C] uint8, and how many were left out; from the cache if they are
+    there.
+    """
+    stamps = [[member.name, *member.stamp] for member in members]
+    text = json.dumps([os.path.abspath(where), settings, stamps, 1])
+    cached = _cache_folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npz"
+    # What is damaged or not there is decoded again; where nothing can be written, nothing is kept.
+    with contextlib.suppress(Exception), np.load(cached, allow_pickle=False) as file:
+        return file["names"].tolist(), file["x"], int(file["bad"])
+    names, x, bad = _decode(members, settings, where)
+    with contextlib.suppress(GenjaxError), replacing(cached) as part, part.open("wb") as file:
+        np.savez(file, names=np.asarray(names), x=x, bad=bad)
+    return names, x, bad
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genjax" / "data"
+
+
+def _decode(
+    members: list[Member], settings: dict[str, Any], where: str
+) -> tuple[list[str], np.ndarray, int]:
+    """The same without a cache; pictures are decoded by several threads."""
+    found: list[np.ndarray | str] = []
+    with ThreadPoolExecutor() as pool:
+        for begin in range(0, len(members), 1024):
+            some = members[begin : begin + 1024]
+            raw = [_bytes(member) for member in some]
+            found += pool.map(lambda data: _picture(data, settings), raw)
+    bad = [index for index, one in enumerate(found) if isinstance(one, str)]
+    if bad and not settings["skip_bad"]:
+        more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise DataError(
+            f"{where}: {members[bad[0]].name} cannot be read as a picture ({found[bad[0]]}){more}. "
+            "Repair it, or leave such files out with --skip-bad."
+        )
+    good = [index for index, one in enumerate(found) if not isinstance(one, str)]
+    if not good:
+        raise DataError(f"{where}: none of {len(members)} pictures can be read.")
+    names = [members[index].name for index in good]
+    arrays = [np.asarray(found[index]) for index in good]
+    return names, _stacked(names, arrays, settings["mode"], where), len(bad)
+
+
+def _bytes(member: Member) -> bytes | str:
+    try:
+        return member.read()
+    except Exception as error:  # zlib, zipfile and the system raise a dozen kinds
+        return f"{type(error).__name__}: {error}"
+
+
+def _picture(data: bytes | str, settings: dict[str, Any]) -> np.ndarray | str:
+    """A picture as [H, W, C] uint8, or what is wrong with it."""
+    from PIL import Image, ImageOps
+
+    if isinstance(data, str):
+        return data
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            if opened.width * opened.height > _LARGEST:
+                return f"{opened.width} x {opened.height} pixels are too many"
+            image = ImageOps.exif_transpose(_in_eight_bits(opened))
+        image = _in_mode(image, settings["mode"])
+        if settings["size"] is not None:
+            square = (settings["size"], settings["size"])
+            bring = ImageOps.fit if settings["fit"] == "crop" else ImageOps.pad
+            image = bring(image, square, Image.Resampling.LANCZOS)
+        array = np.asarray(image, np.uint8)
+    except Exception as error:  # of a file that is cut short or no picture, PIL raises many kinds
+        return f"{type(error).__name__}: {error}"
+    return array[..., None] if array.ndim == 2 else array
+
+
+def _in_eight_bits(image: Any) -> Any:
+    """The picture with 8 bits a channel, in a mode of PIL that has no palette."""
+    from PIL import Image
+
+    if image.mode.startswith(("I;16", "I")):
+        grey = np.asarray(image).astype(np.int64)
+        # Pictures of 16 bits; fewer are what they are.
+        return Image.fromarray((grey // 257 if grey.max() > 255 else grey).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("pictures of floating-point numbers have no scale; save them as .npy")
+    if image.mode == "1":
+        return image.convert("L")
+    if image.mode in ("P", "PA") or "transparency" in image.info:
+        return image.convert("RGBA" if "transparency" in image.info else "RGB")
+    return image.convert("RGB") if image.mode not in ("L", "LA", "RGB", "RGBA") else image.copy()
+
+
+def _in_mode(image: Any, mode: str) -> Any:
+    """Grey, colour or colour with transparency, as asked; with "auto" without transparency."""
+    from PIL import Image
+
+    if mode == "rgba":
+        return image.convert("RGBA")
+    if image.mode in ("LA", "RGBA"):
+        white = Image.new("RGBA", image.size, "white")
+        opaque = Image.alpha_composite(white, image.convert("RGBA"))
+        image = opaque.convert("L" if image.mode == "LA" else "RGB")
+    wanted = {"grey": "L", "rgb": "RGB"}.get(mode)
+    return image if wanted is None else image.convert(wanted)
+
+
+def _stacked(names: list[str], arrays: list[np.ndarray], mode: str, where: str) -> np.ndarray:
+    """One array of pictures of one size; of grey and coloured ones all have three channels."""
+    sizes = {array.shape[:2] for array in arrays}
+    if len(sizes) > 1:
+        (height, width), (other_height, other_width) = sorted(sizes)[0], sorted(sizes)[-1]
+        raise DataError(
+            f"{where}: the pictures have {len(sizes)} different sizes, from {width} x {height} to "
+            f"{other_width} x {other_height}. --size 32 brings them to one, by cutting (--fit "
+            "crop) or on black (--fit pad)."
+        )
+    if len({array.shape[2] for array in arrays}) > 1:
+        arrays = [np.repeat(one, 3, axis=2) if one.shape[2] == 1 else one for one in arrays]
+    return np.stack(arrays)
+
+
+def _by_split(names: list[str], x: np.ndarray, conditional: bool, where: str) -> dict[str, Batch]:
+    """The pictures of each split, and the names of their folders as classes."""
+    paths = [PurePosixPath(name).parts[:-1] for name in names]
+    depth = _shared(paths)
+    tops = [path[depth] if len(path) > depth else "" for path in paths]
+    splits = {top: _SPLITS.get(top.lower()) for top in tops}
+    own = None not in splits.values() and {"train", "test"} <= set(splits.values())
+    labels = [path[-1] if len(path) > depth + own else "" for path in paths]
+    if conditional and len({*labels}) < 2:
+        raise DataError(
+            f"{where}: conditional needs labels, which are the folders that the pictures are in; "
+            f"found {len({*labels})}. Sort them into folders, or conditional=False "
+            "(--no-conditional)."
+        )
+    y = np.asarray(labels) if conditional else None
+    if not own:
+        return {"all": Batch(x, y)}
+    read = {}
+    for top, split in splits.items():
+        rows = np.asarray(tops) == top
+        read[str(split)] = Batch(x[rows], None if y is None else y[rows])
+    return read
+
+
+def _shared(paths: list[tuple[str, ...]]) -> int:
+    """How many folders all paths begin with, beside which there is another one."""
+    depth, first = 0, min(paths, key=len)
+    while depth < len(first) and len({path[depth] for path in paths}) == 1:
+        depth += 1
+    return depth
+
+
+# --- CIFAR ----------------------------------------------------------------------------------------
+
+
+def _cifar(where: str, conditional: bool, reading: Reading) -> Source:
+    """CIFAR-10 and CIFAR-100 as binary files: a label or two, then 3 x 32 x 32 bytes."""
+    with _members(where, (".bin",)) as members:
+        names = [PurePosixPath(member.name).name for member in members]
+        train = [
+            m for m, n in zip(members, names, strict=True) if n.startswith(("data_b", "train"))
+        ]
+        test = [m for m, n in zip(members, names, strict=True) if n.startswith("test")]
+        if not (train and test):
+            endings = ", ".join(ENDINGS)
+            raise DataError(
+                f"{where}: holds no pictures ({endings}) and no CIFAR files (data_batch_1.bin ... "
+                "and test_batch.bin, or train.bin and test.bin)."
+            )
+        read = {
+            split: _cifar_batch([(m.name, m.read()) for m in part], conditional, where)
+            for split, part in (("train", train), ("test", test))
+        }
+    return _source(read, reading, where, ["CIFAR's binary files"])
+
+
+def _cifar_batch(parts: list[tuple[str, bytes]], conditional: bool, where: str) -> Batch:
+    xs, ys = [], []
+    for name, data in parts:
+        sizes = [size for size in _CIFAR if data and len(data) % size == 0]
+        if not sizes:
+            raise DataError(
+                f"{where}: {name} has {len(data):,} bytes, which are no whole number of examples "
+                "of 3,073 (CIFAR-10) or 3,074 bytes (CIFAR-100). Fetch it again."
+            )
+        rows = np.frombuffer(data, np.uint8).reshape(-1, sizes[0])
+        labels = _CIFAR[sizes[0]]
+        ys.append(rows[:, labels - 1].astype(np.int32))
+        xs.append(np.moveaxis(rows[:, labels:].reshape(-1, 3, 32, 32), 1, -1))
+    return Batch(np.concatenate(xs), np.concatenate(ys) if conditional else None)

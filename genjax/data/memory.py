@@ -1,0 +1,186 @@
+"""Data that are in memory: arrays, dicts of them, and whatever has a length and examples."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from genjax.data.kinds import Channels, with_channels
+from genjax.data.own import Reading, contents_of, own_source
+from genjax.data.source import Source
+from genjax.errors import ConfigError, DataError
+from genjax.protocol import Batch
+from genjax.settings import builder
+
+WHERE = "the data in memory"
+_X = ("x", "image", "img", "images", "data")
+_Y = ("y", "label", "labels", "cond", "fine_label")
+
+
+@builder
+def from_arrays(
+    x: Any,
+    *,
+    y: Any = None,
+    lengths: Any = None,
+    name: str = "data",
+    key: str | None = None,
+    label: str | None = None,
+    step: str | None = None,
+    columns: tuple[str, ...] | None = None,
+    channels: Channels = "auto",
+    reading: Reading = Reading(),
+) -> Source:
+    """The source of data in memory: `genjax.from_arrays(x)`, `from_arrays(images, y=classes)`.
+
+    x is an array [N, D] or images [N, H, W, C] or [N, H, W]; sequences [N, T, *event] if `step`
+    says what a step is called. Or a mapping of arrays {"x": ..., "y": ...}, with splits
+    {"x_train": ..., "x_test": ..., "y_train": ...}; or anything with `len` and examples by number,
+    whose examples are arrays, pictures, (x, y) or mappings: a Hugging Face table, a grain
+    MapDataset, a torch Dataset. Values are taken as those of files are (`data.arrays`);
+    `Source.notes` says how.
+
+    Args:
+        x: see above.
+        y: labels [N] of numbers or strings, one-hot rows, or condition vectors [N, C].
+        lengths: how many steps of each sequence count, [N].
+        name: what the data are called.
+        key: what x is called in a mapping; x, image, img, images or data unless given.
+        label: what y is called there; y, label, labels or cond unless given.
+        step: what one step of a sequence is called: "frame".
+        columns: what the columns of the last axis are called.
+        channels: where images have them: "first" for [N, C, H, W].
+
+    Raises:
+        DataError: for what is none of these, or does not fit.
+        ConfigError: for settings that do not fit.
+
+    Example:
+        >>> import numpy as np
+        >>> from genjax import from_arrays
+        >>> source = from_arrays(np.random.default_rng(0).normal(size=(50, 3)))
+        >>> source.spec.shape, source.spec.kind
+        ((3,), 'continuous')
+    """
+    read = _read(x, y, key, label)
+    if lengths is not None:
+        if list(read) != ["all"]:
+            raise ConfigError("lengths are for data without splits of their own.")
+        read = {"all": read["all"]._replace(length=np.asarray(lengths))}
+    if step is None:
+        xs = with_channels([batch.x for batch in read.values()], channels, WHERE)
+        pairs = zip(read.items(), xs, strict=True)
+        read = {split: batch._replace(x=one) for (split, batch), one in pairs}
+    source = own_source(read, reading, name, WHERE, step=step, columns=columns)
+    return source._replace(contents=(WHERE, contents_of(read)))
+
+
+def _read(x: Any, y: Any, key: str | None, label: str | None) -> dict[str, Batch]:
+    if isinstance(x, Mapping) and not hasattr(x, "num_rows"):
+        return _of_mapping(x, y, key, label)
+    if hasattr(x, "__array__") or isinstance(x, np.ndarray):
+        return {"all": _batch(x, y)}
+    if isinstance(x, str | bytes) or not (hasattr(x, "__len__") and hasattr(x, "__getitem__")):
+        raise DataError(
+            "Expected an array, a mapping of arrays, or something with a length and examples; "
+            f"found a {type(x).__name__}. open_source(PATH) opens a file."
+        )
+    return {"all": _of_examples(x, y, key, label)}
+
+
+def _batch(x: Any, y: Any) -> Batch:
+    try:
+        array, cond = np.asarray(x), None if y is None else np.asarray(y)
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"{WHERE}: cannot be made one array ({error}). Bring all examples to one shape."
+        ) from error
+    for called, one, kinds in (("x", array, "biuf"), ("y", cond, "biufUS")):
+        if one is not None and one.dtype.kind not in kinds:
+            raise DataError(f"{WHERE}: {called} must be numbers; found an array of {one.dtype}.")
+    if array.ndim < 2 or len(array) == 0:
+        raise DataError(
+            f"{WHERE}: x must be [N, D], [N, H, W, C] or [N, T, *event] with N >= 1; found shape "
+            f"{list(array.shape)}."
+        )
+    if cond is not None and (cond.ndim == 0 or len(cond) != len(array)):
+        raise DataError(
+            f"{WHERE}: labels of another length: {len(array)} examples in x and "
+            f"{len(cond) if cond.ndim else 1} in y."
+        )
+    return Batch(array, cond)
+
+
+def _of_mapping(
+    x: Mapping[str, Any], y: Any, key: str | None, label: str | None
+) -> dict[str, Batch]:
+    stems = (key,) if key is not None else _X
+    for stem in stems:
+        if stem in x:
+            return {"all": _batch(x[stem], _label_in(x, "", label) if y is None else y)}
+        if f"{stem}_train" in x and f"{stem}_test" in x:
+            splits = [split for split in ("train", "valid", "test") if f"{stem}_{split}" in x]
+            return {
+                split: _batch(x[f"{stem}_{split}"], _label_in(x, f"_{split}", label))
+                for split in splits
+            }
+    raise DataError(
+        f"{WHERE}: expected one of {', '.join(map(str, stems))}, or the same with _train and "
+        f"_test; found {', '.join(map(str, x)) or 'nothing'}. key= says which one x is."
+    )
+
+
+def _label_in(x: Mapping[str, Any], suffix: str, label: str | None) -> Any:
+    names = _Y if label is None else (label,)
+    found = next((name + suffix for name in names if name + suffix in x), None)
+    if found is None and label is not None:
+        raise DataError(f"{WHERE}: has no {label + suffix}; found {', '.join(map(str, x))}.")
+    return None if found is None else x[found]
+
+
+def _of_examples(x: Any, y: Any, key: str | None, label: str | None) -> Batch:
+    """Examples by number, each an array, a picture, (x, y) or a mapping."""
+    if len(x) == 0:
+        raise DataError(f"{WHERE}: has no examples.")
+    try:
+        every = [x[index] for index in range(len(x))]
+    except Exception as error:  # whatever somebody's data set raises
+        raise DataError(f"{WHERE}: an example cannot be read ({error!r:.200}).") from error
+    first = every[0]
+    if isinstance(first, Mapping):
+        names = (key,) if key is not None else _X
+        name = next((name for name in names if name in first), None)
+        if name is None:
+            raise DataError(
+                f"{WHERE}: an example has {', '.join(map(str, first))}; key= says which one x is."
+            )
+        labels = (label,) if label is not None else _Y
+        named = next((one for one in labels if one in first), None)
+        ys = y if named is None or y is not None else _field(every, named)
+        return _batch(_stacked(_field(every, name)), ys)
+    if isinstance(first, tuple) and len(first) == 2:
+        ys = _field(every, 1) if y is None else y
+        return _batch(_stacked(_field(every, 0)), ys)
+    return _batch(_stacked(every), y)
+
+
+def _field(every: list[Any], name: Any) -> list[Any]:
+    """One part of every example."""
+    found = []
+    for index, one in enumerate(every):
+        try:
+            found.append(one[name])
+        except (KeyError, IndexError, TypeError):
+            raise DataError(f"{WHERE}: example {index} has no {name!r}: {one!r:.80}.") from None
+    return found
+
+
+def _stacked(every: list[Any]) -> np.ndarray:
+    arrays = [np.asarray(one) for one in every]
+    shapes = {array.shape for array in arrays}
+    if len(shapes) > 1:
+        raise DataError(
+            f"{WHERE}: examples of {len(shapes)} different shapes, such as "
+            f"{' and '.join(str(list(shape)) for shape in sorted(shapes)[:2])}. Bring them to one."
+        )
+    return np.stack(arrays)

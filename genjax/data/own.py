@@ -1,0 +1,230 @@
+"""From a user's arrays to a `Source`, whatever file they came from: splits, kind, scale, labels."""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+
+from genjax.data.kinds import Standardize, scale_of, values_of
+from genjax.data.labels import Condition, labels_of
+from genjax.data.order import permutation
+from genjax.data.source import Source, Splits, cast, stored_dtype, validate
+from genjax.errors import ConfigError, DataError
+from genjax.protocol import Batch, DataSpec
+from genjax.settings import Rate, Settings, Within, check_fields
+
+Levels = Annotated[int, Within(2, 2**24)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading(Settings):
+    """What a user's own data are taken for.
+
+    Attributes:
+        kind: what the values are; "auto" goes by their dtype, and by how many there are.
+        levels: how many levels discrete values have, 0 .. levels-1; what occurs unless given.
+        standardize: what of continuous values is taken out for the networks: the mean and spread of
+            all ("event"), of each column ("element"), nothing ("none"); "auto" is "event" for
+            images and "element" for all else.
+        condition: what labels are: "classes", a "vector", or what they look like.
+        valid_fraction: the share of the validation set where none is given, drawn in a fixed order.
+        test_fraction: the share of the test set where no split is given, drawn in a fixed order.
+    """
+
+    kind: Literal["auto", "binary", "discrete", "continuous"] = "auto"
+    levels: Levels | None = None
+    standardize: Standardize = "auto"
+    condition: Condition = "auto"
+    valid_fraction: Rate = 0.1
+    test_fraction: Rate = 0.1
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        valid, test = self.valid_fraction, self.test_fraction
+        if not (valid > 0 and test > 0 and valid + test < 1):
+            raise ConfigError(
+                "valid_fraction and test_fraction must be positive with a sum below 1; got "
+                f"{valid} and {test}."
+            )
+
+
+def own_source(
+    read: dict[str, Batch],
+    reading: Reading,
+    name: str,
+    where: str,
+    *,
+    step: str | None = None,
+    columns: Sequence[str] | None = None,
+    files: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> Source:
+    """The source of arrays that were read: {"all": Batch}, or {"train", "test" [, "valid"]}.
+
+    Args:
+        read: x [N, *shape] as events are to have it, cond as `labels_of` takes it, `length` [N] of
+            sequences of unequal length.
+        name: what the data are called.
+        where: the file or folder, for messages.
+        step: what one step of x is called, if x are sequences.
+        columns: what the columns of the last axis are called.
+        notes: what was decided before.
+
+    Raises:
+        DataError: for arrays that do not fit each other, the kind, or a spec.
+        ConfigError: for settings that do not fit the data.
+    """
+    parts = _split(read, reading.valid_fraction, reading.test_fraction, where)
+    xs = [batch.x for batch in parts]
+    _same_shape(xs, where)
+    values = values_of(xs, reading.kind, reading.levels, where, own_splits="all" not in read)
+    scaled = _scaled_by(values.xs[0], parts[0].length, step)
+    known, conds, found = _described(scaled, values.kind, parts, reading, where)
+    lengths = [batch.length for batch in parts]
+    spec = DataSpec(
+        xs[0].shape[1:],
+        values.kind,
+        values.levels,
+        name=name,
+        step=step,
+        lengths=lengths[0] is not None,
+        columns=None if columns is None else tuple(columns),
+        **known,
+    )
+    batches = [
+        Batch(x, cond, length=length)
+        for x, cond, length in zip(values.xs, conds, lengths, strict=True)
+    ]
+    splits = _compact(batches, spec, where)
+    sizes = " / ".join(f"{len(x):,} {split}" for x, split in zip(xs, Splits._fields, strict=True))
+    about = f"{sizes} examples of shape {list(spec.shape)}, from {where}"
+    return Source(
+        spec,
+        lambda: splits,
+        cast(spec),
+        description=about,
+        notes=(about, *notes, values.note, *found),
+        files=tuple(files),
+    )
+
+
+def contents_of(read: dict[str, Batch]) -> str:
+    """The SHA-256 of arrays, for data that are in too many files to keep the hash of each."""
+    found = hashlib.sha256()
+    for split, batch in sorted(read.items()):
+        for leaf in batch:
+            if leaf is not None:
+                array = np.ascontiguousarray(leaf)
+                found.update(f"{split} {array.dtype.str} {array.shape} ".encode())
+                found.update(array.view(np.uint8).data if array.size else b"")
+    return found.hexdigest()
+
+
+def _split(
+    parts: dict[str, Batch], valid_fraction: float, test_fraction: float, where: str
+) -> tuple[Batch, Batch, Batch]:
+    """Train, valid and test, in that order; what the file does not split is split in a fixed
+    order.
+    """
+
+    def rows(batch: Batch, index: np.ndarray) -> Batch:
+        kept = (None if leaf is None else leaf[index] for leaf in batch)
+        return Batch(*kept)
+
+    if "valid" in parts:
+        return parts["train"], parts["valid"], parts["test"]
+    whole = parts.get("all", parts.get("train"))
+    assert whole is not None
+    n = len(whole.x)
+    n_valid = max(1, round(n * valid_fraction))
+    n_test = max(1, round(n * test_fraction)) if "all" in parts else 0
+    n_train = n - n_valid - n_test
+    if n_train < 1:
+        raise DataError(
+            f"{where}: {n} examples are too few to split; expected at least 1 for each of train, "
+            "valid and test."
+        )
+    train, valid, test = np.split(permutation(n, seed=0), [n_train, n_train + n_valid])
+    return (
+        rows(whole, train),
+        rows(whole, valid),
+        parts["test"] if "all" not in parts else rows(whole, test),
+    )
+
+
+def _same_shape(xs: list[np.ndarray], where: str) -> None:
+    shapes = {x.shape[1:] for x in xs}
+    if len(shapes) > 1:
+        found = ", ".join(map(str, sorted(list(shape) for shape in shapes)))
+        raise DataError(f"{where}: the splits must hold examples of one shape; found {found}.")
+    if math.prod(xs[0].shape[1:]) == 0:
+        raise DataError(f"{where}: the examples are empty: shape {list(xs[0].shape[1:])}.")
+
+
+def _scaled_by(x: np.ndarray, length: Any, step: str | None) -> np.ndarray:
+    """The values [M, *event] that the scale is that of: without the padding of sequences, and with
+    a column where each step is one number.
+    """
+    if step is None:
+        return x
+    if length is not None and np.shape(length) == (len(x),):
+        x = x[np.arange(x.shape[1])[None] < np.asarray(length)[:, None]]
+    else:
+        x = x.reshape(-1, *x.shape[2:])
+    return x[:, None] if x.ndim == 1 else x
+
+
+def _described(
+    x: np.ndarray,
+    kind: str,
+    parts: tuple[Batch, Batch, Batch],
+    reading: Reading,
+    where: str,
+) -> tuple[dict[str, Any], list[Any], list[str]]:
+    """What a spec says beside shape and kind, for the training split's x; the conditions of each
+    split, and notes.
+    """
+    known: dict[str, Any] = {}
+    notes, standardize = [], reading.standardize
+    if kind == "continuous":
+        scale = scale_of(x, standardize, where)
+        known |= {"shift": scale.shift, "scale": scale.scale}
+        notes.append(scale.note)
+    elif standardize in ("event", "element"):
+        raise ConfigError(
+            f"standardize={standardize!r} is for continuous data; those of {where} are {kind}. "
+            "Leave it out, or say --kind continuous."
+        )
+    given = [batch.cond for batch in parts if batch.cond is not None]
+    if not given:
+        return known, [None] * 3, notes
+    labels = labels_of(given, where, reading.condition)
+    known |= {name: getattr(labels, name) for name in ("n_classes", "cond_dim", "class_names")}
+    notes.append(labels.note)
+    if labels.cond_dim is not None:
+        scale = scale_of(labels.conds[0], "none" if standardize == "none" else "element", where)
+        known |= {"cond_shift": scale.shift, "cond_scale": scale.scale}
+    return known, labels.conds, notes
+
+
+def _compact(batches: list[Batch], spec: DataSpec, where: str) -> Splits:
+    """Valid values in their compact dtype: uint8 or int32 if they are whole numbers, else float32.
+
+    Raises:
+        DataError: see `validate`.
+    """
+    with np.errstate(over="ignore"):  # what does not fit float32 becomes infinite, and is reported
+        if spec.kind == "continuous":
+            batches = [batch._replace(x=batch.x.astype(np.float32)) for batch in batches]
+        if spec.cond_dim is not None:
+            conds = [np.asarray(batch.cond, np.float32) for batch in batches]
+            pairs = zip(batches, conds, strict=True)
+            batches = [batch._replace(cond=cond) for batch, cond in pairs]
+    splits = validate(Splits(*batches), spec, where)
+    if spec.kind == "continuous":
+        return splits
+    compact = stored_dtype(spec)
+    return Splits(*(batch._replace(x=batch.x.astype(compact)) for batch in splits))

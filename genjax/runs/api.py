@@ -1,0 +1,387 @@
+"""A run as an object in Python: `genjax.load("runs/vae")` and `genjax.train("vae", data=x)`.
+
+Arrays go in and come out in the units of the data, whatever the networks see.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from genjax.data import MEMORY, Source, from_arrays, open_source
+from genjax.data.labels import condition_of
+from genjax.errors import CheckpointError, ConfigError, DataError, unknown_name
+from genjax.evaluation.estimates import estimate, score_examples, scorer
+from genjax.learning.checkpoint import Checkpoints
+from genjax.learning.loop import Hook, Progress, choose_feed, fit
+from genjax.learning.step import eval_params, training
+from genjax.protocol import Batch, DataSpec, Model, Params, State, TrainState
+from genjax.runs import load as loading
+from genjax.runs import samples
+from genjax.runs.evaluate import evaluate
+from genjax.runs.other_data import other_source
+from genjax.runs.train import train as train_in
+from genjax.zoo import ZOO
+from genjax.zoo.recipe import Recipe
+from genjax.zoo.sections import replace
+
+
+class Scores(NamedTuple):
+    """Log-probabilities or bounds.
+
+    Attributes:
+        nats: of each example, [n].
+        mean, standard_error: over the examples.
+        estimator: what was computed, in words.
+    """
+
+    nats: np.ndarray
+    mean: float
+    standard_error: float
+    estimator: str
+
+
+class Run:
+    """A trained model with its parameters, and what can be done with it.
+
+    Attributes:
+        model, params, state: the record of pure functions, and what it takes; `params` are averaged
+            where the recipe averages them.
+        recipe: what was trained; None for a model of one's own.
+        folder: the run folder; None without one.
+        step: how many optimiser steps it has had.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        params: Params,
+        state: State,
+        step: int,
+        loaded: loading.Loaded | None = None,
+        source: Source | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self.model, self.params, self.state, self.step = model, params, state, step
+        self.folder, self._loaded, self._source = folder, loaded, source
+
+    @property
+    def recipe(self) -> Recipe | None:
+        return None if self._loaded is None else self._loaded.recipe
+
+    @property
+    def spec(self) -> DataSpec:
+        """What the data look like."""
+        return self.model.spec
+
+    @property
+    def source(self) -> Source:
+        """The data that it was trained on, compared with what they were then.
+
+        Raises:
+            DataError: for data that are not there any more, or changed.
+        """
+        if self._source is None:
+            assert self._loaded is not None
+            self._source = loading.source_of(self._loaded)
+        return self._source
+
+    def sample(self, n: int = 16, cond: Any = None, seed: int = 0) -> np.ndarray:
+        """n samples [n, *shape]. `cond` is a class by its name or number, several of them, or an
+        array [n] or [n, cond_dim]; every class in turn unless given.
+        """
+        return self._drawn(n, cond, seed, samples.Decoding())
+
+    def generate(self, n: int = 16, cond: Any = None, seed: int = 0, **how: Any) -> np.ndarray:
+        """n samples made as `how` says, the settings of `runs.samples.Decoding`: prompt,
+        temperature, top_k, top_p, min_p, guidance, beams, length, solver, n_steps, grid.
+
+        Raises:
+            ConfigError: for settings that do not exist or do not fit the model.
+        """
+        fits = samples.fields_for(self.model)
+        for name in how:
+            if name not in fits:
+                raise ConfigError(
+                    f"This model of {self.spec.name} has no setting {name!r} of how samples are "
+                    f"made; it has: {', '.join(fits) or 'none'}."
+                )
+        return self._drawn(n, cond, seed, samples.Decoding(**how))
+
+    def _drawn(self, n: int, cond: Any, seed: int, how: samples.Decoding) -> np.ndarray:
+        found = condition_of(self.spec, cond, n)
+        key = jax.random.key(seed)
+        return samples.draw(self.model, self.params, self.state, key, n, found, how)
+
+    def texts(self, x: np.ndarray) -> list[str]:
+        """Samples of a model of text as strings."""
+        return samples.texts(x, self.spec)
+
+    def log_prob(self, x: Any, cond: Any = None, seed: int = 0, length: Any = None) -> Scores:
+        """ln p(x | cond) of each example in nats, exact.
+
+        Raises:
+            ConfigError: for a model that has only a bound, or neither.
+        """
+        return self._scores("log_prob", x, cond, seed, length)
+
+    def bound(self, x: Any, cond: Any = None, seed: int = 0, length: Any = None) -> Scores:
+        """A lower bound (in expectation) of the same.
+
+        Raises:
+            ConfigError: for a model that has none.
+        """
+        return self._scores("bound", x, cond, seed, length)
+
+    def _scores(self, name: str, x: Any, cond: Any, seed: int, length: Any) -> Scores:
+        score = getattr(self.model, name)
+        if score is None:
+            has = self.model.score_name
+            instead = "it makes samples only" if has is None else f"it has {has}"
+            raise ConfigError(f"This model of {self.spec.name} has no {name}; {instead}.")
+        batch = self._batch(x, cond, length)
+        program = scorer(score, lambda key, batch: batch)
+        nats = score_examples(program, self.params, self.state, batch, jax.random.key(seed))
+        error = estimate(nats).standard_error if len(nats) > 1 else float("nan")
+        return Scores(nats, float(nats.mean()), error, self.model.estimator)
+
+    def _batch(self, x: Any, cond: Any, length: Any = None) -> Batch:
+        """Examples as the model takes them; [N, H, W] is understood for [N, H, W, 1]."""
+        array = np.asarray(x)
+        wanted = self.spec.shape
+        if array.shape[1:] == wanted[:-1] and wanted[-1:] == (1,):
+            array = array[..., None]
+        if array.ndim != len(wanted) + 1 or array.shape[1:] != wanted:
+            raise DataError(
+                f"x must be [N, {', '.join(map(str, wanted))}]; got {list(np.shape(x))}."
+            )
+        found = None
+        if self.spec.conditional:
+            if cond is None:
+                raise ConfigError(f"This model of {self.spec.name} is conditional: give cond=.")
+            found = condition_of(self.spec, cond, len(array))
+        lengths: Any = None if length is None else np.asarray(length, np.int32)
+        return Batch(array.astype(self.spec.dtype), found, length=lengths)
+
+    def encode(self, x: Any, cond: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of q(z | x), [N, *latent shape] each.
+
+        Raises:
+            ConfigError: for a model without latent variables.
+        """
+        latent = self.model.latent
+        if latent is None:
+            raise ConfigError(f"This model of {self.spec.name} has no latent variables.")
+        batch = self._batch(x, cond)
+        mean, log_scale = jax.jit(latent.encode)(self.params, self.state, batch.x, batch.cond)
+        return np.asarray(mean), np.exp(np.asarray(log_scale))
+
+    def decode(self, z: Any, cond: Any = None) -> np.ndarray:
+        """The mean of p(x | z), [N, *shape].
+
+        Raises:
+            ConfigError: for a model without latent variables that can be decoded.
+        """
+        latent = self.model.latent
+        if latent is None or latent.decode is None:
+            raise ConfigError(f"This model of {self.spec.name} has no latents that it can decode.")
+        array = jnp.asarray(z, jnp.float32)
+        given = None if not self.spec.conditional else condition_of(self.spec, cond, len(array))
+        return np.asarray(jax.jit(latent.decode)(self.params, self.state, array, given))
+
+    def evaluate(self, split: str | None = None, data: Any = None, **how: Any) -> dict[str, Any]:
+        """What the run is worth on a split, as `genjax evaluate` has it: a dictionary.
+
+        Args:
+            split: "test" unless given, or "all" of other `data`.
+            data: other data of the same kind: a path, or what `from_arrays` takes.
+            how: see `runs.evaluate.evaluate`: n, seed, batch_size, about_samples.
+
+        Raises:
+            ConfigError: for a model of one's own, which no recipe describes.
+        """
+        if self._loaded is None:
+            raise ConfigError("Only runs of recipes are evaluated; use log_prob or bound.")
+        source = self.source if data is None else self._other(data)
+        usual = "test" if data is None else "all"
+        return evaluate(self._loaded, split or usual, source=source, **how)
+
+    def _other(self, data: Any) -> Source:
+        assert self._loaded is not None
+        if isinstance(data, str | Path):
+            return other_source(self._loaded, str(data))
+        return source_in(data, self.spec)
+
+    def __repr__(self) -> str:
+        name = "a model of one's own" if self.recipe is None else self.recipe.name
+        where = "" if self.folder is None else f", {self.folder}"
+        return f"<genjax run: {name} on {self.spec.name}, step {self.step}{where}>"
+
+
+def source_in(data: Any, spec: DataSpec | None = None) -> Source:
+    """The source of a path, a name, or of data in memory; with a spec, of values of its kind."""
+    if isinstance(data, Source):
+        return data
+    if isinstance(data, str | Path):
+        return open_source(str(data))
+    if spec is None:
+        return from_arrays(data)
+    taken = {"kind": spec.kind, "levels": spec.levels} if spec.kind != "tokens" else {}
+    return from_arrays(data, standardize="none", **taken)
+
+
+def load(folder: str | Path) -> Run:
+    """A run folder as an object.
+
+    Raises:
+        ConfigError: if the folder is no run, or is a sweep.
+        CheckpointError: if it has no checkpoint, or none that is whole.
+
+    Example:
+        >>> import tempfile
+        >>> import genjax, numpy as np
+        >>> x, folder = np.random.default_rng(0).normal(size=(100, 3)), tempfile.mkdtemp() + "/run"
+        >>> small = {"steps": 2, "hidden": (4,), "latent_dim": 2, "batch_size": 8}
+        >>> run = genjax.train("vae", x, out=folder, say=str, **small)
+        >>> genjax.load(folder).sample(5).shape
+        (5, 3)
+    """
+    loaded = loading.load(Path(folder))
+    return Run(loaded.model, loaded.params, loaded.state, loaded.step, loaded, folder=Path(folder))
+
+
+def train(
+    what: str | Recipe | Model,
+    data: Any = None,
+    *,
+    out: str | Path | None = None,
+    steps: int | None = None,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = print,
+    mesh: Mapping[str, int] | None = None,
+    **settings: Any,
+) -> Run:
+    """Train what `genjax train` does, and return the run.
+
+    Args:
+        what: a recipe of the zoo, by its name or changed; or a `Model` of one's own.
+        data: a name, a path, or data in memory (see `from_arrays`) or a `Source`; the recipe's own
+            unless given. A `Source` or data in memory with labels are modelled with them.
+        out: the run folder, in which the same call goes on where it stopped; without one nothing is
+            kept but what is returned.
+        steps: optimiser steps.
+        progress: what is told after each dispatch.
+        say: what is told of the data and of going on.
+        mesh: see `genjax train --mesh`.
+        settings: any setting of the recipe by its name, as the command line has it:
+            `hidden=(64,)`, `learning_rate=1e-3`, or `**{"optimizer.b1": 0.5}`. For a model of one's
+            own: batch_size, seed, optimizer (an optax transform), steps_per_call, log, hooks.
+
+    Raises:
+        GenjaxError: as the command does.
+
+    Example:
+        >>> import genjax, numpy as np
+        >>> x = np.random.default_rng(0).normal(size=(100, 3))
+        >>> run = genjax.train("vae", x, steps=2, hidden=(4,), latent_dim=2, batch_size=8, say=str)
+        >>> run.sample(5).shape
+        (5, 3)
+    """
+    if steps is not None:
+        settings["steps"] = steps
+    if isinstance(what, Model):
+        return _train_model(what, data, out, progress, **settings)
+    recipe, source = _recipe_of(what, data)
+    recipe = replace(recipe, **settings)
+    if out is not None:
+        train_in(recipe, Path(out), progress, say, mesh, source)
+        return _with_source(load(out), source)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "run"
+        train_in(recipe, folder, progress, say, mesh, source)
+        found = _with_source(load(folder), source)
+    found.folder = None
+    return found
+
+
+def _with_source(run: Run, source: Source | None) -> Run:
+    run._source = source
+    return run
+
+
+def _recipe_of(what: str | Recipe, data: Any) -> tuple[Recipe, Source | None]:
+    """The recipe on the data, and their source where it is in memory."""
+    if isinstance(what, str):
+        if what not in ZOO:
+            raise unknown_name("recipe", what, ZOO)
+        what = ZOO[what]
+    if data is None:
+        return what, None
+    if isinstance(data, str | Path):
+        return what.on(str(data)), None
+    return dataclasses.replace(what, data=MEMORY, data_options={}), source_in(data)
+
+
+def _train_model(
+    model: Model,
+    data: Any,
+    out: str | Path | None,
+    progress: Progress | None,
+    *,
+    steps: int = 2000,
+    batch_size: int = 128,
+    seed: int = 0,
+    optimizer: Any = None,
+    steps_per_call: int = 50,
+    log: Callable[[dict[str, Any]], None] = lambda line: None,
+    hooks: tuple[Hook, ...] = (),
+) -> Run:
+    """Train a model of one's own: Adam at 1e-3 unless told otherwise."""
+    import optax
+
+    if data is None:
+        raise ConfigError("A model of one's own needs data=: a path, an array or a Source.")
+    source = source_in(data, model.spec)
+    t = training(model, optax.adam(1e-3) if optimizer is None else optimizer)
+    feed = choose_feed(t, source, source.load().train, batch_size, seed)
+    state = fit(
+        feed,
+        key=jax.random.key(seed),
+        steps=steps,
+        steps_per_call=steps_per_call,
+        log=log,
+        hooks=hooks,
+        checkpoints=None if out is None else Checkpoints(out),
+        progress=progress,
+    )
+    folder = None if out is None else Path(out)
+    return Run(model, eval_params(state), state.state, int(state.step), None, source, folder)
+
+
+def save(state: TrainState, folder: str | Path) -> Path:
+    """Save a training state in a folder, under its step; see `Checkpoints`.
+
+    Raises:
+        CheckpointError: if the disk does not take it.
+    """
+    return Checkpoints(folder).save(state)
+
+
+def restore(folder: str | Path, like: TrainState, step: int | None = None) -> TrainState:
+    """The newest state (or that of `step`) that `save` left in a folder.
+
+    Args:
+        like: a state of the same structure, or its shapes: `jax.eval_shape(t.init, key)`.
+
+    Raises:
+        CheckpointError: if there is none that is whole, or it is of another model.
+    """
+    restored = Checkpoints(folder).restore(like, step)
+    if restored is None:
+        raise CheckpointError(f"There is no checkpoint in {folder}.")
+    return restored.state

@@ -1,0 +1,94 @@
+"""Data in memory become the same source as those of a file."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from genjax.data import arrays
+from genjax.data.memory import from_arrays
+from genjax.errors import DataError
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(60, 3))
+PETS = np.array(["dog", "cat"])[np.arange(60) % 2]
+
+
+class Examples:
+    """Anything with a length and examples."""
+
+    def __init__(self, every):
+        self.every = every
+
+    def __len__(self):
+        return len(self.every)
+
+    def __getitem__(self, index):
+        return self.every[index]
+
+
+def test_an_array_is_what_its_file_is(tmp_path):
+    np.savez(tmp_path / "data.npz", x=X, y=PETS)
+    filed = arrays(str(tmp_path / "data.npz"), conditional=True)
+    held = from_arrays(X, y=PETS)
+    assert held.spec == filed.spec
+    for a, b in zip(held.load(), filed.load(), strict=True):
+        np.testing.assert_array_equal(a.x, b.x)
+        np.testing.assert_array_equal(a.cond, b.cond)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"x": X, "y": PETS},
+        {"image": X, "label": PETS},
+        Examples([(x, y) for x, y in zip(X, PETS, strict=True)]),
+        Examples([{"image": x, "label": y} for x, y in zip(X, PETS, strict=True)]),
+        Examples([{"x": x.tolist(), "y": str(y)} for x, y in zip(X, PETS, strict=True)]),
+    ],
+)
+def test_mappings_and_examples_are_the_array(given):
+    wanted, found = from_arrays(X, y=PETS), from_arrays(given)
+    assert found.spec == wanted.spec
+    assert found.contents == wanted.contents
+    for a, b in zip(found.load(), wanted.load(), strict=True):
+        np.testing.assert_array_equal(a.x, b.x)
+
+
+def test_splits_of_ones_own():
+    source = from_arrays(
+        {"x_train": X[:40], "x_test": X[40:], "y_train": PETS[:40], "y_test": PETS[40:]}
+    )
+    assert [len(batch.x) for batch in source.load()] == [36, 4, 20]
+
+
+def test_pictures_and_sequences():
+    every = [Image.fromarray(RNG.integers(0, 256, (6, 5, 3)).astype(np.uint8)) for _ in range(9)]
+    assert from_arrays(Examples(every)).spec.shape == (6, 5, 3)
+    frames = RNG.normal(size=(20, 7, 2))
+    source = from_arrays(frames, step="frame", lengths=np.arange(20) % 7 + 1)
+    assert (source.spec.shape, source.spec.step, source.spec.lengths) == ((7, 2), "frame", True)
+    assert source.load().train.length.max() <= 7
+    assert from_arrays(X, columns=("a", "b", "c")).spec.columns == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (3, "found a int"),
+        ("mine.npz", "found a str"),
+        ([], "has no examples"),
+        (np.zeros(5), "x must be"),
+        (np.zeros((0, 3)), "x must be"),
+        (np.array([["a"]]), "x must be numbers"),
+        ({"a": X}, "expected one of x, image"),
+        ({}, "found nothing"),
+        (Examples([X[0], X[0, :2], X[1]]), "examples of 2 different shapes"),
+        (Examples([{"a": 1}]), "an example has a; key="),
+        (Examples([{"x": X[0]}, 3]), "example 1 has no 'x': 3"),
+        (np.full((9, 2), np.nan), "NaN or infinite"),
+        ({"x": X, "y": PETS[:-1]}, "60 examples in x and 59 in y"),
+    ],
+)
+def test_what_is_no_data(given, message):
+    with pytest.raises(DataError, match=message):
+        from_arrays(given)

@@ -1,0 +1,226 @@
+"""Folders and archives of pictures, and CIFAR's files, in their true formats; what is refused."""
+
+import io
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from genjax.data import open_source
+from genjax.data.image_files import image_files
+from genjax.errors import DataError
+
+MODULE = sys.modules[image_files.__wrapped__.__module__]  # the package has a function of that name
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def picture(height=6, width=6, channels=3):
+    shape = (height, width) if channels == 1 else (height, width, channels)
+    return Image.fromarray(RNG.integers(0, 256, shape).astype(np.uint8))
+
+
+def folder_of(path, classes=("cat", "dog"), n=6, ending="png", **kinds):
+    for name in classes:
+        (path / name).mkdir(parents=True)
+        for index in range(n):
+            picture(**kinds).save(path / name / f"{index}.{ending}")
+    return str(path)
+
+
+@pytest.mark.parametrize("ending", ["png", "PNG", "jpg", "webp", "gif", "bmp", "tif"])
+def test_a_folder_of_every_format(tmp_path, ending):
+    where = folder_of(tmp_path / "photos", ending=ending)
+    source = open_source(where, conditional=True)
+    assert source.spec.shape == (6, 6, 3)
+    assert source.spec.class_names == ("cat", "dog")
+    assert sum(len(batch.x) for batch in source.load()) == 12
+    if ending in ("png", "PNG", "bmp", "tif"):  # those that lose nothing
+        whole = {np.asarray(Image.open(path)).tobytes() for path in Path(where).rglob("*.*")}
+        rows = np.concatenate([batch.x for batch in source.load()])
+        assert {row.astype(np.uint8).tobytes() for row in rows} == whole
+
+
+def packed(folder, path):
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for file in sorted(Path(folder).rglob("*.png")):
+                archive.write(file, file.relative_to(folder))
+        return str(path)
+    with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as archive:
+        archive.add(folder, ".")
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["photos.zip", "photos.tar", "photos.tar.gz", "photos.ZIP"])
+def test_an_archive_is_the_folder(tmp_path, name):
+    folder = folder_of(tmp_path / "photos")
+    path = packed(folder, tmp_path / name.lower()) if name != "photos.ZIP" else ""
+    if name == "photos.ZIP":
+        path = str(Path(packed(folder, tmp_path / "photos.zip")).rename(tmp_path / name))
+    one, other = open_source(folder, conditional=True), open_source(path, conditional=True)
+    assert one.spec == other.spec
+    for a, b in zip(one.load(), other.load(), strict=True):
+        np.testing.assert_array_equal(a.x, b.x)
+        np.testing.assert_array_equal(a.cond, b.cond)
+    assert other.files == (path,)
+    assert one.files == ()
+    assert len(one.contents[1]) == 64
+
+
+def test_folders_called_train_and_test_are_the_splits(tmp_path):
+    for split, n in (("train", 8), ("val", 3), ("test", 4)):
+        folder_of(tmp_path / "set" / split, n=n)
+    source = open_source(str(tmp_path / "set"), conditional=True)
+    assert [len(batch.x) for batch in source.load()] == [16, 6, 8]
+    assert source.spec.class_names == ("cat", "dog")
+
+
+def test_mixed_sizes_need_a_size(tmp_path):
+    where = folder_of(tmp_path / "photos")
+    picture(9, 12).save(tmp_path / "photos" / "cat" / "large.png")
+    with pytest.raises(DataError, match=r"2 different sizes, from 6 x 6 to 12 x 9.*--size 32"):
+        open_source(where)
+    assert open_source(where, size=4).spec.shape == (4, 4, 3)
+    padded = image_files(where, size=12, fit="pad").load()
+    rows = np.concatenate([batch.x for batch in padded])
+    # 12 x 9 on a square of 12: 3 rows are black, above and below.
+    assert any((row[0] == 0).all() and (row[-1] == 0).all() for row in rows)
+
+
+def save_sixteen(path):
+    values = np.linspace(0, 65535, 36).astype(np.uint16).reshape(6, 6)
+    Image.fromarray(values).save(path)
+    return (values // 257).astype(np.uint8)
+
+
+def test_greys_palettes_sixteen_bits_and_transparency(tmp_path):
+    (tmp_path / "grey").mkdir()
+    wanted = save_sixteen(tmp_path / "grey" / "a.png")
+    for name in "bc":
+        picture(channels=1).save(tmp_path / "grey" / f"{name}.png")
+    source = open_source(str(tmp_path / "grey"))
+    assert source.spec.shape == (6, 6, 1)
+    rows = np.concatenate([batch.x for batch in source.load()])
+    assert any(np.array_equal(row[..., 0], wanted) for row in rows)
+    (tmp_path / "mixed").mkdir()
+    picture(channels=1).save(tmp_path / "mixed" / "grey.png")
+    picture().convert("P").save(tmp_path / "mixed" / "palette.png")
+    clear = Image.fromarray(np.zeros((6, 6, 4), np.uint8))
+    clear.save(tmp_path / "mixed" / "clear.png")
+    source = open_source(str(tmp_path / "mixed"))
+    assert source.spec.shape == (6, 6, 3)
+    rows = np.concatenate([batch.x for batch in source.load()])
+    assert any((row == 255).all() for row in rows)  # what is transparent is white
+    assert open_source(str(tmp_path / "mixed"), mode="rgba").spec.shape == (6, 6, 4)
+    assert open_source(str(tmp_path / "mixed"), mode="grey").spec.shape == (6, 6, 1)
+
+
+def test_a_photograph_is_turned_as_it_says(tmp_path):
+    (tmp_path / "p").mkdir()
+    tall = picture(8, 6)
+    exif = tall.getexif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    for name in "abc":
+        tall.save(tmp_path / "p" / f"{name}.png", exif=exif)
+    assert open_source(str(tmp_path / "p")).spec.shape == (6, 8, 3)
+
+
+def test_a_bad_file_is_named_and_may_be_left_out(tmp_path):
+    where = folder_of(tmp_path / "photos")
+    bad = tmp_path / "photos" / "cat" / "bad.png"
+    for content in (b"", b"no picture", Path(where, "cat", "0.png").read_bytes()[:60]):
+        bad.write_bytes(content)
+        with pytest.raises(DataError, match=r"cat/bad\.png cannot be read.*--skip-bad"):
+            open_source(where)
+        source = open_source(where, skip_bad=True)
+        assert "left out 1 files" in "; ".join(source.notes)
+        assert sum(len(batch.x) for batch in source.load()) == 12
+
+
+def test_the_second_time_nothing_is_decoded(tmp_path, monkeypatch):
+    where = folder_of(tmp_path / "photos")
+    first = open_source(where).load()
+    monkeypatch.setattr(MODULE, "_decode", None)
+    for a, b in zip(first, open_source(where).load(), strict=True):
+        np.testing.assert_array_equal(a.x, b.x)
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    picture().save(tmp_path / "photos" / "cat" / "0.png")  # a file that changed is seen
+    changed = np.concatenate([batch.x for batch in open_source(where).load()])
+    assert not np.array_equal(changed, np.concatenate([batch.x for batch in first]))
+
+
+def test_a_cache_that_is_damaged_or_not_writable_costs_nothing(tmp_path, monkeypatch):
+    where = folder_of(tmp_path / "photos")
+    open_source(where)
+    for file in (tmp_path / "cache").rglob("*.npz"):
+        file.write_bytes(b"junk")
+    assert open_source(where).spec.shape == (6, 6, 3)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert open_source(where).spec.shape == (6, 6, 3)
+
+
+def test_classes_need_folders(tmp_path):
+    where = folder_of(tmp_path / "photos", classes=("all",))
+    with pytest.raises(DataError, match="conditional needs labels, which are the folders"):
+        open_source(where, conditional=True)
+
+
+@pytest.mark.parametrize(("labels", "ending"), [(1, "data_batch_1.bin"), (2, "train.bin")])
+def test_cifar_is_read(tmp_path, labels, ending):
+    x = RNG.integers(0, 256, (20, 3, 32, 32)).astype(np.uint8)
+    y = RNG.integers(0, 10, (20, labels)).astype(np.uint8)
+    rows = np.concatenate([y, x.reshape(20, -1)], axis=1)
+    test = "test_batch.bin" if labels == 1 else "test.bin"
+    (tmp_path / "cifar").mkdir()
+    (tmp_path / "cifar" / ending).write_bytes(rows.tobytes())
+    (tmp_path / "cifar" / test).write_bytes(rows[:5].tobytes())
+    source = open_source(str(tmp_path / "cifar"), conditional=True)
+    assert source.spec.shape == (32, 32, 3)
+    np.testing.assert_array_equal(source.load().test.x, np.moveaxis(x[:5], 1, -1))
+    found = source.load().test.cond
+    names = source.spec.class_names or tuple(map(str, range(10)))
+    assert [names[label] for label in found] == [str(label) for label in y[:5, -1]]
+    (tmp_path / "cifar" / test).write_bytes(rows[:5].tobytes()[:-1])
+    with pytest.raises(DataError, match="no whole number of examples of 3,073"):
+        open_source(str(tmp_path / "cifar"))
+
+
+def test_what_is_no_archive_of_pictures(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no pictures"):
+        open_source(str(tmp_path / "empty"))
+    for name in ("a.zip", "a.tar"):
+        (tmp_path / name).write_bytes(b"no archive")
+        with pytest.raises(DataError, match="cannot be read as a zip or tar"):
+            open_source(str(tmp_path / name))
+        with pytest.raises(DataError, match="there is no such file"):
+            open_source(str(tmp_path / f"not{name}"))
+    whole = Path(packed(folder_of(tmp_path / "photos"), tmp_path / "b.zip")).read_bytes()
+    (tmp_path / "b.zip").write_bytes(whole[:-30])
+    with pytest.raises(DataError, match="cannot be read as a zip or tar"):
+        open_source(str(tmp_path / "b.zip"))
+
+
+def test_bombs_are_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(MODULE, "_LARGEST", 4000)
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", b"\0" * 100_000)
+    with pytest.raises(DataError, match=r"a\.png:? would unpack to 100,000 bytes"):
+        open_source(str(tmp_path / "bomb.zip"))
+    (tmp_path / "p").mkdir()
+    stream = io.BytesIO()
+    Image.new("L", (100, 100)).save(stream, "PNG")
+    (tmp_path / "p" / "large.png").write_bytes(stream.getvalue())
+    with pytest.raises(DataError, match="100 x 100 pixels are too many"):
+        open_source(str(tmp_path / "p"))

@@ -1,0 +1,125 @@
+"""Tables with named columns: CSV, TSV and Parquet, what they become, and what is refused."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from program import refused
+
+import genjax.cli
+from genjax.data import open_source
+from genjax.errors import ConfigError, DataError
+
+RNG = np.random.default_rng(0)
+COLUMNS = {
+    "age": RNG.integers(20, 80, 60).tolist(),
+    "income": RNG.normal(5e4, 2e4, 60).tolist(),
+    "kind": [("cat", "dog", "bird")[index % 3] for index in range(60)],
+    "name": [f"n{index}" for index in range(60)],
+}
+
+
+def saved(folder, ending="csv", columns=COLUMNS):
+    path = folder / f"people.{ending}"
+    if ending.lower() == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+        return str(path)
+    tab = ending.lower() == "tsv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t" if tab else ",")
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+    return str(path)
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "parquet", "CSV"])
+def test_every_format_is_the_same_table(tmp_path, ending):
+    source = open_source(saved(tmp_path, ending), label="kind", conditional=True)
+    spec = source.spec
+    assert (spec.shape, spec.kind, spec.columns) == ((2,), "continuous", ("age", "income"))
+    assert spec.class_names == ("bird", "cat", "dog")
+    assert "left out, as they are no numbers: name" in "; ".join(source.notes)
+    rows = np.concatenate([batch.x for batch in source.load()])
+    wanted = np.stack([COLUMNS["age"], COLUMNS["income"]], axis=1).astype(np.float32)
+    np.testing.assert_array_equal(rows[np.lexsort(rows.T)], wanted[np.lexsort(wanted.T)])
+    kind = dict(zip(map(tuple, wanted), COLUMNS["kind"], strict=True))
+    for batch in source.load():
+        for row, label in zip(batch.x, batch.cond, strict=True):
+            assert kind[tuple(row)] == spec.class_names[label]
+
+
+def test_columns_and_conditions_are_chosen(tmp_path):
+    path = saved(tmp_path)
+    assert open_source(path, columns=("income",)).spec.columns == ("income",)
+    source = open_source(path, condition_columns=("age",), conditional=True)
+    assert (source.spec.columns, source.spec.cond_dim) == (("income",), 1)
+    with pytest.raises(ConfigError, match=r"no column of .* called 'incme'\. Did you mean income"):
+        open_source(path, columns=("incme",))
+    with pytest.raises(ConfigError, match="'age' is given twice"):
+        open_source(path, columns=("age", "age"))
+    with pytest.raises(DataError, match=r"--label NAME.*found age, income, kind, name"):
+        open_source(path, conditional=True)
+    with pytest.raises(DataError, match=r"'name' has no numbers but string: row 1 is 'n0'"):
+        open_source(path, columns=("age", "name"))
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_missing_values_are_refused_by_row_and_column(tmp_path, ending):
+    columns = {"age": [1.5, 2.5, None, 4.5], "size": [1, 2, 3, 4]}
+    path = saved(tmp_path, ending, columns)
+    with pytest.raises(DataError, match=r"row 3 of column 'age' is missing"):
+        open_source(path)
+    assert open_source(path, columns=("size",)).spec.shape == (1,)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "cannot be read as a table"),
+        ("a,b\n", "no rows"),
+        ("a,a\n1,2\n3,4\n5,6\n", "several columns are called 'a'"),
+        ("a,b\n1,2\n3\n", "cannot be read as a table"),
+        ("1,2\n3,4\n5,6\n", "its first line is numbers"),
+        ("a,b\n1,x\n2,y\n3,2\n", "'b' has no numbers but string"),
+        ("a,b\n1,nan\n2,3\n3,2\n", "row 1 of column 'b' is"),
+        ("a\nx\ny\nz\n", "no column has numbers"),
+        ("a,b\n1,inf\n2,3\n3,2\n", "row 1 of column 'b' is inf"),
+    ],
+)
+def test_what_is_no_table(tmp_path, text, message):
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        open_source(str(path), columns=("a", "b") if ",b" in text and "'b'" in message else None)
+
+
+def test_damage_and_absence(tmp_path):
+    for ending in ("csv", "parquet"):
+        with pytest.raises(DataError, match="there is no such file"):
+            open_source(str(tmp_path / f"none.{ending}"))
+    whole = Path(saved(tmp_path, "parquet")).read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match="cannot be read as a table"):
+        open_source(str(tmp_path / "cut.parquet"))
+
+
+def test_a_sample_is_a_table_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path)
+    small = "--steps 2 --batch-size 8 --hidden 4 --latent-dim 2 --evaluate-every 0"
+    command = f"train vae --data people.csv --label kind --conditional {small} --out run"
+    genjax.cli.main(command.split())
+    assert "columns age, income" in capsys.readouterr().out
+    genjax.cli.main(["sample", "run", "--n", "5", "--cond", "dog"])
+    with (tmp_path / "run" / "samples" / "sample_n5_seed0_conddog.csv").open() as file:
+        header, *rows = csv.reader(file)
+    assert header == ["age", "income", "class"]
+    assert len(rows) == 5
+    assert {row[2] for row in rows} == {"dog"}
+    genjax.cli.main(["evaluate", "run", "--n", "4"])
+    text = (tmp_path / "people.csv").read_text().splitlines()
+    (tmp_path / "people.csv").write_text("\n".join([text[0], *reversed(text[1:])]) + "\n")
+    assert "not those that run was trained on" in refused(["evaluate", "run"], capsys)
