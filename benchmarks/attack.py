@@ -99,6 +99,9 @@ def small(name: str, steps: int, out: str) -> list[str]:
     row = ZOO[name]
     args = ["train", name, "--steps", str(steps), "--steps-per-call", "2", *QUIET, "--out", out]
     args += ["--checkpoint-every", "2", "--log-every", "2"]
+    warmup = getattr(row.optimizer, "warmup_steps", 0)
+    if warmup >= steps:
+        args += ["--warmup-steps", "0"]
     if row.model.get("lanes") is None or row.tiny.get("lanes"):
         args += ["--batch-size", "8"]
     for setting, value in row.tiny.items():

@@ -44,6 +44,11 @@ SAMPLE_FLAGS: dict[str, tuple[Any, Any, str]] = {
         "Show the way from noise to data: a row for each sample, a column for each of some of the "
         "times.",
     ),
+    "which": (
+        Literal["newest", "best"],
+        "newest",
+        "Of its checkpoints the newest, or the best by the figure on the validation split.",
+    ),
     "out": (
         Path | None,
         None,
@@ -72,7 +77,7 @@ def sample(args: list[str]) -> None:
             for field in dataclasses.fields(samples.Decoding)
         }
     )
-    loaded = runs.load(options.run)
+    loaded = runs.load(options.run, options.which)
     spec = loaded.model.spec
     few = spec.step is not None or (options.film and view_of(spec) != "points")
     n = options.n or (10 if few else 64)
@@ -179,6 +184,7 @@ def _sample_flags(model: "Model | None") -> dict[str, tuple[Any, Any, str]]:
     if model is None:
         return flags
     applies = {"n", "seed", "out", *fields_for(model)}
+    applies |= {"which"} if model.score is not None else set()
     applies |= {"cond"} if model.spec.conditional else set()
     applies |= {"means"} if shows_means(model) else set()
     applies |= {"film"} if has_film(model) else set()
@@ -193,6 +199,7 @@ def _stem(options: Any, n: int, asked: dict[str, Any], arrays: dict[str, Any]) -
     if options.cond:
         parts.append(f"cond{options.cond}")
     parts += [name for name in ("means", "film") if getattr(options, name)]
+    parts += ["best"] * (options.which == "best")
     if "prompt" in asked:
         parts.append("prompt")
     parts += [f"{name}{value}" for name, value in asked.items() if name != "prompt"]
@@ -276,6 +283,8 @@ def evaluate(args: list[str]) -> None:
         """Of the estimator's noise and of the binarisation of the data."""
         batch_size: int = 100
         """Examples at a time; it changes memory and speed, and the noise."""
+        which: Literal["newest", "best"] = "newest"
+        """Of its checkpoints the newest, or the best by the figure on the validation split."""
         samples: bool = False
         """Give figures about samples as well, where there is a log-probability or bound."""
 
@@ -298,7 +307,7 @@ def evaluate(args: list[str]) -> None:
         if "n_bound_samples" not in parameters_of(recipe.family):
             raise ConfigError(f"{recipe.name} has no bound with samples; leave --n-samples out.")
         changes["n_bound_samples"] = options.n_samples
-    run, other = runs.load(options.run, **changes), None
+    run, other = runs.load(options.run, options.which, **changes), None
     if options.data is not None:
         from genjax.runs.other_data import other_source
 
@@ -314,17 +323,19 @@ def evaluate(args: list[str]) -> None:
         options.samples,
         source=other,
     )
-    path = options.run / _report_name(split, None if other is None else other.spec.name)
+    about = None if other is None else other.spec.name
+    path = options.run / _report_name(split, about, options.which)
     write_json(path, report)
     table = _rows_of(report)
     print_table(f"{report['recipe']} on {report['data']}", ["what", "figure"], table)
     print(f"written: {path}")
 
 
-def _report_name(split: str, data: str | None) -> str:
+def _report_name(split: str, data: str | None, which: str = "newest") -> str:
     """A name that no report about something else has: report.json is that of the test split."""
     usual = "test" if data is None else "all"
     parts = ["report", *[data] * (data is not None), *[split] * (split != usual)]
+    parts += [which] * (which != "newest")
     return "-".join(parts).replace("/", "_") + ".json"
 
 
@@ -354,7 +365,7 @@ def _rows_of(report: dict[str, Any]) -> list[list[str]]:
         truth = report["true_log_prob"]
         value = f"{truth['mean']:.3f} ± {truth['standard_error']:.3f} nats"
         rows.append(["true log-density", f"{value}, on the same examples"])
-    names = ("estimator", "split", "n", "seed", "step", "seconds", "config_hash")
+    names = ("estimator", "split", "n", "seed", "step", "which", "seconds", "config_hash")
     return rows + [[name, str(report[name])] for name in names]
 
 
@@ -375,10 +386,14 @@ def export(args: list[str]) -> None:
         """The run folder."""
         out: Path | None = None
         """The folder to write into; export in the run folder unless given."""
+        which: Literal["newest", "best"] = "newest"
+        """Of its checkpoints the newest, or the best by the figure on the validation split."""
 
     options = tyro.cli(Export, prog="genjax export", args=args)
     from genjax.runs.export import export as exported
     from genjax.runs.load import load
 
-    for path in exported(load(options.run), options.out or options.run / "export"):
+    folder = "export" if options.which == "newest" else f"export-{options.which}"
+    run = load(options.run, options.which)
+    for path in exported(run, options.out or options.run / folder):
         print(plain(f"written: {path} ({path.stat().st_size:,} bytes)"))

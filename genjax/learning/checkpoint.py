@@ -356,6 +356,23 @@ class Checkpoints:
             ) from error
         return self.folder / str(step)
 
+    def newest_note(self) -> tuple[int, dict[str, Any]] | None:
+        """The step and the note of the newest whole checkpoint, without its arrays; None if there
+        is none.
+
+        Raises:
+            CheckpointError: if it cannot be read.
+        """
+        return agreed(self._newest_note)
+
+    def _newest_note(self) -> tuple[int, dict[str, Any]] | None:
+        with plain_path(self.folder) as at:
+            for step in reversed(self.steps()):
+                if _damage(at / str(step), self.folder / str(step)) is None:
+                    custom: Any = ocp.metadata(str(at / str(step))).custom_metadata or {}
+                    return step, custom.get("note", {})
+        return None
+
     def _begin(self, at: Path, step: int) -> str | None:
         """The name of a folder to write; None if the step has a checkpoint already."""
         if (at / str(step)).is_dir():

@@ -189,6 +189,7 @@ def fit(
     stop_on_nonfinite: bool = True,
     progress: Progress | None = None,
     layout: Callable[[PyTree], PyTree] | None = None,
+    enough: Callable[[int], bool] = lambda step: False,
 ) -> TrainState:
     """Train to `steps` optimiser steps, going on from the newest checkpoint if there is one, and
     return the last state. A new run begins with `Training.prepare`, where there is one.
@@ -205,6 +206,8 @@ def fit(
             other members are well.
         layout: (the state's shapes) -> where each of its arrays is to be put that is restored; see
             `sharding.layout`.
+        enough: whether training ends at this step, before `steps`; asked at every dispatch
+            boundary, after the hooks, and of the step that it goes on from.
 
     Raises:
         NonFiniteError: naming the step and the player; checkpoints from before it are kept.
@@ -246,7 +249,7 @@ def fit(
     )
     with asking, _signals() as caught, concurrent.futures.ThreadPoolExecutor(1) as pool:
         ahead: concurrent.futures.Future[Any] | None = None
-        while step < steps:
+        while step < steps and not enough(step):
             k = min(steps_per_call, steps - step)
             payload = ahead.result() if ahead is not None else feed.payload(step, k)
             if k not in programs:
@@ -265,6 +268,9 @@ def fit(
                 line = {"step": step, **(metrics.line() if log_now else {})}
                 for hook in due:
                     line |= _called(hook.name, hook.call, step, failed, step, state) or {}
+                for hook in hooks:  # which are all due at the end
+                    if hook not in due and enough(step):
+                        line |= _called(hook.name, hook.call, step, failed, step, state) or {}
                 if len(line) > 1:
                     write(line)
                 shown |= line
@@ -273,7 +279,7 @@ def fit(
                 told = (step, steps, seconds, done, shown)
                 _called("the progress bar", progress, step, failed, *told)
             stop = caught()
-            if stop or _crossed(before, step, checkpoint_every, steps):
+            if stop or enough(step) or _crossed(before, step, checkpoint_every, steps):
                 metrics.collect()
                 save()
             if stop and step < steps:

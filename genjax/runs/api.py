@@ -235,8 +235,11 @@ def source_in(data: Any, spec: DataSpec | None = None) -> Source:
     return from_arrays(data, standardize="none", **taken)
 
 
-def load(folder: str | Path) -> Run:
+def load(folder: str | Path, which: str = "newest") -> Run:
     """A run folder as an object.
+
+    Args:
+        which: of its checkpoints the "newest", or the "best" by the figure on the validation split.
 
     Raises:
         ConfigError: if the folder is no run, or is a sweep.
@@ -251,7 +254,7 @@ def load(folder: str | Path) -> Run:
         >>> genjax.load(folder).sample(5).shape
         (5, 3)
     """
-    loaded = loading.load(Path(folder))
+    loaded = loading.load(Path(folder), which)
     return Run(loaded.model, loaded.params, loaded.state, loaded.step, loaded, folder=Path(folder))
 
 

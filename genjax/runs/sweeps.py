@@ -136,6 +136,11 @@ def run_sweep(
         ConfigError: see `check_axes`; or if the folder holds something else.
     """
     check_axes(recipe, axes)
+    if recipe.schedule.stop_after:
+        raise ConfigError(
+            "The members of a sweep take the same steps: leave --stop-after out, and train what is "
+            "best alone."
+        )
     members = members_of(axes, recipe.schedule.seed, n_seeds)
     also = "; --seeds, for fewer members at once; --mode map"
     with fitting(recipe, folder, also), ExitStack() as held:

@@ -10,6 +10,7 @@ import jax
 
 from genjax.data import Source, Splits, example_batch
 from genjax.data.view import no_picture
+from genjax.errors import ConfigError
 from genjax.evaluation.estimates import estimate, score_examples, scorer
 from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.distributed import agreed, check_shared, several, whole, writes
@@ -20,12 +21,13 @@ from genjax.learning.step import eval_params
 from genjax.profiling.room import check_training
 from genjax.protocol import Model, TrainState
 from genjax.runs import samples, stages
+from genjax.runs.best import Best
 from genjax.runs.folder import check_folder, keep_spec, open_folder
 from genjax.runs.identity import check_note, files_of, keep_files, note_of, read_files
 from genjax.runs.lock import locked
 from genjax.runs.log import Log, logging_in
 from genjax.runs.smaller import fitting, widest
-from genjax.zoo.recipe import Recipe, to_dict
+from genjax.zoo.recipe import Recipe, Schedule, to_dict
 
 # Fixed keys, so that a validation curve compares like with like and the pictures of a run show the
 # same latent points.
@@ -72,6 +74,12 @@ def _train(
     """See `train`; the lock of the folder is `held` until the end."""
     stage, schedule = stages.opened(recipe, given), recipe.schedule
     source, model = stage.source, recipe.build(stage.on)
+    valid_every = 0 if model.score is None else schedule.evaluate_every
+    if schedule.stop_after and not valid_every:
+        raise ConfigError(
+            f"--stop-after needs a figure on the validation split, and {recipe.name} has none (a "
+            "log-probability or a bound): leave it out."
+        )
     if writes():
         for line in about_data(source):
             say(line)
@@ -98,7 +106,7 @@ def _train(
         check_folder(folder)
         held.enter_context(locked(folder, say))
         files = files_of(source, read_files(folder) or ())
-        open_folder(folder, settings)
+        open_folder(folder, settings, say)
         keep_spec(folder, source.spec)
         keep_files(folder, files)
         stages.keep(folder, stage)
@@ -112,8 +120,9 @@ def _train(
         about,
         functools.partial(check_note, about=about, folder=folder),
     )
+    best = Best(folder, about) if valid_every else None
     hooks = [
-        _valid_hook(model, source, splits, schedule.evaluate_every),
+        _valid_hook(model, source, splits, best, valid_every),
         _picture_hook(model, source, splits, folder, schedule.sample_every),
     ]
 
@@ -122,7 +131,7 @@ def _train(
 
         def on_restore(step: int) -> None:
             if log is not None:
-                go_on(log, step, schedule.steps, say)
+                go_on(log, step, schedule.steps, say, _enough(best, schedule, step))
 
         state = fit(
             feed,
@@ -138,10 +147,34 @@ def _train(
             stop_on_nonfinite=not schedule.skip_nonfinite,
             progress=progress if log else None,
             layout=None if devices is None else functools.partial(layout, mesh=devices),
+            enough=functools.partial(_enough, best, schedule),
         )
+    if best is not None and writes():
+        say_best(best, schedule, int(state.step), say)
     # Until process 0 has drawn its curves: at the end jax does not wait long for the others.
     agreed(lambda: None)
     return state
+
+
+def _enough(best: Best | None, schedule: Schedule, step: int) -> bool:
+    """Whether as many evaluations as `stop_after` says have brought no gain."""
+    if best is None or not schedule.stop_after:
+        return False
+    return best.stale(step, schedule.evaluate_every) >= schedule.stop_after
+
+
+def say_best(best: Best, schedule: Schedule, step: int, say: Callable[[str], None]) -> None:
+    """Where a run ended, if it was early, and which of its states was the best."""
+    if step < schedule.steps and _enough(best, schedule, step):
+        say(
+            f"ended at step {step} of {schedule.steps}: {schedule.stop_after} evaluations in a row "
+            "brought no gain"
+        )
+    if 0 < best.step < step:
+        say(
+            f"best on the validation split: {best.value:.3f} nats at step {best.step}, kept beside "
+            "the newest (--which best of sample, evaluate and export)"
+        )
 
 
 def about_data(source: Source) -> list[str]:
@@ -151,26 +184,32 @@ def about_data(source: Source) -> list[str]:
     return lines if why is None else [*lines, why]
 
 
-def go_on(log: Log, step: int, steps: int, say: Callable[[str], None]) -> None:
+def go_on(log: Log, step: int, steps: int, say: Callable[[str], None], ended: bool = False) -> None:
     """Go on from a step: cut the log back to it, and tell the user."""
     log.restore(step)
+    if ended:
+        return  # which is said at the end
     if step >= steps:
         say(f"all {step} steps of {log.folder} were done before; nothing is left to train")
     elif step:
         say(f"going on from step {step} of {steps} in {log.folder}")
 
 
-def _valid_hook(model: Model, source: Source, splits: Splits, every: int) -> Hook | None:
-    if model.score is None or every == 0:
+def _valid_hook(
+    model: Model, source: Source, splits: Splits, best: Best | None, every: int
+) -> Hook | None:
+    if best is None or model.score is None:
         return None
     name, run = model.score_name, scorer(model.score, source.prepare)
 
     def call(step: int, state: TrainState) -> dict[str, Any]:
         params, extra = whole((eval_params(state), state.state))
-        if not writes():
-            return {}
-        values = score_examples(run, params, extra, splits.valid, jax.random.key(VALID_SEED))
-        return {f"valid/{name}": estimate(values).mean}
+        value = 0.0  # of process 0 only
+        if writes():
+            values = score_examples(run, params, extra, splits.valid, jax.random.key(VALID_SEED))
+            value = estimate(values).mean
+        best.offer(step, state, value)
+        return {f"valid/{name}": value} if writes() else {}
 
     return Hook(every, call, "the evaluation on the validation split")
 

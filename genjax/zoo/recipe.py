@@ -38,7 +38,7 @@ class Schedule:
     """How long to train and what to do on the way; every number of steps counts optimiser steps.
 
     Attributes:
-        steps: optimiser steps of the whole run.
+        steps: optimiser steps of the whole run; a run goes on to more than it was to have.
         batch_size: examples per step.
         seed: of the initial weights, the noise and the order of the data.
         microbatches: accumulate the gradient over this many equal parts of a batch.
@@ -46,7 +46,9 @@ class Schedule:
             stopping.
         steps_per_call: optimiser steps in one dispatch to the device.
         log_every: write the metrics' means over this many steps.
-        evaluate_every: evaluate on the validation split; 0 never.
+        evaluate_every: evaluate on the validation split; 0 never. The best state by it is kept
+            beside the newest.
+        stop_after: end once so many evaluations in a row have brought no gain; 0 never.
         sample_every: write a picture of samples; 0 only at the end.
         checkpoint_every: save a checkpoint; the end of the run is always saved.
         keep_checkpoints: how many of the newest checkpoints to keep.
@@ -62,6 +64,7 @@ class Schedule:
     steps_per_call: Steps = 50
     log_every: Count = 100
     evaluate_every: Whole = 500
+    stop_after: Whole = 0
     sample_every: Whole = 500
     checkpoint_every: Count = 500
     keep_checkpoints: Count = 3
@@ -74,6 +77,8 @@ class Schedule:
                 f"A batch of {self.batch_size} does not divide into {self.microbatches} equal "
                 "microbatches."
             )
+        if self.stop_after and not self.evaluate_every:
+            raise ConfigError("stop_after counts evaluations: it needs evaluate_every above 0.")
 
 
 @dataclasses.dataclass(frozen=True)
