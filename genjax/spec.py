@@ -61,6 +61,11 @@ class DataSpec:
             log-probabilities and samples are those of x all the same.
         cond_shift, cond_scale: the same for a condition vector, one number for each entry.
         columns: what the columns of the last axis are called, for pictures and samples.
+
+    Example:
+        >>> from genjax import DataSpec
+        >>> DataSpec((8, 8, 1), "discrete", levels=17, n_classes=10).conditional
+        True
     """
 
     shape: tuple[int, ...]

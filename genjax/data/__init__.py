@@ -137,6 +137,12 @@ def open_source(name: str | os.PathLike[str], **options: Any) -> Source:
             is not what its annotation says.
         DataError: for a file of one's own that cannot be used; files of named data sets are read by
             `Source.load`.
+
+    Example:
+        >>> from genjax import open_source
+        >>> source = open_source("digits")
+        >>> source.spec.shape, source.load().train.x.shape[1:]
+        ((8, 8, 1), (8, 8, 1))
     """
     name = os.fspath(name)
     make = loader(name)

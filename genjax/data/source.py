@@ -117,6 +117,14 @@ def batch_at(
 
     Raises:
         DataError, ConfigError: when called with too few examples; see `batch_indices`.
+
+    Example:
+        >>> import jax, numpy as np
+        >>> from genjax import batch_at, from_arrays
+        >>> source = from_arrays(np.random.default_rng(0).normal(size=(100, 3)))
+        >>> batch = jax.jit(batch_at(source, batch_size=8, seed=0))
+        >>> batch(jax.device_put(source.load().train), 5).x.shape
+        (8, 3)
     """
     prepare = prepare_at(source, seed)
 
@@ -142,6 +150,13 @@ def host_batch(source: Source, arrays: Batch, batch_size: int, seed: int, step: 
 def example_batch(spec: DataSpec, key: Key, n: int) -> Batch:
     """n random examples of any spec, prepared: uniform bits, levels, tokens, labels and lengths,
     normal numbers with the mean and the scale that the spec says, 0 and 1 unless it does.
+
+    Example:
+        >>> import jax
+        >>> from genjax import DataSpec, example_batch
+        >>> spec = DataSpec((3,), "continuous", n_classes=4)
+        >>> example_batch(spec, jax.random.key(0), 5).cond.shape
+        (5,)
     """
     x_key, cond_key, length_key = jax.random.split(key, 3)
     shape = (n, *spec.shape)

@@ -119,6 +119,15 @@ def choose_feed(
 
     Raises:
         DataError, ConfigError: for a batch size that the data do not allow; see `batch_indices`.
+
+    Example:
+        >>> import jax, numpy as np, optax
+        >>> from genjax import choose_feed, fit, from_arrays, training, vae
+        >>> source = from_arrays(np.random.default_rng(0).normal(size=(100, 3)))
+        >>> t = training(vae(source.spec, hidden=(4,)), optax.adam(1e-3))
+        >>> feed = choose_feed(t, source, source.load().train, batch_size=8, seed=0)
+        >>> int(fit(feed, key=jax.random.key(0), steps=2, steps_per_call=2).step)
+        2
     """
     source.order(len(arrays.x), batch_size, seed, 0)  # refuse it now, before a run folder is made
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
@@ -157,6 +166,16 @@ class Hook(NamedTuple):
 
     One that fails is said once, by its name, and training goes on without what it would have given.
     Only `NonFiniteError`, `Interrupted` and a `CheckpointError` of checkpoints stop it.
+
+    Example:
+        >>> import jax, optax
+        >>> from genjax import DataSpec, Hook, training, vae
+        >>> def norm(step, ts):
+        ...     return {"norm": float(optax.tree.norm(ts.params))}
+        >>> hook = Hook(100, norm, "the norm of the weights")
+        >>> t = training(vae(DataSpec((2,), "continuous"), hidden=(4,)), optax.adam(1e-3))
+        >>> list(hook.call(100, t.init(jax.random.key(0))))
+        ['norm']
     """
 
     every: int
@@ -215,6 +234,17 @@ def fit(
         CheckpointError: if a checkpoint cannot be written or read, or the log cannot be written; in
             that case the state was saved.
         MemoryExhausted: with the array that asked for it.
+
+    Example:
+        >>> import jax, numpy as np, optax
+        >>> from genjax import choose_feed, fit, from_arrays, training, vae
+        >>> source = from_arrays(np.random.default_rng(0).normal(size=(100, 3)))
+        >>> t = training(vae(source.spec, hidden=(4,)), optax.adam(1e-3))
+        >>> feed, lines = choose_feed(t, source, source.load().train, 8, seed=0), []
+        >>> often = {"steps_per_call": 2, "log_every": 2, "log": lines.append}
+        >>> ts = fit(feed, key=jax.random.key(0), steps=4, **often)
+        >>> int(ts.step), [line["step"] for line in lines]
+        (4, [2, 4])
     """
     state, window = _begin(feed, key, checkpoints, layout)
     step = first = int(state.step)

@@ -282,5 +282,12 @@ def _average(d: Array, average: Array, value: Array) -> Array:
 def eval_params(ts: TrainState) -> Params:
     """The parameters to sample and evaluate with: each player's moving average where its optimiser
     tracks one. Entries without an optimiser, such as those that follow a player, are as they are.
+
+    Example:
+        >>> import jax, optax
+        >>> from genjax import DataSpec, eval_params, training, vae
+        >>> t = training(vae(DataSpec((2,), "continuous"), hidden=(4,)), optax.adam(1e-3))
+        >>> list(eval_params(t.init(jax.random.key(0))))
+        ['vae']
     """
     return {player: averaged(ts.opt.get(player, ()), own) for player, own in ts.params.items()}

@@ -55,6 +55,17 @@ class Run:
         recipe: what was trained; None for a model of one's own.
         folder: the run folder; None without one.
         step: how many optimiser steps it has had.
+
+    Example:
+        >>> import genjax, numpy as np
+        >>> x = np.random.default_rng(0).normal(size=(100, 3))
+        >>> run = genjax.train("vae", x, steps=2, hidden=(4,), latent_dim=2, batch_size=8, say=str)
+        >>> scores = run.bound(x[:10])  # in nats, of each example
+        >>> scores.nats.shape
+        (10,)
+        >>> mean, scale = run.encode(x[:2])
+        >>> run.decode(mean).shape
+        (2, 3)
     """
 
     def __init__(
@@ -371,6 +382,15 @@ def save(state: TrainState, folder: str | Path) -> Path:
 
     Raises:
         CheckpointError: if the disk does not take it.
+
+    Example:
+        >>> import jax, optax, tempfile
+        >>> import genjax
+        >>> model = genjax.vae(genjax.DataSpec((2,), "continuous"), hidden=(4,))
+        >>> t = genjax.training(model, optax.adam(1e-3))
+        >>> ts, folder = jax.jit(t.init)(jax.random.key(0)), tempfile.mkdtemp()
+        >>> genjax.save(ts, folder).name
+        '0'
     """
     return Checkpoints(folder).save(state)
 
@@ -383,6 +403,16 @@ def restore(folder: str | Path, like: TrainState, step: int | None = None) -> Tr
 
     Raises:
         CheckpointError: if there is none that is whole, or it is of another model.
+
+    Example:
+        >>> import jax, optax, tempfile
+        >>> import genjax
+        >>> model = genjax.vae(genjax.DataSpec((2,), "continuous"), hidden=(4,))
+        >>> t = genjax.training(model, optax.adam(1e-3))
+        >>> folder = tempfile.mkdtemp()
+        >>> _ = genjax.save(jax.jit(t.init)(jax.random.key(0)), folder)
+        >>> int(genjax.restore(folder, jax.eval_shape(t.init, jax.random.key(0))).step)
+        0
     """
     restored = Checkpoints(folder).restore(like, step)
     if restored is None:
