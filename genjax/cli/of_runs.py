@@ -1,4 +1,4 @@
-"""The commands about a run folder: genjax sample, evaluate and export."""
+"""The commands about run folders: genjax sample, evaluate, export and compare."""
 
 import dataclasses
 import hashlib
@@ -397,3 +397,60 @@ def export(args: list[str]) -> None:
     run = load(options.run, options.which)
     for path in exported(run, options.out or options.run / folder):
         print(plain(f"written: {path} ({path.stat().st_size:,} bytes)"))
+
+
+# --- genjax compare -------------------------------------------------------------------------------
+
+
+def compare(args: list[str]) -> None:
+    """genjax compare RUN RUN ..."""
+    import tyro
+
+    @dataclasses.dataclass(frozen=True)
+    class Compare:
+        """Runs side by side: the settings in which they differ, what they are worth, and a picture
+        of their curves.
+        """
+
+        runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+        """The run folders, two or more."""
+        out: Path = Path("compare.png")
+        """Where the picture of their curves is written."""
+
+    options = tyro.cli(Compare, prog="genjax compare", args=args)
+    from genjax.runs import compare as comparing
+    from genjax.runs import pictures
+
+    runs = comparing.read(options.runs)
+    names = [run.name for run in runs]
+    rows = comparing.differing(runs)
+    if rows:
+        print_table("settings that differ", ["setting", *names], rows)
+    else:
+        print("settings: the same in all of them")
+    columns = ["run", "figure", "value", "data", "split", "n", "step", "from"]
+    figures = comparing.figures(runs)
+    if figures:
+        print_table("figures", columns, figures)
+    for run in runs:
+        if not run.reports:
+            say(f"{run.name} was never evaluated: genjax evaluate writes its figures")
+    for line in comparing.incomparable(runs):
+        say(f"not to be compared: {line}")
+    picture = comparing.curves(runs)
+    if picture is None:
+        print("no picture: these runs have no metric in common")
+        return
+    out = _unused(options.out)
+    pictures.save(picture, out)
+    print(plain(f"written: {out}"))
+
+
+def _unused(path: Path) -> Path:
+    """The path, with a number where something is there already."""
+    if not os.path.lexists(path):
+        return path
+    numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    found = next(candidate for candidate in numbered if not os.path.lexists(candidate))
+    say(f"{path} is there already, and stays: written as {found}")
+    return found

@@ -278,6 +278,7 @@ def train(
     progress: Progress | None = None,
     say: Callable[[str], None] = print,
     mesh: Mapping[str, int] | None = None,
+    init_from: str | Path | None = None,
     **settings: Any,
 ) -> Run:
     """Train what `genjax train` does, and return the run.
@@ -292,6 +293,8 @@ def train(
         progress: what is told after each dispatch.
         say: what is told of the data and of going on.
         mesh: see `genjax train --mesh`.
+        init_from: the folder of a run whose parameters this one begins with, where names and
+            shapes are the same; of recipes.
         settings: any setting of the recipe by its name, as the command line has it:
             `hidden=(64,)`, `learning_rate=1e-3`, or `**{"optimizer.b1": 0.5}`. For a model of one's
             own: batch_size, seed, optimizer (an optax transform), steps_per_call, log, hooks.
@@ -308,16 +311,22 @@ def train(
     """
     if steps is not None:
         settings["steps"] = steps
+    begin = None if init_from is None else Path(init_from)
     if isinstance(what, Model):
+        if begin is not None:
+            raise ConfigError(
+                "init_from is for recipes; a model of one's own begins with what its `init` gives: "
+                "model._replace(init=...)."
+            )
         return _train_model(what, data, out, progress, **settings)
     recipe, source = _recipe_of(what, data)
     recipe = replace(recipe, **settings)
     if out is not None:
-        train_in(recipe, Path(out), progress, say, mesh, source)
+        train_in(recipe, Path(out), progress, say, mesh, source, begin)
         return _with_source(load(out), source)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "run"
-        train_in(recipe, folder, progress, say, mesh, source)
+        train_in(recipe, folder, progress, say, mesh, source, begin)
         found = _with_source(load(folder), source)
     found.folder = None
     return found

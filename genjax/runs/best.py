@@ -17,6 +17,7 @@ from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.distributed import agreed
 from genjax.protocol import Model, TrainState
 from genjax.runs.identity import check_note
+from genjax.zoo.recipe import Schedule
 
 FOLDER = "best"
 
@@ -66,6 +67,19 @@ class Best:
         gain since the best.
         """
         return step // every - self.step // every
+
+
+def ended_early(folder: Path, schedule: Schedule, step: int) -> bool:
+    """Whether a run has ended at a step because evaluations brought no gain.
+
+    Raises:
+        CheckpointError: if its best state cannot be read.
+    """
+    if not schedule.stop_after or not schedule.evaluate_every:
+        return False
+    note = Checkpoints(folder / FOLDER, 1).newest_note()
+    every = schedule.evaluate_every
+    return note is not None and step // every - note[0] // every >= schedule.stop_after
 
 
 def best_of(folder: Path, model: Model, **how: Any) -> Checkpoints:

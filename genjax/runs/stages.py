@@ -16,8 +16,10 @@ import jax
 
 from genjax.data import Source, is_run
 from genjax.errors import ConfigError, writing
-from genjax.learning.checkpoint import CHECKSUMS, Checkpoints
+from genjax.learning.checkpoint import Checkpoints
+from genjax.learning.checksums import CHECKSUMS
 from genjax.protocol import DataSpec, Trained
+from genjax.runs.best import ended_early
 from genjax.runs.folder import read_config, read_spec
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import Recipe, from_dict
@@ -61,7 +63,7 @@ def opened(recipe: Recipe, source: Source | None = None) -> Opened:
 
     run = load(folder)
     steps = run.recipe.schedule.steps
-    if run.step < steps:
+    if run.step < steps and not ended_early(folder, run.recipe.schedule, run.step):
         raise ConfigError(
             f"{folder} is at step {run.step} of {steps}, and a first stage has to be finished. Run "
             "its command again, which goes on where it stopped."

@@ -24,6 +24,7 @@ from genjax.runs import samples, stages
 from genjax.runs.best import Best
 from genjax.runs.folder import check_folder, keep_spec, open_folder
 from genjax.runs.identity import check_note, files_of, keep_files, note_of, read_files
+from genjax.runs.init_from import started_from
 from genjax.runs.lock import locked
 from genjax.runs.log import Log, logging_in
 from genjax.runs.smaller import fitting, widest
@@ -41,6 +42,7 @@ def train(
     say: Callable[[str], None] = print,
     mesh: Mapping[str, int] | None = None,
     source: Source | None = None,
+    init_from: Path | None = None,
 ) -> TrainState:
     """Train a recipe in a run folder, or go on with the run that is there.
 
@@ -54,12 +56,13 @@ def train(
             processes (see `distributed`) each call this, and share the batch among all their
             devices unless it is given.
         source: the data, where they are in memory and the recipe cannot open them.
+        init_from: a run whose parameters this one begins with, where names and shapes are the same.
 
     Raises:
         GenjaxError: see the modules that this one calls; whatever was saved before stays.
     """
     with fitting(recipe, folder), ExitStack() as held:
-        return _train(recipe, folder, progress, say, mesh, source, held)
+        return _train(recipe, folder, progress, say, mesh, source, init_from, held)
 
 
 def _train(
@@ -69,6 +72,7 @@ def _train(
     say: Callable[[str], None],
     mesh: Mapping[str, int] | None,
     given: Source | None,
+    init_from: Path | None,
     held: ExitStack,
 ) -> TrainState:
     """See `train`; the lock of the folder is `held` until the end."""
@@ -83,7 +87,9 @@ def _train(
     if writes():
         for line in about_data(source):
             say(line)
-    t, devices = recipe.training(stage.on), None
+    start = None if init_from is None else started_from(init_from, model, folder)
+    t = recipe.training(stage.on) if start is None else recipe.training(stage.on, start.begin)
+    devices = None
     key = jax.random.key(schedule.seed)
     sent = min(schedule.steps_per_call, schedule.steps) if schedule.place == "host" else 1
     check_training(t, key, source.spec, schedule.batch_size, sent, widest(recipe))
@@ -101,6 +107,7 @@ def _train(
     )
     # Not before everything else fits: a folder keeps its settings for good.
     settings = to_dict(recipe) | ({} if stage.first is None else {"first": stage.first})
+    settings |= {} if start is None else {"init_from": start.about}
 
     def open_run() -> list[dict[str, Any]]:
         check_folder(folder)
@@ -112,6 +119,8 @@ def _train(
         stages.keep(folder, stage)
         return files
 
+    for line in start.lines if start is not None and writes() else []:
+        say(line)
     about = note_of(settings, source.spec, agreed(open_run))
     check_shared(folder / "config.json")
     checkpoints = Checkpoints(

@@ -154,13 +154,17 @@ class Recipe:
             return two_stage(on, self.family(latent_spec(on.model), **settings))
         return self.family(on, **settings)
 
-    def training(self, on: DataSpec | Trained) -> Training:
-        """The whole training procedure that the settings describe."""
+    def training(
+        self, on: DataSpec | Trained, begin: Callable[[Model], Model] = lambda model: model
+    ) -> Training:
+        """The whole training procedure that the settings describe; `begin` may have the model
+        begin with other parameters.
+        """
         # Late: what settings there are is asked without it, and optax takes long to import.
         from genjax.learning.step import training
         from genjax.learning.transforms import microbatch, skip_nonfinite
 
-        model, own = self.build(on), self.optimizer
+        model, own = begin(self.build(on)), self.optimizer
         by_player = own if isinstance(own, Mapping) else dict.fromkeys(model.losses, own)
         steps = self.schedule.steps
         t = training(model, {p: o.build(steps, model.labels, p) for p, o in by_player.items()})
