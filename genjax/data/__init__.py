@@ -16,6 +16,7 @@ from genjax.data.idx import read_idx, write_idx
 from genjax.data.image_files import ARCHIVES, image_files
 from genjax.data.image_files import ENDINGS as IMAGE_ENDINGS
 from genjax.data.images import digit_rows, digits, fashion_mnist, mnist
+from genjax.data.json_lines import json_lines
 from genjax.data.memory import from_arrays
 from genjax.data.midi_files import ENDINGS as MIDI_ENDINGS
 from genjax.data.midi_files import midi_files
@@ -75,6 +76,10 @@ FILES: dict[str, Callable[..., Source]] = {
     ".parquet": table,
     ".txt": text,
     ".txt.gz": text,
+    ".jsonl": json_lines,
+    ".jsonl.gz": json_lines,
+    ".ndjson": json_lines,
+    ".ndjson.gz": json_lines,
     ".mat": rolls,
     **dict.fromkeys(MIDI_ENDINGS, midi_files),
     **dict.fromkeys(ARCHIVES, image_files),
@@ -215,6 +220,7 @@ __all__ = [
     "image_files",
     "is_run",
     "jsb",
+    "json_lines",
     "lgssm",
     "loader",
     "markov",
