@@ -1,6 +1,7 @@
 """JSON lines as text: what is read, labels, and what is refused by the number of its line."""
 
 import gzip
+import itertools
 import json
 
 import numpy as np
@@ -11,7 +12,7 @@ from genjax import data
 from genjax.data import json_lines, open_source
 from genjax.errors import ConfigError, DataError
 
-ROWS = [{"text": f"{'ab' * (n % 5 + 1)}{n}", "kind": "even odd".split()[n % 2]} for n in range(40)]
+ROWS = [{"text": f"{'ab' * (n % 5 + 1)}{n}", "kind": ["even", "odd"][n % 2]} for n in range(40)]
 
 
 def saved(folder, rows, name="mine.jsonl"):
@@ -26,6 +27,10 @@ def decoded(source):
     return [[data.decode(row, source.spec) for row in batch.x] for batch in source.load()]
 
 
+def all_of(source):
+    return [*itertools.chain(*decoded(source))]
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL.gz", "a.ndjson", "a.NdJson"])
 def test_each_text_is_an_example_with_its_class(tmp_path, name):
     path = saved(tmp_path, ROWS, name)
@@ -34,7 +39,7 @@ def test_each_text_is_an_example_with_its_class(tmp_path, name):
     names = source.spec.class_names
     assert names == ("even", "odd")
     texts = decoded(source)
-    assert sorted(sum(texts, [])) == sorted(kinds)
+    assert sorted(itertools.chain(*texts)) == sorted(kinds)
     for part, batch in zip(texts, source.load(), strict=True):
         assert [kinds[text] for text in part] == [names[label] for label in batch.cond]
 
@@ -53,7 +58,7 @@ def test_a_stream_has_the_texts_one_after_the_other(tmp_path):
 def test_texts_with_newlines_end_in_another_character(tmp_path):
     rows = [{"story": f"one\ntwo\r\n{n}"} for n in range(10)]
     source = json_lines(saved(tmp_path, rows), layout="lines")
-    assert sorted(sum(decoded(source), [])) == [f"one\ntwo\n{n}" for n in range(10)]
+    assert sorted(all_of(source)) == [f"one\ntwo\n{n}" for n in range(10)]
     with pytest.raises(DataError, match=r"both newlines and the character U\+0003"):
         json_lines(saved(tmp_path, [*rows, {"story": "\x03"}]))
 
@@ -75,10 +80,10 @@ def test_a_bad_line_is_named_and_can_be_left_out(tmp_path, line, match):
     with pytest.raises(DataError, match=f"{match}. Mend it, or .* --skip-bad"):
         json_lines(path, layout="lines")
     source = json_lines(path, layout="lines", skip_bad=True)
-    assert len(sum(decoded(source), [])) == 40
+    assert len(all_of(source)) == 40
     assert "left out 1 lines that cannot be used" in source.notes
     with pytest.raises(DataError, match=", and 1 more lines are bad"):
-        json_lines(saved(tmp_path, [*ROWS, line, line][-8:] + [{"text": ""}]), layout="lines")
+        json_lines(saved(tmp_path, [*[*ROWS, line, line][-8:], {"text": ""}]), layout="lines")
 
 
 def test_columns_and_labels_that_are_not_there(tmp_path):
@@ -93,8 +98,8 @@ def test_columns_and_labels_that_are_not_there(tmp_path):
         json_lines(path, layout="lines", conditional=True, label="sort")
     with pytest.raises(ConfigError, match="--layout lines"):
         json_lines(path, conditional=True, label="kind")
+    bad = saved(tmp_path, [*ROWS, {"text": "a"}])
     with pytest.raises(DataError, match="line 41 has no 'kind', where a class"):
-        bad = saved(tmp_path, [*ROWS, {"text": "a"}])
         json_lines(bad, layout="lines", conditional=True, label="kind")
 
 
@@ -138,7 +143,7 @@ def test_json_lines_are_trained_on_and_sampled(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saved(tmp_path, ROWS)
     small = "--data mine.jsonl --layout lines --label kind --conditional --steps 4 --batch-size 4"
-    more = "--warmup-steps 0 --width 16 --depth 1 --eval-every 4 --sample-every 4 --out here"
+    more = "--warmup-steps 0 --d-model 16 --n-layers 1 --n-heads 2 --out here"
     genjax.cli.main(["train", "transformer", *small.split(), *more.split()])
     genjax.cli.main(["sample", "here", "--n", "2"])
     found = np.load(next((tmp_path / "here").glob("**/*.npz")), allow_pickle=False)

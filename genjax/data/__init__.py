@@ -43,6 +43,7 @@ from genjax.data.text import (
     unicode_classes,
     unicode_names,
 )
+from genjax.data.tokens import token_stream
 from genjax.errors import ConfigError, DataError, unknown_name
 from genjax.settings import check_call
 
@@ -80,6 +81,7 @@ FILES: dict[str, Callable[..., Source]] = {
     ".jsonl.gz": json_lines,
     ".ndjson": json_lines,
     ".ndjson.gz": json_lines,
+    ".bin": token_stream,
     ".mat": rolls,
     **dict.fromkeys(MIDI_ENDINGS, midi_files),
     **dict.fromkeys(ARCHIVES, image_files),
@@ -240,6 +242,7 @@ __all__ = [
     "swiss_roll",
     "table",
     "text",
+    "token_stream",
     "unicode_classes",
     "unicode_names",
     "validate",
