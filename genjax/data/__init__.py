@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from genjax.data.arrays import arrays
+from genjax.data.augment import augmentation
 from genjax.data.densities import checkerboard, grid, moons, pinwheel, ring, swiss_roll
 from genjax.data.idx import read_idx, write_idx
 from genjax.data.image_files import ARCHIVES, image_files
@@ -205,6 +206,7 @@ __all__ = [
     "Source",
     "Splits",
     "arrays",
+    "augmentation",
     "batch_at",
     "batch_indices",
     "cast",
