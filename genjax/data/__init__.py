@@ -38,6 +38,7 @@ from genjax.data.tables import table
 from genjax.data.text import (
     decode,
     encode,
+    encode_by,
     names,
     shakespeare,
     text,
@@ -215,6 +216,7 @@ __all__ = [
     "digit_rows",
     "digits",
     "encode",
+    "encode_by",
     "example_batch",
     "fashion_mnist",
     "from_arrays",

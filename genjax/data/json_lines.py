@@ -10,6 +10,7 @@ import numpy as np
 from genjax.data.idx import read_bytes
 from genjax.data.labels import labels_of
 from genjax.data.lines import about_lengths, line_lengths, pad_lines, sizes, split_rows
+from genjax.data.pieces import pieces_source
 from genjax.data.source import Source, Splits, cast, stored_dtype, validate
 from genjax.data.streams import (
     Layout,
@@ -50,6 +51,7 @@ def json_lines(
     order: Order = "shuffle",
     max_length: Whole = 0,
     skip_bad: bool = False,
+    tokenizer: str | None = None,
 ) -> Source:
     """The texts of a file of JSON lines, one after the other as one stream, or each an example.
 
@@ -68,6 +70,8 @@ def json_lines(
             step to step.
         max_length: leave out texts of more tokens than this, 0 for none. Lines only.
         skip_bad: leave out lines that cannot be used, and say how many, instead of stopping.
+        tokenizer: the tokenizer.json of Hugging Face's tokenizers, whose pieces of words are then
+            the tokens of the stream.
 
     Raises:
         DataError: for a file that is missing, empty or damaged, lines that are no objects with such
@@ -94,6 +98,9 @@ def json_lines(
             "a text. Take U+0003 out."
         )
     whole = end.join(read.texts) + end
+    if tokenizer is not None:
+        source = pieces_source(whole, tokenizer, unit, layout, context, order, where)
+        return source._replace(notes=(*source.notes, *read.notes))
     vocabulary = BYTES if unit == "byte" else tuple(sorted(set(whole)))
     tokens = encode(whole, vocabulary, where)
     name, about = (

@@ -25,6 +25,7 @@ from genjax.data.lines import (
     split_rows,
     without_long,
 )
+from genjax.data.pieces import decode_pieces, encode_pieces, pieces_source
 from genjax.data.source import Source, Splits, cast, validate
 from genjax.data.streams import (
     Layout,
@@ -136,6 +137,7 @@ def text(
     context: Count = 64,
     order: Order = "shuffle",
     max_length: Whole = 0,
+    tokenizer: str | None = None,
 ) -> Source:
     """A text file of one's own, as one stream or as one item a line; it is read at once, as the
     spec depends on it.
@@ -156,6 +158,8 @@ def text(
             step to step.
         max_length: leave out lines of more tokens than this, 0 for none: all are padded to the
             longest. Lines only.
+        tokenizer: the tokenizer.json of Hugging Face's tokenizers, whose pieces of words are then
+            the tokens of the stream.
 
     Raises:
         DataError: for a file that is missing, empty, no UTF-8, or too short for its context or its
@@ -170,6 +174,9 @@ def text(
     raw = read_bytes(path)
     if not raw:
         raise DataError(f"{path}: the file is empty.")
+    if tokenizer is not None:
+        whole = _decode_utf8(raw, path)
+        return pieces_source(whole, tokenizer, unit, layout, context, order, str(path))
     name, left = Path(path).stem, 0
     if unit == "byte":
         vocabulary = BYTES
@@ -305,6 +312,17 @@ def encode(text: str, vocabulary: Sequence[str], where: str) -> np.ndarray:
     return tokens.astype(np.int32)
 
 
+def encode_by(spec: DataSpec, text: str, where: str) -> np.ndarray:
+    """The tokens of a text, int32 [T], by the vocabulary or the tokenizer of a spec.
+
+    Raises:
+        DataError: see `encode`.
+    """
+    if spec.tokenizer is not None:
+        return encode_pieces(text, spec)
+    return encode(text, spec.vocabulary or (), where)
+
+
 def decode(tokens: Sequence[int] | np.ndarray | Array, spec: DataSpec) -> str:
     """The text of one sequence of tokens [T], up to its end token where the spec has one.
 
@@ -314,6 +332,8 @@ def decode(tokens: Sequence[int] | np.ndarray | Array, spec: DataSpec) -> str:
     Raises:
         ConfigError: for data without a vocabulary.
     """
+    if spec.tokenizer is not None:
+        return decode_pieces(np.asarray(tokens), spec)
     if spec.vocabulary is None:
         raise ConfigError(f"{spec.name} is no text: its spec has no vocabulary.")
     whole = np.asarray(tokens)
