@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Settings = Mapping[str, Setting]  # by their flags, without the dashes
 
-DATA_HELP = "a data set's name, or a file of your own: .npz, .npy, .txt or .mat"
+DATA_HELP = "a data set's name, or a file of your own: .npz, .npy, .txt, .jsonl, .bin or .mat"
 
 
 def group(title: str, fields: Mapping[str, tuple[Any, Any, str]], about: str = "") -> Any:

@@ -19,6 +19,8 @@ from genjax.protocol import Array, Batch, DataSpec, Key
 # Folded into the key of the data, so that the data's draws differ from those of a training run with
 # the same seed.
 DATA_TAG = 0x64617461  # "data"
+# Folded into the key of a step, so that what `prepare` draws does not depend on `augment`.
+AUGMENT_TAG = 0x61756765  # "auge"
 
 
 class Splits(NamedTuple):
@@ -55,6 +57,8 @@ class Source(NamedTuple):
         notes: what was decided about a user's own data, and why.
         files: the files that the data are read from; none for data that are made.
         contents: a folder and the SHA-256 of what was read from it, in the place of files.
+        augment: (key, x) -> x: a random change of the examples that are trained on, after
+            `prepare`; validation and test never see it. See `augment.augmentation`.
     """
 
     spec: DataSpec
@@ -70,6 +74,7 @@ class Source(NamedTuple):
     notes: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     contents: tuple[str, str] | None = None
+    augment: Callable[[Key, Array], Array] | None = None
 
 
 def cast(spec: DataSpec) -> Callable[[Key, Batch], Batch]:
@@ -96,12 +101,16 @@ def stored_dtype(spec: DataSpec) -> type[np.generic]:
 
 def prepare_at(source: Source, seed: int | Array) -> Callable[[Batch, int | Array], Batch]:
     """(stored batch, step) -> prepared Batch, with the key of that step: the device's half of the
-    host path.
+    host path. It is for training: the source's `augment` is applied.
     """
 
     def prepare(raw: Batch, step: int | Array) -> Batch:
         key = jax.random.fold_in(jax.random.key(seed), DATA_TAG)
-        return source.prepare(jax.random.fold_in(key, step), raw)
+        key = jax.random.fold_in(key, step)
+        batch = source.prepare(key, raw)
+        if source.augment is None:
+            return batch
+        return batch._replace(x=source.augment(jax.random.fold_in(key, AUGMENT_TAG), batch.x))
 
     return prepare
 

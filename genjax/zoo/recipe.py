@@ -54,6 +54,9 @@ class Schedule:
         keep_checkpoints: how many of the newest checkpoints to keep.
         place: where the training data live: on the "device", on the "host" (sent batch by batch),
             or "auto": the device up to 2 GiB, and the host where several processes train.
+        augment: random changes of the images that are trained on, in their order, such as
+            "flip,crop4": flip and vflip mirror every second one, cropN shifts by up to N pixels
+            with the edge repeated, padN with zeros at the edge. Nothing unless given.
     """
 
     steps: Steps = 2000
@@ -69,6 +72,7 @@ class Schedule:
     checkpoint_every: Count = 500
     keep_checkpoints: Count = 3
     place: Literal["auto", "device", "host"] = "auto"
+    augment: str = ""
 
     def __post_init__(self) -> None:
         check_fields(self)
