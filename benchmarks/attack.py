@@ -6,6 +6,7 @@ random arguments, repeated with a seed. A silent wrong result and a traceback ar
 
 import contextlib
 import dataclasses
+import gzip
 import io
 import itertools
 import json
@@ -237,6 +238,7 @@ def _originals(place: Path) -> dict[str, dict[str, Any]]:
         for index in range(3):
             cell[index] = rng.integers(0, 2, (5 + index, 88)).astype(float)
     scipy.io.savemat(place / "g.mat", cells)
+    _newer(place, rng)
     return {
         "a.npz": {"conditional": True},
         "b.npz": {"conditional": True},
@@ -245,7 +247,43 @@ def _originals(place: Path) -> dict[str, dict[str, Any]]:
         "e.txt": {"context": 8},
         "f.txt": {"layout": "lines"},
         "g.mat": {},
+        "h.csv": {},
+        "i.parquet": {},
+        "j.mid": {},
+        "k.zip": {},
+        "l.tar": {},
+        "m.jsonl": {"context": 8},
+        "n.bin": {"context": 8, "vocab_size": 20},
+        "o.npy": {"kind": "tokens"},
+        "p.txt.gz": {"context": 8},
     }
+
+
+def _newer(place: Path, rng: np.random.Generator) -> None:
+    """Tables, music, pictures in archives, token ids."""
+    import pyarrow as pa
+    import pyarrow.parquet
+    from PIL import Image
+
+    from genjax.data.music import midi
+
+    table = {name: rng.normal(size=60).round(3) for name in ("height", "width")}
+    rows = zip(*table.values(), strict=True)
+    lines = [",".join(table), *(",".join(map(str, row)) for row in rows)]
+    (place / "h.csv").write_text("\n".join(lines) + "\n")
+    pyarrow.parquet.write_table(pa.table(table), place / "i.parquet")
+    midi(rng.integers(0, 2, (40, 88)), place / "j.mid")
+    (place / "pictures").mkdir()
+    for index in range(20):
+        pixels = rng.integers(0, 256, (6, 6)).astype(np.uint8)
+        Image.fromarray(pixels).save(place / "pictures" / f"{index}.png")
+    shutil.make_archive(str(place / "k"), "zip", place / "pictures")
+    shutil.make_archive(str(place / "l"), "tar", place / "pictures")
+    texts = ("".join(rng.choice(list("abc \n"), 30)) for _ in range(40))
+    (place / "m.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    rng.integers(0, 20, 800).astype("<u2").tofile(place / "n.bin")
+    np.save(place / "o.npy", rng.integers(0, 9, (40, 6)))
+    (place / "p.txt.gz").write_bytes(gzip.compress(b"the cat sat on the mat. " * 40))
 
 
 def files(n: int = 1050, seed: int = 2) -> dict[str, int]:
@@ -263,7 +301,7 @@ def files(n: int = 1050, seed: int = 2) -> dict[str, int]:
         for index in range(n):
             name, options = rng.choice(list(originals.items()))
             whole = (place / name).read_bytes()
-            path = place / f"mutant{index}{Path(name).suffix}"
+            path = place / f"mutant{index}{''.join(Path(name).suffixes)}"
             path.write_bytes(mutated(rng, whole))
             how, value = outcome(lambda path=path, o=options: open_source(path, **o).load())
             if how == "done":
