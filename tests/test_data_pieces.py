@@ -107,3 +107,21 @@ def test_a_run_in_pieces_is_sampled_without_the_tokenizer(files, tmp_path, monke
     (tmp_path / "bpe.json").unlink()
     genjax.cli.main(["sample", "here", "--n", "2", "--prompt", "The sun"])
     assert "The sun" in next((tmp_path / "here").glob("samples/*prompt*.txt")).read_text()
+
+
+@pytest.mark.slow
+def test_other_text_is_scored_in_the_pieces_of_the_run(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = "--data book.txt --tokenizer bpe.json --context 8 --steps 4 --batch-size 4 --out here"
+    net = "--warmup-steps 0 --d-model 16 --n-layers 1 --n-heads 2"
+    genjax.cli.main(["train", "transformer", *small.split(), *net.split()])
+    (tmp_path / "other.txt").write_text(BOOK[:900])
+    genjax.cli.main(["evaluate", "here", "--data", "other.txt"])
+    assert json.loads((tmp_path / "here" / "report-other.json").read_text())
+    saved = json.loads((tmp_path / "bpe.json").read_text())
+    (tmp_path / "bpe.json").write_text(json.dumps(saved, indent=1))
+    with pytest.raises(SystemExit):
+        genjax.cli.main(["evaluate", "here", "--data", "other.txt"])
+    said = capsys.readouterr().err
+    assert "tokenizer is" in said
+    assert len(said) < 2000

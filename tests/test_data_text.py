@@ -273,7 +273,8 @@ def test_paths_choose_their_loader():
 def test_signature_serves_the_command_line():
     hints = typing.get_type_hints(data.text)
     for name in inspect.signature(data.text).parameters:
-        assert hints[name] in (str, int) or typing.get_origin(hints[name]) is typing.Literal
+        plain = hints[name] in (str, int, str | None)
+        assert plain or typing.get_origin(hints[name]) is typing.Literal
         assert re.search(rf"^    {name}: \S", inspect.getdoc(data.text), flags=re.MULTILINE)
 
 
