@@ -184,3 +184,15 @@ def test_a_stream_is_trained_on_and_sampled(tmp_path, monkeypatch, row):
     genjax.cli.main(["train", row, *small.split(), *kind[row].split()])
     genjax.cli.main(["sample", "here", "--n", "2", "--prompt", "abc"])
     assert "abc" in next((tmp_path / "here").glob("samples/*prompt*.txt")).read_text()
+
+
+def test_a_batch_of_cifar_is_no_stream_of_ids(tmp_path):
+    rng = np.random.default_rng(0)
+    records = rng.integers(0, 256, (40, 3073)).astype(np.uint8)
+    records[:, 0] = np.arange(40) % 10
+    for name in ("data_batch_1.bin", "test_batch.bin"):
+        records.tofile(tmp_path / name)
+    with pytest.raises(DataError, match=r"CIFAR's pictures.*--data") as caught:
+        open_source(str(tmp_path / "data_batch_1.bin"), vocab_size=2**16)
+    advised = str(caught.value).rpartition("--data ")[2]
+    assert open_source(advised).spec.shape == (32, 32, 3)

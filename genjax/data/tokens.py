@@ -4,6 +4,7 @@ arrays, and the vocabulary beside them.
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -27,6 +28,9 @@ _MARKS = {
     b"\x89PNG": "a picture",
     b"GGUF": "weights of a model",
 }
+# CIFAR's binary files have the same ending; those of CIFAR-100 are called train.bin and test.bin.
+_CIFAR = re.compile(r"(data_batch_\d+|test_batch)\.bin", re.IGNORECASE)
+_CIFAR_SIZES = (50_000 * 3074, 10_000 * 3074, 10_000 * 3073)
 
 
 class Symbols(NamedTuple):
@@ -254,6 +258,11 @@ def _mapped(where: str, dtype: str) -> np.ndarray:
         raise DataError(f"{where}: cannot be read: {error.strerror or error}.") from error
     if size == 0:
         raise DataError(f"{where}: the file is empty.")
+    if _CIFAR.fullmatch(Path(where).name) or size in _CIFAR_SIZES:
+        raise DataError(
+            f"{where}: expected token ids; this is a batch of CIFAR's pictures by its name or its "
+            f"size. Give the folder that it is in: --data {Path(where).parent}"
+        )
     for mark, called in _MARKS.items():
         if start.startswith(mark):
             raise DataError(f"{where}: expected token ids and nothing else; this is {called}.")
