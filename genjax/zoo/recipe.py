@@ -52,6 +52,8 @@ class Schedule:
         keep_checkpoints: how many of the newest checkpoints to keep.
         place: where the training data live: on the "device", on the "host" (sent batch by batch),
             or "auto": the device up to 2 GiB, and the host where several processes train.
+        buckets: for sequences of unequal length: how many lengths to pad them to, each batch being
+            of one; 1 pads all to the longest.
     """
 
     steps: Steps = 2000
@@ -66,6 +68,7 @@ class Schedule:
     checkpoint_every: Count = 500
     keep_checkpoints: Count = 3
     place: Literal["auto", "device", "host"] = "auto"
+    buckets: Annotated[int, Within(1, 16)] = 1
 
     def __post_init__(self) -> None:
         check_fields(self)
