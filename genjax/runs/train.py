@@ -169,7 +169,7 @@ def _feed_of(
     )
     say(
         f"length buckets: padded to {', '.join(map(str, found.bounds))} instead of "
-        f"{source.spec.shape[0]}; {found.group} steps a dispatch"
+        f"{source.spec.shape[0]}; steps a dispatch: {found.group}"
     )
     return bucket_feed(t, source, splits.train, found, schedule.seed), found.group
 
