@@ -71,10 +71,12 @@ def training(model: Model, tx: Optimizers) -> Training:
 
     Args:
         model: what a family's builder returned.
-        tx: one optimiser for all players, or one for each player by name.
+        tx: one optimiser for all players, or one for each player by name. One that wants `value`,
+            such as `optax.contrib.reduce_on_plateau`, is given "player/loss" of the turn.
 
     Raises:
-        ConfigError: if `tx` or `model.turns` name a player that has no loss, or leave one out; for
+        ConfigError: for an optimiser that wants the loss as a function, as a line search does; if
+            `tx` or `model.turns` name a player that has no loss, or leave one out; for
             `follows` that name none; and, at the first step, for a loss or a metric that is not
             per example, [B].
 
@@ -114,7 +116,8 @@ def training(model: Model, tx: Optimizers) -> Training:
             key = jax.random.fold_in(ts.key, ts.step * len(order) + index)
             grads, state, new = gradient(player, ts.params, ts.state, batch, weight, key, ts.step)
             with jax.numpy_dtype_promotion("standard"):  # optax mixes whole and real numbers
-                updates, opt = by_player[player].update(grads, ts.opt[player], ts.params[player])
+                value = new[f"{player}/loss"]
+                updates, opt = _update(by_player[player], grads, ts, player, value)
             own = optax.apply_updates(ts.params[player], updates)
             ts = ts._replace(
                 params={**ts.params, player: own}, state=state, opt={**ts.opt, player: opt}
@@ -158,6 +161,27 @@ def _optimizers(model: Model, tx: Optimizers) -> dict[str, optax.GradientTransfo
             f"{', '.join(given) or 'none'}."
         )
     return {player: given[player] for player in players}
+
+
+def _update(
+    tx: optax.GradientTransformation, grads: PyTree, ts: TrainState, player: str, value: Array
+) -> tuple[PyTree, PyTree]:
+    """What an optimiser adds to a player's parameters, and its next state.
+
+    Raises:
+        ConfigError: for one that wants more than the loss's value.
+    """
+    update = optax.with_extra_args_support(tx).update
+    try:
+        return update(grads, ts.opt[player], ts.params[player], value=value)
+    except TypeError as error:
+        if "required keyword-only argument" not in str(error):
+            raise
+        raise ConfigError(
+            f"The optimiser of {player!r} wants more than the gradient and the `value` of the loss "
+            f"({error}): a line search needs the loss as a function, and it is drawn anew each "
+            "step. Take an optimiser without one, such as optax.adam(1e-3)."
+        ) from None
 
 
 def _order(model: Model) -> list[str]:
