@@ -54,6 +54,8 @@ _HOME = {
     "Hook": "learning.loop",
     "choose_feed": "learning.loop",
     "Checkpoints": "learning.checkpoint",
+    "import_weights": "learning.weights",
+    "parameter_names": "learning.weights",
     "ZOO": "zoo",
 }
 
@@ -82,6 +84,7 @@ if TYPE_CHECKING:
         scan_steps,
         skip_nonfinite,
     )
+    from genjax.learning.weights import import_weights, parameter_names
     from genjax.parts.priors import Prior, prior_of
     from genjax.protocol import Aux, Batch, DataSpec, Model, Trained, Training, TrainState
     from genjax.runs.api import Run, load, restore, save, train
