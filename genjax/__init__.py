@@ -54,6 +54,7 @@ _HOME = {
     "Hook": "learning.loop",
     "choose_feed": "learning.loop",
     "Checkpoints": "learning.checkpoint",
+    "add_loss": "learning.losses",
     "import_weights": "learning.weights",
     "parameter_names": "learning.weights",
     "ZOO": "zoo",
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from genjax.families.vrnn import vrnn
     from genjax.learning.checkpoint import Checkpoints
     from genjax.learning.loop import Hook, choose_feed, fit
+    from genjax.learning.losses import add_loss
     from genjax.learning.members import ensemble, grid, sweep
     from genjax.learning.sharding import TENSOR_RULES, make_mesh, shard
     from genjax.learning.step import eval_params, training
