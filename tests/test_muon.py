@@ -1,26 +1,19 @@
-"""Muon, and optimisers that ask for the value of the loss or evaluate with other weights."""
+"""Muon: which parameters it takes, the direction and the size of its steps."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from gates import quick, stack
-from optax import contrib
 
 from genjax import (
     DataSpec,
     ensemble,
-    eval_params,
     example_batch,
-    microbatch,
     rnn,
-    scan_steps,
-    skip_nonfinite,
     training,
     vae,
 )
-from genjax.errors import ConfigError
 from genjax.learning.muon import RMS, kinds_of
 from genjax.learning.optim import Optimizer
 
@@ -111,87 +104,3 @@ def test_muon_learns_with_everything_else_around_it():
         together, _ = quick(t.step)(together, example_batch(SPEC, jax.random.key(100 + index), 8))
     for x, y in zip(*map(jax.tree.leaves, (together.params, stack(alone))), strict=True):
         np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5)
-
-
-# --- the value of the loss ------------------------------------------------------------------------
-
-
-def seeing():
-    """An optimiser that keeps the values that it was given, and moves nothing."""
-
-    def update(updates, state, params=None, *, value, **extra):
-        return jax.tree.map(jnp.zeros_like, updates), jnp.append(state[1:], value)
-
-    return optax.GradientTransformationExtraArgs(lambda params: jnp.zeros(3), update)
-
-
-@pytest.mark.parametrize("chained", [False, True])
-def test_optimisers_that_ask_for_the_value_get_the_mean_loss(chained):
-    tx = optax.chain(seeing(), optax.scale(1.0)) if chained else seeing()
-    ts, metrics = trained(tx)
-    state = ts.opt["vae"][0] if chained else ts.opt["vae"]
-    np.testing.assert_array_equal(state, [one["vae/loss"] for one in metrics])
-
-
-@pytest.mark.parametrize("wrap", [lambda t: microbatch(t, 2), skip_nonfinite, ensemble])
-def test_the_value_is_there_under_every_transform(wrap):
-    if wrap is ensemble:
-        t = ensemble(training(small(), seeing()))
-        ts = quick(t.init)(jax.random.split(jax.random.key(0), 2))
-        ts, metrics = quick(t.step)(ts, example_batch(SPEC, jax.random.key(1), 8))
-        np.testing.assert_array_equal(ts.opt["vae"][:, -1], metrics["vae/loss"])
-        return
-    ts, metrics = trained(seeing(), wrap=wrap)
-    wanted = [one["vae/loss"] for one in metrics]
-    np.testing.assert_allclose(ts.opt["vae"], wanted, rtol=1e-6)
-
-
-def test_the_value_is_there_in_many_steps_of_one_dispatch():
-    t = training(small(), seeing())
-    batches = [example_batch(SPEC, jax.random.key(100 + index), 8) for index in range(3)]
-    many = scan_steps(t)
-    ts, _ = quick(many.step)(quick(many.init)(jax.random.key(0)), stack(batches))
-    np.testing.assert_allclose(ts.opt["vae"], trained(seeing())[0].opt["vae"], rtol=1e-6)
-
-
-def test_a_step_size_that_falls_on_a_plateau_falls():
-    """With a loss that never gets better (the weights do not move), the step size is halved at
-    each second step.
-    """
-    plateau = contrib.reduce_on_plateau(factor=0.5, patience=2, rtol=1.0)
-    tx = optax.chain(optax.sgd(0.0), plateau)
-    ts, _ = trained(tx, 7)
-    assert float(ts.opt["vae"][-1].scale) < 1
-
-
-def test_polyaks_step_is_the_loss_over_the_squared_gradient():
-    batch = example_batch(SPEC, jax.random.key(100), 8)
-    t = training(small(), optax.polyak_sgd(max_learning_rate=1e9))
-    ts = quick(t.init)(jax.random.key(0))
-    new, metrics = quick(t.step)(ts, batch)
-    by_sgd, _ = quick(training(small(), optax.sgd(1.0)).step)(
-        ts._replace(opt={"vae": optax.sgd(1.0).init(ts.params["vae"])}), batch
-    )
-    grads = jax.tree.map(lambda a, b: a - b, ts.params, by_sgd.params)
-    norm = sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads))
-    rate = float(metrics["vae/loss"]) / norm
-    for p, q, g in zip(*map(jax.tree.leaves, (ts.params, new.params, grads)), strict=True):
-        np.testing.assert_allclose(q, p - rate * g, rtol=1e-4, atol=1e-5)
-
-
-def test_what_a_step_cannot_give_is_said():
-    t = training(small(), optax.lbfgs())
-    ts = quick(t.init)(jax.random.key(0))
-    with pytest.raises(ConfigError, match="asks for what a step does not have"):
-        t.step(ts, example_batch(SPEC, jax.random.key(1), 8))
-
-
-def test_schedule_free_evaluates_with_its_own_weights():
-    tx = contrib.schedule_free_adamw(0.05, warmup_steps=1)
-    ts, _ = trained(tx, 5)
-    wanted = contrib.schedule_free_eval_params(ts.opt["vae"], ts.params["vae"])
-    found = eval_params(ts)["vae"]
-    for x, y in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
-        np.testing.assert_array_equal(x, y)
-    pairs = zip(*map(jax.tree.leaves, (found, ts.params["vae"])), strict=True)
-    assert any(not np.array_equal(x, y) for x, y in pairs)

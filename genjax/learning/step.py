@@ -75,7 +75,8 @@ def training(model: Model, tx: Optimizers) -> Training:
             of those that take `value`, which is the player's mean loss of the step.
 
     Raises:
-        ConfigError: if `tx` or `model.turns` name a player that has no loss, or leave one out; for
+        ConfigError: for an optimiser that wants the loss as a function, as a line search does; if
+            `tx` or `model.turns` name a player that has no loss, or leave one out; for
             `follows` that name none; and, at the first step, for a loss or a metric that is not
             per example, [B].
 
