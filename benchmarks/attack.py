@@ -27,7 +27,7 @@ import jax
 import numpy as np
 
 import genjax.cli
-from benchmarks.common import first_rows, write
+from benchmarks.common import first_rows, read, write
 from genjax.data import open_source, write_idx
 from genjax.errors import GenjaxError
 from genjax.learning.checkpoint import Checkpoints
@@ -454,8 +454,11 @@ PARTS: dict[str, Callable[[], dict[str, int]]] = {
 
 
 def main(names: tuple[str, ...] = ()) -> None:
-    """Run the attacks, or those of them that are named, and write results/attack.json."""
-    found = {}
+    """Run the attacks, or those of them that are named, and write results/attack.json, which keeps
+    what there is of the others.
+    """
+    before = read("attack") if names else None
+    found = {name: before[name] for name in PARTS if name in before} if before else {}
     for name in names or PARTS:
         start = time.perf_counter()
         found[name] = PARTS[name]()

@@ -1,4 +1,4 @@
-"""Optimisers of one's own: that want the loss beside the gradient, or evaluate with other weights."""
+"""Optimisers of one's own: that want the loss, or evaluate with weights of their own."""
 
 import jax
 import jax.numpy as jnp
