@@ -64,7 +64,7 @@ class Best:
 
     def stale(self, step: int, every: int) -> int:
         """How many evaluations up to this step, one at each multiple of `every`, have brought no
-        gain since the best.
+        gain since the best; of a run without one (all of them NaN), all.
         """
         return step // every - self.step // every
 
@@ -78,8 +78,8 @@ def ended_early(folder: Path, schedule: Schedule, step: int) -> bool:
     if not schedule.stop_after or not schedule.evaluate_every:
         return False
     note = Checkpoints(folder / FOLDER, 1).newest_note()
-    every = schedule.evaluate_every
-    return note is not None and step // every - note[0] // every >= schedule.stop_after
+    every, best = schedule.evaluate_every, 0 if note is None else note[0]
+    return step // every - best // every >= schedule.stop_after
 
 
 def best_of(folder: Path, model: Model, **how: Any) -> Checkpoints:

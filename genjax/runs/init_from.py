@@ -66,7 +66,7 @@ def started_from(origin: Path, model: Model, folder: Path) -> Start:
     lines = _lines(origin, run.step, leaves_by_name(given[0]), leaves_by_name(shapes[0]))
 
     def begin(model: Model) -> Model:
-        # What data-dependent initialisation would set comes from the other run, too.
+        # Data-dependent initialisation would overwrite what comes from the other run.
         return model._replace(init=functools.partial(_init, model, given), prepare=None)
 
     return Start(about, begin, lines)

@@ -81,6 +81,8 @@ def _train(
     stage, schedule = stages.opened(recipe, given), recipe.schedule
     source, model = stage.source, recipe.build(stage.on)
     valid_every = 0 if model.score is None else schedule.evaluate_every
+    if schedule.stop_after and not schedule.evaluate_every:
+        raise ConfigError("stop_after counts evaluations: it needs evaluate_every above 0.")
     if schedule.stop_after and not valid_every:
         raise ConfigError(
             f"--stop-after needs a figure on the validation split, and {recipe.name} has none (a "

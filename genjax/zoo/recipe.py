@@ -84,8 +84,6 @@ class Schedule:
                 f"A batch of {self.batch_size} does not divide into {self.microbatches} equal "
                 "microbatches."
             )
-        if self.stop_after and not self.evaluate_every:
-            raise ConfigError("stop_after counts evaluations: it needs evaluate_every above 0.")
 
 
 @dataclasses.dataclass(frozen=True)
