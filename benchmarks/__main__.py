@@ -37,7 +37,6 @@ class Args:
             "convolution",
             "widths",
             "pages",
-            "buckets",
             "attack",
             "results",
             "gallery",
@@ -54,8 +53,7 @@ class Args:
     tests/test_programs.py, for this version of jax), `memory` what they need, `sampling` samplers
     by batch, `startup` from the command to the first step, `ensemble` many small models at once,
     `convolution` gradients beside flax's convolutions, `widths` a Transformer's share of the peak,
-    `pages` a step with huge pages of memory, `buckets` sequences in length buckets, `attack` what
-    kills, damage and random arguments do
+    `pages` a step with huge pages of memory, `attack` what kills, damage and random arguments do
     (`names`: kills, checkpoints, files, folders, arguments). `all` leaves these out.
     """
     names: tuple[str, ...] = ()
@@ -113,7 +111,7 @@ def main() -> None:
         from benchmarks import denoising
 
         denoising.main(args.keep)
-    if args.part in ("programs", "memory", "startup", "buckets"):
+    if args.part in ("programs", "memory", "startup"):
         importlib.import_module(f"benchmarks.{args.part}").main()
     if args.part in ("sampling", "ensemble", "convolution", "widths", "pages"):
         importlib.import_module(f"benchmarks.{args.part}").main(

@@ -188,8 +188,7 @@ def check_batch(spec: DataSpec, batch: Batch, any_length: bool = False) -> None:
     and where they are known, the values that count for anything.
 
     Args:
-        any_length: sequences may have another number of steps than the spec says. Those of unequal
-            length may always be padded to less than its longest.
+        any_length: sequences may have another number of steps than the spec says.
 
     Raises:
         DataError, TypeError: see the text, which names what was expected and found.
@@ -199,9 +198,7 @@ def check_batch(spec: DataSpec, batch: Batch, any_length: bool = False) -> None:
             f"Expected a genjax.Batch(x, cond, weight, length); got {type(batch).__name__}."
         )
     x = batch.x
-    shape = getattr(x, "shape", ())
-    cut = spec.lengths and len(shape) > 1 and 0 < shape[1] < spec.shape[0]
-    check_form(spec, x, "batch.x", any_length or cut)
+    check_form(spec, x, "batch.x", any_length)
     if batch.weight is not None:
         _check_weight(batch.weight, x.shape[0])
     if spec.lengths != (batch.length is not None):

@@ -203,11 +203,6 @@ def _train_members(
     held: ExitStack,
 ) -> TrainState:
     schedule, keys = recipe.schedule, members.keys
-    if schedule.buckets > 1:
-        raise ConfigError(
-            "--buckets is for a run of one model: members are padded to the longest sequence. "
-            "Say --buckets 1."
-        )
     if members.columns:
 
         def train_with(**hyper: Any) -> Training:

@@ -7,21 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from genjax.data import Source, Splits, example_batch
 from genjax.data.view import no_picture
 from genjax.errors import ConfigError
 from genjax.evaluation.estimates import estimate, score_examples, scorer
-from genjax.learning.bucket_feed import bucket_feed, buckets_for
 from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.distributed import agreed, check_shared, several, whole, writes
-from genjax.learning.loop import Feed, Hook, Progress, choose_feed, fit
+from genjax.learning.loop import Hook, Progress, choose_feed, fit
 from genjax.learning.memory import fetched
 from genjax.learning.sharding import layout, make_mesh, shard
 from genjax.learning.step import eval_params
 from genjax.profiling.room import check_training
-from genjax.protocol import Model, Training, TrainState
+from genjax.protocol import Model, TrainState
 from genjax.runs import samples, stages
 from genjax.runs.best import Best
 from genjax.runs.folder import check_folder, keep_spec, open_folder
@@ -106,7 +104,9 @@ def _train(
         # Refuse one that does not fit now, before a run folder is made.
         fake = functools.partial(example_batch, source.spec, n=schedule.batch_size)
         jax.eval_shape(lambda key: t.step(t.init(key), fake(key)), jax.random.key(0))
-    feed, per_call = _feed_of(t, source, splits, recipe, devices, say)
+    feed = choose_feed(
+        t, source, splits.train, schedule.batch_size, schedule.seed, schedule.place, devices
+    )
     # Not before everything else fits: a folder keeps its settings for good.
     settings = to_dict(recipe) | ({} if stage.first is None else {"first": stage.first})
     settings |= {} if start is None else {"init_from": start.about}
@@ -148,7 +148,7 @@ def _train(
             feed,
             key=key,
             steps=schedule.steps,
-            steps_per_call=per_call,
+            steps_per_call=schedule.steps_per_call,
             log_every=schedule.log_every,
             log=log or (lambda line: None),
             on_restore=on_restore,
@@ -186,35 +186,6 @@ def say_best(best: Best, schedule: Schedule, step: int, say: Callable[[str], Non
             f"best on the validation split: {best.value:.3f} nats at step {best.step}, kept beside "
             "the newest (--which best of sample, evaluate and export)"
         )
-
-
-def _feed_of(
-    t: Training,
-    source: Source,
-    splits: Splits,
-    recipe: Recipe,
-    devices: Mesh | None,
-    say: Callable[[str], None],
-) -> tuple[Feed, int]:
-    """How batches reach the step, and how many steps a dispatch has."""
-    schedule = recipe.schedule
-    if schedule.buckets == 1:
-        size, seed, place = schedule.batch_size, schedule.seed, schedule.place
-        feed = choose_feed(t, source, splits.train, size, seed, place, devices)
-        return feed, schedule.steps_per_call
-    if devices is not None:
-        raise ConfigError(
-            "--buckets is for one device: on a mesh every batch is padded to the longest sequence. "
-            "Leave out --buckets, or the mesh."
-        )
-    found = buckets_for(
-        t, source, splits.train, schedule.buckets, schedule.batch_size, schedule.steps_per_call
-    )
-    say(
-        f"length buckets: padded to {', '.join(map(str, found.bounds))} instead of "
-        f"{source.spec.shape[0]}; steps a dispatch: {found.group}"
-    )
-    return bucket_feed(t, source, splits.train, found, schedule.seed), found.group
 
 
 def about_data(source: Source) -> list[str]:

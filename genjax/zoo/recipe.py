@@ -57,8 +57,6 @@ class Schedule:
         augment: random changes of the images that are trained on, in their order, such as
             "flip,crop4": flip and vflip mirror every second one, cropN shifts by up to N pixels
             with the edge repeated, padN with zeros at the edge. Nothing unless given.
-        buckets: for sequences of unequal length: how many lengths to pad them to, each batch being
-            of one; 1 pads all to the longest.
     """
 
     steps: Steps = 2000
@@ -75,7 +73,6 @@ class Schedule:
     keep_checkpoints: Count = 3
     place: Literal["auto", "device", "host"] = "auto"
     augment: str = ""
-    buckets: Annotated[int, Within(1, 16)] = 1
 
     def __post_init__(self) -> None:
         check_fields(self)
