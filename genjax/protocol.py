@@ -262,6 +262,13 @@ class Model(NamedTuple):
     extras: Any = None
 
     @property
+    def any_length(self) -> bool:
+        """Whether sequences may be padded to another number of steps than `spec` says: where a
+        model goes step by step, and `batch.length` says how many count.
+        """
+        return self.spec.lengths and self.autoregressive is not None
+
+    @property
     def score(self) -> ScoreFn | None:
         """`log_prob` where there is one, else `bound`, else None."""
         return self.bound if self.log_prob is None else self.log_prob

@@ -109,7 +109,7 @@ def training(model: Model, tx: Optimizers) -> Training:
 
     def step_with(gradient: Gradient, ts: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         check_kept(ts, "This state")
-        check_batch(model.spec, batch)
+        check_batch(model.spec, batch, model.any_length)
         batch, weight = _weighted(batch)
         metrics: Metrics = {}
         for index, player in enumerate(order):
@@ -126,7 +126,7 @@ def training(model: Model, tx: Optimizers) -> Training:
 
     def prepare(ts: TrainState, batch: Batch) -> TrainState:
         check_kept(ts, "This state")
-        check_batch(model.spec, batch)
+        check_batch(model.spec, batch, model.any_length)
         batch, _ = _weighted(batch)
         key = jax.random.fold_in(ts.key, PREPARATION)
         params, state = model.prepare(ts.params, ts.state, batch, key)  # type: ignore[misc]

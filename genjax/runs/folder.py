@@ -184,6 +184,18 @@ def completed(values: dict[str, Any]) -> dict[str, Any]:
     return values | own
 
 
+def with_buckets_of(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe without buckets of lengths if it is to go on with a run from before there were
+    any, unless it says how many.
+    """
+    if recipe.schedule.buckets is not None or not is_there(folder / "config.json"):
+        return recipe
+    schedule = read_config(folder).get("schedule")
+    if not isinstance(schedule, dict) or "buckets" in schedule:
+        return recipe
+    return dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, buckets=1))
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The settings in a run folder.
 

@@ -7,22 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from genjax.data import Source, Splits, example_batch
+from genjax.data.buckets import buckets_for
 from genjax.data.view import no_picture
 from genjax.errors import ConfigError
 from genjax.evaluation.estimates import estimate, score_examples, scorer
 from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.distributed import agreed, check_shared, several, whole, writes
-from genjax.learning.loop import Hook, Progress, choose_feed, fit
+from genjax.learning.loop import Feed, Hook, Progress, choose_feed, fit
 from genjax.learning.memory import fetched
 from genjax.learning.sharding import layout, make_mesh, shard
 from genjax.learning.step import eval_params
 from genjax.profiling.room import check_training
-from genjax.protocol import Model, TrainState
+from genjax.protocol import Batch, Model, Training, TrainState
 from genjax.runs import samples, stages
 from genjax.runs.best import Best
-from genjax.runs.folder import check_folder, keep_spec, open_folder
+from genjax.runs.folder import check_folder, keep_spec, open_folder, with_buckets_of
 from genjax.runs.identity import check_note, files_of, keep_files, note_of, read_files
 from genjax.runs.init_from import started_from
 from genjax.runs.lock import locked
@@ -61,6 +63,7 @@ def train(
     Raises:
         GenjaxError: see the modules that this one calls; whatever was saved before stays.
     """
+    recipe = with_buckets_of(recipe, folder)
     with fitting(recipe, folder), ExitStack() as held:
         return _train(recipe, folder, progress, say, mesh, source, init_from, held)
 
@@ -104,9 +107,7 @@ def _train(
         # Refuse one that does not fit now, before a run folder is made.
         fake = functools.partial(example_batch, source.spec, n=schedule.batch_size)
         jax.eval_shape(lambda key: t.step(t.init(key), fake(key)), jax.random.key(0))
-    feed = choose_feed(
-        t, source, splits.train, schedule.batch_size, schedule.seed, schedule.place, devices
-    )
+    feed = feed_of(recipe, model, t, source, splits.train, say, devices)
     # Not before everything else fits: a folder keeps its settings for good.
     settings = to_dict(recipe) | ({} if stage.first is None else {"first": stage.first})
     settings |= {} if start is None else {"init_from": start.about}
@@ -186,6 +187,25 @@ def say_best(best: Best, schedule: Schedule, step: int, say: Callable[[str], Non
             f"best on the validation split: {best.value:.3f} nats at step {best.step}, kept beside "
             "the newest (--which best of sample, evaluate and export)"
         )
+
+
+def feed_of(
+    recipe: Recipe,
+    model: Model,
+    t: Training,
+    source: Source,
+    arrays: Batch,
+    say: Callable[[str], None],
+    mesh: Mesh | None = None,
+) -> Feed:
+    """`choose_feed` as the schedule has it; buckets of lengths are told."""
+    schedule = recipe.schedule
+    own = (source, arrays, schedule.batch_size)
+    buckets = buckets_for(model, *own, schedule.buckets, schedule.place)
+    feed = choose_feed(t, *own, schedule.seed, schedule.place, mesh, buckets)
+    if buckets is not None and writes():
+        say(buckets.note)
+    return feed
 
 
 def about_data(source: Source) -> list[str]:
