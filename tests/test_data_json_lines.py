@@ -103,6 +103,15 @@ def test_columns_and_labels_that_are_not_there(tmp_path):
         json_lines(bad, layout="lines", conditional=True, label="kind")
 
 
+def test_a_label_that_is_not_used_is_said(tmp_path):
+    path = saved(tmp_path, ROWS)
+    with pytest.raises(DataError, match="no column 'sort' for the class; take 'kind'"):
+        json_lines(path, layout="lines", label="sort")
+    source = json_lines(path, layout="lines", label="kind")
+    assert source.spec.n_classes is None
+    assert "the class 'kind' is not used: --conditional --layout lines uses it" in source.notes
+
+
 def test_long_and_empty_texts_are_left_out(tmp_path):
     path = saved(tmp_path, [*ROWS, {"text": "c" * 500}, {"text": ""}])
     source = json_lines(path, layout="lines", max_length=20)

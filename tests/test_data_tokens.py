@@ -81,6 +81,20 @@ def test_symbols_that_are_no_text_still_say_how_many_there_are(tmp_path):
         assert any("samples are ids" in note for note in source.notes)
 
 
+def test_half_a_surrogate_is_no_symbol(tmp_path):
+    path = stream(tmp_path)
+    (tmp_path / "vocabulary.json").write_text(json.dumps(["\ud800", *"bcdefg"]))
+    source = token_stream(path, context=8)
+    assert (source.spec.levels, source.spec.vocabulary) == (7, None)
+
+
+def test_arrays_of_objects_say_that_they_are_never_unpickled(tmp_path):
+    path = str(tmp_path / "mine.npy")
+    np.save(path, np.array([[1], [2, 3]], dtype=object), allow_pickle=True)
+    with pytest.raises(DataError, match=r"never unpickled. Save arrays of plain numbers"):
+        arrays(path, kind="tokens", context=8)
+
+
 def test_other_json_beside_the_ids(tmp_path):
     path = stream(tmp_path)
     for content in ("{", '{"author": "me"}', "[1, 2]"):
@@ -128,6 +142,7 @@ def test_what_is_no_stream(tmp_path):
         (b"\x1f\x8b" + bytes(8), r"compressed by gzip: unpack it \(gunzip\)"),
         (b"\x93NUMPY\x01\x00", r"this is a .npy file: name it so"),
         (zeros, "--dtype uint32 reads those"),
+        (b'{"text": "hello"}\r\n' * 99, r"this is text. Name it .txt, or .jsonl"),
         (IDS[:40].astype("<u2").tobytes(), "too short for a context of 8"),
     ):
         path.write_bytes(content)

@@ -145,7 +145,7 @@ def _read(
     except (
         Exception
     ) as error:  # numpy, zipfile, zlib and tokenize raise a dozen kinds at a damaged file
-        if "Object arrays" in str(error):
+        if "Object arrays" in str(error) or "Python objects" in str(error):
             raise DataError(
                 f"{path}: holds Python objects, which are never unpickled. Save arrays of plain "
                 "numbers, "

@@ -176,7 +176,7 @@ def _read(
         )
     columns = {name: type(value) for one in objects[:100] for name, value in one.items()}
     name = _column(columns, column, where)
-    if conditional:
+    if conditional or label is not None:  # a name that is mistyped is said, used or not
         label = _label(columns, label, name, where)
     rows, bad = [], []
     for n, one in found.items():
@@ -192,6 +192,8 @@ def _read(
             "--skip-bad."
         )
     notes = [f"the text is the column {name!r}"]
+    if label is not None and not conditional:
+        notes.append(f"the class {label!r} is not used: --conditional --layout lines uses it")
     notes += [f"left out {len(bad):,} lines that cannot be used"] if bad else []
     full = [row for row in rows if row[0]]
     if len(full) < len(rows):

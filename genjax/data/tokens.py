@@ -221,10 +221,16 @@ def _symbols_in(path: Path, strict: bool) -> Symbols | None:
             f"{path}: expected a list of the symbol of each token, {{symbol: id}} with ids "
             'from 0, or {"vocab_size": N}. Mend or move it.'
         )
-    if all(len(symbol) == 1 for symbol in symbols) and len(set(symbols)) == len(symbols):
+    single = all(len(symbol) == 1 and not _half(symbol) for symbol in symbols)
+    if single and len(set(symbols)) == len(symbols):
         return Symbols(len(symbols), symbols, None, (str(path),))
     note = f"samples are ids: the symbols of {path} are not single, different characters"
     return Symbols(len(symbols), None, note, (str(path),))
+
+
+def _half(symbol: str) -> bool:
+    """Whether this is half of a surrogate pair, which no file or terminal takes."""
+    return "\ud800" <= symbol <= "\udfff"
 
 
 def _in_order(value: Any) -> tuple[str, ...] | None:
@@ -238,6 +244,13 @@ def _in_order(value: Any) -> tuple[str, ...] | None:
     if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
         return None
     return tuple(value)
+
+
+def _is_text(start: bytes) -> bool:
+    """Whether a file begins with so many bytes of printable ASCII as ids of 2 bytes do not have by
+    chance.
+    """
+    return len(start) >= 64 and all(32 <= byte < 127 or byte in b"\t\n\r" for byte in start)
 
 
 def _mapped(where: str, dtype: str) -> np.ndarray:
@@ -266,6 +279,11 @@ def _mapped(where: str, dtype: str) -> np.ndarray:
     for mark, called in _MARKS.items():
         if start.startswith(mark):
             raise DataError(f"{where}: expected token ids and nothing else; this is {called}.")
+    if _is_text(start):
+        raise DataError(
+            f"{where}: expected token ids and nothing else; this is text. Name it .txt, or .jsonl "
+            "if it is JSON lines."
+        )
     if size % kind.itemsize:
         raise DataError(
             f"{where}: {size:,} bytes are no whole number of {dtype} ids of {kind.itemsize} bytes: "
