@@ -73,6 +73,8 @@ class _Train(_Out):
             tensor=2 for a Transformer; one device unless given. A run may go on with another mesh.
         init_from: a run folder whose parameters this run begins with, wherever names and shapes are
             the same.
+        log_to: wandb, trackio or both: where the figures and pictures go as well. A run may go on
+            with another.
         first: train the run that this recipe stands on before it, where that is not done yet.
         distributed: train over several processes, each of which runs this command with the same
             settings. On Slurm, Open MPI, Cloud TPU and Kubernetes that is all; elsewhere the three
@@ -85,6 +87,7 @@ class _Train(_Out):
 
     mesh: str | None = None
     init_from: Path | None = None
+    log_to: tuple[Literal["wandb", "trackio"], ...] = ()
     first: bool = False
     distributed: bool = False
     coordinator: str | None = None
@@ -153,7 +156,7 @@ def _train(args: list[str]) -> None:
     if options.first:
         _train_first(recipe, options.plain or None)
     if options.distributed and not distributed.writes():  # process 0 speaks for all
-        train(recipe, folder, mesh=mesh, init_from=options.init_from)
+        train(recipe, folder, mesh=mesh, init_from=options.init_from, log_to=options.log_to)
         return
     say(
         f"genjax train {recipe.name}: {row.summary}, on {recipe.data}, for {recipe.schedule.steps} "
@@ -162,7 +165,8 @@ def _train(args: list[str]) -> None:
     if recipe.data != row.data:
         say(_other_data(row, recipe))
     with console(recipe.name, options.plain or None) as progress:
-        state = train(recipe, folder, progress, say, mesh, init_from=options.init_from)
+        start, to = options.init_from, options.log_to
+        state = train(recipe, folder, progress, say, mesh, init_from=start, log_to=to)
     say(f"trained to step {int(state.step)}; see {folder}/samples and {folder}/curves.png")
     quoted = shlex.quote(str(folder))
     say(f"next: genjax evaluate {quoted}   or   genjax sample {quoted} --n 64")

@@ -5,7 +5,7 @@ Arrays go in and come out in the units of the data, whatever the networks see.
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from genjax.runs import samples
 from genjax.runs.evaluate import evaluate
 from genjax.runs.other_data import other_source
 from genjax.runs.train import train as train_in
+from genjax.runs.writers import Writer
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import Recipe
 from genjax.zoo.sections import replace
@@ -279,6 +280,7 @@ def train(
     say: Callable[[str], None] = print,
     mesh: Mapping[str, int] | None = None,
     init_from: str | Path | None = None,
+    log_to: str | Iterable[str | Writer] = (),
     **settings: Any,
 ) -> Run:
     """Train what `genjax train` does, and return the run.
@@ -295,6 +297,7 @@ def train(
         mesh: see `genjax train --mesh`.
         init_from: the folder of a run whose parameters this one begins with, where names and
             shapes are the same; of recipes.
+        log_to: "wandb", "trackio" or writers of one's own (`runs.writers.Writer`); of recipes.
         settings: any setting of the recipe by its name, as the command line has it:
             `hidden=(64,)`, `learning_rate=1e-3`, or `**{"optimizer.b1": 0.5}`. For a model of one's
             own: batch_size, seed, optimizer (an optax transform), steps_per_call, log, hooks.
@@ -318,15 +321,19 @@ def train(
                 "init_from is for recipes; a model of one's own begins with what its `init` gives: "
                 "model._replace(init=...)."
             )
+        if log_to:
+            raise ConfigError(
+                "log_to is for recipes; a model of one's own takes log=, a function of a line."
+            )
         return _train_model(what, data, out, progress, **settings)
     recipe, source = _recipe_of(what, data)
     recipe = replace(recipe, **settings)
     if out is not None:
-        train_in(recipe, Path(out), progress, say, mesh, source, begin)
+        train_in(recipe, Path(out), progress, say, mesh, source, begin, log_to)
         return _with_source(load(out), source)
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "run"
-        train_in(recipe, folder, progress, say, mesh, source, begin)
+        folder = Path(place) / recipe.name
+        train_in(recipe, folder, progress, say, mesh, source, begin, log_to)
         found = _with_source(load(folder), source)
     found.folder = None
     return found

@@ -8,6 +8,7 @@ first/           of a run that stands on another: the settings of that one
 metrics.jsonl    one JSON object a line: step, seconds of training so far, means over the window,
                  validation
 tensorboard/     the same numbers as TensorBoard events
+wandb_id.txt     with --log-to wandb: the id of the run there; trackio_id.txt likewise
 checkpoints/     the newest few states
 best/            the best state by the figure on the validation split
 samples/         pictures or text of samples, and *.npz (and *.mid) of what `genjax sample` drew

@@ -1,7 +1,7 @@
 """Training a recipe in a run folder, with scores and pictures of it on the way."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from genjax.runs.init_from import started_from
 from genjax.runs.lock import locked
 from genjax.runs.log import Log, logging_in
 from genjax.runs.smaller import fitting, widest
+from genjax.runs.writers import Writer, Writers, writing_to
 from genjax.zoo.recipe import Recipe, Schedule, to_dict
 
 # Fixed keys, so that a validation curve compares like with like and the pictures of a run show the
@@ -45,6 +46,7 @@ def train(
     mesh: Mapping[str, int] | None = None,
     source: Source | None = None,
     init_from: Path | None = None,
+    log_to: str | Iterable[str | Writer] = (),
 ) -> TrainState:
     """Train a recipe in a run folder, or go on with the run that is there.
 
@@ -59,13 +61,14 @@ def train(
             devices unless it is given.
         source: the data, where they are in memory and the recipe cannot open them.
         init_from: a run whose parameters this one begins with, where names and shapes are the same.
+        log_to: "wandb", "trackio" or writers of one's own, see `writers`; no part of the settings.
 
     Raises:
         GenjaxError: see the modules that this one calls; whatever was saved before stays.
     """
     recipe = with_buckets_of(recipe, folder)
-    with fitting(recipe, folder), ExitStack() as held:
-        return _train(recipe, folder, progress, say, mesh, source, init_from, held)
+    with fitting(recipe, folder), writing_to(log_to) as writers, ExitStack() as held:
+        return _train(recipe, folder, progress, say, mesh, source, init_from, held, writers)
 
 
 def _train(
@@ -77,6 +80,7 @@ def _train(
     given: Source | None,
     init_from: Path | None,
     held: ExitStack,
+    writers: Writers,
 ) -> TrainState:
     """See `train`; the lock of the folder is `held` until the end."""
     stage, schedule = stages.opened(recipe, given), recipe.schedule
@@ -135,15 +139,21 @@ def _train(
     best = Best(folder, about) if valid_every else None
     hooks = [
         _valid_hook(model, source, splits, best, valid_every),
-        _picture_hook(model, source, splits, folder, schedule.sample_every),
+        _picture_hook(model, source, splits, folder, schedule.sample_every, writers),
     ]
 
     title = f"{recipe.name} on {source.spec.name}"
     with logging_in(folder, title) if writes() else nullcontext() as log:
 
         def on_restore(step: int) -> None:
+            writers.open(settings, folder)
             if log is not None:
                 go_on(log, step, schedule.steps, say, _enough(best, schedule, step))
+
+        def write(line: dict[str, Any]) -> None:
+            if log is not None:
+                log(line)
+                writers.write(line)
 
         state = fit(
             feed,
@@ -151,7 +161,7 @@ def _train(
             steps=schedule.steps,
             steps_per_call=schedule.steps_per_call,
             log_every=schedule.log_every,
-            log=log or (lambda line: None),
+            log=write,
             on_restore=on_restore,
             hooks=[hook for hook in hooks if hook is not None],
             checkpoints=checkpoints,
@@ -245,7 +255,9 @@ def _valid_hook(
     return Hook(every, call, "the evaluation on the validation split")
 
 
-def _picture_hook(model: Model, source: Source, splits: Splits, folder: Path, every: int) -> Hook:
+def _picture_hook(
+    model: Model, source: Source, splits: Splits, folder: Path, every: int, writers: Writers
+) -> Hook:
     spec, n = source.spec, samples.picture_size(source.spec)
     cond = samples.picture_cond(spec, n, splits.train)
     n = n if cond is None else len(cond)
@@ -259,5 +271,6 @@ def _picture_hook(model: Model, source: Source, splits: Splits, folder: Path, ev
         stem = folder / "samples" / f"step_{step:08d}"
         title = f"{samples.picture_title(model)} at step {step}"
         samples.show(x, spec, stem, title, samples.true_log_prob(source), cond)
+        writers.image(step, "samples", stem.with_name(stem.name + ".png"))
 
     return Hook(every, call, "the picture of samples")
