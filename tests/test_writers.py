@@ -47,7 +47,7 @@ class Own:
         self.lines: list[tuple[int, dict[str, float]]] = []
         self.fails, self.calls = fails, 0
 
-    def open(self, config: dict[str, Any], name: str, folder: Path) -> None: ...
+    def begin(self, config: dict[str, Any], name: str, folder: Path) -> None: ...
     def image(self, step: int, name: str, path: Path) -> None: ...
     def close(self) -> None: ...
 
@@ -92,7 +92,7 @@ def test_a_missing_package_is_said_before_a_folder_is_made(
         train(tiny("vae"), tmp_path / "run", log_to="wandb")
     with pytest.raises(ConfigError, match="Did you mean wandb"):
         train(tiny("vae"), tmp_path / "run", log_to="wand")
-    with pytest.raises(ConfigError, match=r"has no open\(\)"):
+    with pytest.raises(ConfigError, match=r"has no begin\(\)"):
         train(tiny("vae"), tmp_path / "run", log_to=[3])  # type: ignore[list-item]
     assert not (tmp_path / "run").exists()
 
@@ -111,6 +111,6 @@ def test_a_writer_that_fails_is_said_once_and_costs_nothing(
 def test_members_are_figures_of_their_own(tmp_path: Path) -> None:
     own = Own()
     writers = Writers({"own": own})
-    writers.open({}, tmp_path)
+    writers.begin({}, tmp_path)
     writers.write({"step": 3, "a/loss": [1.0, 2.0], "b": 4.0})
     assert own.lines == [(3, {"a/loss/0": 1.0, "a/loss/1": 2.0, "b": 4.0})]

@@ -146,7 +146,7 @@ def _train(
     with logging_in(folder, title) if writes() else nullcontext() as log:
 
         def on_restore(step: int) -> None:
-            writers.open(settings, folder)
+            writers.begin(settings, folder)
             if log is not None:
                 go_on(log, step, schedule.steps, say, _enough(best, schedule, step))
 

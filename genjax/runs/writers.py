@@ -21,11 +21,11 @@ logger = logging.getLogger(__name__)
 
 
 class Writer(Protocol):
-    """What takes the figures of a run. `open` is called once, before the others, and again for a
+    """What takes the figures of a run. `begin` is called once, before the others, and again for a
     run that goes on in another process; `image` with a PNG of samples.
     """
 
-    def open(self, config: dict[str, Any], name: str, folder: Path) -> None: ...
+    def begin(self, config: dict[str, Any], name: str, folder: Path) -> None: ...
     def write(self, step: int, metrics: dict[str, float]) -> None: ...
     def image(self, step: int, name: str, path: Path) -> None: ...
     def close(self) -> None: ...
@@ -36,7 +36,7 @@ class Wandb:
     run there, by the id in wandb_id.txt; steps that it has had already are not written again.
     """
 
-    def open(self, config: dict[str, Any], name: str, folder: Path) -> None:
+    def begin(self, config: dict[str, Any], name: str, folder: Path) -> None:
         import wandb  # type: ignore[import-not-found]
 
         self.wandb = wandb
@@ -65,7 +65,7 @@ class Trackio:
     twice, with the same values, since trackio takes nothing back.
     """
 
-    def open(self, config: dict[str, Any], name: str, folder: Path) -> None:
+    def begin(self, config: dict[str, Any], name: str, folder: Path) -> None:
         import trackio  # type: ignore[import-not-found]
 
         self.trackio = trackio
@@ -104,10 +104,10 @@ class Writers:
     def __init__(self, found: Mapping[str, Writer]) -> None:
         self.all, self.opened = dict(found), dict[str, Writer]()
 
-    def open(self, config: dict[str, Any], folder: Path) -> None:
+    def begin(self, config: dict[str, Any], folder: Path) -> None:
         for name, writer in self.all.items():
             self.opened[name] = writer
-            self._told(name, lambda w: w.open(config, folder.absolute().name, folder))
+            self._told(name, lambda w: w.begin(config, folder.absolute().name, folder))
 
     def write(self, line: dict[str, Any]) -> None:
         metrics = scalars_of(line)
@@ -152,11 +152,11 @@ def writing_to(log_to: str | Iterable[str | Writer]) -> Iterator[Writers]:
         if isinstance(given, str):
             found[given] = _named(given)
             continue
-        for method in ("open", "write", "image", "close"):
+        for method in ("begin", "write", "image", "close"):
             if not callable(getattr(given, method, None)):
                 raise ConfigError(
                     f"{given!r} in log_to has no {method}(); expected {' or '.join(WRITERS)}, or "
-                    "an object with open, write, image and close."
+                    "an object with begin, write, image and close."
                 )
         found[f"the writer {type(given).__name__} ({len(found)})"] = given
     writers = Writers(found if writes() else {})
