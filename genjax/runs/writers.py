@@ -45,14 +45,14 @@ class Wandb:
         self.run = wandb.init(project=project, id=run_id, name=name, resume="allow")
         # Steps may have grown since.
         self.run.config.update(config, allow_val_change=True)
-        self.begin = self.run.step  # of a run that went on: one more than its last
+        self.first = self.run.step  # of a run that went on: one more than its last
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        if step >= self.begin:
+        if step >= self.first:
             self.run.log(metrics, step=step)
 
     def image(self, step: int, name: str, path: Path) -> None:
-        if step >= self.begin:
+        if step >= self.first:
             self.run.log({name: self.wandb.Image(str(path))}, step=step)
 
     def close(self) -> None:
