@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from data_checks import assert_same
+from data_checks import assert_same, rows_at
 
 import genjax.cli
 from genjax import DataSpec, data
-from genjax.data import augmentation, batch_at, host_batch, prepare_at
+from genjax.data import augmentation, batch_at, prepare_at
 from genjax.errors import ConfigError
 
 SPEC = DataSpec((5, 6, 2), "continuous")
@@ -59,7 +59,7 @@ def test_training_batches_are_changed_and_no_others():
     stored = source.load().train
     arrays = jax.tree.map(jnp.asarray, stored)
     on_device = jax.jit(batch_at(source, 16, 3))(arrays, 5)
-    on_host = jax.jit(prepare_at(source, 3))(host_batch(source, stored, 16, 3, 5), 5)
+    on_host = jax.jit(prepare_at(source, 3))(rows_at(source, stored, 16, 3, 5), 5)
     assert_same(on_device, on_host)
     before = batch_at(plain, 16, 3)(arrays, 5)
     assert (before.x != on_device.x).any()

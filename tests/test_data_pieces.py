@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers
 
 import genjax.cli
 from genjax import DataSpec
@@ -18,7 +19,6 @@ BOOK = "The sun and the moon, the sun and the stars: naïve, ☉ and again.\n" *
 @pytest.fixture
 def files(tmp_path):
     """A book and a byte-pair tokenizer that was trained on it."""
-    tokenizers = pytest.importorskip("tokenizers")
     made = tokenizers.ByteLevelBPETokenizer()
     made.train_from_iterator([BOOK], vocab_size=300, show_progress=False)
     made.enable_truncation(5)  # which must not cut a book
@@ -55,7 +55,6 @@ def test_json_lines_in_pieces(files, tmp_path):
 
 
 def test_a_tokenizer_that_loses_something_is_said(files, tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
     whole = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0, "sun": 1}, unk_token="?"))
     whole.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     whole.save(str(tmp_path / "words.json"))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from data_checks import assert_same
+from data_checks import assert_same, rows_at
 
 from genjax import data
 from genjax.checks import check_batch
@@ -349,7 +349,7 @@ def test_order_of_a_stream_is_that_of_its_batches(tmp_path):
     train = source.load().train
     batch = jax.jit(data.batch_at(source, 3, 0))
     for step in (0, 5, 10_000):
-        host = data.host_batch(source, train, 3, 0, step)
+        host = rows_at(source, train, 3, 0, step)
         assert_same(
             data.prepare_at(source, 0)(host, step),
             batch(jax.tree.map(jnp.asarray, train), jnp.int32(step)),

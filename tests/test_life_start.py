@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import numpy as np
+import optax
 import pytest
 from program import refused
 
@@ -13,7 +14,9 @@ import genjax.cli
 from genjax.checks import leaves_by_name
 from genjax.errors import ConfigError
 from genjax.learning.checkpoint import Checkpoints
+from genjax.learning.step import training
 from genjax.runs import compare
+from genjax.runs.init_from import started_from
 from genjax.runs.stages import checkpoint_hash
 from genjax.zoo import ZOO
 
@@ -111,16 +114,24 @@ def test_what_goes_on_needs_the_other_run_no_more(runs, data, tmp_path):
         trained(data, tmp_path / "run", init_from=runs[1].folder, steps=4)
 
 
-def test_entries_that_follow_begin_as_copies_of_what_was_taken(runs, data, tmp_path):
-    from genjax.runs.init_from import _init
-
+def test_entries_that_follow_begin_as_copies_of_what_was_taken(runs, tmp_path):
     first, _ = runs
     model = ZOO["vae"].build(first.spec, hidden=(8,), latent_dim=2)
     model = model._replace(follows={"slow": ("vae", 0.9)})
-    params, _ = _init(model, (first.params, first.state), jax.random.key(5))
+    start = started_from(first.folder, model, tmp_path / "new")
+    params = training(start.begin(model), optax.sgd(0.1)).init(jax.random.key(5)).params
     for entry in ("vae", "slow"):
         for x, y in zip(*map(jax.tree.leaves, (params[entry], first.params["vae"])), strict=True):
             np.testing.assert_array_equal(x, y)
+
+
+def test_initialisation_from_data_would_overwrite_what_was_taken(runs, tmp_path):
+    first, _ = runs
+    model = ZOO["vae"].build(first.spec, hidden=(8,), latent_dim=2)
+    prepared = model._replace(prepare=lambda params, state, batch, key: (params, state))
+    start = started_from(first.folder, prepared, tmp_path / "new")
+    assert start.begin(prepared).prepare is None
+    assert any("initialisation from the first batch is left out" in line for line in start.lines)
 
 
 def test_what_init_from_refuses(runs, data, tmp_path, capsys, monkeypatch):

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 TEXTS_SHOWN = 20  # how many samples of text the terminal shows; the file has all of them
 
+Which = Literal["newest", "best"]  # of a run's checkpoints
+
 # The flags of `genjax sample` beside those of `runs.samples.Decoding`: (type, default, help).
 SAMPLE_FLAGS: dict[str, tuple[Any, Any, str]] = {
     "n": (
@@ -45,7 +47,7 @@ SAMPLE_FLAGS: dict[str, tuple[Any, Any, str]] = {
         "times.",
     ),
     "which": (
-        Literal["newest", "best"],
+        Which,
         "newest",
         "Of its checkpoints the newest, or the best by the figure on the validation split.",
     ),
@@ -283,7 +285,7 @@ def evaluate(args: list[str]) -> None:
         """Of the estimator's noise and of the binarisation of the data."""
         batch_size: int = 100
         """Examples at a time; it changes memory and speed, and the noise."""
-        which: Literal["newest", "best"] = "newest"
+        which: Which = "newest"
         """Of its checkpoints the newest, or the best by the figure on the validation split."""
         samples: bool = False
         """Give figures about samples as well, where there is a log-probability or bound."""
@@ -386,7 +388,7 @@ def export(args: list[str]) -> None:
         """The run folder."""
         out: Path | None = None
         """The folder to write into; export in the run folder unless given."""
-        which: Literal["newest", "best"] = "newest"
+        which: Which = "newest"
         """Of its checkpoints the newest, or the best by the figure on the validation split."""
 
     options = tyro.cli(Export, prog="genjax export", args=args)

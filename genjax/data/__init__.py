@@ -30,7 +30,6 @@ from genjax.data.source import (
     batch_at,
     cast,
     example_batch,
-    host_batch,
     prepare_at,
     validate,
 )
@@ -228,7 +227,6 @@ __all__ = [
     "from_arrays",
     "grid",
     "hmm",
-    "host_batch",
     "image_files",
     "is_run",
     "jsb",

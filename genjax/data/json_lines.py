@@ -103,10 +103,8 @@ def json_lines(
         return source._replace(notes=(*source.notes, *read.notes))
     vocabulary = BYTES if unit == "byte" else tuple(sorted(set(whole)))
     tokens = encode(whole, vocabulary, where)
-    name, about = (
-        Path(where).stem.removesuffix(".jsonl"),
-        f"{len(vocabulary)} symbols, from {where}",
-    )
+    name = Path(where).stem.removesuffix(".jsonl")
+    about = f"{len(vocabulary)} symbols, from {where}"
     if layout == "stream":
         spec = text_spec(name, vocabulary, context, step=unit)
         parts = by_position(tokens.astype(stored_dtype(spec)))

@@ -1,8 +1,8 @@
 """What a data set is to the rest of genjax: a `Source`, and the two ways to take batches from it.
 
-On the device, `batch_at` gathers and prepares inside a jitted step; on the host, `host_batch`
-gathers with numpy and `prepare_at` finishes inside the step. Both give the same batches, bit for
-bit.
+On the device, `batch_at` gathers and prepares inside a jitted step; on the host, the rows that
+`Source.order` names are gathered with numpy (`learning.loop.host_feed`) and `prepare_at` finishes
+inside the step. Both give the same batches, bit for bit.
 """
 
 from collections.abc import Callable
@@ -146,14 +146,6 @@ def batch_at(
         )
 
     return batch
-
-
-def host_batch(source: Source, arrays: Batch, batch_size: int, seed: int, step: int) -> Batch:
-    """The stored rows of one batch, gathered with numpy on the host: for data that do not fit on
-    the device.
-    """
-    index = source.order(_length(arrays), batch_size, seed, step)
-    return jax.tree.map(lambda array: array[index], arrays)
 
 
 def example_batch(spec: DataSpec, key: Key, n: int) -> Batch:

@@ -28,9 +28,9 @@ _MARKS = {
     b"\x89PNG": "a picture",
     b"GGUF": "weights of a model",
 }
-# CIFAR's binary files have the same ending; those of CIFAR-100 are called train.bin and test.bin.
+# CIFAR's binary files have the same ending; those of CIFAR-100 have names that others have, too.
 _CIFAR = re.compile(r"(data_batch_\d+|test_batch)\.bin", re.IGNORECASE)
-_CIFAR_SIZES = (50_000 * 3074, 10_000 * 3074, 10_000 * 3073)
+_CIFAR_100 = {"train.bin": 50_000 * 3074, "test.bin": 10_000 * 3074}
 
 
 class Symbols(NamedTuple):
@@ -271,10 +271,11 @@ def _mapped(where: str, dtype: str) -> np.ndarray:
         raise DataError(f"{where}: cannot be read: {error.strerror or error}.") from error
     if size == 0:
         raise DataError(f"{where}: the file is empty.")
-    if _CIFAR.fullmatch(Path(where).name) or size in _CIFAR_SIZES:
+    name = Path(where).name
+    if _CIFAR.fullmatch(name) or _CIFAR_100.get(name) == size:
         raise DataError(
-            f"{where}: expected token ids; this is a batch of CIFAR's pictures by its name or its "
-            f"size. Give the folder that it is in: --data {Path(where).parent}"
+            f"{where}: expected token ids; this is a batch of CIFAR's pictures, by its name. Give "
+            f"the folder that it is in: --data {Path(where).parent}"
         )
     for mark, called in _MARKS.items():
         if start.startswith(mark):

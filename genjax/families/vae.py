@@ -293,8 +293,7 @@ def _own_nets(
     if own[1] is not None:
         output = (*spec.shape, n_outputs)
         call = Call("the decoder of a VAE", [("z", (d_z,)), *cond], output)
-        found = own_net(own[1], call, dtype)
-        decoder = Net(found.init, separate(found, d_z, spec.conditional))
+        decoder = separate(own_net(own[1], call, dtype), d_z, spec.conditional)
     return encoder, decoder
 
 

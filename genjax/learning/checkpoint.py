@@ -127,6 +127,15 @@ def _kind(leaf: Any) -> str:
     return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 
+def _has_arrays(path: Path) -> bool:
+    """Whether Orbax will find arrays in a checkpoint. Where it finds none, its reads go on past its
+    own end, and are reported as errors of a closed loop now and then.
+    """
+    state = path / "state"
+    forms = ("manifest.ocdbt", "*/zarr.json", "*/.zarray")
+    return any(next(state.glob(form), None) is not None for form in forms)
+
+
 def _read(
     path: Path, called: Path, like: TrainState, check: Callable[[dict[str, Any]], None]
 ) -> tuple[TrainState, dict[str, Any]]:
@@ -138,6 +147,11 @@ def _read(
     Raises:
         CheckpointError: if it is of another tree, or cannot be read.
     """
+    if not _has_arrays(path):
+        raise CheckpointError(
+            f"The checkpoint {called} holds no arrays: earlier versions lost them in a folder with "
+            f"special characters in its path. Move {called.parent} away and train again."
+        )
     try:
         metadata = ocp.metadata(str(path))
         custom: Any = metadata.custom_metadata or {}
@@ -161,11 +175,6 @@ def _read(
             "orbax-checkpoint) and run the same command again; or move that folder away to go on "
             "from the one before it."
         ) from error
-    if not metadata.metadata:
-        raise CheckpointError(
-            f"The checkpoint {called} holds no arrays: earlier versions lost them in a folder with "
-            f"special characters in its path. Move {called.parent} away and train again."
-        )
     if lines:
         raise CheckpointError(
             f"The checkpoint {called} is not of this model:\n  " + "\n  ".join(lines)
@@ -180,6 +189,8 @@ def _check_saved(path: Path, packed: PyTree) -> None:
     Raises:
         CheckpointError: if it is not what was to be saved.
     """
+    if not _has_arrays(path):
+        raise CheckpointError("what was written has no arrays")
     metadata: Any = ocp.metadata(str(path)).metadata
     lines = difference({} if metadata is None else metadata, packed)
     if lines:

@@ -4,9 +4,10 @@ A family calls its networks as functions of parameters and inputs alone. What ke
 batches or draws random numbers in its call is refused, with what to do instead.
 """
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -129,28 +130,23 @@ def _linen(module: Any, name: str, call: Call) -> Net:
     return Net(init, apply)
 
 
-class _explained:
+@contextlib.contextmanager
+def _explained(name: str, call: Call) -> Iterator[None]:
     """Whatever a user's network raises as it is tried, with how it is called."""
-
-    def __init__(self, name: str, call: Call) -> None:
-        self.name, self.call = name, call
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or not isinstance(error, Exception):
-            return
+    try:
+        yield
+    except Exception as error:
         reason = str(error).split("\n")[0]
-        if isinstance(error, ConfigError) and "random state" not in reason:
-            return
         if "random state" in reason or type(error).__name__ == "InvalidRngError":
             raise ConfigError(
-                f"{self.name} draws random numbers in its call (dropout?), and {self.call.what} "
-                "is a function of its parameters and inputs alone. Leave them out: "
-                "Dropout(rate, deterministic=True)."
+                f"{name} draws random numbers in its call (dropout?), and {call.what} is a "
+                "function of its parameters and inputs alone. Leave them out: Dropout(rate, "
+                "deterministic=True)."
             ) from error
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(
-            f"{self.name} is called as {self.call}, which failed: {type(error).__name__}: {reason}"
+            f"{name} is called as {call}, which failed: {type(error).__name__}: {reason}"
         ) from error
 
 
@@ -164,26 +160,26 @@ def given_only(net: Net) -> Net:
 
 
 def trimmed(net: Net, guided: bool) -> Net:
-    """A denoiser (x, noise level, cond, dropped) of one's own, which is called without what there
-    is not: the condition of an unconditional model, and `dropped` of one that is not guided.
+    """A denoiser (x, noise level, cond, dropped) of one's own, which is called without the
+    condition of an unconditional model, and without `dropped` where it is not guided.
     """
+    own = given_only(net)
 
     def apply(
         params: Params, state: State, x: Any, level: Any, c: Any = None, dropped: Any = None
     ) -> tuple[Any, State]:
-        given = [x, level] + ([] if c is None else [c])
-        if guided:
-            given.append(jnp.zeros(x.shape[:1], jnp.bool_) if dropped is None else dropped)
-        return net.apply(params, state, *given)
+        if guided and dropped is None:
+            dropped = jnp.zeros(x.shape[:1], jnp.bool_)
+        return own.apply(params, state, x, level, c, dropped if guided else None)
 
     return Net(net.init, apply)
 
 
-def separate(net: Net, width: int, conditional: bool) -> Callable[..., tuple[Any, State]]:
-    """The `apply` of a decoder (z, cond) of one's own, for a family that has both in one vector."""
+def separate(net: Net, width: int, conditional: bool) -> Net:
+    """A decoder (z, cond) of one's own, for a family that has both in one vector."""
 
     def apply(params: Params, state: State, both: Any) -> tuple[Any, State]:
         given = (both[..., :width], both[..., width:]) if conditional else (both,)
         return net.apply(params, state, *given)
 
-    return apply
+    return Net(net.init, apply)

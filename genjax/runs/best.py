@@ -62,11 +62,15 @@ class Best:
         self.checkpoints.save(state, {"valid": value})
         self.value, self.step = value, step
 
-    def stale(self, step: int, every: int) -> int:
-        """How many evaluations up to this step, one at each multiple of `every`, have brought no
-        gain since the best; of a run without one (all of them NaN), all.
-        """
-        return step // every - self.step // every
+
+def no_gain(schedule: Schedule, best: int, step: int) -> bool:
+    """Whether a run whose best state is of step `best` (0 without one) ends at a step: as many
+    evaluations as `stop_after` says, one at each multiple of `evaluate_every`, brought no gain.
+    """
+    if not schedule.stop_after or not schedule.evaluate_every:
+        return False
+    every = schedule.evaluate_every
+    return step // every - best // every >= schedule.stop_after
 
 
 def ended_early(folder: Path, schedule: Schedule, step: int) -> bool:
@@ -75,11 +79,10 @@ def ended_early(folder: Path, schedule: Schedule, step: int) -> bool:
     Raises:
         CheckpointError: if its best state cannot be read.
     """
-    if not schedule.stop_after or not schedule.evaluate_every:
+    if not schedule.stop_after:
         return False
     note = Checkpoints(folder / FOLDER, 1).newest_note()
-    every, best = schedule.evaluate_every, 0 if note is None else note[0]
-    return step // every - best // every >= schedule.stop_after
+    return no_gain(schedule, 0 if note is None else note[0], step)
 
 
 def best_of(folder: Path, model: Model, **how: Any) -> Checkpoints:

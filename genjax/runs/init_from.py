@@ -64,22 +64,21 @@ def started_from(origin: Path, model: Model, folder: Path) -> Start:
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     given = (run.params, run.state)
     lines = _lines(origin, run.step, leaves_by_name(given[0]), leaves_by_name(shapes[0]))
+    if model.prepare is not None:
+        lines.append("initialisation from the first batch is left out, as it would overwrite them")
 
     def begin(model: Model) -> Model:
-        # Data-dependent initialisation would overwrite what comes from the other run.
         return model._replace(init=functools.partial(_init, model, given), prepare=None)
 
     return Start(about, begin, lines)
 
 
 def _init(model: Model, given: tuple[Params, State], key: Key) -> tuple[Params, State]:
+    """What `init` makes, with what there is of the other run. (Entries that follow a player begin
+    as its copies in `training`.)
+    """
     params, state = model.init(key)
-    params = matched(params, given[0])
-    there = leaves_by_name(given[0])
-    for entry, (player, _) in model.follows.items():
-        if not any(name.startswith(f"{entry}/") for name in there):
-            params = {**params, entry: jax.tree.map(jnp.copy, params[player])}
-    return params, matched(state, given[1])
+    return matched(params, given[0]), matched(state, given[1])
 
 
 def matched(tree: PyTree, given: PyTree) -> PyTree:

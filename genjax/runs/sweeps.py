@@ -218,7 +218,7 @@ def _train_members(
     check_folder(folder)
     held.enter_context(locked(folder, say))
     files = files_of(stage.source, read_files(folder) or ())
-    open_folder(folder, settings)
+    open_folder(folder, settings, say)
     keep_files(folder, files)
     about = note_of(settings, stage.source.spec, files)
     with logging_in(folder, f"{recipe.name}: {len(keys)} members") as log:

@@ -23,7 +23,7 @@ from genjax.learning.step import eval_params
 from genjax.profiling.room import check_training
 from genjax.protocol import Batch, Model, Training, TrainState
 from genjax.runs import samples, stages
-from genjax.runs.best import Best
+from genjax.runs.best import Best, no_gain
 from genjax.runs.folder import check_folder, keep_spec, open_folder, with_buckets_of
 from genjax.runs.identity import check_note, files_of, keep_files, note_of, read_files
 from genjax.runs.init_from import started_from
@@ -180,9 +180,7 @@ def _train(
 
 def _enough(best: Best | None, schedule: Schedule, step: int) -> bool:
     """Whether as many evaluations as `stop_after` says have brought no gain."""
-    if best is None or not schedule.stop_after:
-        return False
-    return best.stale(step, schedule.evaluate_every) >= schedule.stop_after
+    return best is not None and no_gain(schedule, best.step, step)
 
 
 def say_best(best: Best, schedule: Schedule, step: int, say: Callable[[str], None]) -> None:
