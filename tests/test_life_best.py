@@ -163,7 +163,7 @@ def test_a_schedule_over_the_run_is_said_to_change(noise, tmp_path):
 
 def test_a_value_that_is_no_number_is_no_gain(noise, tmp_path):
     best = Best(tmp_path, {})
-    best.offer(10, None, float("nan"))
+    assert np.isnan(best.offer(10, None, lambda: float("nan")))
     assert (best.step, best.value) == (0, -np.inf)
 
 

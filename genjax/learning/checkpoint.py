@@ -31,7 +31,7 @@ from orbax.checkpoint import v1 as ocp
 from genjax.checks import leaves_by_name
 from genjax.errors import CheckpointError, GenjaxError, reading, reason_of, synced, writing
 from genjax.learning.checksums import CHECKSUMS, checksums, damage_of, files_in
-from genjax.learning.distributed import agreed, several
+from genjax.learning.distributed import agreed, all_passed, several
 from genjax.learning.plain_path import plain_path
 from genjax.protocol import PyTree, TrainState
 
@@ -313,7 +313,8 @@ class Checkpoints:
                     packed = _pack(state)
                     about: Any = {"note": {**self.about, **(note or {})}}
                     ocp.save(str(at / part), packed, custom_metadata=about)
-                    _check_saved(at / part, packed)
+                    # Not before all have read it may it be renamed.
+                    all_passed(functools.partial(_check_saved, at / part, packed))
                     agreed(functools.partial(self._finish, at, part, step))
         # Orbax and TensorStore raise many types for a disk that does not take more.
         except Exception as error:

@@ -8,7 +8,7 @@ not.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,20 +47,20 @@ class Best:
             check(note[1])
             self.step, self.value = note[0], float(note[1]["valid"])
 
-    def offer(self, step: int, state: TrainState, value: float) -> None:
-        """Keep a state if it is better than the best so far.
+    def offer(self, step: int, state: TrainState, figure: Callable[[], float]) -> float:
+        """Keep a state if it is better than the best so far; returns its figure.
 
         Args:
-            value: its figure, on process 0; the others take that one.
+            figure: finds it, on process 0; what it raises there is raised on all.
 
         Raises:
             CheckpointError: if the disk does not take it; the best before stays.
         """
-        value = agreed(lambda: value)
-        if not value > self.value:  # NaN is no gain
-            return
-        self.checkpoints.save(state, {"valid": value})
-        self.value, self.step = value, step
+        value = agreed(figure)
+        if value > self.value:  # NaN is no gain
+            self.checkpoints.save(state, {"valid": value})
+            self.value, self.step = value, step
+        return value
 
 
 def no_gain(schedule: Schedule, best: int, step: int) -> bool:

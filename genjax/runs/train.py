@@ -243,12 +243,12 @@ def _valid_hook(
 
     def call(step: int, state: TrainState) -> dict[str, Any]:
         params, extra = whole((eval_params(state), state.state))
-        value = 0.0  # of process 0 only
-        if writes():
+
+        def figure() -> float:
             values = score_examples(run, params, extra, splits.valid, jax.random.key(VALID_SEED))
-            value = estimate(values).mean
-        best.offer(step, state, value)
-        return {f"valid/{name}": value} if writes() else {}
+            return estimate(values).mean
+
+        return {f"valid/{name}": best.offer(step, state, figure)}
 
     return Hook(every, call, "the evaluation on the validation split")
 
