@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -106,10 +105,3 @@ def cell_of(cell: str | Cell, forget_bias: float | None = None) -> Cell:
         )
     bias = (forget_bias if i == cell.keeper else b for i, b in enumerate(cell.bias))
     return dataclasses.replace(cell, bias=tuple(bias))
-
-
-def rematerialised(step: Callable[..., Any], remat: bool) -> Callable[..., Any]:
-    """The step of a loop; with `remat`, one that keeps its carry only and is computed again on the
-    way back.
-    """
-    return jax.checkpoint(step, prevent_cse=False) if remat else step
