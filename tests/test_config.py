@@ -33,7 +33,7 @@ def other(hint, value):
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
-        return value + 1
+        return 2 * value or 1  # which a batch still divides into
     if isinstance(value, float):
         return value / 2 or 0.125
     if value is None and int in get_args(hint):
