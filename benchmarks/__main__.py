@@ -39,6 +39,7 @@ class Args:
             "pages",
             "buckets",
             "attack",
+            "accelerator",
             "results",
             "gallery",
             "report",
@@ -56,7 +57,8 @@ class Args:
     `convolution` gradients beside flax's convolutions, `widths` a Transformer's share of the peak,
     `pages` a step with huge pages of memory, `buckets` sequences in buckets of lengths, `attack`
     what kills, damage and random arguments do (`names`: kills, checkpoints, files, folders,
-    arguments). `all` leaves these out.
+    arguments), `accelerator` what the card here does (`names`: right, scale, attention, torch,
+    bitwise, members). `all` leaves these out.
     """
     names: tuple[str, ...] = ()
     """For `results` and `peers`: only these recipes; all unless given."""
@@ -119,6 +121,10 @@ def main() -> None:
         importlib.import_module(f"benchmarks.{args.part}").main(
             *([args.seconds] if args.seconds else [])
         )
+    if args.part == "accelerator":
+        from benchmarks import accelerator
+
+        accelerator.main(names=args.names)
     if args.part == "attack":
         from benchmarks import attack
 

@@ -65,7 +65,7 @@ class GPT(nn.Module):
             self.tokens.weight = self.head.weight
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        h = self.tokens(x) + self.positions(torch.arange(x.shape[1]))
+        h = self.tokens(x) + self.positions(torch.arange(x.shape[1], device=x.device))
         for block in self.blocks:
             h = block(h)
         return functional.cross_entropy(
@@ -73,7 +73,9 @@ class GPT(nn.Module):
         )
 
 
-def stepper(variant: str, model: GPT, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
+def stepper(
+    variant: str, model: GPT, x: torch.Tensor, y: torch.Tensor, bfloat16: bool = False
+) -> Callable[[], None]:
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -83,12 +85,20 @@ def stepper(variant: str, model: GPT, x: torch.Tensor, y: torch.Tensor) -> Calla
     loss_of = torch.compile(model) if variant == "compiled" else model
 
     def step() -> None:
-        loss_of(x, y).backward()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
+            loss = loss_of(x, y)
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+def finish(device: str) -> None:
+    """Wait until the device has nothing left to do."""
+    if device != "cpu":
+        torch.cuda.synchronize()
 
 
 def main() -> None:
@@ -105,6 +115,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--bias", action="store_true")
     parser.add_argument("--untied", action="store_true")
+    parser.add_argument("--bfloat16", action="store_true")
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     steps: dict[str, Callable[[], None]] = {}
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
@@ -112,14 +124,15 @@ def main() -> None:
         variant, count = line.split()
         if variant not in steps:
             torch.manual_seed(0)
-            x, y = torch.randint(args.levels, (2, args.batch, args.context))
+            x, y = torch.randint(args.levels, (2, args.batch, args.context)).to(args.device)
             size = (args.levels, args.context, args.width, args.heads, args.layers)
-            steps[variant] = stepper(
-                variant, GPT(*size, bias=args.bias, tied=not args.untied), x, y
-            )
+            model = GPT(*size, bias=args.bias, tied=not args.untied).to(args.device)
+            steps[variant] = stepper(variant, model, x, y, args.bfloat16)
+        finish(args.device)
         start = time.perf_counter()
         for _ in range(int(count)):
             steps[variant]()
+        finish(args.device)
         print((time.perf_counter() - start) / int(count), flush=True)
 
 
