@@ -58,7 +58,8 @@ def parts() -> list[str]:
     lines = [
         f"## On {hardware['device']}",
         "",
-        f"By `python -m benchmarks.accelerator`, {found['date']}; driver {found['driver']}; {names}.",
+        f"By `python -m benchmarks.accelerator`, {found['date']}; driver {found['driver']}; "
+        f"{names}.",
         "",
     ]
     for part, title in TITLES.items():

@@ -96,7 +96,7 @@ def scale_by_label(
 
 
 ALGORITHMS = ("adam", "adamw", "sgd", "rmsprop", "lion", "muon")
-SCHEDULES = ("constant", "linear", "cosine")
+SCHEDULES = ("constant", "linear", "cosine", "wsd")
 MOST_RATE = 1000.0
 
 
@@ -109,9 +109,11 @@ class Optimizer:
             `muon.py`.
         learning_rate: the peak step size.
         schedule: how the step size falls from the peak to `final_fraction` of it over the run,
-            after the warm-up.
+            after the warm-up; "wsd" (warm-up, stable, decay) keeps the peak until the last part of
+            the run, `decay_fraction` of it, and then falls by 1 - sqrt (Hägele 2024, section 3).
         final_fraction: the step size that the schedule has fallen to when the run ends, as a
             fraction of the peak.
+        decay_fraction: for "wsd": the part of the run, at its end, in which the step size falls.
         warmup_steps: steps over which the step size rises linearly, in equal parts of the peak from
             the first on.
         b1: decay of the first moment (the momentum of sgd).
@@ -127,7 +129,7 @@ class Optimizer:
 
     algorithm: Literal["adam", "adamw", "sgd", "rmsprop", "lion", "muon"] = "adam"
     learning_rate: Positive = 1e-3
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     final_fraction: Annotated[float, Within(0, 1)] = 0.0
     warmup_steps: Whole = 0
     b1: Rate = 0.9
@@ -137,6 +139,7 @@ class Optimizer:
     ema_decay: Rate = 0.0
     decayed: tuple[str, ...] = ("matrix", "embedding")
     rates: tuple[str, ...] = ()
+    decay_fraction: Annotated[float, Within(0, 1, above=True)] = 0.2
 
     def __post_init__(self) -> None:
         for name in ("decayed", "rates"):  # JSON gives lists back
@@ -262,10 +265,12 @@ class Optimizer:
     def _multiplier(self, count: jax.Array, steps: int) -> jax.Array:
         count = jnp.asarray(count, jnp.float32)
         done = jnp.clip((count - self.warmup_steps) / max(steps - self.warmup_steps, 1), 0.0, 1.0)
+        cooling = jnp.clip(1 - (steps - count) / (self.decay_fraction * steps), 0.0, 1.0)
         shape = {
             "constant": 0.0 * done,
             "linear": done,
             "cosine": 0.5 - 0.5 * jnp.cos(jnp.pi * done),
+            "wsd": jnp.sqrt(cooling),
         }[self.schedule]
         warm: Any = 1.0
         if self.warmup_steps:
