@@ -23,7 +23,7 @@ from genjax.learning.loop import Hook, Progress, choose_feed, fit
 from genjax.learning.step import eval_params, training
 from genjax.protocol import Batch, DataSpec, Model, Params, State, TrainState
 from genjax.runs import load as loading
-from genjax.runs import samples
+from genjax.runs import samples, shown
 from genjax.runs.evaluate import evaluate
 from genjax.runs.other_data import other_source
 from genjax.runs.own_model import checkpoints_of, weights_of
@@ -83,6 +83,7 @@ class Run:
     ) -> None:
         self.model, self.params, self.state, self.step = model, params, state, step
         self.folder, self._loaded, self._source = folder, loaded, source
+        self._figures: list[list[str]] = []  # that no folder has
 
     @property
     def recipe(self) -> Recipe | None:
@@ -243,7 +244,9 @@ class Run:
             raise ConfigError("Only runs of recipes are evaluated; use log_prob or bound.")
         source = self.source if data is None else self._other(data)
         usual = "test" if data is None else "all"
-        return evaluate(self._loaded, split or usual, source=source, **how)
+        report = evaluate(self._loaded, split or usual, source=source, **how)
+        self._figures += shown.figures_of(report)
+        return report
 
     def _other(self, data: Any) -> Source:
         assert self._loaded is not None
@@ -255,6 +258,11 @@ class Run:
         name = "a model of one's own" if self.recipe is None else self.recipe.name
         where = "" if self.folder is None else f", {self.folder}"
         return f"<genjax run: {name} on {self.spec.name}, step {self.step}{where}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        how = (self.params, self.step, self._loaded, self.folder, self._figures)
+        return shown.page_of(self.spec, *how)
 
 
 def source_in(data: Any, spec: DataSpec | None = None) -> Source:
@@ -365,6 +373,7 @@ def train(
         folder = Path(place) / recipe.name
         train_in(recipe, folder, progress, say, mesh, source, begin, log_to)
         found = _with_source(load(folder), source)
+        found._figures = shown.figures_in(folder)  # of a folder that is gone in a moment
     found.folder = None
     return found
 
