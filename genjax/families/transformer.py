@@ -189,6 +189,15 @@ def advance(
     return in_room(found, at, context), carry
 
 
+def labels(spec: DataSpec, n_heads: int, kv: int, two_factors: bool) -> tuple[tuple[str, str], ...]:
+    """What the parameters are, as `Model.labels` has it; one matrix makes queries, keys and values,
+    and one both factors of "swiglu", where there are `two_factors` side by side.
+    """
+    fused = [("/qkv/kernel$", f"matrix:{n_heads},{kv},{kv}")]
+    fused += [("/up/kernel$", "matrix:1,1")] if two_factors else []
+    return (*nets.sequence.embedding_labels(spec), *fused)
+
+
 # --- settings -------------------------------------------------------------------------------------
 
 
@@ -334,6 +343,7 @@ def transformer(
         begin=partial(begin, layers),
         advance=partial(advance, layers),
         context=spec.shape[0],
-        labels=nets.sequence.embedding_labels(spec),
+        # `Dense` keeps the longer axis last.
+        labels=labels(spec, n_heads, kv, activation == "swiglu" and d_model <= 2 * width),
     )
     return autoregressive(spec, emit, net, player="transformer", cond_dropout=cond_dropout)
