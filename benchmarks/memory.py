@@ -23,7 +23,7 @@ ROWS = (*first_rows(), "lstm", "vrnn-jsb", "edm-mnist")
 PARTS = 4
 # A recurrent network that carries its streams on cannot take a batch in parts.
 CHANGES: dict[str, dict[str, Any]] = {"rnn": {"lanes": 0}, "lstm": {"lanes": 0}}
-REMAT: dict[str, dict[str, Any]] = {"transformer": {"remat": True, "scan_layers": True}}
+REMAT: dict[str, dict[str, Any]] = {"transformer": {"remat": "full", "scan_layers": True}}
 
 
 def recipe_of(name: str) -> Recipe:
@@ -46,7 +46,7 @@ def ways(recipe: Recipe) -> dict[str, Recipe]:
     with contextlib.suppress(
         ConfigError
     ):  # of a family without loops or blocks to compute again, which has no such setting
-        table["remat"] = replace(recipe, **REMAT.get(recipe.name, {"remat": True}))
+        table["remat"] = replace(recipe, **REMAT.get(recipe.name, {"remat": "full"}))
     return table
 
 

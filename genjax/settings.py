@@ -114,6 +114,14 @@ Dtype = Annotated[
     Literal["float32", "bfloat16"],
     Help("of the networks' arithmetic; parameters and losses stay float32."),
 ]
+Remat = Annotated[
+    Literal["none", "full", "dots", "dots_no_batch"],
+    Help(
+        "what the way back computes again instead of keeping it, for less memory: nothing, all "
+        "insides of a block or a step, or all but the results of matrix products (of those without "
+        "a batch dimension)."
+    ),
+]
 CondDropout = Annotated[
     Rate,
     Help("how often training leaves out the condition, which guidance needs (Ho & Salimans 2022)."),

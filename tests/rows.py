@@ -44,6 +44,12 @@ EXTRA = {
         _changed("iwae-vamp", ZOO["iwae"], {"prior": "vamp"}, {"n_pseudo_inputs": 3}),
         _changed("spectral-cgan", ZOO["cgan"], {"spectral_norm": True}),
         _changed("residual-gan", ZOO["gan"], {"net": "resnet", "r1": 0.0}, {"channels": (4,)}),
+        _changed(
+            "dit",
+            ZOO["diffusion"],
+            {"net": "dit", "scan_layers": True, "remat": "dots"},
+            {"patch": 4, "d_model": 4, "n_layers": 2},
+        ),
         _changed("lstm-lanes", ZOO["lstm"], tiny={"lanes": B}),
     )
 }
@@ -66,6 +72,7 @@ COVERING = tuple(
             "vrnn-jsb",
             "edm-mnist",
             "vdm-digits",
+            "dit",
             "vae-flow-prior",
         )
     )
@@ -148,14 +155,15 @@ def features(name):
 def _standing_on(recipe):
     """What a row's tiny model is built on: the spec of its data, or the tiny model of another row.
 
-    A few steps of a sequence show all that many would.
+    A few steps of a sequence, or pixels of a large image, show all that many would.
     """
     if recipe.first is not None:
         first = setup(recipe.first)
         return Trained(first.model, grown(first.params), first.state)
     spec = recipe.source().spec
     if not spec.step:
-        return spec
+        large = spec.size > 1000
+        return dataclasses.replace(spec, shape=(8, 8, spec.shape[2])) if large else spec
     return dataclasses.replace(spec, shape=(min(STEPS, spec.shape[0]), *spec.shape[1:]))
 
 

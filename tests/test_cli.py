@@ -54,7 +54,7 @@ def state_bits(folder: Path, step: int | None = None) -> list[tuple[str, bytes]]
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     return [
-        {k: v for k, v in line.items() if k != "seconds"}
+        {k: v for k, v in line.items() if k == "step" or pictures.is_metric(k)}
         for line in pictures.read_metrics(folder / "metrics.jsonl")
     ]
 

@@ -33,7 +33,7 @@ def other(hint, value):
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
-        return value + 1
+        return 2 * value or 1  # which a batch still divides into
     if isinstance(value, float):
         return value / 2 or 0.125
     if value is None and int in get_args(hint):
@@ -229,3 +229,10 @@ def test_a_run_folder_is_named_after_what_was_changed():
     assert str(default_folder(long, row)) == f"runs/vae,{config_hash(to_dict(long))}"
     two = replace(TWO, **{"gen.learning_rate": 0.5})
     assert str(default_folder(two, TWO)) == "runs/two,gen.learning-rate=0.5"
+
+
+@pytest.mark.parametrize(("before", "now"), [(True, "full"), (False, "none")])
+def test_a_run_from_when_remat_was_yes_or_no_is_read(before, now):
+    values = to_dict(ZOO["transformer"])
+    values["model"]["remat"] = before
+    assert to_dict(from_dict(values, ZOO))["model"]["remat"] == now

@@ -117,7 +117,7 @@ def bits(folder: Path) -> list[tuple[str, bytes]]:
 
 def lines(folder: Path) -> list[dict[str, float]]:
     return [
-        {k: v for k, v in line.items() if k != "seconds"}
+        {k: v for k, v in line.items() if k == "step" or pictures.is_metric(k)}
         for line in pictures.read_metrics(folder / "metrics.jsonl")
     ]
 

@@ -4,7 +4,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from genjax.profiling.measure import cost_of, loop_flops, matmul_peak, seconds_per_call, stepper
+from genjax.errors import ConfigError
+from genjax.profiling.measure import (
+    cost_of,
+    loop_flops,
+    matmul_peak,
+    seconds_per_call,
+    step_cost,
+    stepper,
+)
+from genjax.zoo import ZOO
+from genjax.zoo.recipe import replace
 
 
 def test_cost_of_counts_a_matrix_product() -> None:
@@ -39,3 +49,18 @@ def test_stepper_advances_the_state_and_times_are_as_many_as_asked() -> None:
     assert all(seconds >= 0 for seconds in times)
     assert seen == [1, 3, 5, 7]  # one to warm up
     assert matmul_peak(64, budget=0.0) > 0
+
+
+@pytest.mark.slow
+def test_a_step_on_a_mesh_costs_each_device_a_part() -> None:
+    small = {"d_model": 16, "n_layers": 2, "n_heads": 2, "batch_size": 16, "microbatches": 2}
+    recipe = replace(ZOO["gpt2-124m"], **small, n_symbols=64, length=32)
+    alone = step_cost(recipe, 0.1)
+    shared = step_cost(recipe, 0.1, mesh={"data": 2, "fsdp": 4})
+    assert shared.product_flops == alone.product_flops
+    assert shared.flops < alone.flops / 2  # eight devices, each of which also updates and joins
+    assert alone.flops > 0.9 * alone.product_flops
+    assert alone.steps_of_sequences == 16 * 32
+    assert alone.share_of_datasheet is None
+    with pytest.raises(ConfigError, match="A batch of 16 does not divide over the 5 devices"):
+        step_cost(recipe, 0.1, mesh={"data": 5})

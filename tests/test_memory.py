@@ -11,6 +11,7 @@ from gates import assert_close
 from rows import B, first_rows, setup
 
 from genjax.data import example_batch
+from genjax.families.diffusion import diffusion
 from genjax.families.rnn import rnn
 from genjax.families.transformer import transformer
 from genjax.families.vrnn import vrnn
@@ -58,7 +59,7 @@ AGAIN = {
 def test_computing_again_gives_the_same_in_less_memory(name):
     build, options = AGAIN[name]
     spec = DataSpec((T,), "tokens", levels=5, step="token")
-    plain, again = build(spec, **options), build(spec, **options, remat=True)
+    plain, again = build(spec, **options), build(spec, **options, remat="full")
     params, state = jax.jit(plain.init)(jax.random.key(0))
     batch = example_batch(spec, jax.random.key(1), N)
     assert_close(jax.jit(again.init)(jax.random.key(0)), (params, state), 0)
@@ -80,3 +81,44 @@ def test_computing_again_gives_the_same_in_less_memory(name):
         for model in (plain, again)
     ]
     assert needed[1] < 0.9 * needed[0]
+
+
+IMAGES = DataSpec((8, 8, 1), "continuous")
+DENOISERS = {
+    "mlp": {"hidden": (32, 32)},
+    "unet": {"channels": (4, 8), "n_heads": 0},
+    "dit": {"d_model": 16, "n_layers": 8, "n_heads": 2},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["full", "dots", "dots_no_batch"])
+@pytest.mark.parametrize("net", DENOISERS)
+def test_a_denoiser_computed_again_or_in_a_loop_has_the_same_loss_and_gradient(net, remat):
+    settings = {"net": net, **DENOISERS[net], "cond_dropout": 0.0, "guidance": None}
+    plain = diffusion(IMAGES, **settings)
+    params, state = jax.jit(plain.init)(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)  # of which the last ones are 0 at first
+    keys = jax.random.split(jax.random.key(3), len(leaves))
+    moved = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    params, batch = jax.tree.unflatten(tree, moved), example_batch(IMAGES, jax.random.key(1), N)
+
+    def gradient(model):
+        (player,) = model.losses
+
+        def total(params):
+            return model.losses[player](params, state, batch, jax.random.key(2), 0)[0].mean()
+
+        return jax.jit(jax.value_and_grad(total)).lower(params).compile(QUICK)
+
+    def memory(model):
+        program = step_program(training(model, optax.sgd(0.1)), IMAGES, N, QUICK)
+        return program.memory_analysis().temp_size_in_bytes
+
+    wanted = gradient(plain)(params)
+    for looped in (False, True) if net == "dit" else (False,):
+        again = diffusion(IMAGES, **settings, remat=remat, scan_layers=looped)
+        assert_close(gradient(again)(params), wanted, 2e-4)
+        if looped and remat == "full":
+            kept = diffusion(IMAGES, **settings, scan_layers=True)
+            assert memory(again) < 0.9 * memory(kept)

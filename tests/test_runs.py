@@ -69,6 +69,9 @@ def test_a_run_folder_is_what_the_documentation_says(folder: Path) -> None:
     lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [20, 30, 40]
     window = {"step", "seconds", "vae/loss", "vae/elbo", "vae/kl", "vae/log_likelihood"}
+    assert lines[1].keys() < lines[2].keys()
+    rate = "speed/examples_per_second"
+    assert all(line.pop(rate, 1.0) > 0 for line in lines)
     assert [set(line) for line in lines] == [
         window,
         {"step", "seconds", "valid/bound"},

@@ -234,7 +234,12 @@ def test_scanned_or_recomputed_layers_have_the_same_loss_and_gradient(x64, rate)
         )(params)
 
     wanted = gradient()
-    for options in ({"scan_layers": True}, {"remat": True}, {"scan_layers": True, "remat": True}):
+    again = ("full", "dots", "dots_no_batch")
+    for options in (
+        {"scan_layers": True},
+        *({"remat": name} for name in again),
+        *({"remat": name, "scan_layers": True} for name in again),
+    ):
         assert_close(gradient(**options), wanted, rtol=1e-12)
 
 

@@ -115,9 +115,11 @@ class _Bench:
 
     Attributes:
         seconds: how long to time the step, in seconds.
+        mesh: devices that share the step, such as data=2,fsdp=4; one unless given.
     """
 
     seconds: float = 5.0
+    mesh: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,28 +259,39 @@ def _number(value: float | None) -> str:
 
 def _bench(args: list[str]) -> None:
     recipe, _, options = parse_recipe("bench", args, _Bench)
+    from genjax.learning.sharding import parse_mesh
     from genjax.profiling.measure import step_cost
     from genjax.runs.folder import environment
     from genjax.runs.stages import first_of
 
-    cost = step_cost(recipe, options.seconds, first_of(recipe))
+    mesh = parse_mesh(options.mesh) if options.mesh is not None else None
+    cost = step_cost(recipe, options.seconds, first_of(recipe), mesh)
     machine = environment()["hardware"]
+    shared = f", over a mesh {options.mesh}" if mesh else ""
+    lines = [
+        ["steps/s", f"{cost.steps_per_second:.1f} ({cost.milliseconds:.3f} ms, median)"],
+        ["examples/s", f"{cost.examples_per_second:.0f}"],
+        ["compile", f"{cost.compile_seconds:.2f} s"],
+        ["FLOPs per step", f"{cost.flops:.4g} (from the compiled program, of one device)"],
+        ["of products", f"{cost.product_flops:.4g} (as the step asks for them, of all devices)"],
+        [
+            "share of peak",
+            f"{100 * cost.share_of_peak:.1f} % of {cost.peak_gflops:.0f} GFLOP/s (a 2048 x "
+            "2048 float32 product)",
+        ],
+        ["temporary memory", f"{cost.temporary_bytes / 2**20:.2f} MiB"],
+    ]
+    if cost.steps_of_sequences:
+        figure = f"{cost.steps_of_sequences * cost.steps_per_second:.0f}"
+        lines.insert(2, ["steps of sequences/s", figure])
+    if cost.share_of_datasheet is not None:
+        figure = f"{100 * cost.share_of_datasheet:.1f} % of bfloat16, by products"
+        lines.insert(-1, ["share of the data sheet", figure])
     print_table(
         f"one optimiser step of {recipe.name} per dispatch, batch {cost.batch_size}, "
-        f"on {machine['device']} ({machine['cores']} cores)",
+        f"on {machine['device']} ({machine['cores']} cores){shared}",
         ["what", "figure"],
-        [
-            ["steps/s", f"{cost.steps_per_second:.1f} ({cost.milliseconds:.3f} ms, median)"],
-            ["examples/s", f"{cost.examples_per_second:.0f}"],
-            ["compile", f"{cost.compile_seconds:.2f} s"],
-            ["FLOPs per step", f"{cost.flops:.4g} (from the compiled program)"],
-            [
-                "share of peak",
-                f"{100 * cost.share_of_peak:.1f} % of {cost.peak_gflops:.0f} GFLOP/s (a 2048 x "
-                "2048 float32 product)",
-            ],
-            ["temporary memory", f"{cost.temporary_bytes / 2**20:.2f} MiB"],
-        ],
+        lines,
     )
 
 

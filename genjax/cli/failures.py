@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from genjax.cli.terminal import say
 from genjax.errors import GenjaxError, MemoryExhausted, out_of_memory
 
+_STEP = "Take a smaller --batch-size or more --microbatches, or --remat full where there is one."
 # What makes the arrays of a command smaller; `train` and `sweep` say so themselves.
 SMALLER = {
     "sample": "Draw fewer with --n, and several times with other seeds.",
     "evaluate": "Take fewer at a time with --batch-size, or fewer in all with --n.",
-    "bench": "Take a smaller --batch-size.",
-    "compile": "Take a smaller --batch-size.",
+    "bench": _STEP,
+    "compile": _STEP,
 }
 
 

@@ -33,6 +33,7 @@ from genjax.data.source import (
     prepare_at,
     validate,
 )
+from genjax.data.synthetic import textures, zipf
 from genjax.data.tables import table
 from genjax.data.text import (
     decode,
@@ -66,6 +67,8 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "markov": markov,
     "hmm": hmm,
     "lgssm": lgssm,
+    "zipf": zipf,
+    "textures": textures,
 }
 
 # What makes a source of a user's own file, by the ending of its path, in whatever case. A folder is
@@ -250,9 +253,11 @@ __all__ = [
     "swiss_roll",
     "table",
     "text",
+    "textures",
     "token_stream",
     "unicode_classes",
     "unicode_names",
     "validate",
     "write_idx",
+    "zipf",
 ]

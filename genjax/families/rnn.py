@@ -24,6 +24,7 @@ from genjax.settings import (
     Dtype,
     Finite,
     Rate,
+    Remat,
     Whole,
     builder,
     guided_by,
@@ -95,7 +96,7 @@ def rnn(
     n_components: Count = 1,
     lanes: Whole = 0,
     restart: Rate = 0.0,
-    remat: bool = False,
+    remat: Remat = "none",
     cond_dropout: CondDropout = 0.0,
     dtype: Dtype = "float32",
 ) -> Model:
@@ -141,9 +142,9 @@ def rnn(
         lanes: L; 0 means that every example begins with h_0 = 0.
         restart: for lanes: how likely a stream begins a window as if it were its first, so that
             beginnings are learned too.
-        remat: keep only the input and the carry of each step and compute its products and gates
-            again on the way back, for less memory where sequences are long; the inputs' product is
-            then one of each step, which takes longer.
+        remat: "full" keeps only the input and the carry of each step and computes its products and
+            gates again on the way back, for less memory where sequences are long; "dots" keeps the
+            products. The inputs' product is then one of each step, which takes longer.
         cond_dropout: how often training leaves out the condition, which guidance needs (Ho &
             Salimans 2022).
         dtype: of the network's arithmetic; parameters and losses stay float32.

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from genjax import nets
 from genjax.errors import ConfigError
 from genjax.nets.functional import Net, functional
+from genjax.nets.remat import rematerialised
 from genjax.parts.autoregressive import SequenceNet, autoregressive, check_sequences
 from genjax.parts.decoding import check_position, in_room
 from genjax.parts.likelihoods import emission
@@ -28,6 +29,7 @@ from genjax.settings import (
     Dtype,
     Positive,
     Rate,
+    Remat,
     builder,
     guided_by,
     used,
@@ -47,7 +49,7 @@ class Layers(NamedTuple):
         attention_dropout: rate, of the probabilities of attention.
         tied: whether the readout's matrix is the embedding's table.
         scanned: whether the blocks are a loop instead of one after the other.
-        remat: whether a block's insides are computed again on the way back.
+        remat: what of a block's insides is computed again on the way back.
     """
 
     inputs: Net
@@ -60,7 +62,7 @@ class Layers(NamedTuple):
     attention_dropout: Any
     tied: bool
     scanned: bool
-    remat: bool
+    remat: str
 
 
 def init(layers: Layers, key: Key) -> Any:
@@ -107,9 +109,7 @@ def block(layers: Layers, h: Array, p: Any, key: Key | None) -> Array:
 
 def through_blocks(layers: Layers, p: Any, h: Array, keys: Any) -> Array:
     """h [B, T, d] after all blocks; `keys` has one for each, or is None."""
-    one = partial(block, layers)
-    if layers.remat:
-        one = jax.checkpoint(one)
+    one = rematerialised(partial(block, layers), layers.remat, layers.scanned)
     if layers.scanned:
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks_of(layers, p))
         return jax.lax.scan(lambda h, at: (one(h, *at), None), h, (stacked, keys))[0]
@@ -244,7 +244,7 @@ def transformer(
     tie_weights: bool = False,
     window: Count | None = None,
     scan_layers: bool = False,
-    remat: bool = False,
+    remat: Remat = "none",
     cond_dropout: CondDropout = 0.0,
     n_components: Count = 1,
     dtype: Dtype = "float32",
@@ -299,7 +299,6 @@ def transformer(
         window: a step attends to itself and window - 1 steps before it; None to all.
         scan_layers: loop over the layers instead of unrolling them. It compiles faster for many
             layers, with the same values.
-        remat: recompute a block's insides on the way back instead of keeping them, for less memory.
         cond_dropout: how often training leaves out the condition, which guidance needs (Ho &
             Salimans 2022).
         n_components: Gaussians in the mixture that continuous events have.

@@ -52,6 +52,7 @@ from genjax.settings import (
     NonNegative,
     Often,
     Rate,
+    Remat,
     Whole,
     builder,
     guided_by,
@@ -92,7 +93,7 @@ class VrnnModel(NamedTuple):
         dropout: rate, of φ_x(x_t).
         cond_dropout: how often training leaves out the condition.
         guided: whether it ever does.
-        remat: whether a step is computed again on the way back.
+        remat: what of a step is computed again on the way back.
     """
 
     spec: DataSpec
@@ -104,7 +105,7 @@ class VrnnModel(NamedTuple):
     dropout: Any
     cond_dropout: Any
     guided: bool
-    remat: bool
+    remat: str
 
 
 class VrnnNoise(NamedTuple):
@@ -348,7 +349,7 @@ def vrnn(
     bound_estimator: Literal["elbo", "iwae", "fivo"] = "elbo",
     n_bound_samples: Often = 1,
     resampling: Literal["systematic", "multinomial"] = "systematic",
-    remat: bool = False,
+    remat: Remat = "none",
     cond_dropout: CondDropout = 0.0,
     dtype: Dtype = "float32",
 ) -> Model:
@@ -392,8 +393,9 @@ def vrnn(
         bound_estimator: what `bound` computes.
         n_bound_samples: K of `bound`.
         resampling: of "fivo".
-        remat: keep only the carry of each step and compute the rest of it again on the way back,
-            for less memory where sequences are long or particles many.
+        remat: "full" keeps only the carry of each step and computes the rest of it again on the way
+            back, for less memory where sequences are long or particles many; "dots" keeps the
+            results of matrix products too.
         cond_dropout: how often training leaves out the condition.
         dtype: of the networks' arithmetic; parameters and losses stay float32.
 

@@ -34,8 +34,10 @@ from genjax.errors import (
 )
 from genjax.learning import distributed, memory
 from genjax.learning.checkpoint import Checkpoints
+from genjax.learning.pace import Pace
 from genjax.learning.sharding import batch_spec_of
 from genjax.learning.transforms import compiled, feed, repeat_steps, scan_steps
+from genjax.learning.window import Metrics, nonfinite_text
 from genjax.protocol import Batch, Key, PyTree, Training, TrainState
 
 logger = logging.getLogger(__name__)
@@ -220,6 +222,7 @@ def fit(
     progress: Progress | None = None,
     layout: Callable[[PyTree], PyTree] | None = None,
     enough: Callable[[int], bool] = lambda step: False,
+    speed: Callable[[float], dict[str, float]] = lambda steps_per_second: {},
 ) -> TrainState:
     """Train to `steps` optimiser steps, going on from the newest checkpoint if there is one, and
     return the last state. A new run begins with `Training.prepare`, where there is one.
@@ -238,6 +241,7 @@ def fit(
             `sharding.layout`.
         enough: whether training ends at this step, before `steps`; asked at every dispatch
             boundary, after the hooks, and of the step that it goes on from.
+        speed: (steps a second of training alone) -> what a line says of it; see `pace`.
 
     Raises:
         NonFiniteError: naming the step and the player; checkpoints from before it are kept.
@@ -258,21 +262,19 @@ def fit(
     state, window = _begin(feed, key, checkpoints, layout)
     step = first = int(state.step)
     on_restore(step)
-    metrics = _Metrics(window, checkpoints, stop_on_nonfinite)
+    metrics = Metrics(window, checkpoints, stop_on_nonfinite)
     programs: dict[int, Callable[..., Any]] = {}
     met: set[tuple[Any, ...]] = set()  # shapes of dispatches that are compiled
     failed: set[str] = set()  # hooks of which it was said
     payload = None
-    started = time.perf_counter()
+    started, pace = time.perf_counter(), Pace()
     shown: dict[str, Any] = {}  # the newest value of each metric, for the progress bar
 
     def save() -> None:
         if checkpoints is None:
             return
         if stop_on_nonfinite and not bool(_all_finite(state)):
-            raise NonFiniteError(
-                _nonfinite_text(step, "the parameters are not finite", checkpoints)
-            )
+            raise NonFiniteError(nonfinite_text(step, "the parameters are not finite", checkpoints))
         checkpoints.save(state, {"window": metrics.window})
 
     def write(line: dict[str, Any]) -> None:
@@ -295,25 +297,33 @@ def fit(
             if k not in programs:
                 programs[k] = compiled(feed.training(k)).step
             shapes = (k, *(jnp.shape(leaf) for leaf in jax.tree.leaves(payload)))
-            if shapes not in met:
+            new_shapes = shapes not in met
+            if new_shapes:
+                metrics.collect()
                 met.add(shapes)
                 distributed.compile_together(programs[k], state, payload)
             after, ahead = min(steps_per_call, steps - step - k), None
             if feed.prefetch and after > 0:
                 ahead = pool.submit(feed.payload, step + k, feed.steps_at(step + k, after))
-            state, new = programs[k](state, payload)
+            with pace.dispatch(k, new_shapes):
+                state, new = programs[k](state, payload)
+                if new_shapes:  # compiled just now, which is not its speed
+                    jax.block_until_ready(new)
             metrics.add(step, new)
             before, step = step, step + k
             due = [hook for hook in hooks if _crossed(before, step, hook.every, steps)]
             log_now = _crossed(before, step, log_every, steps)
             if log_now or due:
                 metrics.collect()
-                line = {"step": step, **(metrics.line() if log_now else {})}
-                for hook in due:
-                    line |= _called(hook.name, hook.call, step, failed, step, state) or {}
-                for hook in hooks:  # which are all due at the end
-                    if hook not in due and enough(step):
+                line = {"step": step}
+                if log_now:
+                    line |= metrics.line() | pace.line(speed)
+                with pace.paused():
+                    for hook in due:
                         line |= _called(hook.name, hook.call, step, failed, step, state) or {}
+                    for hook in hooks:  # which are all due at the end
+                        if hook not in due and enough(step):
+                            line |= _called(hook.name, hook.call, step, failed, step, state) or {}
                 if len(line) > 1:
                     write(line)
                 shown |= line
@@ -324,7 +334,8 @@ def fit(
             stop = caught()
             if stop or enough(step) or _crossed(before, step, checkpoint_every, steps):
                 metrics.collect()
-                save()
+                with pace.paused():
+                    save()
             if stop and step < steps:
                 raise Interrupted(_stopped_text(stop, step, steps, checkpoints), stop)
     return state
@@ -378,57 +389,11 @@ def _begin(
     return state, {}
 
 
-class _Metrics:
-    """The metrics since the last line, read one dispatch late so that the device never waits."""
-
-    def __init__(
-        self, window: dict[str, list[Any]], checkpoints: Checkpoints | None, check: bool
-    ) -> None:
-        self.window = window
-        self._checkpoints, self._check = checkpoints, check
-        self._pending: tuple[int, Any] | None = None
-
-    def add(self, begin: int, metrics: Any) -> None:
-        """Keep the metrics of a dispatch, which begins at a step, and read those of the one before,
-        which has had time to finish.
-        """
-        self.collect()
-        self._pending = (begin, metrics)
-
-    def collect(self) -> None:
-        """Read what was not read yet.
-
-        Raises:
-            NonFiniteError: for a loss that is not finite, if this is to be checked.
-        """
-        if self._pending is None:
-            return
-        (begin, metrics), self._pending = self._pending, None
-        # On a CPU `jax.device_get` costs the host seven times as much.
-        values = {name: memory.fetched(value) for name, value in metrics.items()}
-        if self._check:
-            _check_finite(begin, values, self._checkpoints)
-        for name, value in values.items():
-            self.window.setdefault(name, []).extend(np.asarray(value, np.float64).tolist())
-
-    def line(self) -> dict[str, Any]:
-        """What the window comes to, as far as it was read; a new one begins."""
-        found = {name: _window_value(name, values) for name, values in self.window.items()}
-        self.window.clear()
-        return found
-
-
 def _crossed(before: int, step: int, every: int, last: int) -> bool:
     """Whether a multiple of `every` lies in (before, step], or the run ends here; 0 means only the
     end.
     """
     return step == last or (every > 0 and step // every > before // every)
-
-
-def _window_value(name: str, values: list[Any]) -> Any:
-    # Counts add up; everything else is averaged.
-    total = np.asarray(values, np.float64)
-    return (total.sum(axis=0) if name == "skipped" else total.mean(axis=0)).tolist()
 
 
 @jax.jit
@@ -441,35 +406,11 @@ def _all_finite(state: TrainState) -> jax.Array:
     return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]).all()
 
 
-def _check_finite(
-    begin: int, values: dict[str, np.ndarray], checkpoints: Checkpoints | None
-) -> None:
-    for name in sorted(values):
-        if not name.endswith("/loss"):
-            continue
-        bad = np.argwhere(~np.isfinite(values[name]))
-        if len(bad):
-            place = f"player {name.rsplit('/', 1)[0]!r}"
-            if values[name].ndim > 1:
-                place += f", member {bad[0][1]}"
-            what = f"the loss of {place} is {float(values[name][tuple(bad[0])])}"
-            raise NonFiniteError(_nonfinite_text(begin + int(bad[0][0]), what, checkpoints))
-
-
 def _stopped_text(stop: int, step: int, steps: int, checkpoints: Checkpoints | None) -> str:
     name = signal.Signals(stop).name
     if checkpoints is None:
         return f"{name}: stopped at step {step} of {steps}."
     return f"{name}: saved at step {step} of {steps}; run the same command again to go on."
-
-
-def _nonfinite_text(step: int, what: str, checkpoints: Checkpoints | None) -> str:
-    have = checkpoints.steps() if checkpoints is not None else []
-    kept = f" The last good checkpoint is that of step {have[-1]}." if have else ""
-    return (
-        f"At step {step} {what}, and training stopped.{kept} Try a smaller --learning-rate or "
-        "--clip-norm 1, or leave such steps out and count them with --skip-nonfinite."
-    )
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,10 +110,3 @@ def cell_of(cell: str | Cell, forget_bias: float | None = None) -> Cell:
 def gate_labels(pattern: str, cell: Cell) -> tuple[tuple[str, str], ...]:
     """`Model.labels` of the matrices that a pattern finds, which hold those of all gates."""
     return ((pattern, f"matrix:{','.join('1' * cell.n_gates)}"),)
-
-
-def rematerialised(step: Callable[..., Any], remat: bool) -> Callable[..., Any]:
-    """The step of a loop; with `remat`, one that keeps its carry only and is computed again on the
-    way back.
-    """
-    return jax.checkpoint(step, prevent_cse=False) if remat else step

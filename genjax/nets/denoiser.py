@@ -10,8 +10,9 @@ from typing import Any, Literal
 from genjax import nets
 from genjax.nets.functional import Net, functional
 from genjax.nets.own import Call, Network, own_net, trimmed
+from genjax.nets.remat import rematerialised
 from genjax.protocol import DataSpec
-from genjax.settings import Count, Depth, Settings, Whole
+from genjax.settings import Count, Depth, Remat, Settings, Whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,11 @@ class DenoiserNet(Settings):
         d_model: for "dit": the width.
         n_layers: for "dit": how many blocks.
         n_heads: of attention, for "unet" (0 for none) and "dit".
+        scan_layers: for "dit": loop over the blocks instead of unrolling them. It compiles faster
+            for many, with the same values.
+        remat: of the blocks of "unet" and "dit", or of the whole net where it has none: what the
+            way back computes again instead of keeping it, for less memory: nothing, all, or all but
+            the results of matrix products (of those without a batch dimension).
     """
 
     net: Literal["mlp", "unet", "dit"] | Net | Network = "mlp"
@@ -41,6 +47,8 @@ class DenoiserNet(Settings):
     d_model: Count = 128
     n_layers: Depth = 4
     n_heads: Whole = 4
+    scan_layers: bool = False
+    remat: Remat = "none"
 
 
 def _mlp(spec: DataSpec, network: DenoiserNet, guided: bool) -> Callable[..., Any]:
@@ -58,12 +66,14 @@ def _unet(spec: DataSpec, network: DenoiserNet, guided: bool) -> Callable[..., A
         patch=network.patch or 1,
         n_blocks=network.n_blocks,
         n_heads=network.n_heads,
+        remat=network.remat,
     )
 
 
 def _dit(spec: DataSpec, network: DenoiserNet, guided: bool) -> Callable[..., Any]:
     sizes = (network.patch or 2, network.d_model, network.n_layers, network.n_heads)
-    return partial(nets.dit.DiT, spec.shape, *sizes, spec.cond_size, guided)
+    build = partial(nets.dit.DiT, spec.shape, *sizes, spec.cond_size, guided)
+    return partial(build, scanned=network.scan_layers, remat=network.remat)
 
 
 # (the data, the settings, guided) -> a builder of the module.
@@ -95,11 +105,17 @@ def denoiser(spec: DataSpec, network: DenoiserNet, guided: bool, dtype: str) -> 
         ConfigError: for settings that do not fit the data.
     """
     if isinstance(network.net, Net):
-        return network.net
+        return again(network.net, network.remat)
     if not isinstance(network.net, str):
         inputs: list[tuple[str, tuple[int, ...]]] = [("x", spec.shape), ("noise_level", ())]
         inputs += [("cond", (spec.cond_size,))] if spec.conditional else []
         inputs += [("dropped", ())] if guided else []
         call = Call("the net of a denoiser", inputs, spec.shape)
-        return trimmed(own_net(network.net, call, dtype), guided)
-    return functional(BUILDS[network.net](spec, network, guided), dtype)
+        return again(trimmed(own_net(network.net, call, dtype), guided), network.remat)
+    net = functional(BUILDS[network.net](spec, network, guided), dtype)
+    return again(net, network.remat) if network.net == "mlp" else net
+
+
+def again(net: Net, remat: str) -> Net:
+    """A net of which all is one block to compute again."""
+    return net._replace(apply=rematerialised(net.apply, remat))

@@ -2,6 +2,9 @@
 told of the noise level.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -16,6 +19,7 @@ from genjax.nets.conditioned import (
     zero_linear,
 )
 from genjax.nets.layers import Dense, unit_rms, wide
+from genjax.nets.remat import rematerialised
 from genjax.protocol import Array
 
 
@@ -64,6 +68,22 @@ class Block(nnx.Module):
         return h + gate_two[:, None] * self.down(jax.nn.gelu(y)).reshape(n, t, d)
 
 
+def through(blocks: Sequence[Block], h: Array, e: Array, scanned: bool, remat: str) -> Array:
+    """h [n, T, d] after all blocks; in a loop the compiler sees one of them only."""
+    graph = nnx.graphdef(blocks[0])
+
+    def one(h: Array, parameters: Any) -> tuple[Array, None]:
+        return nnx.merge(graph, parameters)(h, e), None
+
+    one = rematerialised(one, remat, scanned)
+    states = [nnx.state(block) for block in blocks]
+    if scanned:
+        return jax.lax.scan(one, h, jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))[0]
+    for parameters in states:
+        h = one(h, parameters)[0]
+    return h
+
+
 class DiT(nnx.Module):
     """Patches of p x p pixels as vectors of d, plus their positions, through `n_layers` blocks and
     back to pixels.
@@ -76,6 +96,8 @@ class DiT(nnx.Module):
         n_heads: heads of attention.
         cond_size, guided: see `nets.conditioned.DenoiserMlp`.
         d_hidden: the width of the layer between W_1 and W_2; 4 d unless given.
+        scanned: whether the blocks are a loop instead of one after the other.
+        remat: what of a block is computed again on the way back; see `nets.remat`.
 
     Raises:
         ConfigError: for sizes that do not fit.
@@ -91,6 +113,8 @@ class DiT(nnx.Module):
         cond_size: int = 0,
         guided: bool = False,
         d_hidden: int | None = None,
+        scanned: bool = False,
+        remat: str = "none",
         *,
         rngs: nnx.Rngs,
     ) -> None:
@@ -110,6 +134,7 @@ class DiT(nnx.Module):
                 f"The width of a DiT must be a multiple of 4 and of n_heads; got {d} and {n_heads} "
                 "heads."
             )
+        self.scanned, self.remat = scanned, remat
         self.patch, self.grid = patch, (shape[0] // patch, shape[1] // patch)
         self.embed = Embedding(d, cond_size, guided, rngs=rngs)
         self.first = Dense(patch**2 * shape[2], d, True, (patch**2 * shape[2]) ** -0.5, rngs=rngs)
@@ -127,7 +152,6 @@ class DiT(nnx.Module):
         n, (rows, columns), d = x.shape[0], self.grid, e.shape[1]
         h = self.first(patches.reshape(n * rows * columns, -1)).reshape(n, rows * columns, d)
         h = h + positions(rows, columns, d).astype(h.dtype)[None]
-        for block in self.blocks:
-            h = block(h, e)
+        h = through(self.blocks, h, e, self.scanned, self.remat)
         y = self.last(modulate(layer_norm(h), self.parameters(e)).reshape(n * rows * columns, d))
         return from_patches(y.reshape(n, rows, columns, -1), self.patch)

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from genjax.nets.cells import Carry, Cell, cell_of, rematerialised
+from genjax.nets.cells import Carry, Cell, cell_of
+from genjax.nets.remat import rematerialised
 from genjax.nets.sequence import EventEmbed, dropout
 from genjax.protocol import Array, DataSpec, Key
 
@@ -61,12 +62,12 @@ class RecurrentLayer(nnx.Module):
     """One layer; in its loop over time there is only h U. W is [d_in, n_gates d]; U is [d, n_gates
     d], orthogonal by gates.
 
-    With `remat` a step keeps its input and its carry only; x W, then a product of each step, and
-    its gates are computed again on the way back.
+    With `remat` a step keeps its input and its carry only (and what the policy names); x W, then a
+    product of each step, and its gates are computed again on the way back.
     """
 
     def __init__(
-        self, cell: Cell, d_in: int, d: int, remat: bool = False, *, rngs: nnx.Rngs
+        self, cell: Cell, d_in: int, d: int, remat: str = "none", *, rngs: nnx.Rngs
     ) -> None:
         self.cell, self.remat = cell, remat
         self.inputs = nnx.Linear(d_in, cell.n_gates * d, rngs=rngs)
@@ -87,9 +88,12 @@ class RecurrentLayer(nnx.Module):
 
     def __call__(self, x: Array, carry: Carry) -> tuple[Array, Carry]:
         """x [T, B, d_in] -> h [T, B, d]: time comes first, as the loop wants it."""
-        if self.remat:
-            step = rematerialised(lambda x, carry: self.step(self.inputs(x), carry), True)
-            return _loop(step, x, carry)
+        if self.remat != "none":
+
+            def step(x: Array, carry: Carry) -> Carry:
+                return self.step(self.inputs(x), carry)
+
+            return _loop(rematerialised(step, self.remat, loop=True), x, carry)
         a = self.inputs(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:2], -1)
         if self.cell.summed:
             return over_time(self.cell, a, carry, self.kernel[...])
@@ -113,7 +117,7 @@ class Recurrent(nnx.Module):
         d_in: int,
         d: int,
         n_layers: int = 1,
-        remat: bool = False,
+        remat: str = "none",
         *,
         rngs: nnx.Rngs,
     ) -> None:
@@ -166,7 +170,7 @@ class RecurrentNet(nnx.Module):
         n_layers: int,
         n_outputs: int,
         droppable: bool = False,
-        remat: bool = False,
+        remat: str = "none",
         *,
         rngs: nnx.Rngs,
     ) -> None:

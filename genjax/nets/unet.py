@@ -14,6 +14,7 @@ from genjax.errors import ConfigError
 from genjax.nets.conditioned import Embedding, SelfAttention, from_patches, to_patches, zero_linear
 from genjax.nets.fast_conv import Conv, double
 from genjax.nets.layers import EPSILON, wide
+from genjax.nets.remat import rematerialised
 from genjax.protocol import Array
 
 
@@ -99,6 +100,7 @@ class UNet(nnx.Module):
         n_blocks: residual blocks at each resolution, on each way.
         n_heads: of the attention; they divide the last width. 0 for no attention.
         d_embed: the length of e; 4 channels[0] unless given.
+        remat: what of a residual block is computed again on the way back; see `nets.remat`.
 
     Raises:
         ConfigError: for sizes that do not fit, naming those that do.
@@ -114,6 +116,7 @@ class UNet(nnx.Module):
         n_blocks: int = 1,
         n_heads: int = 1,
         d_embed: int | None = None,
+        remat: str = "none",
         *,
         rngs: nnx.Rngs,
     ) -> None:
@@ -125,7 +128,7 @@ class UNet(nnx.Module):
             return nnx.List([ResidualBlock(width, d_out, d, rngs=rngs) for width in widths])
 
         pairs, d_last = list(itertools.pairwise(channels)), channels[-1]
-        self.patch = patch
+        self.patch, self.remat = patch, remat
         self.embed = Embedding(d, cond_size, guided, rngs=rngs)
         self.first = Conv(shape[2] * patch**2, channels[0], (3, 3), rngs=rngs)
         self.down = nnx.List([row(a, b) for a, b in [(channels[0], channels[0]), *pairs]])
@@ -152,7 +155,7 @@ class UNet(nnx.Module):
         for level, row in enumerate(self.down):
             h = halve(h) if level else h
             for block in row:
-                h = block(h, e)
+                h = rematerialised(block, self.remat)(h, e)
             skips.append(h)
         if self.attention is not None and self.norm is not None:
             pixels = self.norm(h, e).reshape(h.shape[0], -1, h.shape[-1])
@@ -161,7 +164,7 @@ class UNet(nnx.Module):
             if level < len(skips) - 1:
                 h = double(self.narrow[level](h)) + skips[level]
             for block in self.up[level]:
-                h = block(h, e)
+                h = rematerialised(block, self.remat)(h, e)
         return from_patches(self.last(jax.nn.silu(self.last_norm(h, e))), self.patch)
 
 

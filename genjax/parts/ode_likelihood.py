@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from genjax.errors import ConfigError, unknown_name
+from genjax.nets.remat import rematerialised
 from genjax.parts.distributions import normal_log_prob, sum_event
 from genjax.parts.paths import Denoise, Path, prior
 from genjax.parts.solvers import (
@@ -81,7 +82,7 @@ def carried(
     def step(y: PyTree, at: tuple[Array, Array]) -> tuple[PyTree, None]:
         return runge_kutta_step(tableau, field, y, *at), None
 
-    one = jax.checkpoint(step, prevent_cse=False) if remat else step
+    one = rematerialised(step, "full" if remat else "none", loop=True)
     return jax.lax.scan(one, start, (times[:-1], times[1:]))[0]
 
 

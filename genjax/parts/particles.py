@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from genjax.nets.cells import rematerialised
+from genjax.nets.remat import rematerialised
 from genjax.parts.distributions import (
     log_mean_exp,
     normal_kl,
@@ -54,7 +54,7 @@ def _step_keys(key: Key, n_steps: int) -> Key:
 
 
 def elbo_steps(
-    model: Sequential, x: Array, observed: Any, carry: Any, key: Key, remat: bool = False
+    model: Sequential, x: Array, observed: Any, carry: Any, key: Key, remat: str = "none"
 ) -> tuple[Array, Array]:
     """ln p(x_t | z_t, h_{t-1}) and KL(q(z_t | x_t, h_{t-1}) || p(z_t | h_{t-1})) in nats, each [T,
     N], for one path z ~ q.
@@ -69,7 +69,9 @@ def elbo_steps(
         z = normal_sample(key, mean, log_scale)
         return model.recur(observed, z, carry), (carry[0], z, mean, log_scale)
 
-    path = jax.lax.scan(rematerialised(step, remat), carry, (observed, _step_keys(key, len(x))))[1]
+    path = jax.lax.scan(
+        rematerialised(step, remat, loop=True), carry, (observed, _step_keys(key, len(x)))
+    )[1]
     # Decoder and prior are not part of the recurrence: all steps at once.
     flat, h, z, mean, log_scale = jax.tree.map(
         lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), (x, *path)
@@ -121,7 +123,7 @@ def particle_bound(
     key: Key,
     k: int,
     resampling: Resampling | None = None,
-    remat: bool = False,
+    remat: str = "none",
 ) -> Array:
     """ln p̂(x) in nats [B] from K particles z_{1..T} ~ q with E p̂(x) = p(x), so that E ln p̂(x) <=
     ln p(x).
@@ -165,6 +167,8 @@ def particle_bound(
     dtype = carry[0].dtype
     start = (jax.tree.map(tile, carry), jnp.zeros((k, b), dtype), jnp.zeros(b, dtype))
     _, log_weight, total = jax.lax.scan(
-        rematerialised(step, remat), start, (x, observed, mask, more, _step_keys(key, n_steps))
+        rematerialised(step, remat, loop=True),
+        start,
+        (x, observed, mask, more, _step_keys(key, n_steps)),
     )[0]
     return total + log_mean_exp(log_weight)

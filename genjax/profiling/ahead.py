@@ -13,24 +13,15 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import NamedSharding
 
 from genjax.errors import ConfigError
-from genjax.learning.sharding import batch_spec_of, layout, make_mesh, shard
-from genjax.profiling.measure import step_shapes, training_of
+from genjax.learning.sharding import make_mesh, shard
+from genjax.profiling.devices import CHIPS
+from genjax.profiling.measure import placed, step_shapes, training_of
 from genjax.profiling.room import program_memory
 from genjax.protocol import Trained
 from genjax.zoo.recipe import Recipe
 
-# What one device, as jax counts them, does and holds: bfloat16 FLOP/s and bytes of memory. From
-# Google's pages on the architecture of each version (https://cloud.google.com/tpu/docs, 2025); of a
-# v4 chip jax sees two cores.
-CHIPS = {
-    "TPU v4": (137.5e12, 16 * 2**30),
-    "TPU v5 lite": (197e12, 16 * 2**30),
-    "TPU v5": (459e12, 95 * 2**30),
-    "TPU v6 lite": (918e12, 32 * 2**30),
-}
 TOPOLOGIES = {
     "v4": ("2x2x1", "2x2x2", "2x2x4", "4x4x4"),
     "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
@@ -111,10 +102,7 @@ def compile_for(
     where = make_mesh(axes, devices)
     t, spec = training_of(recipe, on)
     t = shard(t, where)
-    state, batch = step_shapes(t, spec, recipe.schedule.batch_size)
-    split = NamedSharding(where, batch_spec_of(where))
-    state = jax.tree.map(_placed, state, layout(state, where))
-    batch = jax.tree.map(lambda leaf: _placed(leaf, split), batch)
+    state, batch = placed(*step_shapes(t, spec, recipe.schedule.batch_size), where)
     begin = time.perf_counter()
     program = jax.jit(t.step, donate_argnums=0).lower(state, batch).compile()
     seconds = time.perf_counter() - begin
@@ -141,7 +129,3 @@ def lowered_for_cuda(recipe: Recipe, on: Trained | None = None) -> int:
     shapes = step_shapes(t, spec, recipe.schedule.batch_size)
     exported = jax.export.export(jax.jit(t.step), platforms=["cuda"])(*shapes)
     return len(exported.mlir_module_serialized)
-
-
-def _placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -7,15 +7,17 @@ import re
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from genjax.data import example_batch
-from genjax.learning.transforms import compiled
+from genjax.learning.sharding import batch_spec_of, layout, make_mesh, shard
+from genjax.profiling.devices import datasheet_peak, product_flops
 from genjax.profiling.room import check_program, check_training
 from genjax.protocol import Batch, DataSpec, Trained, Training, TrainState
 from genjax.settings import Within, check_setting
@@ -36,8 +38,10 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 class StepCost(NamedTuple):
-    """The cost of one train step on this machine. Counts come from the compiled program, times from
-    running it.
+    """The cost of one train step on this machine. Counts come from the compiled program (`flops`,
+    of one device) or the step's jaxpr (`product_flops`, of all devices), times from running it. The
+    shares are of a measured float32 product, and of the data sheets' bfloat16 where the device is
+    known.
     """
 
     batch_size: int
@@ -49,6 +53,9 @@ class StepCost(NamedTuple):
     temporary_bytes: int
     share_of_peak: float
     peak_gflops: float
+    product_flops: float
+    share_of_datasheet: float | None
+    steps_of_sequences: int
 
 
 def training_of(recipe: Recipe, on: Trained | None = None) -> tuple[Training, DataSpec]:
@@ -66,6 +73,19 @@ def step_shapes(t: Training, spec: DataSpec, batch_size: int) -> tuple[Any, Any]
     key = jax.eval_shape(lambda: jax.random.key(0))
     return jax.eval_shape(t.init, key), jax.eval_shape(
         partial(example_batch, spec, n=batch_size), key
+    )
+
+
+def placed(state: Any, batch: Any, mesh: Mesh) -> tuple[Any, Any]:
+    """The same shapes, which say how they lie on the devices of a mesh."""
+
+    def one(leaf: Any, at: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
+
+    split = NamedSharding(mesh, batch_spec_of(mesh))
+    return (
+        jax.tree.map(one, state, layout(state, mesh)),
+        jax.tree.map(lambda leaf: one(leaf, split), batch),
     )
 
 
@@ -195,7 +215,12 @@ def stepper(
     return call
 
 
-def step_cost(recipe: Recipe, budget: float = 5.0, on: Trained | None = None) -> StepCost:
+def step_cost(
+    recipe: Recipe,
+    budget: float = 5.0,
+    on: Trained | None = None,
+    mesh: Mapping[str, int] | None = None,
+) -> StepCost:
     """Measure one optimiser step per dispatch of a recipe, on random data of its spec and batch
     size.
 
@@ -206,23 +231,35 @@ def step_cost(recipe: Recipe, budget: float = 5.0, on: Trained | None = None) ->
         recipe: what to measure.
         budget: seconds to spend on the time.
         on: the first stage of a recipe that stands on one.
+        mesh: the axes of the devices that share the step; one device unless given.
 
     Raises:
-        ConfigError: for a budget that is no time to wait.
+        ConfigError: for a budget that is no time to wait, and for a mesh that does not fit the
+            devices or the batch.
         MemoryExhausted: for a step that does not fit; it is not run.
     """
     check_setting("seconds", budget, Seconds)
     t, spec = training_of(recipe, on)
-    t, batch_size = compiled(t), recipe.schedule.batch_size
+    batch_size = recipe.schedule.batch_size
+    shapes = step_shapes(t, spec, batch_size)
+    asked = product_flops(t.step, *shapes)
     check_training(t, jax.random.key(0), spec, batch_size)
+    if mesh is not None:
+        devices = make_mesh(mesh)
+        t, shapes = shard(t, devices), placed(*shapes, devices)
     start = time.perf_counter()
-    program = step_program(t, spec, batch_size)
+    program = jax.jit(t.step, donate_argnums=0).lower(*shapes).compile()
     compile_seconds = time.perf_counter() - start
     check_program(program, f"A step of {batch_size} examples")
     batch = jax.jit(partial(example_batch, spec), static_argnums=1)(jax.random.key(1), batch_size)
-    state = t.init(jax.random.key(0))
+    state = jax.jit(t.init)(jax.random.key(0))
+    if mesh is not None:
+        where = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+        state, batch = jax.device_put((state, batch), where)
     flops, temporary = cost_of(program)
     peak = matmul_peak()
+    sheet = datasheet_peak(jax.devices()[0].device_kind)
+    devices_in_use = math.prod(mesh.values()) if mesh else 1
     seconds = statistics.median(seconds_per_call(stepper(program, state, batch), budget))
     return StepCost(
         batch_size=batch_size,
@@ -234,4 +271,7 @@ def step_cost(recipe: Recipe, budget: float = 5.0, on: Trained | None = None) ->
         temporary_bytes=temporary,
         share_of_peak=flops / seconds / peak,
         peak_gflops=peak / 1e9,
+        product_flops=asked,
+        share_of_datasheet=asked / seconds / devices_in_use / sheet if sheet else None,
+        steps_of_sequences=batch_size * spec.shape[0] if spec.step else 0,
     )

@@ -97,8 +97,7 @@ def check_program(program: Any, what: str) -> None:
     needed, (there, where) = program_memory(program), capacity()
     if there is not None and needed > there:
         raise MemoryExhausted(
-            f"{what} needs {in_words(needed)} of memory, and {where} has {in_words(there)}. Take a "
-            "smaller batch_size, or a smaller model."
+            f"{what} needs {in_words(needed)} of memory, and {where} has {in_words(there)}."
         )
 
 

@@ -165,7 +165,7 @@ def _with_error(value: Any, error: Any) -> str:
 def curves(runs: Sequence[Compared]) -> "Figure | None":
     """The curves of the runs, a panel for each metric that two of them have; None without any."""
     of_run = [{name for line in run.lines for name in line} for run in runs]
-    counted = [name for names in of_run for name in names - {"step", "seconds"}]
+    counted = [name for names in of_run for name in names if pictures.is_metric(name)]
     names = sorted({name for name in counted if counted.count(name) > 1})
     if not names:
         return None

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # One colour-blind-safe order (Okabe & Ito 2008) for every line in every picture.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
+SPEED = "speed/"  # of the names of figures that are of the clock
 LOG_PROBABILITIES = ("elbo", "iwae", "bound", "log_prob")
 
 
@@ -354,7 +355,7 @@ def curves(lines: Sequence[dict[str, Any]], title: str = "") -> "Figure":
     are one line each.
     """
     panels: dict[str, list[str]] = {}
-    for name in sorted({name for line in lines for name in line} - {"step", "seconds"}):
+    for name in sorted({name for line in lines for name in line if is_metric(name)}):
         panels.setdefault(_panel_of(name), []).append(name)
     columns = min(3, max(1, len(panels)))
     rows = max(1, math.ceil(len(panels) / columns))
@@ -366,6 +367,11 @@ def curves(lines: Sequence[dict[str, Any]], title: str = "") -> "Figure":
     if title:
         picture.suptitle(title, fontsize=10)
     return picture
+
+
+def is_metric(name: str) -> bool:
+    """Whether a figure of a line is one of the model, and none of the clock."""
+    return name not in ("step", "seconds") and not name.startswith(SPEED)
 
 
 def _panel_of(metric: str) -> str:

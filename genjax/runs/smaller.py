@@ -56,6 +56,8 @@ def smaller(recipe: Recipe) -> str:
             flags.append(f"--microbatches {parts}")
     if schedule.place != "host":
         flags.append("--place host, for large data")
+    if "remat" in settings and settings["remat"].value == "none":
+        flags.append("--remat full")
     lines = "layout" in settings and settings["layout"].value == "lines"
     for name, setting in settings.items():
         # Of a text's two settings of length one is for lines and one for windows.

@@ -30,6 +30,7 @@ from genjax.runs.init_from import started_from
 from genjax.runs.lock import locked
 from genjax.runs.log import Log, logging_in
 from genjax.runs.smaller import fitting, widest
+from genjax.runs.speed import speed_of
 from genjax.runs.writers import Writer, Writers, writing_to
 from genjax.zoo.recipe import Recipe, Schedule, to_dict
 
@@ -142,6 +143,7 @@ def _train(
         _picture_hook(model, source, splits, folder, schedule.sample_every, writers),
     ]
 
+    speed = speed_of(t, source.spec, schedule.batch_size, mesh, say)
     title = f"{recipe.name} on {source.spec.name}"
     with logging_in(folder, title) if writes() else nullcontext() as log:
 
@@ -170,6 +172,7 @@ def _train(
             progress=progress if log else None,
             layout=None if devices is None else functools.partial(layout, mesh=devices),
             enough=functools.partial(_enough, best, schedule),
+            speed=speed,
         )
     if best is not None and writes():
         say_best(best, schedule, int(state.step), say)

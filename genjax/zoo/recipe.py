@@ -216,7 +216,7 @@ def from_dict(values: Mapping[str, Any], rows: Mapping[str, Recipe]) -> Recipe:
         found = dataclasses.replace(
             row,
             data=values["data"],
-            model=_as_tuples(values["model"]),
+            model=_as_now(_as_tuples(values["model"])),
             data_options=_before(values["data"]) | _as_tuples(values["data_options"]),
             optimizer=optimizer,
             schedule=Schedule(**{"buckets": 1, **values["schedule"]}),  # 1 before there were any
@@ -228,6 +228,15 @@ def from_dict(values: Mapping[str, Any], rows: Mapping[str, Recipe]) -> Recipe:
         raise ConfigError(
             f"This is not a configuration of the recipe {row.name!r}: {error}."
         ) from error
+
+
+def _as_now(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A builder's settings as they are written now: `remat` was yes or no."""
+    names = {True: "full", False: "none"}
+    return {
+        name: names[v] if isinstance(v, bool) and name == "remat" else v
+        for name, v in model.items()
+    }
 
 
 def _before(data: str) -> dict[str, Any]:

@@ -1,0 +1,93 @@
+"""What devices do by their makers' data sheets, and how many FLOPs a function asks for: the share
+of the one that the other comes to is comparable between machines and frameworks.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+# What one device, as jax counts them, does and holds: bfloat16 FLOP/s and bytes of memory. From
+# Google's pages on the architecture of each version (https://cloud.google.com/tpu/docs, 2025); of a
+# v4 chip jax sees two cores.
+CHIPS = {
+    "TPU v4": (137.5e12, 16 * 2**30),
+    "TPU v5 lite": (197e12, 16 * 2**30),
+    "TPU v5": (459e12, 95 * 2**30),
+    "TPU v6 lite": (918e12, 32 * 2**30),
+}
+# bfloat16 FLOP/s of dense products on the tensor cores, by a part of the name that jax gives; the
+# first that matches. From NVIDIA's data sheets of each card, where figures "with sparsity" are
+# twice as large.
+GPUS = (
+    ("B200", 2250e12),
+    ("GH200", 989e12),
+    ("H200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+    ("L40S", 362e12),
+    ("L4", 121e12),
+    ("A10G", 70e12),
+    ("RTX 4090", 165e12),
+    ("RTX 3090", 71e12),
+)
+
+
+def datasheet_peak(device_kind: str) -> float | None:
+    """bfloat16 FLOP/s of a device by its name in jax, or None for one that is not known."""
+    if device_kind in CHIPS:
+        return CHIPS[device_kind][0]
+    return next((peak for name, peak in GPUS if name in device_kind), None)
+
+
+def product_flops(f: Callable[..., Any], *args: Any) -> float:
+    """FLOPs of the matrix products and convolutions of `f(*args)`, by its jaxpr: two for each
+    multiplication and addition, loops by their length, of branches the most costly one.
+
+    It counts what was asked for, whatever a compiler makes of it; what is computed again on the way
+    back counts twice. Of a `while` loop, whose length is not known, one trip counts.
+
+    Args:
+        args: arrays or their shapes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> product_flops(jnp.matmul, jnp.ones((2, 3)), jnp.ones((3, 4)))
+        48.0
+    """
+    return _of_jaxpr(jax.make_jaxpr(f)(*args).jaxpr)
+
+
+def _of_jaxpr(jaxpr: Jaxpr) -> float:
+    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+
+
+def _of_equation(equation: Any) -> float:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        summed = math.prod(shape[axis] for axis in contracted)
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * summed
+    if name == "conv_general_dilated":
+        kernel, numbers = equation.invars[1].aval.shape, params["dimension_numbers"]
+        taps = math.prod(kernel) / kernel[numbers.rhs_spec[0]]
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * taps
+    inner = [_of_jaxpr(one) for value in params.values() for one in _jaxprs_in(value)]
+    if name == "cond":
+        return max(inner, default=0.0)
+    return sum(inner) * params.get("length", 1) if name == "scan" else sum(inner)
+
+
+def _jaxprs_in(value: Any) -> list[Jaxpr]:
+    if isinstance(value, ClosedJaxpr):
+        return [value.jaxpr]
+    if isinstance(value, Jaxpr):
+        return [value]
+    if isinstance(value, tuple | list):
+        return [one for part in value for one in _jaxprs_in(part)]
+    return []
