@@ -230,7 +230,8 @@ class Model(NamedTuple):
         labels: ((pattern, label), ...): what a parameter is, for optimisers: "matrix", "vector",
             "embedding", "dynamics" ... The first pattern (a regular expression) that is found in
             the path "player/..." counts. A leaf that no pattern names is a "matrix" if it has more
-            than one dimension, else a "vector".
+            than one dimension, else a "vector". "matrix:2,1,1" says that it is several, which share
+            its last axis so, and "matrix:each" one for each entry of its first axis.
         noise: player -> (key, batch) -> what its loss draws from that key; the loss itself uses it.
         latent, autoregressive, denoiser: what the model can do beside sampling, where it can.
         extras: what no record has, as a record of the family's own.

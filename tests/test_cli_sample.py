@@ -46,7 +46,7 @@ def help_about(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[str
         (ZOO["cvae"], {"means", "cond"}),
         (ZOO["gan-ring"], set()),
         (ZOO["cgan"], {"cond"}),
-        (ZOO["gru-markov"], {*RULES, "length"}),
+        (ZOO["gru-markov"], {*RULES, "length", "prompt"}),
         (replace(ZOO["transformer"], **TINY), {*RULES, "length", "prompt"}),
         (
             replace(ZOO["transformer-unicode-conditional"], **TINY),

@@ -6,7 +6,7 @@ from PIL import Image
 
 from genjax.data import arrays
 from genjax.data.memory import from_arrays
-from genjax.errors import DataError
+from genjax.errors import ConfigError, DataError
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(60, 3))
@@ -92,3 +92,55 @@ def test_pictures_and_sequences():
 def test_what_is_no_data(given, message):
     with pytest.raises(DataError, match=message):
         from_arrays(given)
+
+
+# --- token ids ------------------------------------------------------------------------------------
+
+IDS = np.random.default_rng(1).integers(0, 5, (60, 6))
+
+
+def test_ids_are_tokens_where_they_are_said_to_be(tmp_path):
+    np.save(tmp_path / "data.npy", IDS)
+    filed = arrays(str(tmp_path / "data.npy"), kind="tokens")
+    held = from_arrays(IDS, kind="tokens")
+    assert held.spec == filed.spec
+    assert (held.spec.kind, held.spec.levels, held.spec.step) == ("tokens", 5, "token")
+    for a, b in zip(held.load(), filed.load(), strict=True):
+        np.testing.assert_array_equal(a.x, b.x)
+    rows = [{"input_ids": row.tolist(), "label": "ab"[i % 2]} for i, row in enumerate(IDS)]
+    named = from_arrays(rows, kind="tokens", key="input_ids", levels=9)
+    assert (named.spec.levels, named.spec.class_names) == (9, ("a", "b"))
+    long = from_arrays(IDS, kind="tokens", lengths=np.arange(60) % 6 + 1)
+    assert long.spec.lengths
+    assert long.load().train.length is not None
+
+
+def test_tokens_have_a_vocabulary_and_an_end():
+    for symbols in ("\nabcd", ["\n", *"abcd"]):
+        spec = from_arrays(IDS, kind="tokens", vocabulary=symbols, end=0).spec
+        assert (spec.vocabulary, spec.end) == (("\n", *"abcd"), 0)
+    words = from_arrays(IDS, kind="tokens", vocabulary=["a", "b", "the", "c", "d"])
+    assert (words.spec.vocabulary, words.spec.levels) == (None, 5)
+    assert any("samples are ids" in note for note in words.notes)
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "error", "message"),
+    [
+        (IDS, {"levels": 4}, DataError, r"the id 4 at position \[.*from 0 to 3.*\(levels=N\)"),
+        (IDS - 1, {}, DataError, "the id -1 at position"),
+        (IDS, {"vocabulary": "abcd"}, DataError, "from 0 to 3"),
+        (IDS, {"vocabulary": "abcde", "levels": 9}, ConfigError, "levels=9 and vocabulary.*5"),
+        (IDS, {"vocabulary": "a"}, ConfigError, "at least two ids"),
+        (IDS, {"vocabulary": [1, 2]}, ConfigError, "as text"),
+        (IDS, {"end": 5}, ConfigError, "from 0 to 4; got 5"),
+        (IDS, {"end": 1, "lengths": np.ones(60, int)}, ConfigError, "not both"),
+        (IDS, {"end": 1, "kind": "auto"}, ConfigError, "say kind='tokens'"),
+        (IDS, {"vocabulary": "abcde", "kind": "auto"}, ConfigError, "say kind='tokens'"),
+        (IDS * 1.0, {}, DataError, "whole numbers; found float64"),
+        (IDS[..., None], {}, DataError, r"sequences \[N, T\]; found \[60, 6, 1\]"),
+    ],
+)
+def test_ids_that_do_not_fit_are_told(x, options, error, message):
+    with pytest.raises(error, match=message):
+        from_arrays(x, **{"kind": "tokens"} | options)

@@ -3,17 +3,25 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from gates import quick, stack
 
 from genjax import (
     DataSpec,
+    diffusion,
     ensemble,
     example_batch,
+    flow_matching,
     rnn,
     training,
+    transformer,
     vae,
+    vrnn,
 )
+from genjax.checks import leaves_by_name
+from genjax.errors import ConfigError
+from genjax.learning.labels import layouts_of
 from genjax.learning.muon import RMS, kinds_of
 from genjax.learning.optim import Optimizer
 
@@ -59,6 +67,76 @@ def test_the_first_step_is_an_orthogonal_matrix_of_adams_size(shape):
     assert np.abs(core - np.diag(np.diag(core))).max() < 0.05
     # The rest is Adam's first step: the sign of the gradient.
     np.testing.assert_allclose(updates["bias"], -np.sign(grads["bias"]), rtol=1e-4)
+
+
+LAYOUTS = {"1,1,1": [2, 2, 2], "1,2": [2, 4], "each": None, "": [6]}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_fused_or_stacked_takes_the_steps_that_optaxs_muon_gives_each_matrix(layout):
+    """Over several steps, by `optax.contrib.muon` with the step sizes of its consistent RMS."""
+    shape = (3, 4, 6) if layout == "each" else (4, 6)
+    whole = {"net": {"kernel": jnp.zeros(shape), "bias": jnp.zeros(6)}}
+    labels = (("kernel$", f"matrix:{layout}"),) if layout else ()
+    tx = Optimizer("muon", 0.1, b1=0.9).build(10, labels, "player")
+
+    def parts(x):
+        if layout == "each":
+            return list(x)
+        return jnp.split(x, np.cumsum(LAYOUTS[layout])[:-1], axis=-1)
+
+    wanted = optax.contrib.muon(0.1, beta=0.9, consistent_rms=RMS)
+    state, states = tx.init(whole), wanted.init(parts(whole["net"]["kernel"]))
+    # The momenta are kept as the parameters are, so that older runs are read as they were.
+    assert any(leaf.shape == shape for leaf in jax.tree.leaves(state))
+    with jax.numpy_dtype_promotion("standard"):
+        for seed in range(3):
+            g = jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+            updates, state = tx.update({"net": {"kernel": g, "bias": jnp.ones(6)}}, state, whole)
+            each, states = wanted.update(parts(g), states, parts(g))
+            found = parts(updates["net"]["kernel"])
+            for one, other in zip(found, each, strict=True):
+                np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
+
+
+def test_families_say_which_of_their_matrices_are_several():
+    tokens = DataSpec((4,), "tokens", levels=5, step="token")
+    images = DataSpec((8, 8, 1), "continuous")
+    small = {"d_model": 8, "n_layers": 1, "n_heads": 4}
+    gpt = {**small, "n_kv_heads": 2, "activation": "swiglu"}
+    cases = [
+        (transformer(tokens, **gpt), {"attention/qkv": "4,2,2", "feed_forward/up": "1,1"}),
+        (transformer(tokens, **gpt, d_hidden=3), {"attention/qkv": "4,2,2"}),  # [6, 8]
+        (rnn(tokens, cell="gru", d_embed=2, d_hidden=3), {"inputs": "1,1,1", "0": "1,1,1"}),
+        (
+            vrnn(tokens, cell="lstm", latent_dim=2, d_hidden=3, hidden=(4, 4)),
+            {"layer/inputs": "1,1,1,1", "layer": "1,1,1,1", "z_inputs": "1,1,1,1"},
+        ),
+        (diffusion(images, net="dit", **small), {"attention/qkv": "1,1,1"}),
+        (flow_matching(images, net="unet"), {"attention/qkv": "1,1,1"}),
+        (vae(images, hidden=(4,)), {}),
+    ]
+    for model, wanted in cases:
+        (player,) = model.losses
+        params = jax.eval_shape(model.init, jax.random.key(0))[0][player]
+        found = leaves_by_name(layouts_of(params, model.labels, player))
+        fused = {name.removesuffix("/kernel"): layout for name, layout in found.items() if layout}
+        assert len(fused) == len(wanted)
+        for end, layout in wanted.items():
+            (name,) = [name for name in fused if name == end or name.endswith(f"/{end}")]
+            assert fused[name] == layout
+        quick(Optimizer("muon").build(10, model.labels, player).init)(
+            model.init(jax.random.key(0))[0][player]
+        )  # which refuses shares that do not divide an axis
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape"), [("4", (4, 6)), ("1,0", (4, 6)), ("x", (4, 6)), ("each", (4, 6))]
+)
+def test_a_layout_that_does_not_fit_is_refused(layout, shape):
+    tx = Optimizer("muon").build(10, (("kernel$", f"matrix:{layout}"),), "player")
+    with pytest.raises(ConfigError, match=rf"kernel \[4, 6\] is labelled 'matrix:{layout}'"):
+        tx.init({"kernel": jnp.zeros(shape)})
 
 
 def test_muon_decays_what_is_named_by_the_step_size():

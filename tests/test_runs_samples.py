@@ -42,6 +42,7 @@ LINES = DataSpec(
     name="lines",
 )
 
+IDS = DataSpec((5,), "tokens", levels=13, step="token", name="ids")
 ROLLS = DataSpec((9, 88), "binary", step="frame", lengths=True, name="rolls")
 
 
@@ -68,6 +69,25 @@ def test_a_prompt_is_kept_and_what_follows_depends_on_it() -> None:
     assert x.shape == (200, 8)
     assert [samples.decode(row, STREAM)[:3] for row in x] == ["ab\n"] * 200
     assert len(np.unique(x[:, 3:], axis=0)) > 50
+
+
+@pytest.mark.slow
+def test_where_tokens_are_no_text_a_prompt_is_ids() -> None:
+    model = rnn(IDS, d_embed=2, d_hidden=2)
+    params, state = model.init(jax.random.key(0))
+
+    def with_prompt(prompt):
+        how = Decoding(prompt=prompt)
+        return samples.draw(model, params, state, jax.random.key(0), 50, None, how)
+
+    x = with_prompt(" 12, 7,3")
+    np.testing.assert_array_equal(x[:, :3], np.tile([12, 7, 3], (50, 1)))
+    assert len(np.unique(x[:, 3:])) > 5
+    for bad in ("12,13", "-1", "", "a,b", "1,,2", "1.5", "9" * 5000, "\u0661"):
+        with pytest.raises(ConfigError, match=r"give ids from 0 to 12 between commas.*got '"):
+            with_prompt(bad)
+    with pytest.raises(ConfigError, match="The prompt has 6 tokens, and only 5 fit"):
+        with_prompt("1,2,3,4,5,6")
 
 
 @pytest.mark.slow
@@ -114,7 +134,9 @@ def test_rules_are_for_tokens_and_steps() -> None:
         ConfigError, match="--temperature: rules and beams are for tokens; rolls is binary"
     ):
         samples.draw(model, params, state, key, 2, None, Decoding(temperature=0.5))
-    with pytest.raises(ConfigError, match="--prompt takes text"):
+    with pytest.raises(
+        ConfigError, match="--prompt takes text or token ids, and rolls has neither"
+    ):
         samples.draw(model, params, state, key, 2, None, Decoding(prompt="a"))
     model = vae(DataSpec((2,), "continuous"), hidden=(2,), latent_dim=1)
     with pytest.raises(ConfigError, match="step by step"):
@@ -220,6 +242,7 @@ IMAGES = DataSpec((2, 2, 1), "binary", n_classes=2, name="images")
             rnn(LINES, d_embed=2, d_hidden=2, cond_dropout=0.5),
             ("prompt", *RULES, "guidance", "beams", "length"),
         ),
+        (rnn(IDS, d_embed=2, d_hidden=2), ("prompt", *RULES, "beams", "length")),
         (rnn(ROLLS, d_embed=2, d_hidden=2), ("length",)),
         (vrnn(STREAM, d_hidden=2, hidden=(2,), latent_dim=2), ("prompt", "length")),
         (vae(IMAGES, hidden=(2,), latent_dim=1), ()),
@@ -227,7 +250,7 @@ IMAGES = DataSpec((2, 2, 1), "binary", n_classes=2, name="images")
         (flow_matching(IMAGES, hidden=(2,)), SOLVING),
         (flow_matching(IMAGES, hidden=(2,), cond_dropout=0.5), ("guidance", *SOLVING)),
     ],
-    ids=["text", "classes", "music", "latent steps", "vae", "gan", "flow", "guided flow"],
+    ids=["text", "classes", "ids", "music", "latent steps", "vae", "gan", "flow", "guided flow"],
 )
 def test_what_applies_to_a_model_is_known_before_it_is_sampled(model, fields) -> None:
     assert samples.fields_for(model) == fields

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from flax import nnx
 from gates import quick
 
 from genjax.nets.attention import (
+    ACTIVATIONS,
     Attention,
     FeedForward,
     attend,
@@ -60,6 +62,22 @@ def test_attention_is_the_formula(x64, window, g, r):
     )
     one = quick(attend)(q[..., 3:4, :], k, v, jnp.asarray(allowed[3:4]))
     np.testing.assert_allclose(one, wanted[..., 3:4, :], atol=1e-14)
+
+
+def test_probabilities_that_are_left_out_are_those_of_the_softmax():
+    """Each is 0 or p / (1 - rate), and gone from the sum of the values only."""
+    q, k = (x.astype(jnp.float32) for x in (normal(0, 2, 1, 2, 4, 4), normal(1, 2, 1, 4, 4)))
+    v = jnp.broadcast_to(jnp.eye(4), (2, 1, 4, 4))
+    allowed, rate = causal(4, None), 0.4
+    p = np.asarray(attend(q, k, v, allowed))  # by values that are unit vectors
+    found = np.asarray(attend(q, k, v, allowed, jax.random.key(0), rate))
+    kept = found != 0
+    np.testing.assert_allclose(found[kept], (p / (1 - rate))[kept], rtol=1e-5)
+    seen = np.broadcast_to(allowed, p.shape)
+    assert 0.4 < kept[seen].mean() < 0.8
+    assert not kept[~seen].any()
+    other = attend(q, k, v, allowed, jax.random.key(1), rate)
+    assert (np.asarray(other != 0) != kept).any()
 
 
 def test_both_forms_of_attention_have_the_same_gradient():
@@ -193,15 +211,18 @@ def test_the_derivative_of_normalisation_is_that_of_the_formula(x64):
     assert np.isfinite(everything(unit_rms, jnp.zeros((3, 7)))[1]).all()
 
 
-@pytest.mark.parametrize(("kind", "bias"), [("layer", True), ("layer", False), ("rms", True)])
-def test_norms_are_those_of_flax(kind, bias):
+@pytest.mark.parametrize(
+    ("kind", "bias", "epsilon"),
+    [("layer", True, EPSILON), ("layer", False, 0.3), ("rms", True, 0.3)],
+)
+def test_norms_are_those_of_flax(kind, bias, epsilon):
     flax = (
-        nnx.LayerNorm(6, epsilon=EPSILON, use_bias=bias, rngs=nnx.Rngs(0))
+        nnx.LayerNorm(6, epsilon=epsilon, use_bias=bias, rngs=nnx.Rngs(0))
         if kind == "layer"
         else None
     )
-    flax = flax or nnx.RMSNorm(6, epsilon=EPSILON, rngs=nnx.Rngs(0))
-    net = functional(lambda *, rngs: Norm(6, kind, bias, rngs=rngs))
+    flax = flax or nnx.RMSNorm(6, epsilon=epsilon, rngs=nnx.Rngs(0))
+    net = functional(lambda *, rngs: Norm(6, kind, bias, epsilon, rngs=rngs))
     params = grown(net.init(jax.random.key(0))[0])
     assert set(params) == ({"scale", "shift"} if kind == "layer" and bias else {"scale"})
     flax.scale[...] = params["scale"]
@@ -222,6 +243,16 @@ def test_a_dense_layer_keeps_its_longer_axis_last():
         x = normal(0, 4, d_in).astype(jnp.float32)
         wanted = x @ (kernel.T if d_in > d_out else kernel) + params["bias"][None]
         np.testing.assert_allclose(net.apply(params, {}, x)[0], wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_exact"])
+def test_gelu_is_by_tanh_or_by_the_error_function(x64, name):
+    x = np.linspace(-4, 4, 33)
+    inner = np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
+    exact = 0.5 * x * (1 + scipy.special.erf(x / np.sqrt(2)))
+    wanted = {"gelu": 0.5 * x * (1 + np.tanh(inner)), "gelu_exact": exact}
+    np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x)), wanted[name], atol=1e-14)
+    assert np.abs(wanted["gelu"] - exact).max() > 1e-4
 
 
 def test_swiglu_is_its_formula():

@@ -110,7 +110,7 @@ def _tokens(
         )
     parts = by_position(read["all"].x)
     return stream_of(
-        parts, symbols, reading.levels, "--levels", context, "shuffle", where, [where], []
+        parts, symbols, reading.levels, "--levels ", context, "shuffle", where, [where], []
     )
 
 

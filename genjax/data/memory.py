@@ -1,6 +1,6 @@
 """Data that are in memory: arrays, dicts of them, and whatever has a length and examples."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,8 @@ import numpy as np
 from genjax.data.kinds import Channels, with_channels
 from genjax.data.own import Reading, contents_of, own_source
 from genjax.data.source import Source
+from genjax.data.tokens import STEP as TOKEN
+from genjax.data.tokens import Symbols, symbols_of
 from genjax.errors import ConfigError, DataError
 from genjax.protocol import Batch
 from genjax.settings import builder
@@ -29,6 +31,8 @@ def from_arrays(
     step: str | None = None,
     columns: tuple[str, ...] | None = None,
     channels: Channels = "auto",
+    vocabulary: Sequence[str] | None = None,
+    end: int | None = None,
     reading: Reading = Reading(),
 ) -> Source:
     """The source of data in memory: `genjax.from_arrays(x)`, `from_arrays(images, y=classes)`.
@@ -38,7 +42,8 @@ def from_arrays(
     {"x_train": ..., "x_test": ..., "y_train": ...}; or anything with `len` and examples by number,
     whose examples are arrays, pictures, (x, y) or mappings: a Hugging Face table, a grain
     MapDataset, a torch Dataset. Values are taken as those of files are (`data.arrays`);
-    `Source.notes` says how.
+    `Source.notes` says how. With kind="tokens", x are token ids [N, T] from 0 to levels - 1, or to
+    the largest that there is.
 
     Args:
         x: see above.
@@ -50,6 +55,9 @@ def from_arrays(
         step: what one step of a sequence is called: "frame".
         columns: what the columns of the last axis are called.
         channels: where images have them: "first" for [N, C, H, W].
+        vocabulary: of tokens, the symbol of each id: a text or a list. Samples are text if all are
+            single characters.
+        end: of tokens, the one that ends a sequence, which is all padding after it.
 
     Raises:
         DataError: for what is none of these, or does not fit.
@@ -67,12 +75,62 @@ def from_arrays(
         if list(read) != ["all"]:
             raise ConfigError("lengths are for data without splits of their own.")
         read = {"all": read["all"]._replace(length=np.asarray(lengths))}
+    symbols = _symbols(reading, vocabulary, end, lengths)
+    if symbols is not None:
+        _check_ids(read)
+        step = step or TOKEN
     if step is None:
         xs = with_channels([batch.x for batch in read.values()], channels, WHERE)
         pairs = zip(read.items(), xs, strict=True)
         read = {split: batch._replace(x=one) for (split, batch), one in pairs}
-    source = own_source(read, reading, name, WHERE, step=step, columns=columns)
+    notes = [symbols.note] if symbols is not None and symbols.note else []
+    source = own_source(
+        read,
+        reading,
+        name,
+        WHERE,
+        step=step,
+        columns=columns,
+        notes=notes,
+        symbols=symbols,
+        end=end,
+    )
     return source._replace(contents=(WHERE, contents_of(read)))
+
+
+def _symbols(
+    reading: Reading, vocabulary: Sequence[str] | None, end: int | None, lengths: Any
+) -> Symbols | None:
+    """What is known of tokens; None for data of another kind.
+
+    Raises:
+        ConfigError: for settings that do not fit each other.
+    """
+    if reading.kind != "tokens":
+        for name, value in (("vocabulary", vocabulary), ("end", end)):
+            if value is not None:
+                raise ConfigError(f"{name} is for token ids: say kind='tokens' as well.")
+        return None
+    if end is not None and lengths is not None:
+        raise ConfigError("Sequences have an end token or lengths, not both: leave one out.")
+    if vocabulary is None:
+        return Symbols(None, None, None)
+    symbols = tuple(vocabulary)
+    if len(symbols) < 2 or not all(isinstance(one, str) for one in symbols):
+        raise ConfigError(
+            "vocabulary must be the symbols of at least two ids, as text: 'abc' or "
+            f"['a', 'b', 'c']; got {vocabulary!r:.80}."
+        )
+    return symbols_of(symbols, "vocabulary")
+
+
+def _check_ids(read: dict[str, Batch]) -> None:
+    """Refuse what are no sequences of ids."""
+    shapes = [list(batch.x.shape) for batch in read.values() if batch.x.ndim != 2]
+    if shapes:
+        raise DataError(
+            f"{WHERE}: token ids must be sequences [N, T]; found {' and '.join(map(str, shapes))}."
+        )
 
 
 def _read(x: Any, y: Any, key: str | None, label: str | None) -> dict[str, Batch]:

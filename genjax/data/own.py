@@ -26,7 +26,7 @@ class Reading(Settings):
 
     Attributes:
         kind: what the values are; "auto" goes by their dtype, and by how many there are;
-            "tokens" are ids, in .npz and .npy files.
+            "tokens" are ids, of arrays and of .npz and .npy files.
         levels: how many levels discrete values have, or tokens there are, 0 .. levels-1; what
             occurs unless given.
         standardize: what of continuous values is taken out for the networks: the mean and spread of
@@ -65,6 +65,7 @@ def own_source(
     files: Sequence[str] = (),
     notes: Sequence[str] = (),
     symbols: Symbols | None = None,
+    end: int | None = None,
 ) -> Source:
     """The source of arrays that were read: {"all": Batch}, or {"train", "test" [, "valid"]}.
 
@@ -77,6 +78,7 @@ def own_source(
         columns: what the columns of the last axis are called.
         notes: what was decided before.
         symbols: what the tokens are called, if x are token ids.
+        end: the token that ends a sequence, if x are token ids.
 
     Raises:
         DataError: for arrays that do not fit each other, the kind, or a spec.
@@ -85,7 +87,13 @@ def own_source(
     parts = _split(read, reading.valid_fraction, reading.test_fraction, where)
     xs = [batch.x for batch in parts]
     _same_shape(xs, where)
-    values = _values(xs, reading, symbols, where, own_splits="all" not in read)
+    flag = "--levels " if files else "levels="
+    values = _values(xs, reading, symbols, flag, where, own_splits="all" not in read)
+    if end is not None and not 0 <= end < (values.levels or 0):
+        raise ConfigError(
+            f"end must be one of the tokens, from 0 to {(values.levels or 0) - 1}; got {end}. "
+            f"{flag}N says how many there are."
+        )
     scaled = _scaled_by(values.xs[0], parts[0].length, step)
     known, conds, found = _described(scaled, values.kind, parts, reading, where)
     lengths = [batch.length for batch in parts]
@@ -95,6 +103,7 @@ def own_source(
         values.levels,
         name=name,
         step=step,
+        end=end,
         lengths=lengths[0] is not None,
         columns=None if columns is None else tuple(columns),
         vocabulary=None if symbols is None else symbols.vocabulary,
@@ -118,9 +127,16 @@ def own_source(
 
 
 def _values(
-    xs: list[np.ndarray], reading: Reading, symbols: Symbols | None, where: str, own_splits: bool
+    xs: list[np.ndarray],
+    reading: Reading,
+    symbols: Symbols | None,
+    flag: str,
+    where: str,
+    own_splits: bool,
 ) -> Values:
-    """The kind of the values, see `values_of`; tokens are so by declaration only."""
+    """The kind of the values, see `values_of`; tokens are so by declaration only, and how many
+    there are says `flag`.
+    """
     if reading.kind != "tokens":
         return values_of(xs, reading.kind, reading.levels, where, own_splits)
     if symbols is None:
@@ -128,7 +144,7 @@ def _values(
             f"--kind tokens is for token ids in .npz, .npy and .bin files; {where} is none. Leave "
             "it out."
         )
-    levels, note = levels_of(xs, symbols, reading.levels, "--levels", where)
+    levels, note = levels_of(xs, symbols, reading.levels, flag, where)
     return Values(xs, "tokens", levels, f"token ids with {note}")
 
 

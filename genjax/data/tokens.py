@@ -88,7 +88,7 @@ def token_stream(
         notes.append(f"the first half of {held} is validation, the other half test")
     symbols = symbols_beside(where)
     return stream_of(
-        parts, symbols, vocab_size, "--vocab-size", context, order, where, files, notes
+        parts, symbols, vocab_size, "--vocab-size ", context, order, where, files, notes
     )
 
 
@@ -106,7 +106,7 @@ def stream_of(
     """The source of a stream of ids in its three parts.
 
     Args:
-        size: the user's own number of tokens, which `flag` gives.
+        size: the user's own number of tokens, which `flag` gives: "--levels ", "levels=".
 
     Raises:
         DataError, ConfigError: see `token_stream`.
@@ -138,8 +138,8 @@ def levels_of(
     """
     if size is not None and symbols.size is not None and size != symbols.size:
         raise ConfigError(
-            f"{flag} {size} and {symbols.files[0]}, which has {symbols.size} tokens, do not fit "
-            f"each other. Leave {flag} out, or mend or move that file."
+            f"{flag}{size} and {symbols.files[0]}, which has {symbols.size} tokens, do not fit "
+            f"each other. Leave {flag.strip(' =')} out, or mend that."
         )
     known, top = size or symbols.size, 0
     for name, part in zip(("train", "valid", "test"), parts, strict=True):
@@ -153,7 +153,7 @@ def levels_of(
         why = "as declared" if size else f"by {symbols.files[0]}"
         return known, f"a vocabulary of {known:,} ({why})"
     levels = max(2, top + 1)
-    return levels, f"a vocabulary of {levels:,} (the largest id + 1; {flag} N says otherwise)"
+    return levels, f"a vocabulary of {levels:,} (the largest id + 1; {flag}N says otherwise)"
 
 
 def _held(part: np.ndarray, known: int | None, flag: str, where: str) -> int:
@@ -172,7 +172,7 @@ def _held(part: np.ndarray, known: int | None, flag: str, where: str) -> int:
         place = at[0] if len(at) == 1 else at
         raise DataError(
             f"{where} has the id {value} at position {place}, where ids go from 0 to {limit - 1}. "
-            f"Tokenise the data again, or say how many tokens there are ({flag} N)."
+            f"Tokenise the data again, or say how many tokens there are ({flag}N)."
         )
     return top
 
@@ -221,11 +221,16 @@ def _symbols_in(path: Path, strict: bool) -> Symbols | None:
             f"{path}: expected a list of the symbol of each token, {{symbol: id}} with ids "
             'from 0, or {"vocab_size": N}. Mend or move it.'
         )
+    return symbols_of(symbols, str(path))
+
+
+def symbols_of(symbols: tuple[str, ...], where: str) -> Symbols:
+    """What symbols say, which `where` has: a vocabulary if all are single characters."""
     single = all(len(symbol) == 1 and not _half(symbol) for symbol in symbols)
     if single and len(set(symbols)) == len(symbols):
-        return Symbols(len(symbols), symbols, None, (str(path),))
-    note = f"samples are ids: the symbols of {path} are not single, different characters"
-    return Symbols(len(symbols), None, note, (str(path),))
+        return Symbols(len(symbols), symbols, None, (where,))
+    note = f"samples are ids: the symbols of {where} are not single, different characters"
+    return Symbols(len(symbols), None, note, (where,))
 
 
 def _half(symbol: str) -> bool:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from genjax.checks import checked
 from genjax.errors import ConfigError
-from genjax.nets.denoiser import DenoiserNet, denoiser
+from genjax.nets.denoiser import DenoiserNet, denoiser, fused_labels
 from genjax.nets.functional import Net
 from genjax.parts.bounds import (
     end_nats,
@@ -446,5 +446,6 @@ def diffusion(
             estimator=words if exact else bound_in_words(n_bound_samples, n_times),
             noise={"diffusion": noise},
             denoiser=record,
+            labels=fused_labels(network),
         )
     )

@@ -18,6 +18,7 @@ from genjax import nets
 from genjax.checks import check_cond, checked
 from genjax.errors import ConfigError
 from genjax.nets.functional import Net, functional
+from genjax.nets.own import Call, Network, batch_statistics, given_only, judging, own_net
 from genjax.parts.adversarial import (
     OBJECTIVES,
     Objective,
@@ -208,6 +209,49 @@ def _discriminator(
     )
 
 
+def _own_players(
+    spec: DataSpec,
+    made: tuple[Net, Net],
+    own: tuple[Network | None, Network | None],
+    latent_dim: int,
+    dtype: str,
+) -> tuple[Net, Net]:
+    """Generator and discriminator, each the user's own where there is one."""
+    cond = [("cond", (spec.cond_size,))] if spec.conditional else []
+    generator, discriminator = made
+    if own[0] is not None:
+        inputs = [("z", (latent_dim,)), *cond]
+        call = Call("the generator of a GAN", inputs, spec.shape, trains=True)
+        generator = given_only(own_net(own[0], call, dtype))
+    if own[1] is not None:
+        inputs = [("x", spec.shape), *cond]
+        call = Call("the discriminator of a GAN", inputs, (), trains=True)
+        discriminator = judging(given_only(own_net(own[1], call, dtype)))
+    return generator, discriminator
+
+
+# Settings of the networks that are here, and what they are where nobody gives them.
+OF_PLAYERS: dict[str, dict[str, Any]] = {
+    "generator": {"generator_norm": "none", "generator_cond": "concat"},
+    "discriminator": {
+        "discriminator_norm": "none",
+        "discriminator_cond": "concat",
+        "spectral_norm": False,
+    },
+}
+
+
+def _check_own(own: dict[str, Network | None], given: dict[str, Any]) -> None:
+    """Refuse settings of a network that a user's own stands in the place of."""
+    for player, usual in OF_PLAYERS.items():
+        names = [name for name, value in usual.items() if given[name] != value]
+        if own[player] is not None and names:
+            raise ConfigError(
+                f"{' and '.join(names)}: for the {player} that is here. With one of your own leave "
+                "it out, and write into the network what it does."
+            )
+
+
 def initial(game: Game, key: Key) -> tuple[Params, State]:
     """Random parameters, and what both players carry."""
     key_generator, key_discriminator = jax.random.split(key)
@@ -215,6 +259,16 @@ def initial(game: Game, key: Key) -> tuple[Params, State]:
     params["generator"], state["generator"] = game.generator.init(key_generator)
     params["discriminator"], state["discriminator"] = game.discriminator.init(key_discriminator)
     return params, state
+
+
+def _check_penalties(coupled: bool, weights: dict[str, Any], remedy: str) -> None:
+    """Refuse gradient penalties of a discriminator that normalises by statistics of batches."""
+    penalised = [name for name, weight in weights.items() if used(weight)]
+    if coupled and penalised:
+        raise ConfigError(
+            f"{' and '.join(penalised)}: a gradient penalty is of one example, and batch "
+            f"normalisation couples them. {remedy}"
+        )
 
 
 def _check_norms(
@@ -232,12 +286,7 @@ def _check_norms(
         raise ConfigError(
             "discriminator_norm='batch' is for convolutional nets; use net='dcgan' or 'resnet'."
         )
-    penalised = [name for name, weight in weights.items() if used(weight)]
-    if discriminator == "batch" and penalised:
-        raise ConfigError(
-            f"{' and '.join(penalised)}: a gradient penalty is of one example, and batch "
-            "normalisation couples them. Use discriminator_norm='none'."
-        )
+    _check_penalties(discriminator == "batch", weights, "Use discriminator_norm='none'.")
     if where == "batch_norm" and norm != "batch":
         raise ConfigError(
             "generator_cond='batch_norm' needs batch normalisation: say generator_norm='batch' as "
@@ -278,6 +327,42 @@ def _players(game: Game) -> Players:
     return Players(generate, logit)
 
 
+def assembled(game: Game, discriminator_steps: int) -> Model:
+    """The game as a model."""
+    players = _players(game)
+
+    def discriminator_turn(
+        params: Params, state: State, batch: Batch, key: Key, step: Array
+    ) -> tuple[Array, Aux]:
+        noise = discriminator_noise(game, key, batch)
+        value, metrics, after = discriminator_loss(game, params, state, batch, noise)
+        return value, Aux({**state, "discriminator": after}, metrics)
+
+    def generator_turn(
+        params: Params, state: State, batch: Batch, key: Key, step: Array
+    ) -> tuple[Array, Aux]:
+        noise = generator_noise(game, key, batch)
+        value, after = generator_loss(game, params, state, batch, noise)
+        return value, Aux({**state, "generator": after}, {})
+
+    def sample(params: Params, state: State, key: Key, n: int, cond: Any = None) -> Array:
+        x = players.generate(params, state, draw_latent(game.latent_dim, key, n), cond)
+        return x if game.spec.kind == "continuous" else jnp.round(x)
+
+    return Model(
+        spec=game.spec,
+        init=partial(initial, game),
+        losses={"discriminator": discriminator_turn, "generator": generator_turn},
+        sample=sample,
+        turns=(("discriminator", discriminator_steps), ("generator", 1)),
+        noise={
+            "discriminator": partial(discriminator_noise, game),
+            "generator": partial(generator_noise, game),
+        },
+        extras=players,
+    )
+
+
 @builder
 def gan(
     spec: DataSpec,
@@ -300,6 +385,8 @@ def gan(
     auxiliary_weight: Positive = 1.0,
     discriminator_steps: Depth = 1,
     dtype: Dtype = "float32",
+    generator: Network | None = None,
+    discriminator: Network | None = None,
 ) -> Model:
     """A generative adversarial network; conditional if the spec has a condition.
 
@@ -338,6 +425,11 @@ def gan(
         auxiliary_weight: weight of the auxiliary task's loss, in nats, for both players.
         discriminator_steps: turns of the discriminator for one of the generator.
         dtype: of the networks' arithmetic; parameters and losses stay float32.
+        generator: in Python, a Flax module of one's own in the place of that of `net`: (z [n,
+            latent_dim], and cond [n, cond_size] where there is one) -> [n, *shape], without a last
+            activation; with `train`, where its call has such an argument, and then statistics of
+            batches are kept in the state. See `nets.own`.
+        discriminator: the same, (normalised x [n, *shape], and cond) -> a logit [n].
 
     Raises:
         ConfigError: for settings that do not exist or do not fit the data or each other.
@@ -356,9 +448,18 @@ def gan(
     weights = {"r1": r1, "r2": r2, "gradient_penalty": gradient_penalty}
     _check_data(spec, generator_cond, discriminator_cond)
     _check_norms(net, hidden, (generator_norm, generator_cond), discriminator_norm, weights)
+    own = {"generator": generator, "discriminator": discriminator}
+    given = {
+        "generator_norm": generator_norm,
+        "generator_cond": generator_cond,
+        "discriminator_norm": discriminator_norm,
+        "discriminator_cond": discriminator_cond,
+        "spectral_norm": spectral_norm,
+    }
+    _check_own(own, given)
     widths, losses = tuple(hidden if net == "mlp" else channels), OBJECTIVES[objective]
-    generator = _generator(spec, net, widths, latent_dim, generator_norm, generator_cond)
-    discriminator = _discriminator(
+    of_generator = _generator(spec, net, widths, latent_dim, generator_norm, generator_cond)
+    of_discriminator = _discriminator(
         spec,
         net,
         widths,
@@ -367,46 +468,19 @@ def gan(
         spectral_norm,
         bias=not losses.shift_invariant,
     )
+    made = functional(of_generator, dtype), functional(of_discriminator, dtype)
+    nets_of = _own_players(spec, made, (generator, discriminator), latent_dim, dtype)
+    _check_penalties(
+        discriminator is not None and batch_statistics(nets_of[1]),
+        weights,
+        "Take a discriminator without, such as one with LayerNorm or GroupNorm.",
+    )
     game = Game(
         spec,
         latent_dim,
-        functional(generator, dtype),
-        functional(discriminator, dtype),
+        *nets_of,
         losses,
         auxiliary_weight=auxiliary_weight,
         **weights,
     )
-    players = _players(game)
-
-    def discriminator_turn(
-        params: Params, state: State, batch: Batch, key: Key, step: Array
-    ) -> tuple[Array, Aux]:
-        noise = discriminator_noise(game, key, batch)
-        value, metrics, after = discriminator_loss(game, params, state, batch, noise)
-        return value, Aux({**state, "discriminator": after}, metrics)
-
-    def generator_turn(
-        params: Params, state: State, batch: Batch, key: Key, step: Array
-    ) -> tuple[Array, Aux]:
-        noise = generator_noise(game, key, batch)
-        value, after = generator_loss(game, params, state, batch, noise)
-        return value, Aux({**state, "generator": after}, {})
-
-    def sample(params: Params, state: State, key: Key, n: int, cond: Any = None) -> Array:
-        x = players.generate(params, state, draw_latent(latent_dim, key, n), cond)
-        return x if spec.kind == "continuous" else jnp.round(x)
-
-    return checked(
-        Model(
-            spec=spec,
-            init=partial(initial, game),
-            losses={"discriminator": discriminator_turn, "generator": generator_turn},
-            sample=sample,
-            turns=(("discriminator", discriminator_steps), ("generator", 1)),
-            noise={
-                "discriminator": partial(discriminator_noise, game),
-                "generator": partial(generator_noise, game),
-            },
-            extras=players,
-        )
-    )
+    return checked(assembled(game, discriminator_steps))

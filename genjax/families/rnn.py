@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from genjax import nets
-from genjax.nets.cells import Cell, cell_of
+from genjax.nets.cells import Cell, cell_of, gate_labels
 from genjax.nets.functional import Net, functional
 from genjax.parts.autoregressive import SequenceNet, Windows, autoregressive, check_sequences
 from genjax.parts.likelihoods import emission
@@ -59,7 +59,7 @@ def window(
     return outputs, {"layers": layers, "last": last, "started": jnp.ones(x.shape[0], bool)}
 
 
-def sequence_net(spec: DataSpec, net: Net, dropout: Any) -> SequenceNet:
+def sequence_net(spec: DataSpec, net: Net, cell: Cell, dropout: Any) -> SequenceNet:
     """A `RecurrentNet` as `autoregressive` wants it."""
     windows = Windows(partial(start, spec, net), partial(window, net, dropout))
 
@@ -78,7 +78,8 @@ def sequence_net(spec: DataSpec, net: Net, dropout: Any) -> SequenceNet:
     ) -> tuple[Array, PyTree]:
         return net.apply(p, {}, x, c, dropped, carry, method="one")[0]
 
-    labels = nets.sequence.embedding_labels(spec)
+    of_gates = gate_labels(r"/layers/layers/\d+/(inputs/)?kernel$", cell)
+    labels = (*nets.sequence.embedding_labels(spec), *of_gates)
     return SequenceNet(init, outputs, begin, advance, windows=windows, labels=labels)
 
 
@@ -161,7 +162,7 @@ def rnn(
     return autoregressive(
         spec,
         emit,
-        sequence_net(spec, functional(module, dtype), dropout),
+        sequence_net(spec, functional(module, dtype), chosen, dropout),
         player="rnn",
         cond_dropout=cond_dropout,
         lanes=lanes,

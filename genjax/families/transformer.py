@@ -22,7 +22,18 @@ from genjax.parts.autoregressive import SequenceNet, autoregressive, check_seque
 from genjax.parts.decoding import check_position, in_room
 from genjax.parts.likelihoods import emission
 from genjax.protocol import Array, DataSpec, Key, Model, PyTree
-from genjax.settings import CondDropout, Count, Depth, Dtype, Rate, Remat, builder, guided_by, used
+from genjax.settings import (
+    CondDropout,
+    Count,
+    Depth,
+    Dtype,
+    Positive,
+    Rate,
+    Remat,
+    builder,
+    guided_by,
+    used,
+)
 
 
 class Layers(NamedTuple):
@@ -35,6 +46,7 @@ class Layers(NamedTuple):
         cache: the shape of the keys, or the values, that a block keeps of one sequence:
             (n_kv_heads, context, d_model / n_heads).
         dropout: rate, of the inputs and of what each half of a block adds.
+        attention_dropout: rate, of the probabilities of attention.
         tied: whether the readout's matrix is the embedding's table.
         scanned: whether the blocks are a loop instead of one after the other.
         remat: what of a block's insides is computed again on the way back.
@@ -47,6 +59,7 @@ class Layers(NamedTuple):
     n_layers: int
     cache: tuple[int, int, int]
     dropout: Any
+    attention_dropout: Any
     tied: bool
     scanned: bool
     remat: str
@@ -70,13 +83,25 @@ def init(layers: Layers, key: Key) -> Any:
     }
 
 
+def keys_of_block(layers: Layers, key: Key | None) -> tuple[Key | None, ...]:
+    """Of what is dropped of attention's sum, of the feed-forward layers' and of the probabilities
+    of attention. The first two are what they were before there was the third.
+    """
+    if key is None:
+        return None, None, None
+    if not used(layers.attention_dropout):
+        return *jax.random.split(key), None
+    return tuple(jax.random.split(key, 3))
+
+
 def block(layers: Layers, h: Array, p: Any, key: Key | None) -> Array:
     """h + attention(norm(h)), and to that the feed-forward layers', [B, T, d]; `p` is the block's.
 
     Without a key nothing is dropped.
     """
-    key_attention, key_feed = (None, None) if key is None else jax.random.split(key)
-    added = layers.attention.apply(p["attention"], {}, h)[0]
+    key_attention, key_feed, key_weights = keys_of_block(layers, key)
+    rate = layers.attention_dropout
+    added = layers.attention.apply(p["attention"], {}, h, key_weights, rate)[0]
     h = h + nets.sequence.dropout(key_attention, added, layers.dropout)
     added = layers.feed_forward.apply(p["feed_forward"], {}, h)[0]
     return h + nets.sequence.dropout(key_feed, added, layers.dropout)
@@ -115,7 +140,8 @@ def outputs(
 ) -> Array:
     """The parameters of p(x_t | x_<t, c), [B, T, n_outputs]; with dropout where there is a key."""
     h = layers.inputs.apply(p["inputs"], {}, x, c, dropped)[0]
-    if key is None or not used(layers.dropout):
+    noisy = used(layers.dropout) or used(layers.attention_dropout)
+    if key is None or not noisy:
         return read(layers, p, through_blocks(layers, p, h, None))
     keys = jax.random.split(key, layers.n_layers + 1)
     h = nets.sequence.dropout(keys[-1], h, layers.dropout)
@@ -163,6 +189,15 @@ def advance(
     return in_room(found, at, context), carry
 
 
+def labels(spec: DataSpec, n_heads: int, kv: int, two_factors: bool) -> tuple[tuple[str, str], ...]:
+    """What the parameters are, as `Model.labels` has it; one matrix makes queries, keys and values,
+    and one both factors of "swiglu", where there are `two_factors` side by side.
+    """
+    fused = [("/qkv/kernel$", f"matrix:{n_heads},{kv},{kv}")]
+    fused += [("/up/kernel$", "matrix:1,1")] if two_factors else []
+    return (*nets.sequence.embedding_labels(spec), *fused)
+
+
 # --- settings -------------------------------------------------------------------------------------
 
 
@@ -201,10 +236,11 @@ def transformer(
     n_kv_heads: Count | None = None,
     d_hidden: Count | None = None,
     position: Literal["learned", "rotary", "none"] = "rotary",
-    activation: Literal["gelu", "swiglu"] = "gelu",
+    activation: Literal["gelu", "gelu_exact", "swiglu"] = "gelu",
     norm: Literal["layer", "rms"] = "layer",
     bias: bool = False,
     dropout: Rate = 0.0,
+    attention_dropout: Rate = 0.0,
     tie_weights: bool = False,
     window: Count | None = None,
     scan_layers: bool = False,
@@ -212,6 +248,8 @@ def transformer(
     cond_dropout: CondDropout = 0.0,
     n_components: Count = 1,
     dtype: Dtype = "float32",
+    rope_base: Positive = 10000.0,
+    norm_eps: Positive = 1e-5,
 ) -> Model:
     """A decoder-only Transformer over the events of a sequence; conditional if the spec has a
     condition.
@@ -249,11 +287,14 @@ def transformer(
         d_hidden: the width of the feed-forward layers; 4 d_model unless given.
         position: "rotary" turns queries and keys by angles proportional to their position,
             "learned" adds a vector for each; "none" leaves the order to the causal mask.
-        activation: of the feed-forward layers; "swiglu" has a third matrix.
+        activation: of the feed-forward layers; "gelu" is the approximation by tanh that OpenAI's
+            GPT-2 has, "gelu_exact" the error function's (nanoGPT's, and PyTorch's nn.GELU());
+            "swiglu" has a third matrix.
         norm: "layer" or "rms".
         bias: whether dense layers and layer norms have biases (GPT-2 has, its successors have not).
-        dropout: rate, of the inputs and of what each half of a block adds; the attention weights
-            have none.
+        dropout: rate, of the inputs and of what each half of a block adds.
+        attention_dropout: rate, of the probabilities of attention (GPT-2: the same rate); on an
+            accelerator training then takes attention that is written out, not the fused one.
         tie_weights: the readout uses the embedding's table (Press & Wolf 2017); for tokens.
         window: a step attends to itself and window - 1 steps before it; None to all.
         scan_layers: loop over the layers instead of unrolling them. It compiles faster for many
@@ -262,6 +303,9 @@ def transformer(
             Salimans 2022).
         n_components: Gaussians in the mixture that continuous events have.
         dtype: of the layers' arithmetic; parameters, the residual sum and losses stay float32.
+        rope_base: b of rotary positions, where the pair i of a head's h dimensions turns by
+            b^(-2i/h) from one position to the next.
+        norm_eps: ε of all normalisations.
 
     Raises:
         ConfigError: for settings that do not exist or do not fit each other or the data.
@@ -274,20 +318,20 @@ def transformer(
     learned, turned = position == "learned", position == "rotary"
     guided = guided_by(spec, cond_dropout)
 
-    inputs = partial(nets.attention.Inputs, spec, d_model, learned, guided)
-    attention = partial(
-        nets.attention.Attention, d_model, n_heads, kv, norm, bias, window, turned, std
-    )
-    feed_forward = partial(nets.attention.FeedForward, d_model, width, activation, norm, bias, std)
-    readout = partial(nets.attention.Readout, d_model, emit.n_outputs, tie_weights, norm, bias)
+    def made(layer: Any, *sizes: Any, **more: Any) -> Net:
+        return functional(partial(layer, *sizes, epsilon=norm_eps, **more), dtype)
+
+    of = nets.attention
+    heads = (d_model, n_heads, kv, norm, bias, window, turned, std)
     layers = Layers(
-        inputs=functional(inputs, dtype),
-        attention=functional(attention, dtype),
-        feed_forward=functional(feed_forward, dtype),
-        readout=functional(readout, dtype),
+        inputs=functional(partial(of.Inputs, spec, d_model, learned, guided), dtype),
+        attention=made(of.Attention, *heads, base=rope_base),
+        feed_forward=made(of.FeedForward, d_model, width, activation, norm, bias, std),
+        readout=made(of.Readout, d_model, emit.n_outputs, tie_weights, norm, bias),
         n_layers=n_layers,
         cache=(kv, spec.shape[0], d_model // n_heads),
         dropout=dropout,
+        attention_dropout=attention_dropout,
         tied=tie_weights,
         scanned=scan_layers,
         remat=remat,
@@ -298,6 +342,7 @@ def transformer(
         begin=partial(begin, layers),
         advance=partial(advance, layers),
         context=spec.shape[0],
-        labels=nets.sequence.embedding_labels(spec),
+        # `Dense` keeps the longer axis last.
+        labels=labels(spec, n_heads, kv, activation == "swiglu" and d_model <= 2 * width),
     )
     return autoregressive(spec, emit, net, player="transformer", cond_dropout=cond_dropout)

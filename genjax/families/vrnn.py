@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from genjax import nets
 from genjax.checks import check_cond, check_key, checked
 from genjax.errors import ConfigError
-from genjax.nets.cells import Cell, cell_of
+from genjax.nets.cells import Cell, cell_of, gate_labels
 from genjax.nets.functional import Net, functional
 from genjax.parts.autoregressive import check_sequences
 from genjax.parts.decoding import check_length, check_prompt, prompted, settled
@@ -412,7 +412,8 @@ def vrnn(
     emit, guided = emission(spec, n_components), guided_by(spec, cond_dropout)
     sizes = (latent_dim, d_hidden, tuple(hidden), emit.n_outputs)
     net = nets.vrnn.VariationalRecurrentNet
-    module = partial(net, spec, cell_of(cell), *sizes, activation, guided)
+    own_cell = cell_of(cell)
+    module = partial(net, spec, own_cell, *sizes, activation, guided)
     chosen = RESAMPLING[resampling]
     model = VrnnModel(
         spec=spec,
@@ -444,7 +445,10 @@ def vrnn(
             sample=sample,
             bound=partial(bound, model),
             estimator=in_words(model.reported, resampling),
-            labels=nets.sequence.embedding_labels(spec),
+            labels=(
+                *nets.sequence.embedding_labels(spec),
+                *gate_labels("^vrnn/(layer/(inputs/)?|z_inputs/)kernel$", own_cell),
+            ),
             noise={"vrnn": partial(draw, model)},
             latent=latent,
             autoregressive=Autoregressive(generate=partial(generate, model)),

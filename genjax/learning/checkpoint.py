@@ -346,6 +346,23 @@ class Checkpoints:
                     return step, custom.get("note", {})
         return None
 
+    def saved(self, part: str) -> PyTree | None:
+        """The shapes of one part of the newest whole checkpoint, such as "opt", in dicts and lists:
+        what a state can be restored like, whatever made it. None if there is no checkpoint.
+
+        Raises:
+            CheckpointError: if it cannot be read.
+        """
+        with plain_path(self.folder) as at:
+            for step in reversed(self.steps()):
+                path = at / str(step)
+                if damage_of(path, self.folder / str(step)) is None and _has_arrays(path):
+                    saved: Any = ocp.metadata(str(path)).metadata
+                    return jax.tree.map(
+                        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved[part]
+                    )
+        return None
+
     def _begin(self, at: Path, step: int) -> str | None:
         """The name of a folder to write; None if the step has a checkpoint already."""
         if (at / str(step)).is_dir():

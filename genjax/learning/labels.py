@@ -19,7 +19,8 @@ def labels_of(params: PyTree, labels: Labels = (), player: str | None = None) ->
     """The label of each parameter, in the structure of the parameters.
 
     The first pattern that is found in a leaf's path "player/..." counts. A leaf that no pattern
-    names is a "matrix" if it has more than one dimension, else a "vector".
+    names is a "matrix" if it has more than one dimension, else a "vector". What stands behind a
+    colon is no part of a label; see `layouts_of`.
 
     Args:
         params: all players' parameters; or those of one, which is then named.
@@ -36,6 +37,31 @@ def labels_of(params: PyTree, labels: Labels = (), player: str | None = None) ->
         >>> labels_of(params, (("table$", "embedding"),))
         {'net': {'kernel': 'matrix', 'table': 'embedding'}}
     """
+    return jax.tree.map(base_of, _labelled(params, labels, player))
+
+
+def layouts_of(params: PyTree, labels: Labels = (), player: str | None = None) -> PyTree:
+    """What a label says of each parameter behind its colon, "" where it says nothing.
+
+    "matrix:2,1,1" is three matrices side by side, which share the last axis so; "matrix:each" one
+    for each entry of the first axis, as where layers are stacked.
+
+    Example:
+        >>> import numpy as np
+        >>> from genjax.learning.labels import labels_of, layouts_of
+        >>> params, labels = {"qkv": np.zeros((2, 6))}, (("qkv$", "matrix:1,1,1"),)
+        >>> labels_of(params, labels), layouts_of(params, labels)
+        ({'qkv': 'matrix'}, {'qkv': '1,1,1'})
+    """
+    return jax.tree.map(lambda label: label.partition(":")[2], _labelled(params, labels, player))
+
+
+def base_of(label: str) -> str:
+    """A label without what it says behind a colon."""
+    return label.partition(":")[0]
+
+
+def _labelled(params: PyTree, labels: Labels, player: str | None) -> PyTree:
     patterns = [(_compiled(pattern), label) for pattern, label in labels]
 
     def label_of(path: Any, leaf: jax.Array) -> str:

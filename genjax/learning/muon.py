@@ -2,12 +2,14 @@
 
 import functools
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
-from genjax.learning.labels import Labels, labels_of
+from genjax.errors import ConfigError
+from genjax.learning.labels import Labels, labels_of, layouts_of
 from genjax.protocol import PyTree
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 # The last layer before a distribution is left to Adam, as embeddings are (Jordan 2024).
 READOUT = re.compile(r"(^|/)readout(/|$)")
+SHARES = re.compile(r"\d+(,\d+)*", re.ASCII)
 # Of an orthogonal step times the root of the larger dimension: that of Adam's usual steps, so that
 # one step size fits both (Liu 2025, equation 4).
 RMS = 0.2
@@ -28,9 +31,9 @@ def scale_by_muon_or_adam(
     A matrix G [in, out] takes 0.2 sqrt(max(in, out)) U Vᵀ, where U S Vᵀ is the singular value
     decomposition of its momentum (with Nesterov's correction), by five Newton-Schulz iterations,
     whose singular values are near 1 and not 1. Kernels of convolutions [height, width, in, out] are
-    matrices [height width in, out]. Matrices that a network has fused, such as the gates of a
-    recurrent layer, are one. Vectors, embeddings, readouts and what has a label of its own take
-    Adam's.
+    matrices [height width in, out]. Where a label says that a network has fused several matrices,
+    such as the gates of a recurrent layer, or stacked them, each is one. Vectors, embeddings,
+    readouts and what has a label of its own take Adam's.
 
     Args:
         b1: the decay of both momenta.
@@ -49,7 +52,8 @@ def scale_by_muon_or_adam(
     muon = optax.chain(
         contrib.scale_by_muon(beta=b1, weight_dimension_numbers=dimensions), _scale_by_shape()
     )
-    rules: Any = {"muon": muon, "adam": optax.scale_by_adam(b1, b2)}
+    layouts = functools.partial(layouts_of, labels=tuple(labels), player=player)
+    rules: Any = {"muon": _by_parts(muon, layouts), "adam": optax.scale_by_adam(b1, b2)}
     return optax.partition(rules, kinds)
 
 
@@ -70,6 +74,70 @@ def kinds_of(params: PyTree, labels: Labels = (), player: str | None = None) -> 
 
     found = labels_of(params, labels, player)
     return jax.tree_util.tree_map_with_path(kind, params, found)
+
+
+def _by_parts(
+    tx: "optax.GradientTransformation", layouts: Callable[[PyTree], PyTree]
+) -> "optax.GradientTransformation":
+    """A chain that begins with Muon, over the matrices that parameters consist of. Its momenta are
+    kept as the parameters are.
+    """
+    import optax
+
+    def init(params: PyTree) -> Any:
+        jax.eval_shape(functools.partial(_in_parts, layouts=layouts), params)  # refused now
+        return tx.init(params)
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
+        muon, others = state[0], state[1:]
+        before: Any = (muon._replace(mu=_in_parts(muon.mu, layouts)), *others)
+        found: Any = tx.update(_in_parts(updates, layouts), before)
+        parts, after = found
+        mu = _joined(after[0].mu, updates, layouts)
+        return _joined(parts, updates, layouts), (after[0]._replace(mu=mu), *after[1:])
+
+    return optax.GradientTransformation(init, update)
+
+
+def _in_parts(tree: PyTree, layouts: Callable[[PyTree], PyTree]) -> list[list[jax.Array]]:
+    """The matrices of each leaf.
+
+    Raises:
+        ConfigError: for a layout that is none, or does not fit the leaf.
+    """
+    named = jax.tree_util.tree_leaves_with_path(layouts(tree))
+    return [
+        _matrices(leaf, layout, jax.tree_util.keystr(path, simple=True, separator="/"))
+        for leaf, (path, layout) in zip(jax.tree.leaves(tree), named, strict=True)
+    ]
+
+
+def _matrices(leaf: jax.Array, layout: str, name: str) -> list[jax.Array]:
+    if not layout:
+        return [leaf]
+    shape: Any = leaf.shape
+    if layout == "each" and len(shape) > 2:
+        return list(leaf)
+    shares = [int(one) for one in layout.split(",")] if SHARES.fullmatch(layout) else [0]
+    whole = sum(shares)
+    if min(shares) < 1 or shape[-1] % whole:
+        raise ConfigError(
+            f"{name} {list(shape)} is labelled 'matrix:{layout}': expected 'matrix:2,1,1', shares "
+            "of its last axis that divide it, or 'matrix:each' with 3 axes or more."
+        )
+    cuts = [sum(shares[: i + 1]) * (shape[-1] // whole) for i in range(len(shares) - 1)]
+    return jnp.split(leaf, cuts, axis=-1)
+
+
+def _joined(
+    parts: list[list[jax.Array]], like: PyTree, layouts: Callable[[PyTree], PyTree]
+) -> PyTree:
+    """The inverse of `_in_parts`."""
+    leaves = [
+        jnp.stack(one) if layout == "each" else jnp.concatenate(one, axis=-1)
+        for one, layout in zip(parts, jax.tree.leaves(layouts(like)), strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def _dimensions(leaf: Any) -> Any:

@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from genjax.checks import leaves_by_name
 from genjax.errors import ConfigError, unknown_name
-from genjax.learning.labels import LABELS, Labels, labels_of
+from genjax.learning.labels import LABELS, Labels, base_of, labels_of
 from genjax.protocol import PyTree
 from genjax.settings import NonNegative, Positive, Rate, Whole, Within, check_fields, used
 
@@ -199,7 +199,7 @@ class Optimizer:
             raise ConfigError("Labels go by paths 'player/...': build(steps, labels, player).")
         factors = _factors(self.rates)
         for name in (*self.decayed, *factors):
-            known = dict.fromkeys((*LABELS, *(label for _, label in labels)))
+            known = dict.fromkeys((*LABELS, *(base_of(label) for _, label in labels)))
             if name not in known:
                 raise unknown_name("label", name, known)
         if self.warmup_steps and self.warmup_steps >= steps:

@@ -35,7 +35,9 @@ def import_weights(
     """Parameters with the values of arrays that are matched by name, in the dtypes of the old.
 
     PyTorch keeps the kernel of a dense layer as [d_out, d_in]; where `parameter_names` says
-    [d_in, d_out], give the name together with `numpy.transpose`.
+    [d_in, d_out], give the name together with `numpy.transpose`. What is needed of PyTorch's GPT-2
+    and of its recurrent layers is written already: `genjax.runs.torch_weights`. With the parameters
+    `genjax.Run(model, params, state, step=0)` samples and scores.
 
     Args:
         params: of the model, from its `init`.

@@ -7,19 +7,24 @@ Vaswani 2017 (attention), Radford 2019 (pre-norm blocks and the initial distribu
 were the fastest on a CPU; comments say where that decided.
 """
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from genjax.errors import ConfigError
-from genjax.nets.layers import Dense, Norm, wide
-from genjax.nets.sequence import EventEmbed
-from genjax.protocol import Array, DataSpec
+from genjax.nets.layers import EPSILON, Dense, Norm, wide
+from genjax.nets.sequence import EventEmbed, dropout
+from genjax.protocol import Array, DataSpec, Key
+
+BASE = 10000.0  # of rotary positions
 
 
-def rotary(x: Array, positions: Array, base: float = 10000.0) -> Array:
+def rotary(x: Array, positions: Array, base: Any = BASE) -> Array:
     """Turns the pairs (x_i, x_{i+h/2}) of x [..., T, h] by the angles position · base^(-2i/h), for
     positions [T].
 
@@ -36,13 +41,17 @@ def rotary(x: Array, positions: Array, base: float = 10000.0) -> Array:
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
 
-def attend(q: Array, k: Array, v: Array, allowed: Array) -> Array:
+def attend(
+    q: Array, k: Array, v: Array, allowed: Array, key: Key | None = None, rate: Any = 0.0
+) -> Array:
     """softmax(q kᵀ / sqrt(h)) v over the allowed keys. Vaswani 2017, equation 1.
 
     Args:
         q: [B, G, R, T, h], the R queries of each of the G groups of heads.
         k, v: [B, G, S, h], one key and value for each group (Ainslie 2023).
         allowed: bool [T, S], at least one in each row.
+        key, rate: with a key each probability is 0 at this rate, and the others are divided by
+            1 - rate.
 
     Returns:
         [B, G, R, T, h].
@@ -59,6 +68,7 @@ def attend(q: Array, k: Array, v: Array, allowed: Array) -> Array:
     # Dividing after the second product is [.., h] numbers instead of [.., S].
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1).reshape(b, g, r, t, 1)
+    weights = dropout(key, weights, rate)
     mixed = jax.lax.dot_general(
         weights.astype(v.dtype).reshape(b * g, r * t, s), v, (((2,), (1,)), batched)
     )
@@ -89,11 +99,18 @@ def causal(t: int, window: int | None) -> Array:
     return (j <= i) if window is None else (j <= i) & (i - j < window)
 
 
-def dense_attention(q: Array, k: Array, v: Array, window: int | None = None) -> Array:
+def dense_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    window: int | None = None,
+    key: Key | None = None,
+    rate: Any = 0.0,
+) -> Array:
     """Causal attention of q [B, G, R, T, h] to k and v [B, G, T, h] by `attend`: the faster one on
-    a CPU.
+    a CPU, and the one that can leave out weights.
     """
-    return attend(q, k, v, causal(q.shape[3], window))
+    return attend(q, k, v, causal(q.shape[3], window), key, rate)
 
 
 def fused_attention(q: Array, k: Array, v: Array, window: int | None = None) -> Array:
@@ -121,11 +138,15 @@ class Attention(nnx.Module):
         turned: bool,
         std_out: float,
         *,
+        base: Any = BASE,
+        epsilon: Any = EPSILON,
         rngs: nnx.Rngs,
     ) -> None:
         self.g, self.r, self.h = n_kv_heads, n_heads // n_kv_heads, d // n_heads
-        self.window, self.turned = window, turned
-        self.norm = Norm(d, norm, bias, rngs=rngs)
+        self.window = window
+        # In a function, as `Norm` has its epsilon.
+        self.turn = functools.partial(rotary, base=base) if turned else None
+        self.norm = Norm(d, norm, bias, epsilon, rngs=rngs)
         self.qkv = Dense(d, (n_heads + 2 * n_kv_heads) * self.h, bias, rngs=rngs)
         self.out = Dense(d, d, bias, std_out, rngs=rngs)
 
@@ -136,15 +157,22 @@ class Attention(nnx.Module):
         q, k, v = jnp.split(parts, [d, d + self.g * self.h], axis=-1)
         q = q.reshape(b, t, self.g, self.r, self.h).transpose(0, 2, 3, 1, 4)
         k, v = (y.reshape(b, t, self.g, self.h).transpose(0, 2, 1, 3) for y in (k, v))
-        return (rotary(q, positions), rotary(k, positions), v) if self.turned else (q, k, v)
+        return (
+            (q, k, v)
+            if self.turn is None
+            else (self.turn(q, positions), self.turn(k, positions), v)
+        )
 
     def joined(self, y: Array) -> Array:
         """W_out of what the heads found, [B, G, R, T, h] -> [B, T, d]."""
         b, t = y.shape[0], y.shape[3]
         return self.out(y.transpose(0, 3, 1, 2, 4).reshape(b * t, -1)).reshape(b, t, -1)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, key: Key | None = None, rate: Any = 0.0) -> Array:
+        """`key` and `rate` are those of `attend`."""
         q, k, v = self.heads(x, jnp.arange(x.shape[1]))
+        if key is not None:  # the fused form cannot leave out weights
+            return self.joined(dense_attention(q, k, v, self.window, key, rate))
         # The fused form computes its softmax in float32, whatever comes in.
         fused = jax.default_backend() != "cpu" and q.dtype != jnp.float64
         return self.joined((fused_attention if fused else dense_attention)(q, k, v, self.window))
@@ -172,6 +200,15 @@ def gated(x: Array) -> Array:
     return jax.nn.silu(a) * b
 
 
+# "gelu" is GPT-2's approximation by tanh, "gelu_exact" x Φ(x) by the error function (Hendrycks
+# 2016), which is what PyTorch's GELU is unless told otherwise.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": jax.nn.gelu,
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+    "swiglu": gated,
+}
+
+
 class FeedForward(nnx.Module):
     """What the second half of a block adds to x: W_2 gelu(W_1 norm(x)), or W_2 (silu(W_1 y) ⊙ W_3
     y) of y = norm(x).
@@ -186,10 +223,11 @@ class FeedForward(nnx.Module):
         bias: bool,
         std_out: float,
         *,
+        epsilon: Any = EPSILON,
         rngs: nnx.Rngs,
     ) -> None:
-        self.activation = gated if activation == "swiglu" else jax.nn.gelu
-        self.norm = Norm(d, norm, bias, rngs=rngs)
+        self.activation = ACTIVATIONS[activation]
+        self.norm = Norm(d, norm, bias, epsilon, rngs=rngs)
         self.up = Dense(d, d_hidden * (2 if activation == "swiglu" else 1), bias, rngs=rngs)
         self.down = Dense(d_hidden, d, bias, std_out, rngs=rngs)
 
@@ -243,9 +281,17 @@ class Readout(nnx.Module):
     """
 
     def __init__(
-        self, d: int, n_outputs: int, tied: bool, norm: str, bias: bool, *, rngs: nnx.Rngs
+        self,
+        d: int,
+        n_outputs: int,
+        tied: bool,
+        norm: str,
+        bias: bool,
+        *,
+        epsilon: Any = EPSILON,
+        rngs: nnx.Rngs,
     ) -> None:
-        self.norm = Norm(d, norm, bias, rngs=rngs)
+        self.norm = Norm(d, norm, bias, epsilon, rngs=rngs)
         self.dense = None if tied else Dense(d, n_outputs, True, rngs=rngs)
 
     def __call__(self, h: Array, table: Array | None = None) -> Array:

@@ -105,3 +105,8 @@ def cell_of(cell: str | Cell, forget_bias: float | None = None) -> Cell:
         )
     bias = (forget_bias if i == cell.keeper else b for i, b in enumerate(cell.bias))
     return dataclasses.replace(cell, bias=tuple(bias))
+
+
+def gate_labels(pattern: str, cell: Cell) -> tuple[tuple[str, str], ...]:
+    """`Model.labels` of the matrices that a pattern finds, which hold those of all gates."""
+    return ((pattern, f"matrix:{','.join('1' * cell.n_gates)}"),)

@@ -84,6 +84,13 @@ BUILDS: dict[str, Callable[[DataSpec, DenoiserNet, bool], Callable[..., Any]]] =
 }
 
 
+def fused_labels(network: DenoiserNet) -> tuple[tuple[str, str], ...]:
+    """`Model.labels` of these nets: one matrix makes queries, keys and values. None of a network of
+    one's own.
+    """
+    return (("/qkv/kernel$", "matrix:1,1,1"),) if isinstance(network.net, str) else ()
+
+
 def denoiser(spec: DataSpec, network: DenoiserNet, guided: bool, dtype: str) -> Net:
     """(params, {}, x [n, *event], noise level [n], cond, dropped) -> y [n, *event]: the net that
     the settings name, or the one given there.

@@ -1,7 +1,8 @@
 """Networks of a user's own: a Flax module in the place of one that is here.
 
-A family calls its networks as functions of parameters and inputs alone. What keeps statistics of
-batches or draws random numbers in its call is refused, with what to do instead.
+Most families call their networks as functions of parameters and inputs alone. The players of a GAN
+are told whether they train, and may keep statistics of batches. What else keeps a state, or draws
+random numbers in its call, is refused, with what to do instead.
 """
 
 import contextlib
@@ -37,11 +38,14 @@ class Call(NamedTuple):
         inputs: name and shape of each input without the batch axis, bool where the name is
             "dropped"; in their order.
         output: the shape of the result without the batch axis.
+        trains: whether it is called with `train` True in losses and False elsewhere, if it takes
+            such an argument; then it may have a state, which moves where it is True.
     """
 
     what: str
     inputs: Sequence[tuple[str, tuple[int, ...]]]
     output: tuple[int, ...]
+    trains: bool = False
 
     def __str__(self) -> str:
         given = ", ".join(f"{name} {_shown(shape)}" for name, shape in self.inputs)
@@ -54,7 +58,7 @@ def _shown(shape: tuple[int, ...]) -> str:
 
 def own_net(network: Net | Network, call: Call, dtype: str = "float32") -> Net:
     """A `Net` of whatever a user gives, tried on inputs of the shapes that it will be called with.
-    A `Net` is taken as it is.
+    A `Net` is taken as it is, and must take `train` where the call has it.
 
     Args:
         network: see `Network`.
@@ -70,22 +74,71 @@ def own_net(network: Net | Network, call: Call, dtype: str = "float32") -> Net:
     name = getattr(network, "__name__", type(network).__name__)
     with _explained(name, call):
         net = _net_of(network, name, call, dtype)
+        told = call.trains and _takes_train(network)
         params, state = jax.eval_shape(net.init, jax.random.key(0))
-        if jax.tree.leaves(state):
-            raise ConfigError(
-                f"{name} keeps a state (statistics of batches?), and {call.what} has none. Take a "
-                "normalisation without, such as LayerNorm, GroupNorm or RMSNorm."
-            )
-        found = jax.eval_shape(lambda p: net.apply(p, state, *_inputs(call))[0], params)
+        if jax.tree.leaves(state) and not told:
+            raise ConfigError(_with_state(name, call))
+        found = _tried(net, name, call, told, params, state)
     shape = getattr(found, "shape", None)
     if shape != (EXAMPLES, *call.output):
         raise ConfigError(
             f"{name} must be {call}; it returns "
-            f"{type(found).__name__ if shape is None else ['n', *shape[1:]]}."
+            f"{type(found).__name__ if shape is None else _shown(tuple(shape[1:]))}."
         )
     if not jnp.issubdtype(found.dtype, jnp.floating):
         raise ConfigError(f"{name} must return real numbers; it returns {found.dtype}.")
-    return net
+    return net if told or not call.trains else _untold(net)
+
+
+def _with_state(name: str, call: Call) -> str:
+    without = "a normalisation without, such as LayerNorm, GroupNorm or RMSNorm."
+    keeps = f"{name} keeps a state (statistics of batches?)"
+    if not call.trains:
+        return f"{keeps}, and {call.what} has none. Take {without}"
+    return (
+        f"{keeps}, and does not know when to move it. Give its call an argument `train`, as in "
+        f"BatchNorm(..., use_running_average=not train); or take {without}"
+    )
+
+
+def _tried(net: Net, name: str, call: Call, told: bool, params: Params, state: State) -> Any:
+    """The shape of what a network returns."""
+    found = None
+    for how in ({"train": True}, {"train": False}) if told else ({},):
+        found, after = jax.eval_shape(
+            lambda p, s, how=how: net.apply(p, s, *_inputs(call), **how), params, state
+        )
+        if _shapes(after) != _shapes(state):
+            raise ConfigError(
+                f"{name} changed the structure of its state in a call (does it use `sow`?): return "
+                "the value instead."
+            )
+    return found
+
+
+def _shapes(tree: Any) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+
+def _takes_train(network: Any) -> bool:
+    """Whether a network's call has an argument `train`."""
+    from flax import linen, nnx
+
+    module: Any = network if inspect.isclass(network) else type(network)
+    if not issubclass(module, linen.Module | nnx.Module):
+        build: Any = functools.partial(network)
+        module = type(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
+    return "train" in inspect.signature(module.__call__).parameters
+
+
+def _untold(net: Net) -> Net:
+    """A network that is not told whether it trains."""
+
+    def apply(params: Params, state: State, *args: Any, train: bool) -> tuple[Any, State]:
+        return net.apply(params, state, *args)
+
+    return Net(net.init, apply)
 
 
 def _inputs(call: Call) -> list[jax.Array]:
@@ -117,15 +170,19 @@ def _net_of(network: Any, name: str, call: Call, dtype: str) -> Net:
 
 
 def _linen(module: Any, name: str, call: Call) -> Net:
-    """A `linen` module as two functions; it has parameters only."""
+    """A `linen` module as two functions; its state is what is no parameter."""
+    how = {"train": False} if call.trains and _takes_train(module) else {}
 
     def init(key: Key) -> tuple[Params, State]:
-        found = dict(module.init(key, *_inputs(call)))
+        found = dict(module.init(key, *_inputs(call), **how))
         params = found.pop("params", {})
         return params, found
 
     def apply(params: Params, state: State, *args: Any, **kwargs: Any) -> tuple[Any, State]:
-        return module.apply({"params": params}, *args, **kwargs), {}
+        variables = {"params": params, **state}
+        if state and kwargs.get("train"):
+            return module.apply(variables, *args, mutable=list(state), **kwargs)
+        return module.apply(variables, *args, **kwargs), state
 
     return Net(init, apply)
 
@@ -137,7 +194,8 @@ def _explained(name: str, call: Call) -> Iterator[None]:
         yield
     except Exception as error:
         reason = str(error).split("\n")[0]
-        if "random state" in reason or type(error).__name__ == "InvalidRngError":
+        drawn = "random state" in reason or "no `rngs` argument" in reason
+        if drawn or type(error).__name__ == "InvalidRngError":
             raise ConfigError(
                 f"{name} draws random numbers in its call (dropout?), and {call.what} is a "
                 "function of its parameters and inputs alone. Leave them out: Dropout(rate, "
@@ -153,8 +211,8 @@ def _explained(name: str, call: Call) -> Iterator[None]:
 def given_only(net: Net) -> Net:
     """A network of one's own, which is called without the inputs that are None."""
 
-    def apply(params: Params, state: State, *args: Any) -> tuple[Any, State]:
-        return net.apply(params, state, *(arg for arg in args if arg is not None))
+    def apply(params: Params, state: State, *args: Any, **how: Any) -> tuple[Any, State]:
+        return net.apply(params, state, *(arg for arg in args if arg is not None), **how)
 
     return Net(net.init, apply)
 
@@ -181,5 +239,25 @@ def separate(net: Net, width: int, conditional: bool) -> Net:
     def apply(params: Params, state: State, both: Any) -> tuple[Any, State]:
         given = (both[..., :width], both[..., width:]) if conditional else (both,)
         return net.apply(params, state, *given)
+
+    return Net(net.init, apply)
+
+
+def batch_statistics(net: Net) -> bool:
+    """Whether a network keeps means and variances of batches, which couple its examples."""
+    state = jax.eval_shape(net.init, jax.random.key(0))[1]
+    names = {
+        jax.tree_util.keystr(path[-1:], simple=True)
+        for path, _ in jax.tree_util.tree_leaves_with_path(state)
+    }
+    return {"mean", "var"} <= names
+
+
+def judging(net: Net) -> Net:
+    """A discriminator of one's own, which has a logit and no auxiliary task."""
+
+    def apply(params: Params, state: State, *args: Any, **how: Any) -> tuple[Any, State]:
+        logit, after = net.apply(params, state, *args, **how)
+        return (logit, None), after
 
     return Net(net.init, apply)

@@ -4,6 +4,7 @@ Arrays go in and come out in the units of the data, whatever the networks see.
 """
 
 import dataclasses
+import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -22,9 +23,10 @@ from genjax.learning.loop import Hook, Progress, choose_feed, fit
 from genjax.learning.step import eval_params, training
 from genjax.protocol import Batch, DataSpec, Model, Params, State, TrainState
 from genjax.runs import load as loading
-from genjax.runs import samples
+from genjax.runs import samples, shown
 from genjax.runs.evaluate import evaluate
 from genjax.runs.other_data import other_source
+from genjax.runs.own_model import checkpoints_of, weights_of
 from genjax.runs.train import train as train_in
 from genjax.runs.writers import Writer
 from genjax.zoo import ZOO
@@ -81,6 +83,7 @@ class Run:
     ) -> None:
         self.model, self.params, self.state, self.step = model, params, state, step
         self.folder, self._loaded, self._source = folder, loaded, source
+        self._figures: list[list[str]] = []  # that no folder has
 
     @property
     def recipe(self) -> Recipe | None:
@@ -96,10 +99,15 @@ class Run:
         """The data that it was trained on, compared with what they were then.
 
         Raises:
-            DataError: for data that are not there any more, or changed.
+            DataError: for data that are not there any more, or changed; or are not known, of a
+                model of one's own.
         """
         if self._source is None:
-            assert self._loaded is not None
+            if self._loaded is None:
+                raise DataError(
+                    "The data of a run of a model of one's own are not kept in its folder; use "
+                    "what it was trained on."
+                )
             self._source = loading.source_of(self._loaded)
         return self._source
 
@@ -111,7 +119,8 @@ class Run:
 
     def generate(self, n: int = 16, cond: Any = None, seed: int = 0, **how: Any) -> np.ndarray:
         """n samples made as `how` says, the settings of `runs.samples.Decoding`: prompt,
-        temperature, top_k, top_p, min_p, guidance, beams, length, solver, n_steps, grid.
+        temperature, top_k, top_p, min_p, guidance, beams, length, solver, n_steps, grid. A prompt
+        is a text or, of tokens that are no text, ids: [12, 7, 3].
 
         Raises:
             ConfigError: for settings that do not exist or do not fit the model.
@@ -123,7 +132,21 @@ class Run:
                     f"This model of {self.spec.name} has no setting {name!r} of how samples are "
                     f"made; it has: {', '.join(fits) or 'none'}."
                 )
+        if "prompt" in how:
+            how["prompt"] = self._prompt(how["prompt"])
         return self._drawn(n, cond, seed, samples.Decoding(**how))
+
+    def _prompt(self, prompt: Any) -> str | None:
+        """Ids as the command line has them."""
+        if prompt is None or isinstance(prompt, str):
+            return prompt
+        ids = np.asarray(prompt)
+        if self.spec.text or ids.ndim != 1 or ids.dtype.kind not in "iu":
+            wanted = "a text" if self.spec.text else "token ids [m], such as [1, 0, 1]"
+            raise ConfigError(
+                f"A prompt for this model of {self.spec.name} must be {wanted}; got {prompt!r:.80}."
+            )
+        return ",".join(map(str, ids.tolist()))
 
     def _drawn(self, n: int, cond: Any, seed: int, how: samples.Decoding) -> np.ndarray:
         found = condition_of(self.spec, cond, n)
@@ -221,7 +244,9 @@ class Run:
             raise ConfigError("Only runs of recipes are evaluated; use log_prob or bound.")
         source = self.source if data is None else self._other(data)
         usual = "test" if data is None else "all"
-        return evaluate(self._loaded, split or usual, source=source, **how)
+        report = evaluate(self._loaded, split or usual, source=source, **how)
+        self._figures += shown.figures_of(report)
+        return report
 
     def _other(self, data: Any) -> Source:
         assert self._loaded is not None
@@ -234,6 +259,11 @@ class Run:
         where = "" if self.folder is None else f", {self.folder}"
         return f"<genjax run: {name} on {self.spec.name}, step {self.step}{where}>"
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        how = (self.params, self.step, self._loaded, self.folder, self._figures)
+        return shown.page_of(self.spec, *how)
+
 
 def source_in(data: Any, spec: DataSpec | None = None) -> Source:
     """The source of a path, a name, or of data in memory; with a spec, of values of its kind."""
@@ -243,19 +273,23 @@ def source_in(data: Any, spec: DataSpec | None = None) -> Source:
         return open_source(str(data))
     if spec is None:
         return from_arrays(data)
-    taken = {"kind": spec.kind, "levels": spec.levels} if spec.kind != "tokens" else {}
+    taken: dict[str, Any] = {"kind": spec.kind, "levels": spec.levels, "step": spec.step}
+    if spec.kind == "tokens":
+        taken |= {"vocabulary": spec.vocabulary, "end": spec.end}
     return from_arrays(data, standardize="none", **taken)
 
 
-def load(folder: str | Path, which: str = "newest") -> Run:
+def load(folder: str | Path, which: str = "newest", model: Model | None = None) -> Run:
     """A run folder as an object.
 
     Args:
         which: of its checkpoints the "newest", or the "best" by the figure on the validation split.
+        model: what was trained, if it was a model of one's own (such as with an own network), which
+            no folder can rebuild; its parameters are matched by name. Such a run has no `source`.
 
     Raises:
-        ConfigError: if the folder is no run, or is a sweep.
-        CheckpointError: if it has no checkpoint, or none that is whole.
+        ConfigError: if the folder is no run, or is a sweep, or needs the model.
+        CheckpointError: if it has no checkpoint, none that is whole, or one of another model.
 
     Example:
         >>> import tempfile
@@ -266,6 +300,9 @@ def load(folder: str | Path, which: str = "newest") -> Run:
         >>> genjax.load(folder).sample(5).shape
         (5, 3)
     """
+    if model is not None:
+        found = weights_of(Path(folder), model, which)
+        return Run(model, *found, folder=Path(folder))
     loaded = loading.load(Path(folder), which)
     return Run(loaded.model, loaded.params, loaded.state, loaded.step, loaded, folder=Path(folder))
 
@@ -328,6 +365,7 @@ def train(
         return _train_model(what, data, out, progress, **settings)
     recipe, source = _recipe_of(what, data)
     recipe = replace(recipe, **settings)
+    _check_kept(recipe)
     if out is not None:
         train_in(recipe, Path(out), progress, say, mesh, source, begin, log_to)
         return _with_source(load(out), source)
@@ -335,8 +373,22 @@ def train(
         folder = Path(place) / recipe.name
         train_in(recipe, folder, progress, say, mesh, source, begin, log_to)
         found = _with_source(load(folder), source)
+        found._figures = shown.figures_in(folder)  # of a folder that is gone in a moment
     found.folder = None
     return found
+
+
+def _check_kept(recipe: Recipe) -> None:
+    """Refuse settings that only Python has, such as a network: a run folder could not keep them."""
+    for name, value in {**recipe.data_options, **recipe.model}.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"{name}: a {type(value).__name__} cannot be written into a run folder. "
+                f"Build the model, genjax.{recipe.family.__name__}(source.spec, ...), and train "
+                "that: genjax.train(model, source)."
+            ) from None
 
 
 def _with_source(run: Run, source: Source | None) -> Run:
@@ -386,7 +438,7 @@ def _train_model(
         steps_per_call=steps_per_call,
         log=log,
         hooks=hooks,
-        checkpoints=None if out is None else Checkpoints(out),
+        checkpoints=None if out is None else checkpoints_of(Path(out), model),
         progress=progress,
     )
     folder = None if out is None else Path(out)

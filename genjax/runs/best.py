@@ -20,6 +20,7 @@ from genjax.runs.identity import check_note
 from genjax.zoo.recipe import Schedule
 
 FOLDER = "best"
+WHICH = ("newest", FOLDER)  # of a run's checkpoints
 
 
 class Best:

@@ -49,10 +49,15 @@ def read(folders: Sequence[Path]) -> list[Compared]:
     while len({path.parts[-depth:] for path in real}) < len(real):
         depth += 1
     names = ["/".join(path.parts[-depth:]) for path in real]
-    return [_read(folder, name) for folder, name in zip(folders, names, strict=True)]
+    return [one(folder, name) for folder, name in zip(folders, names, strict=True)]
 
 
-def _read(folder: Path, name: str) -> Compared:
+def one(folder: Path, name: str) -> Compared:
+    """What there is to compare of a run.
+
+    Raises:
+        ConfigError: for a folder that is no run, or a file in it that is damaged.
+    """
     settings = flatten(completed(read_config(folder)))
     paths = sorted(folder.glob("report*.json"))
     log, lines = folder / "metrics.jsonl", []
@@ -85,13 +90,14 @@ def figures(runs: Sequence[Compared]) -> list[list[str]]:
     rows = []
     for run in runs:
         for name, report in run.reports.items():
-            rows += _figures_of(run.name, name, report)
+            rows += figures_of(run.name, name, report)
         if not run.reports:
             rows += _logged(run)
     return rows
 
 
-def _figures_of(run: str, name: str, report: Mapping[str, Any]) -> list[list[str]]:
+def figures_of(run: str, name: str, report: Mapping[str, Any]) -> list[list[str]]:
+    """The rows of one report, which is called `name`."""
     where = [_text(report.get(key, MISSING)) for key in ("data", "split", "n")]
     step = [f"{_text(report.get('step', MISSING))} ({report.get('which', 'newest')})", name]
     rows = []

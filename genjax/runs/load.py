@@ -19,7 +19,7 @@ from genjax.learning.memory import explained, fetched
 from genjax.learning.step import eval_params
 from genjax.protocol import Key, Model, Params, State
 from genjax.runs import samples
-from genjax.runs.best import best_of
+from genjax.runs.best import WHICH, best_of
 from genjax.runs.folder import check_spec, read_config, read_spec
 from genjax.runs.identity import (
     check_files,
@@ -28,11 +28,10 @@ from genjax.runs.identity import (
     files_of,
     read_files,
 )
+from genjax.runs.own_model import is_own
 from genjax.runs.stages import kept
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import Recipe, from_dict
-
-WHICH = ("newest", "best")
 
 
 class Loaded(NamedTuple):
@@ -75,6 +74,11 @@ def load(folder: Path, which: str = "newest", **changes: Any) -> Loaded:
     """
     if which not in WHICH:
         raise unknown_name("checkpoint", which, WHICH)
+    if is_own(folder):
+        raise ConfigError(
+            f"{folder} has the states of a model of one's own, which a folder cannot rebuild. In "
+            f"Python genjax.load({str(folder)!r}, model=...) takes the model that was trained."
+        )
     values = read_config(folder)
     if "sweep" in values:
         raise ConfigError(

@@ -4,6 +4,7 @@ is asked for them.
 
 import csv
 import dataclasses
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ MIDI_FILES = 8  # at most so many of the samples are written as music
 
 # Which fields of `Decoding` are for what; `guidance` and `prompt` are for some models of each kind.
 RULES = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
+_IDS = re.compile(r"\s*\d{1,10}\s*(,\s*\d{1,10}\s*)*", re.ASCII)
 SOLVING = ("solver", "n_steps", "grid")
 
 # How many samples a picture shows while a run trains; 100 of images and vectors with classes.
@@ -43,7 +45,8 @@ class Decoding:
     step.
 
     Attributes:
-        prompt: the text that every sample begins with.
+        prompt: the text that every sample begins with; token ids, 12,7,3, where the tokens are no
+            text.
         temperature: divides the logits; 0 always takes the most probable token.
         top_k: keep the k most probable tokens.
         top_p: keep the smallest set of tokens with at least this probability.
@@ -96,7 +99,7 @@ def fields_for(model: Model) -> tuple[str, ...]:
         fits |= {*SOLVING, *["guidance"] * model.denoiser.guided}
     elif model.autoregressive is not None:
         fits |= {"length", *["guidance"] * model.autoregressive.guided}
-        if view_of(model.spec) == "text":
+        if view_of(model.spec) == "text" or _of_ids(model.spec):
             fits.add("prompt")
         # Without `begin`, steps have latent variables, and there are no logits to apply rules to.
         if model.spec.kind == "tokens" and model.autoregressive.begin is not None:
@@ -220,9 +223,9 @@ def _check_steps(model: Model, how: Decoding) -> None:
             f"{_flags(of_logits)}: this model of {spec.name} has latent variables and takes no "
             "rules, no beams and no guidance."
         )
-    if how.prompt is not None and view_of(spec) != "text":
+    if how.prompt is not None and view_of(spec) != "text" and not _of_ids(spec):
         raise ConfigError(
-            f"--prompt takes text, which {spec.name} is not. In Python, "
+            f"--prompt takes text or token ids, and {spec.name} has neither. In Python, "
             "`model.autoregressive.generate` takes any prompt."
         )
 
@@ -243,7 +246,7 @@ def _stepwise(
     if how.guidance is not None:
         options["guidance"] = how.guidance
     generate = partial(record.generate, n=n, **options)
-    given = None if how.prompt is None else encode_by(spec, how.prompt, "the prompt")
+    given = None if how.prompt is None else _prompt(spec, how.prompt)
     length = how.length or spec.shape[0]
     if record.context is not None and length > record.context and _endless_text(spec):
         text = np.zeros((n, 0), np.int32) if given is None else np.tile(given[None], (n, 1))
@@ -260,6 +263,30 @@ def _stepwise(
         )
     prompt, counts = _padded_prompt(np.tile(given[None], (n, 1)), length)
     return fetched(program(params, state, key, cond=cond, prompt=prompt, prompt_length=counts))
+
+
+def _of_ids(spec: DataSpec) -> bool:
+    """Whether data are sequences of token ids that nothing makes text of."""
+    return (
+        spec.kind == "tokens" and spec.step is not None and len(spec.shape) == 1 and not spec.text
+    )
+
+
+def _prompt(spec: DataSpec, prompt: str) -> np.ndarray:
+    """The tokens of a prompt, int32 [m].
+
+    Raises:
+        ConfigError, DataError: for what is no text, or are no ids, of these data.
+    """
+    if not _of_ids(spec):
+        return encode_by(spec, prompt, "the prompt")
+    found = [int(one) for one in prompt.split(",")] if _IDS.fullmatch(prompt) else []
+    if not found or max(found) > (spec.top or 0):
+        raise ConfigError(
+            f"--prompt: the {spec.step}s of {spec.name} are no text: give ids from 0 to {spec.top} "
+            f"between commas, such as 1,0,1; got {prompt!r:.80}."
+        )
+    return np.asarray(found, np.int32)
 
 
 def _padded_prompt(text: np.ndarray, length: int) -> tuple[Array, Array]:

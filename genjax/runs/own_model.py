@@ -1,0 +1,119 @@
+"""Runs of a model of one's own: a folder of checkpoints, which the model itself must be given to
+load.
+
+A checkpoint keeps what the data looked like, and the optimiser's state in whatever structure it
+has: parameters and state are matched by name with the model's `init`, and an average of the weights
+is found by what it is called.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from genjax.checks import by_name
+from genjax.errors import CheckpointError, ConfigError, unknown_name
+from genjax.learning.checkpoint import Checkpoints
+from genjax.learning.optim import TrackEmaState, averaged
+from genjax.protocol import DataSpec, Model, Params, PyTree, State, TrainState
+from genjax.runs.best import FOLDER, WHICH
+from genjax.runs.folder import is_there
+from genjax.runs.identity import differences, plain
+
+
+class Weights(NamedTuple):
+    """What a checkpoint has of a model: averaged parameters where an average was kept."""
+
+    params: Params
+    state: State
+    step: int
+
+
+def checkpoints_of(folder: Path, model: Model) -> Checkpoints:
+    """Where the training of a model keeps its states; what is there must be of data like its own.
+
+    Raises:
+        CheckpointError: from the reading, for states of other data.
+    """
+
+    def check(note: dict[str, Any]) -> None:
+        if note.get("spec") is None:
+            return
+        lines = differences(plain(DataSpec(**note["spec"])), plain(model.spec))
+        if lines:
+            raise CheckpointError(
+                f"{folder} was trained on other data than this model is of:\n  "
+                + "\n  ".join(lines)
+                + "\nGive the model of those data, or another folder."
+            )
+
+    return Checkpoints(folder, about={"spec": plain(model.spec)}, check=check)
+
+
+def is_own(folder: Path) -> bool:
+    """Whether a folder has states of a model that no settings beside them describe."""
+    return not is_there(folder / "config.json") and bool(Checkpoints(folder).steps())
+
+
+def weights_of(folder: Path, model: Model, which: str = "newest") -> Weights:
+    """The parameters that a model of one's own, or of a recipe, has in a folder.
+
+    Args:
+        which: "newest", or of a recipe's run "best".
+
+    Raises:
+        CheckpointError: if there is no checkpoint, or it is of another model.
+        ConfigError: for the best state of a run that keeps none.
+    """
+    if which not in WHICH:
+        raise unknown_name("checkpoint", which, WHICH)
+    place = folder
+    if is_there(folder / "config.json"):
+        place = folder / (FOLDER if which == "best" else "checkpoints")
+    elif which == "best":
+        raise ConfigError(
+            f"{folder} is a run of a model of one's own, of which the newest state is kept and no "
+            "best one. Leave which out."
+        )
+    checkpoints = checkpoints_of(place, model)
+    opt = checkpoints.saved("opt")
+    if opt is None:
+        raise CheckpointError(f"There is no checkpoint in {place}.")
+    restored = checkpoints.restore(_like(model, opt))
+    assert restored is not None
+    ts = restored.state
+    params = {
+        player: averaged(_typed(ts.opt.get(player, ()), own), own)
+        for player, own in ts.params.items()
+    }
+    return Weights(params, ts.state, int(ts.step))
+
+
+def _like(model: Model, opt: PyTree) -> TrainState:
+    """The shapes of a state of a model with such an optimiser's state."""
+
+    def start(key: jax.Array) -> TrainState:
+        params, state = model.init(key)
+        return TrainState(jax.numpy.zeros((), jax.numpy.int32), key, params, state, {})
+
+    return jax.eval_shape(start, jax.random.key(0))._replace(opt=opt)
+
+
+def _typed(node: Any, params: PyTree) -> Any:
+    """An optimiser's state, read as dicts and lists, with the parts that hold averages as the types
+    that they are.
+    """
+    from optax import contrib
+
+    if isinstance(node, Mapping):
+        names = set(node)
+        if names == set(TrackEmaState._fields):
+            return TrackEmaState(node["count"], by_name(node["ema"], params, "The average"))
+        if names == set(contrib.ScheduleFreeState._fields):
+            fields = dict(node) | {"z": by_name(node["z"], params, "The average")}
+            return contrib.ScheduleFreeState(**fields)
+        return {name: _typed(one, params) for name, one in node.items()}
+    if isinstance(node, list | tuple):
+        return [_typed(one, params) for one in node]
+    return node

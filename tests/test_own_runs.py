@@ -1,0 +1,144 @@
+"""Runs of models of one's own: kept in a folder, loaded with the model, told when it is missing."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import linen
+
+import genjax
+import genjax.cli
+from genjax import ZOO, DataSpec
+from genjax.errors import CheckpointError, ConfigError, DataError
+from genjax.learning.optim import track_ema
+
+X = np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32)
+POINTS = DataSpec((3,), "continuous")
+
+
+class Net(linen.Module):
+    width: int = 4
+
+    @linen.compact
+    def __call__(self, x, noise_level):
+        h = jax.numpy.concatenate([x, noise_level[:, None]], axis=1)
+        return linen.Dense(3)(jax.numpy.tanh(linen.Dense(self.width)(h)))
+
+
+def model_of(width=4, spec=POINTS):
+    return genjax.flow_matching(spec, net=Net(width), n_steps=2)
+
+
+def trained(folder, optimizer=None):
+    return genjax.train(
+        model_of(), X, steps=4, steps_per_call=2, batch_size=8, out=folder, optimizer=optimizer
+    )
+
+
+def same(a, b):
+    return jax.tree.all(jax.tree.map(np.array_equal, a, b))
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        None,
+        optax.chain(optax.adam(0.1), track_ema(0.9)),
+        optax.contrib.schedule_free_adamw(0.1),
+        {"flow": optax.chain(optax.sgd(0.1), optax.chain(track_ema(0.5)))},
+    ],
+    ids=["adam", "average", "schedule-free", "nested"],
+)
+def test_a_run_of_an_own_network_is_loaded_with_the_model(tmp_path, optimizer):
+    """With the weights that the run samples with, whatever optimiser made them."""
+    model = model_of()
+    if isinstance(optimizer, dict):
+        optimizer = dict(zip(model.losses, optimizer.values(), strict=True))
+    run = trained(tmp_path / "run", optimizer)
+    found = genjax.load(tmp_path / "run", model=model)
+    assert found.step == 4
+    assert same(found.params, run.params)
+    np.testing.assert_array_equal(found.sample(3, seed=2), run.sample(3, seed=2))
+    if optimizer is not None:  # the average is not the weights
+        newest = genjax.restore(tmp_path / "run", _like(model, optimizer))
+        assert not same(newest.params, found.params)
+    with pytest.raises(DataError, match="are not kept in its folder"):
+        _ = found.source
+
+
+def _like(model, optimizer):
+    return jax.eval_shape(genjax.training(model, optimizer).init, jax.random.key(0))
+
+
+def test_what_cannot_be_loaded_is_told(tmp_path, capsys):
+    folder = tmp_path / "run"
+    trained(folder)
+    with pytest.raises(ConfigError, match=r"genjax\.load\('.*run', model=\.\.\.\)"):
+        genjax.load(folder)
+    with pytest.raises(SystemExit):
+        genjax.cli.main(["sample", str(folder)])
+    assert "a folder cannot rebuild" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(
+        CheckpointError, match=r"not of this model:(?s:.*)Dense_1/bias.*\[4\].*\[5\]"
+    ):
+        genjax.load(folder, model=model_of(5))
+    other = DataSpec((3,), "continuous", scale=(2.0,), shift=(0.0,))
+    for act in (
+        lambda: genjax.load(folder, model=model_of(spec=other)),
+        lambda: genjax.train(model_of(spec=other), X, steps=6, batch_size=8, out=folder),
+    ):
+        with pytest.raises(CheckpointError, match=r"data than this model is of:\n(?s:.*)scale"):
+            act()
+    with pytest.raises(CheckpointError, match="There is no checkpoint in"):
+        genjax.load(tmp_path / "none", model=model_of())
+    with pytest.raises(ConfigError, match="no best one"):
+        genjax.load(folder, "best", model=model_of())
+    with pytest.raises(ConfigError, match="called 'worst'"):
+        genjax.load(folder, "worst", model=model_of())
+
+
+def test_a_recipes_run_is_loaded_with_a_model_as_well(tmp_path):
+    small = {"steps": 4, "batch_size": 8, "hidden": (4,), "latent_dim": 2, "evaluate_every": 2}
+    run = genjax.train("vae", X, out=tmp_path / "run", say=str, sample_every=0, **small)
+    for which in ("newest", "best"):
+        wanted = genjax.load(tmp_path / "run", which)
+        found = genjax.load(tmp_path / "run", which, model=run.model)
+        assert found.step == wanted.step
+        assert same(found.params, wanted.params)
+
+
+def test_a_network_in_a_recipe_is_refused_with_what_to_do():
+    recipe = ZOO["diffusion-2d"]
+    with pytest.raises(
+        ConfigError, match=r"net: a Net .*genjax\.diffusion\(source\.spec, \.\.\.\)"
+    ):
+        genjax.train(recipe, X, steps=4, net=Net())
+
+
+def test_ids_are_modelled_scored_and_go_on_from_ids():
+    ids = np.random.default_rng(0).integers(0, 5, (60, 6))
+    source = genjax.from_arrays(ids, kind="tokens")
+    model = genjax.rnn(source.spec, d_embed=2, d_hidden=2)
+    run = genjax.train(model, ids, steps=2, steps_per_call=2, batch_size=8)  # as the model's kind
+    assert run.log_prob(ids[:4]).nats.shape == (4,)
+    x = run.generate(3, prompt=[4, 0, 2])
+    np.testing.assert_array_equal(x[:, :3], [[4, 0, 2]] * 3)
+    np.testing.assert_array_equal(run.generate(3, prompt="4,0,2"), x)
+    for bad in ([[1]], [1.5], 3):
+        with pytest.raises(ConfigError, match=r"must be token ids \[m\]"):
+            run.generate(3, prompt=bad)
+    text = genjax.from_arrays(ids, kind="tokens", vocabulary="abcde")
+    run = genjax.train(
+        genjax.rnn(text.spec, d_embed=2, d_hidden=2), text, steps=2, steps_per_call=2, batch_size=8
+    )
+    assert all(one.startswith("ea") for one in run.texts(run.generate(3, prompt="ea")))
+    with pytest.raises(ConfigError, match="must be a text"):
+        run.generate(3, prompt=[1, 2])
+
+
+def test_sequences_of_vectors_are_taken_as_the_models():
+    spec = DataSpec((5, 3), "continuous", step="frame")
+    model = genjax.rnn(spec, d_embed=2, d_hidden=2)
+    x = np.random.default_rng(0).normal(size=(60, 5, 3))
+    run = genjax.train(model, x, steps=2, steps_per_call=2, batch_size=8)
+    assert run.sample(2).shape == (2, 5, 3)
