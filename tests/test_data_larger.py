@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+from benchmarks import larger
 from genjax.data import batch_indices, open_source, rows
 from genjax.data.memory import from_arrays
 from genjax.data.own import contents_of
@@ -318,3 +319,14 @@ def test_the_peak_of_memory_is_far_below_the_file(tmp_path) -> None:
     assert resource.getpagesize()  # ru_maxrss is in KiB on Linux
     assert grown(2**20) < 0.6
     assert grown(2**40) > 1.5  # which the whole of it takes
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_data_larger_than_memory_runs() -> None:
+    found = larger.measure(size=3072 * 500, steps=100, step_ms=0.1, n_pictures=20, n_rows=50)
+    assert found["training"]["place"] == "device"  # as small as it is here
+    assert found["training"]["peak"]["RssAnon"] > 0
+    assert found["training"]["share"] == 0
+    assert found["pictures"]["n"] == 20
+    assert found["table"]["seconds"] > 0
+    assert found["import_seconds"] > 0
