@@ -38,6 +38,7 @@ class Args:
             "widths",
             "pages",
             "buckets",
+            "larger",
             "attack",
             "accelerator",
             "results",
@@ -55,7 +56,8 @@ class Args:
     tests/test_programs.py, for this version of jax), `memory` what they need, `sampling` samplers
     by batch, `startup` from the command to the first step, `ensemble` many small models at once,
     `convolution` gradients beside flax's convolutions, `widths` a Transformer's share of the peak,
-    `pages` a step with huge pages of memory, `buckets` sequences in buckets of lengths, `attack`
+    `pages` a step with huge pages of memory, `buckets` sequences in buckets of lengths, `larger`
+    8 GiB of images in 2 GiB of memory, and how fast data open, `attack`
     what kills, damage and random arguments do (`names`: kills, checkpoints, files, folders,
     arguments), `accelerator` what the card here does (`names`: right, scale, attention, torch,
     bitwise, members). `all` leaves these out.
@@ -115,7 +117,7 @@ def main() -> None:
         from benchmarks import denoising
 
         denoising.main(args.keep)
-    if args.part in ("programs", "memory", "startup"):
+    if args.part in ("programs", "memory", "startup", "larger"):
         importlib.import_module(f"benchmarks.{args.part}").main()
     if args.part in ("sampling", "ensemble", "convolution", "widths", "pages", "buckets"):
         importlib.import_module(f"benchmarks.{args.part}").main(

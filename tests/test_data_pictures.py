@@ -1,5 +1,6 @@
 """Folders and archives of pictures, and CIFAR's files, in their true formats; what is refused."""
 
+import errno
 import io
 import sys
 import tarfile
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from genjax.data import open_source
+from genjax.data import kept, open_source, rows
 from genjax.data.image_files import image_files
 from genjax.errors import DataError
 
@@ -149,7 +150,7 @@ def test_a_bad_file_is_named_and_may_be_left_out(tmp_path):
 def test_the_second_time_nothing_is_decoded(tmp_path, monkeypatch):
     where = folder_of(tmp_path / "photos")
     first = open_source(where).load()
-    monkeypatch.setattr(MODULE, "_decode", None)
+    monkeypatch.setattr(MODULE, "_picture", None)
     for a, b in zip(first, open_source(where).load(), strict=True):
         np.testing.assert_array_equal(a.x, b.x)
     monkeypatch.undo()
@@ -162,12 +163,79 @@ def test_the_second_time_nothing_is_decoded(tmp_path, monkeypatch):
 def test_a_cache_that_is_damaged_or_not_writable_costs_nothing(tmp_path, monkeypatch):
     where = folder_of(tmp_path / "photos")
     open_source(where)
-    for file in (tmp_path / "cache").rglob("*.npz"):
-        file.write_bytes(b"junk")
-    assert open_source(where).spec.shape == (6, 6, 3)
+    wanted = open_source(where).contents
+    (kept,) = (tmp_path / "cache").rglob("*.npy")
+    whole = kept.read_bytes()
+    for damaged in (b"junk", whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
+        kept.write_bytes(damaged)
+        assert open_source(where).contents == wanted
+        assert kept.read_bytes() == whole
+    kept.with_suffix(".json").write_text("{}")
+    assert open_source(where).contents == wanted
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert open_source(where).spec.shape == (6, 6, 3)
+    source = open_source(where)
+    assert source.contents == wanted
+    assert "not kept for the next time" in " ".join(source.notes)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("splits", [False, True])
+def test_more_pictures_than_memory_holds_are_the_same(tmp_path, monkeypatch, mixed, splits):
+    for name in ("train", "test") if splits else ("all",):
+        folder_of(tmp_path / "photos" / name)
+    if mixed:
+        picture(channels=1).save(next((tmp_path / "photos").rglob("3.png")))
+    where = str(tmp_path / "photos")
+    wanted = open_source(where, conditional=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    monkeypatch.setattr(rows, "LIMIT", 500)
+    for _ in range(2):  # decoded, and kept
+        source = open_source(where, conditional=True)
+        assert source.contents == wanted.contents
+        assert source.spec == wanted.spec
+        for a, b in zip(source.load(), wanted.load(), strict=True):
+            assert isinstance(a.x, rows.Rows)
+            np.testing.assert_array_equal(a.x, b.x)
+            np.testing.assert_array_equal(a.cond, b.cond)
+    assert not list((tmp_path / "other").rglob("*.part"))
+    assert not list((tmp_path / "other").rglob("*.colour"))
+
+
+def test_more_pictures_than_memory_holds_need_the_cache_folder(tmp_path, monkeypatch):
+    where = folder_of(tmp_path / "photos")
+    monkeypatch.setattr(rows, "LIMIT", 500)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(DataError, match=r"cannot be kept in .*XDG_CACHE_HOME=FOLDER genjax"):
+        open_source(where)
+
+
+def test_a_disk_that_is_full_leaves_nothing_behind(tmp_path, monkeypatch):
+    where = folder_of(tmp_path / "photos")
+    monkeypatch.setattr(rows, "LIMIT", 500)
+
+    def full(file, shape):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(kept, "_header", full)
+    with pytest.raises(DataError, match=r"No space left on device.*Make room there"):
+        open_source(where)
+    assert not [one for one in (tmp_path / "cache").rglob("*") if one.is_file()]
+
+
+def test_a_bad_picture_among_more_than_memory_holds_is_named(tmp_path, monkeypatch):
+    where = folder_of(tmp_path / "photos")
+    monkeypatch.setattr(rows, "LIMIT", 500)
+    (tmp_path / "photos" / "cat" / "5.png").write_bytes(b"junk")
+    with pytest.raises(DataError, match=r"cat/5\.png cannot be read.*--skip-bad"):
+        open_source(where)
+    source = open_source(where, skip_bad=True)
+    assert sum(len(batch.x) for batch in source.load()) == 11
+    assert "left out 1 files" in " ".join(source.notes)
+    picture(9, 12).save(tmp_path / "photos" / "cat" / "5.png")
+    with pytest.raises(DataError, match="2 different sizes"):
+        open_source(where)
 
 
 def test_classes_need_folders(tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 
 from genjax.data.kinds import Channels, with_channels
 from genjax.data.own import Reading, own_source
+from genjax.data.rows import Rows, in_npy
 from genjax.data.series import STEP, as_sequences, windows_of
 from genjax.data.source import Source, Splits
 from genjax.data.streams import by_position
@@ -75,7 +76,8 @@ def arrays(
                 "--context cuts one long series without labels into windows; leave it out for "
                 "examples with splits or labels."
             )
-        read, step = windows_of(read["all"].x, context, where), step or STEP
+        series = np.asarray(read["all"].x)
+        read, step = windows_of(series, context, where), step or STEP
     as_sequences(read, step, where)
     if step is None:
         xs = with_channels([batch.x for batch in read.values()], channels, where)
@@ -130,9 +132,11 @@ def _read(
             file.seek(0)
             if tokens and start[:2] != b"PK":  # ids stay on the disk
                 loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+            elif start[:2] != b"PK":  # what is large does, too
+                loaded = in_npy(path)
             else:
                 loaded = np.load(file, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
+            if isinstance(loaded, np.ndarray | Rows):
                 get = {"x": loaded}.__getitem__
                 return _select(["x"], get, conditional, "x", label, path, tokens)
             with loaded:
@@ -219,7 +223,7 @@ def _examples(get: Any, x_key: str, y_key: str | None, path: str, tokens: bool) 
     """x and its labels, held to each other."""
     x, cond = get(x_key), None if y_key is None else get(y_key)
     for name, array, kinds in ((x_key, x, "biuf"), (y_key, cond, "biufUS")):
-        wrong = not isinstance(array, np.ndarray) or array.dtype.kind not in kinds
+        wrong = not isinstance(array, np.ndarray | Rows) or array.dtype.kind not in kinds
         if array is not None and wrong:
             wanted = "numbers" if kinds == "biuf" else "numbers or strings"
             raise DataError(

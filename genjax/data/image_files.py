@@ -6,6 +6,7 @@ settings decide, so that the next time costs no decoding.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -19,9 +20,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from genjax.data import kept
 from genjax.data.own import Reading, contents_of, own_source
+from genjax.data.rows import rows_at
 from genjax.data.source import Source
-from genjax.errors import DataError, GenjaxError, regular_file, replacing
+from genjax.errors import DataError, regular_file
 from genjax.protocol import Batch
 from genjax.settings import Count, builder
 
@@ -37,6 +40,7 @@ _SPLITS = {
     "testing": "test",
 }
 _LARGEST = 1 << 28  # bytes of one packed picture, and pixels of one that is unpacked
+_AT_ONCE = 64  # pictures that are decoded before the next are read
 _CIFAR = {3073: 1, 3074: 2}  # bytes of an example -> of its labels, the last of which is taken
 
 Mode = Literal["auto", "grey", "rgb", "rgba"]
@@ -92,9 +96,8 @@ def image_files(
         if not members:
             return _cifar(where, conditional, reading)
         settings = {"size": size, "fit": fit, "mode": mode, "skip_bad": skip_bad}
-        names, x, bad = _decoded(members, settings, where)
+        names, x, notes = _decoded(members, settings, where)
     read = _by_split(names, x, conditional, where)
-    notes = [f"left out {bad} files that cannot be read"] if bad else []
     return _source(read, reading, where, notes)
 
 
@@ -141,11 +144,12 @@ def _in_folder(where: str, endings: Sequence[str]) -> list[Member]:
     found = []
     for folder, inner, files in os.walk(where, followlinks=False):
         inner.sort()
-        for name in sorted(files):
-            path = os.path.join(folder, name)
+        below = os.path.relpath(folder, where).replace(os.sep, "/")
+        prefix = "" if below == "." else f"{below}/"
+        for name in files:
             if name.lower().endswith(tuple(endings)) and not name.startswith("."):
-                relative = os.path.relpath(path, where).replace(os.sep, "/")
-                found.append(Member(relative, _reader(path), _stamp(path)))
+                path = os.path.join(folder, name)
+                found.append(Member(prefix + name, _reader(path), _stamp(path)))
     return sorted(found, key=lambda member: member.name)
 
 
@@ -202,49 +206,57 @@ def _locked(read: Callable[[Any], bytes], info: Any) -> Callable[[], bytes]:
 
 def _decoded(
     members: list[Member], settings: dict[str, Any], where: str
-) -> tuple[list[str], np.ndarray, int]:
-    """Names, pictures [N, H, W, C] uint8, and how many were left out; from the cache if they are
+) -> tuple[list[str], Any, list[str]]:
+    """Names, pictures [N, H, W, C] uint8, see `kept.keep`, and notes; from the cache if they are
     there.
     """
     stamps = [[member.name, *member.stamp] for member in members]
-    text = json.dumps([os.path.abspath(where), settings, stamps, 1])
-    cached = _cache_folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npz"
-    # What is damaged or not there is decoded again; where nothing can be written, nothing is kept.
-    with contextlib.suppress(Exception), np.load(cached, allow_pickle=False) as file:
-        return file["names"].tolist(), file["x"], int(file["bad"])
-    names, x, bad = _decode(members, settings, where)
-    with contextlib.suppress(GenjaxError), replacing(cached) as part, part.open("wb") as file:
-        np.savez(file, names=np.asarray(names), x=x, bad=bad)
-    return names, x, bad
+    text = json.dumps([os.path.abspath(where), settings, stamps, 2])
+    path = kept.folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npy"
+    names, bad, note = [], [], None
+    found = kept.read(path)
+    if found is not None:
+        x, about = found
+        names, bad = about["names"], about["bad"]
+    else:
+        pictures = _pictures(members, settings, where, names, bad)
+        check = functools.partial(_check_shapes, where=where)
+        x, note = kept.keep(path, pictures, lambda: {"names": names, "bad": bad}, check, where)
+    notes = [f"left out {len(bad)} files that cannot be read"] if bad else []
+    return names, x, [*notes, note] if note else notes
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genjax" / "data"
-
-
-def _decode(
-    members: list[Member], settings: dict[str, Any], where: str
-) -> tuple[list[str], np.ndarray, int]:
-    """The same without a cache; pictures are decoded by several threads."""
-    found: list[np.ndarray | str] = []
+def _pictures(
+    members: list[Member],
+    settings: dict[str, Any],
+    where: str,
+    names: list[str],
+    bad: list[str],
+) -> Iterator[np.ndarray]:
+    """The pictures in their order, decoded by several threads; `names` and `bad` are told which can
+    be read and which cannot.
+    """
+    reason = ""
     with ThreadPoolExecutor() as pool:
-        for begin in range(0, len(members), 1024):
-            some = members[begin : begin + 1024]
+        for begin in range(0, len(members), _AT_ONCE):
+            some = members[begin : begin + _AT_ONCE]
             raw = [_bytes(member) for member in some]
-            found += pool.map(lambda data: _picture(data, settings), raw)
-    bad = [index for index, one in enumerate(found) if isinstance(one, str)]
+            decoded = pool.map(functools.partial(_picture, settings=settings), raw)
+            for member, one in zip(some, decoded, strict=True):
+                if isinstance(one, str):
+                    reason = reason or one
+                    bad.append(member.name)
+                else:
+                    names.append(member.name)
+                    yield one
     if bad and not settings["skip_bad"]:
         more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise DataError(
-            f"{where}: {members[bad[0]].name} cannot be read as a picture ({found[bad[0]]}){more}. "
+            f"{where}: {bad[0]} cannot be read as a picture ({reason}){more}. "
             "Repair it, or leave such files out with --skip-bad."
         )
-    good = [index for index, one in enumerate(found) if not isinstance(one, str)]
-    if not good:
+    if not names:
         raise DataError(f"{where}: none of {len(members)} pictures can be read.")
-    names = [members[index].name for index in good]
-    arrays = [np.asarray(found[index]) for index in good]
-    return names, _stacked(names, arrays, settings["mode"], where), len(bad)
 
 
 def _bytes(member: Member) -> bytes | str:
@@ -307,9 +319,9 @@ def _in_mode(image: Any, mode: str) -> Any:
     return image if wanted is None else image.convert(wanted)
 
 
-def _stacked(names: list[str], arrays: list[np.ndarray], mode: str, where: str) -> np.ndarray:
-    """One array of pictures of one size; of grey and coloured ones all have three channels."""
-    sizes = {array.shape[:2] for array in arrays}
+def _check_shapes(shapes: set[tuple[int, ...]], where: str) -> None:
+    """Refuse pictures of several sizes."""
+    sizes = {shape[:2] for shape in shapes}
     if len(sizes) > 1:
         (height, width), (other_height, other_width) = sorted(sizes)[0], sorted(sizes)[-1]
         raise DataError(
@@ -317,14 +329,12 @@ def _stacked(names: list[str], arrays: list[np.ndarray], mode: str, where: str) 
             f"{other_width} x {other_height}. --size 32 brings them to one, by cutting (--fit "
             "crop) or on black (--fit pad)."
         )
-    if len({array.shape[2] for array in arrays}) > 1:
-        arrays = [np.repeat(one, 3, axis=2) if one.shape[2] == 1 else one for one in arrays]
-    return np.stack(arrays)
 
 
-def _by_split(names: list[str], x: np.ndarray, conditional: bool, where: str) -> dict[str, Batch]:
+def _by_split(names: list[str], x: Any, conditional: bool, where: str) -> dict[str, Batch]:
     """The pictures of each split, and the names of their folders as classes."""
-    paths = [PurePosixPath(name).parts[:-1] for name in names]
+    split = [name.split("/")[:-1] for name in names]  # thousands, for which pathlib takes seconds
+    paths = [tuple(part for part in parts if part not in ("", ".")) for parts in split]
     depth = _shared(paths)
     tops = [path[depth] if len(path) > depth else "" for path in paths]
     splits = {top: _SPLITS.get(top.lower()) for top in tops}
@@ -341,8 +351,8 @@ def _by_split(names: list[str], x: np.ndarray, conditional: bool, where: str) ->
         return {"all": Batch(x, y)}
     read = {}
     for top, split in splits.items():
-        rows = np.asarray(tops) == top
-        read[str(split)] = Batch(x[rows], None if y is None else y[rows])
+        index = np.flatnonzero(np.asarray(tops) == top)
+        read[str(split)] = Batch(rows_at(x, index), None if y is None else y[index])
     return read
 
 

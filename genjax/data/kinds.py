@@ -3,10 +3,13 @@ and the scale that networks see.
 """
 
 import math
-from typing import Literal, NamedTuple
+from functools import partial
+from operator import itemgetter
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from genjax.data.rows import chunks, moments, on_rows
 from genjax.errors import ConfigError, DataError
 from genjax.spec import Kind
 
@@ -33,7 +36,7 @@ def with_channels(xs: list[np.ndarray], channels: Channels, where: str) -> list[
                 f"--channels first is for images [N, C, H, W]; {where} has {xs[0].ndim} axes. "
                 "Leave it out."
             )
-        return [np.moveaxis(x, 1, -1) for x in xs]
+        return [on_rows(x, partial(np.moveaxis, source=1, destination=-1)) for x in xs]
     if channels == "auto" and xs[0].ndim == 4:
         first, height, last = xs[0].shape[1], xs[0].shape[2], xs[0].shape[3]
         if first in (1, 2, 3, 4) and last > 4 and height > 4:
@@ -42,7 +45,7 @@ def with_channels(xs: list[np.ndarray], channels: Channels, where: str) -> list[
                 "channels first. --channels first transposes them; --channels last takes them as "
                 "height, width and channels, as they are."
             )
-    return [x[..., None] if x.ndim == 3 else x for x in xs]
+    return [on_rows(x, itemgetter((..., None))) if x.ndim == 3 else x for x in xs]
 
 
 # --- kinds ----------------------------------------------------------------------------------------
@@ -111,11 +114,14 @@ def _few(xs: list[np.ndarray], most: int = 256) -> np.ndarray | None:
     """The different values, in order, if there are at most so many."""
     found = np.zeros(0, xs[0].dtype)
     for x in xs:
-        flat = x.reshape(-1)
-        for begin in range(0, len(flat), 1 << 16):
-            found = np.union1d(found, flat[begin : begin + (1 << 16)])
-            if len(found) > most:
-                return None
+        for chunk in chunks(x):
+            flat = chunk.reshape(-1)
+            for begin in range(0, len(flat), 1 << 16):
+                found = np.union1d(found, flat[begin : begin + (1 << 16)])
+                if len(found) > most:
+                    return None
+                if found.dtype.itemsize == 1 and len(found) == 256:
+                    return found  # all that there can be
     return found
 
 
@@ -149,7 +155,7 @@ def _binary(xs: list[np.ndarray], found: np.ndarray | None, why: str, where: str
     if len(found) < 2:
         raise DataError(f"{where}: binary data are 0 and 1; found {found[0]} only.")
     note = f"binary ({why}: {found[0]} is taken as 0, {found[1]} as 1; --kind discrete keeps them)"
-    return Values([x == found[1] for x in xs], "binary", None, note)
+    return Values([on_rows(x, partial(np.equal, found[1])) for x in xs], "binary", None, note)
 
 
 def _discrete(
@@ -160,12 +166,14 @@ def _discrete(
     where: str,
     own_splits: bool,
 ) -> Values:
-    if not all(bool(np.all(np.isfinite(x) & (x == np.floor(x)))) for x in xs):
+    if not all(map(_whole, xs)):
         raise DataError(
             f"{where}: discrete data must be whole numbers; found {xs[0].dtype} with fractions or "
             "NaN. Round them, or say continuous (--kind continuous)."
         )
-    tops = [int(x.max()) for x in xs]
+    tops = [255] * len(xs)  # which bytes need not be looked at for
+    if levels is None and (own_splits or not all(x.dtype == np.uint8 for x in xs)):
+        tops = [max(int(chunk.max()) for chunk in chunks(x)) for x in xs]
     if levels is not None:
         top = levels - 1
     elif all(x.dtype == np.uint8 for x in xs):
@@ -188,6 +196,12 @@ def _discrete(
             f"{len(found) - 1} would say more simply"
         )
     return Values(xs, "discrete", top + 1, note)
+
+
+def _whole(x: Any) -> bool:
+    if x.dtype.kind in "biu":
+        return True
+    return all(bool(np.all(np.isfinite(part) & (part == np.floor(part)))) for part in chunks(x))
 
 
 def _same_range(xs: list[np.ndarray], tops: list[int], where: str) -> None:
@@ -219,9 +233,10 @@ def _same_spread(xs: list[np.ndarray], where: str) -> None:
             )
 
 
-def _moments(x: np.ndarray) -> tuple[float, float]:
+def _moments(x: Any) -> tuple[float, float]:
     with np.errstate(all="ignore"):  # of what is not finite, which is reported elsewhere
-        return float(x.mean(dtype=np.float64)), float(x.std(dtype=np.float64))
+        mean, sd, _ = moments(x, each=False)
+    return float(mean[0]), float(sd[0])
 
 
 # --- standardisation ------------------------------------------------------------------------------
@@ -235,7 +250,7 @@ class Scale(NamedTuple):
     note: str
 
 
-def scale_of(x: np.ndarray, how: Standardize, where: str, what: str = "column") -> Scale:
+def scale_of(x: Any, how: Standardize, where: str, what: str = "column") -> Scale:
     """The mean and the standard deviation of real numbers [N, *shape] of the training split: one
     pair with "event", one for each column of the last axis with "element", and with "auto" one
     for images [N, H, W, C] and one a column for all else.
@@ -247,11 +262,8 @@ def scale_of(x: np.ndarray, how: Standardize, where: str, what: str = "column") 
     if how == "none":
         return Scale(None, None, "not standardised")
     each = how == "element" or (how == "auto" and x.ndim < 4)
-    axes = tuple(range(x.ndim - 1)) if each else None
     with np.errstate(all="ignore"):  # of what is not finite, which is reported elsewhere
-        mean = np.atleast_1d(x.mean(axis=axes, dtype=np.float64))
-        sd = np.atleast_1d(x.std(axis=axes, dtype=np.float64))
-        largest = np.atleast_1d(np.abs(x).max(axis=axes).astype(np.float64))
+        mean, sd, largest = moments(x, each)
     if not (np.isfinite(mean).all() and np.isfinite(sd).all()):
         return Scale(None, None, "not standardised")
     # Rounding leaves a constant column a spread of its last digits.

@@ -7,6 +7,7 @@ import numpy as np
 
 from genjax.data.kinds import Channels, with_channels
 from genjax.data.own import Reading, contents_of, own_source
+from genjax.data.rows import of_mapped
 from genjax.data.source import Source
 from genjax.data.tokens import STEP as TOKEN
 from genjax.data.tokens import Symbols, symbols_of
@@ -148,7 +149,9 @@ def _read(x: Any, y: Any, key: str | None, label: str | None) -> dict[str, Batch
 
 def _batch(x: Any, y: Any) -> Batch:
     try:
-        array, cond = np.asarray(x), None if y is None else np.asarray(y)
+        array = of_mapped(x)
+        array = np.asarray(x) if array is x else array
+        cond = None if y is None else np.asarray(y)
     except (ValueError, TypeError) as error:
         raise DataError(
             f"{WHERE}: cannot be made one array ({error}). Bring all examples to one shape."

@@ -22,6 +22,7 @@ from genjax.settings import Within
 Examples = Annotated[int, Within(1, 2**24)]  # of data that are made, as many as one may ask for
 ROUNDS = 8
 _MASK = 0xFFFFFFFF
+_PIECE = 1 << 18  # indices that a permutation is computed of at a time
 _GOLDEN = np.uint32(0x9E3779B9)
 
 
@@ -74,9 +75,12 @@ def permutation(n: int, seed: int, epoch: int = 0) -> np.ndarray:
     """A fixed order of n examples on the host, int32 [n]: the same on every platform and version,
     for splits of data.
     """
-    everything = np.arange(n, dtype=np.uint32)
-    epochs = np.full_like(everything, epoch & _MASK)
-    return np.asarray(_permute(everything, n, _word(seed), epochs, np), np.int32)
+    found = np.empty(n, np.int32)
+    for begin in range(0, n, _PIECE):  # each index by itself, and each takes 32 bytes of keys
+        some = np.arange(begin, min(begin + _PIECE, n), dtype=np.uint32)
+        epochs = np.full_like(some, epoch & _MASK)
+        found[begin : begin + _PIECE] = _permute(some, n, _word(seed), epochs, np)
+    return found
 
 
 def _word(value: int | Array) -> Array | np.ndarray:

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from genjax.data.kinds import Standardize, Values, scale_of, values_of
 from genjax.data.labels import Condition, labels_of
 from genjax.data.order import permutation
+from genjax.data.rows import Chunks, Rows, rows_at
 from genjax.data.source import Source, Splits, cast, stored_dtype, validate
 from genjax.data.tokens import Symbols, levels_of
 from genjax.errors import ConfigError, DataError
@@ -154,9 +155,10 @@ def contents_of(read: dict[str, Batch]) -> str:
     for split, batch in sorted(read.items()):
         for leaf in batch:
             if leaf is not None:
-                array = np.ascontiguousarray(leaf)
-                found.update(f"{split} {array.dtype.str} {array.shape} ".encode())
-                found.update(array.view(np.uint8).data if array.size else b"")
+                found.update(f"{split} {leaf.dtype.str} {leaf.shape} ".encode())
+                for chunk in leaf.in_order() if isinstance(leaf, Rows) else [leaf]:
+                    array = np.ascontiguousarray(chunk)
+                    found.update(array.view(np.uint8).data if array.size else b"")
     return found.hexdigest()
 
 
@@ -168,7 +170,7 @@ def _split(
     """
 
     def rows(batch: Batch, index: np.ndarray) -> Batch:
-        kept = (None if leaf is None else leaf[index] for leaf in batch)
+        kept = (None if leaf is None else rows_at(leaf, index) for leaf in batch)
         return Batch(*kept)
 
     if "valid" in parts:
@@ -201,12 +203,25 @@ def _same_shape(xs: list[np.ndarray], where: str) -> None:
         raise DataError(f"{where}: the examples are empty: shape {list(xs[0].shape[1:])}.")
 
 
-def _scaled_by(x: np.ndarray, length: Any, step: str | None) -> np.ndarray:
+def _scaled_by(x: Any, length: Any, step: str | None) -> Any:
     """The values [M, *event] that the scale is that of: without the padding of sequences, and with
     a column where each step is one number.
     """
     if step is None:
         return x
+    if isinstance(x, Rows):
+        known = length is not None and np.shape(length) == (len(x),)
+        order = np.arange(len(x)) if x.index is None else np.argsort(x.index, kind="stable")
+        ordered = np.asarray(length)[order] if known else None
+
+        def each() -> Iterator[np.ndarray]:
+            done = 0
+            for _, chunk in x.chunks():
+                own = None if ordered is None else ordered[done : done + len(chunk)]
+                done += len(chunk)
+                yield _scaled_by(chunk, own, step)
+
+        return Chunks(max(2, x.ndim - 1), each)
     if length is not None and np.shape(length) == (len(x),):
         x = x[np.arange(x.shape[1])[None] < np.asarray(length)[:, None]]
     else:

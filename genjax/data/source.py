@@ -6,13 +6,14 @@ inside the step. Both give the same batches, bit for bit.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from genjax.data.order import batch_indices
+from genjax.data.rows import joined, numbered
 from genjax.errors import DataError
 from genjax.protocol import Array, Batch, DataSpec, Key
 
@@ -179,7 +180,7 @@ def rows_of(splits: Splits, split: str) -> Batch:
     """The examples of a split, or of "all" of them."""
     if split != "all":
         return getattr(splits, split)
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *splits)
+    return jax.tree.map(lambda *parts: joined(parts), *splits)
 
 
 def validate(splits: Splits, spec: DataSpec, where: str) -> Splits:
@@ -250,13 +251,22 @@ def _check_split(batch: Batch, spec: DataSpec, where: str) -> None:
     _check_values(cond, spec.n_classes - 1 if spec.n_classes else None, f"{where}: labels")
 
 
-def _check_values(values: np.ndarray, top: int | None, where: str) -> None:
+def _check_values(values: Any, top: int | None, where: str) -> None:
     """Refuse values that are not finite or, with `top`, not whole numbers in 0..top."""
+    kind = values.dtype
+    if top is not None and kind.kind in "bu" and 2 ** (8 * kind.itemsize) - 1 <= top:
+        return  # no value of this kind could be out of range
+    for rows, part in numbered(values):
+        told = where if rows is None else f"{where} in rows {rows[0]} to {rows[-1]} of the file"
+        _check_part(part, top, told, rows)
+
+
+def _check_part(values: np.ndarray, top: int | None, where: str, rows: Any) -> None:
     if values.dtype.kind == "f":
         bad = ~np.isfinite(values)
         if bad.any():
             raise DataError(
-                f"{where}: {_count(bad, 'NaN or infinite')} Remove or replace such examples."
+                f"{where}: {_count(bad, 'NaN or infinite', rows)} Remove or replace such examples."
             )
     if top is None:
         return
@@ -264,7 +274,7 @@ def _check_values(values: np.ndarray, top: int | None, where: str) -> None:
         bad = values != np.floor(values)
         if bad.any():
             raise DataError(
-                f"{where} must be whole numbers from 0 to {top}: {_count(bad, 'not whole')}"
+                f"{where} must be whole numbers from 0 to {top}: {_count(bad, 'not whole', rows)}"
             )
     # Minimum and maximum first: they need no temporary array, and good data stop here.
     low, high = values.min(), values.max()
@@ -272,10 +282,12 @@ def _check_values(values: np.ndarray, top: int | None, where: str) -> None:
         bad = (values < 0) | (values > top)
         raise DataError(
             f"{where} must be in the range 0 to {top}; found {low} to {high}: "
-            f"{_count(bad, 'out of range')}"
+            f"{_count(bad, 'out of range', rows)}"
         )
 
 
-def _count(bad: np.ndarray, what: str) -> str:
+def _count(bad: np.ndarray, what: str, rows: np.ndarray | None) -> str:
     first = [int(i) for i in np.unravel_index(np.argmax(bad), bad.shape)]
+    if rows is not None:
+        first[0] = int(rows[first[0]])
     return f"{int(bad.sum())} of {bad.size} values are {what}, the first at index {first}."

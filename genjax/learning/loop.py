@@ -7,14 +7,12 @@ first dispatch boundary at or after a multiple of its interval, so what a run co
 of its settings alone, stopped and resumed or not.
 """
 
-import concurrent.futures
 import functools
 import logging
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -24,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from genjax.data import Source, batch_at, prepare_at
 from genjax.data.buckets import BucketOrder, Buckets
+from genjax.data.rows import Rows
 from genjax.errors import (
     CheckpointError,
     GenjaxError,
@@ -35,13 +34,17 @@ from genjax.errors import (
 from genjax.learning import distributed, memory
 from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.pace import Pace
+from genjax.learning.prefetch import Ahead
 from genjax.learning.sharding import batch_spec_of
+from genjax.learning.signals import noted
 from genjax.learning.transforms import compiled, feed, repeat_steps, scan_steps
 from genjax.learning.window import Metrics, nonfinite_text
 from genjax.protocol import Batch, Key, PyTree, Training, TrainState
 
 logger = logging.getLogger(__name__)
 DEVICE_LIMIT = 2 * 2**30  # bytes of training data that place="auto" still puts on the device
+READERS = 3  # threads that read rows from the disk, each the batches of one dispatch
+SENT = 2**26  # bytes of such rows that are sent in one dispatch
 
 
 class Feed(NamedTuple):
@@ -55,12 +58,14 @@ class Feed(NamedTuple):
             ahead.
         alike: (step) -> how many steps from that one on have batches of one shape; None if all
             have.
+        ahead: how many payloads are made ahead, each by a thread of its own.
     """
 
     training: Callable[[int], Training]
     payload: Callable[[int, int], Any]
     prefetch: bool
     alike: Callable[[int], int] | None = None
+    ahead: int = 1
 
     def steps_at(self, step: int, most: int) -> int:
         """How many steps the dispatch at a step does."""
@@ -114,7 +119,15 @@ def host_feed(
 
     fed = feed(t, prepare_at(source, seed))
     alike = None if in_buckets is None else in_buckets.alike
-    return Feed(lambda k: scan_steps(fed), payload, prefetch=True, alike=alike)
+    ahead = READERS if isinstance(arrays.x, Rows) else 1
+    if alike is None and isinstance(arrays.x, Rows):
+        alike = functools.partial(_sent_at_once, arrays.x, batch_size)
+    return Feed(lambda k: scan_steps(fed), payload, prefetch=True, alike=alike, ahead=ahead)
+
+
+def _sent_at_once(x: Rows, batch_size: int, step: int) -> int:
+    """How many steps of rows from the disk are sent in one dispatch."""
+    return max(1, SENT // (batch_size * max(1, x.nbytes // len(x))))
 
 
 def choose_feed(
@@ -160,6 +173,7 @@ def choose_feed(
 
 def _put(leaf: np.ndarray, sharding: Sharding | None) -> jax.Array:
     """An array of the host on its devices; of several processes' devices, on this one's own."""
+    leaf = np.asarray(leaf) if isinstance(leaf, Rows) else leaf
     if sharding is None:
         return jax.device_put(leaf)
     # device_put would have the processes compare what they have, all of it.
@@ -289,11 +303,9 @@ def fit(
     asking = memory.explained(
         lambda: f"in training, at or before step {step}", lambda: (programs[k], (state, payload))
     )
-    with asking, _signals() as caught, concurrent.futures.ThreadPoolExecutor(1) as pool:
-        ahead: concurrent.futures.Future[Any] | None = None
+    with asking, noted() as caught, Ahead(feed, steps_per_call, steps) as ahead:
         while step < steps and not enough(step):
-            k = feed.steps_at(step, min(steps_per_call, steps - step))
-            payload = ahead.result() if ahead is not None else feed.payload(step, k)
+            payload, k = ahead.take(step)
             if k not in programs:
                 programs[k] = compiled(feed.training(k)).step
             shapes = (k, *(jnp.shape(leaf) for leaf in jax.tree.leaves(payload)))
@@ -302,9 +314,7 @@ def fit(
                 metrics.collect()
                 met.add(shapes)
                 distributed.compile_together(programs[k], state, payload)
-            after, ahead = min(steps_per_call, steps - step - k), None
-            if feed.prefetch and after > 0:
-                ahead = pool.submit(feed.payload, step + k, feed.steps_at(step + k, after))
+            ahead.begin(step + k)
             with pace.dispatch(k, new_shapes):
                 state, new = programs[k](state, payload)
                 if new_shapes:  # compiled just now, which is not its speed
@@ -411,30 +421,3 @@ def _stopped_text(stop: int, step: int, steps: int, checkpoints: Checkpoints | N
     if checkpoints is None:
         return f"{name}: stopped at step {step} of {steps}."
     return f"{name}: saved at step {step} of {steps}; run the same command again to go on."
-
-
-@contextmanager
-def _signals() -> Iterator[Callable[[], int]]:
-    """Note SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts at once. Main
-    thread only.
-    """
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0
-        return
-    if distributed.several():
-        with distributed.stopping() as caught:
-            yield caught
-        return
-
-    def handler(number: int, frame: Any) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: received[0] if received else 0
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
