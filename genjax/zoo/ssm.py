@@ -1,0 +1,87 @@
+"""Rows: state space models and linear recurrent networks, each trained just as a row of
+`sequences.py` on the same data, with about as many parameters.
+"""
+
+import dataclasses
+from typing import Any
+
+from genjax.families.ssm import ssm
+from genjax.zoo import sequences
+from genjax.zoo.recipe import Recipe
+
+_TINY = {"d_model": 4, "n_layers": 2, "chunk": 2}
+_TINY_MAMBA = {**_TINY, "d_inner": 6, "d_state": 3, "n_heads": 2}
+
+
+def _as(name: str, **changes: Any) -> dict[str, Any]:
+    """How another row is trained, with changes to its optimiser."""
+    row = next(row for row in sequences.ROWS if row.name == name)
+    own: Any = row.optimizer
+    return {
+        "data": row.data,
+        "data_options": row.data_options,
+        "optimizer": dataclasses.replace(own, **changes),
+        "schedule": row.schedule,
+    }
+
+
+ROWS: tuple[Recipe, ...] = (
+    Recipe(
+        name="mingru-names",
+        family=ssm,
+        summary="minGRU of first names",
+        model={
+            "cell": "mingru",
+            "d_model": 64,
+            "n_layers": 4,
+            "d_inner": 128,
+            "d_hidden": 176,
+            "dt_min": 0.05,
+            "dt_max": 0.9,
+            "dropout": 0.1,
+        },
+        **_as("transformer-names"),
+        tiny={**_TINY, "d_inner": 6, "d_hidden": 6},
+    ),
+    Recipe(
+        name="s4d-names",
+        family=ssm,
+        summary="diagonal state space model of first names",
+        model={
+            "cell": "s4d",
+            "d_model": 96,
+            "n_layers": 4,
+            "d_state": 16,
+            "d_hidden": 128,
+            "dt_min": 0.05,
+            "dt_max": 0.9,
+            "dropout": 0.1,
+        },
+        **_as("transformer-names"),
+        tiny={**_TINY, "d_state": 4, "d_hidden": 6},
+    ),
+    Recipe(
+        name="mamba-shakespeare",
+        family=ssm,
+        summary="Mamba-2 of Shakespeare's plays, of the size of transformer-shakespeare",
+        model={"cell": "mamba2", "d_model": 168, "n_layers": 4},
+        **_as("transformer-shakespeare"),
+        tiny=_TINY_MAMBA,
+    ),
+    Recipe(
+        name="mingru-shakespeare",
+        family=ssm,
+        summary="minGRU of Shakespeare's plays, of the size of transformer-shakespeare",
+        model={"cell": "mingru", "d_model": 128, "n_layers": 4, "d_inner": 168},
+        **_as("transformer-shakespeare"),
+        tiny={**_TINY, "d_inner": 6, "d_hidden": 6},
+    ),
+    Recipe(
+        name="mamba-jsb",
+        family=ssm,
+        summary="Mamba-2 of Bach's chorales",
+        model={"cell": "mamba2", "d_model": 96, "n_layers": 3, "dropout": 0.3},
+        **_as("lstm-jsb", learning_rate=3e-3),
+        tiny=_TINY_MAMBA,
+    ),
+)
