@@ -356,8 +356,8 @@ def ssm(
         form: how a recurrence is computed over whole sequences: step by step, by an associative
             scan, or in chunks. All give the same numbers; "auto" takes what was the fastest for the
             cell on such a backend (`nets.ssm.FASTEST`). Samples are always drawn step by step.
-        chunk: how many steps are in a chunk; the last is filled up where they do not divide the
-            sequence.
+        chunk: about how many steps are in a chunk. Chunks have one length, and the last is filled
+            up where that does not divide the sequence.
         dropout: rate, of the inputs and of what each half of a block adds.
         tie_weights: the readout uses the embedding's table (Press & Wolf 2017); for tokens.
         remat: recompute a block's insides on the way back instead of keeping them, for less memory.

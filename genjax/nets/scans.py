@@ -56,11 +56,14 @@ def over_time(step: Callable[[Any, Any], Any], carry: Any, given: Any) -> tuple[
 
 
 def in_chunks(x: Array, chunk: int, fill: float = 0.0) -> Array:
-    """x [B, T, ...] as [B, C, chunk, ...], the last chunk filled up."""
-    short = -x.shape[1] % chunk
-    edges = [(0, 0), (0, short), *[(0, 0)] * (x.ndim - 2)]
-    padded = jnp.pad(x, edges, constant_values=fill) if short else x
-    return padded.reshape(x.shape[0], -1, chunk, *x.shape[2:])
+    """x [B, T, ...] as [B, C, L, ...], in chunks of equal length L of about `chunk` steps, the last
+    one filled up: 65 steps are one chunk rather than two of 64.
+    """
+    steps = x.shape[1]
+    size = -(-steps // max(1, round(steps / chunk)))
+    edges = [(0, 0), (0, -steps % size), *[(0, 0)] * (x.ndim - 2)]
+    padded = jnp.pad(x, edges, constant_values=fill) if steps % size else x
+    return padded.reshape(x.shape[0], -1, size, *x.shape[2:])
 
 
 def joined(y: Array, steps: int) -> Array:
@@ -102,7 +105,7 @@ def diagonal(
         b: [B, T, ...].
         start: h before the first step, [B, ...].
         form: how to compute it.
-        chunk: for "chunked", which is a loop over scans of so many steps.
+        chunk: for "chunked", which is a loop over scans of about so many steps.
     """
     if form == "recurrent":
 
@@ -152,16 +155,16 @@ def filtered(
         u: [B, T, d].
         log_a, weight: [d, n].
         start: h before the first step, [B, d, n]; None for zeros.
-        chunk: how many steps are in a chunk.
+        chunk: about how many steps are in a chunk.
     """
-    steps, size = u.shape[1], min(chunk, u.shape[1])
+    steps, parts = u.shape[1], in_chunks(u, chunk)
+    size = parts.shape[2]
     ages = jnp.arange(size + 1, dtype=u.dtype)[:, None, None]
     powers = exponential(tuple(ages * leaf[None] for leaf in log_a))  # [L + 1, d, n]
     read = times(tuple(leaf[None] for leaf in weight), powers)
     response = read[0][:size].sum(-1)  # [L, d]
     apart = jnp.arange(size)[:, None] - jnp.arange(size)[None]
     matrix = jnp.where((apart >= 0)[..., None], response[jnp.maximum(apart, 0)], 0)
-    parts = in_chunks(u, size)
     y = jnp.einsum("ijd,bcjd->bcid", matrix, parts)
     if start is None and parts.shape[1] == 1:
         return joined(y, steps), _onwards(parts[:, 0, :steps], powers, None)
@@ -221,7 +224,7 @@ def scalar_decay(
         b, c: [B, T, N], shared by the heads.
         start: h before the first step; None for zeros.
         form: how to compute it.
-        chunk: L.
+        chunk: about L.
     """
     if form == "chunked":
         return _scalar_chunked(x, log_a, b, c, start, chunk)
@@ -239,7 +242,7 @@ def _scalar_chunked(
     x: Array, log_a: Array, b: Array, c: Array, start: Array | None, chunk: int
 ) -> tuple[Array, Array]:
     steps = x.shape[1]
-    x, log_a, b, c = (in_chunks(leaf, min(chunk, steps)) for leaf in (x, log_a, b, c))
+    x, log_a, b, c = (in_chunks(leaf, chunk) for leaf in (x, log_a, b, c))
     x, log_a = x.transpose(0, 1, 3, 2, 4), log_a.swapaxes(2, 3)  # [B, C, H, L, ...]
     within = decays(log_a)
     scores = jnp.einsum("bcin,bcjn->bcij", c, b)
@@ -324,7 +327,7 @@ def delta_rule(
         beta: [B, T, H], from 0 to 1.
         start: S before the first step; None for zeros.
         form: how to compute it.
-        chunk: how many steps are in a chunk.
+        chunk: about how many steps are in a chunk.
     """
     if form == "chunked":
         return _delta_chunked(q, k, v, log_a, beta, start, chunk)
@@ -350,7 +353,7 @@ def _delta_chunked(
 ) -> tuple[Array, Array]:
     steps = q.shape[1]
     q, k, v, log_a, beta = (
-        in_chunks(leaf, min(chunk, steps)).swapaxes(2, 3) for leaf in (q, k, v, log_a, beta)
+        in_chunks(leaf, chunk).swapaxes(2, 3) for leaf in (q, k, v, log_a, beta)
     )  # [B, C, H, L, ...]
     within, since = decays(log_a), jnp.exp(jnp.cumsum(log_a, axis=-1))[..., None]
     overlap = jnp.einsum("bchik,bchjk->bchij", k, k)
