@@ -141,12 +141,6 @@ def block(
     return h, carry
 
 
-def blocks_of(layers: Layers, p: Any) -> list[Any]:
-    """The parameters of each block, in their order; "10" is the same name as 10."""
-    named = {str(index): block for index, block in p["blocks"].items()}
-    return [named[str(index)] for index in range(layers.n_layers)]
-
-
 def read(layers: Layers, p: Any, h: Array) -> Array:
     """The parameters of the next event's distribution, [..., n_outputs], from the last h."""
     table = [p["inputs"]["events"]["table"]] if layers.tied else []
@@ -167,7 +161,7 @@ def outputs(
         return block(layers, h, p, key)[0]
 
     one = jax.checkpoint(one) if layers.remat else one
-    for index, parameters in enumerate(blocks_of(layers, p)):
+    for index, parameters in enumerate(nets.sequence.blocks_of(p, layers.n_layers)):
         h = one(h, parameters, keys[index])
     return read(layers, p, h)
 
@@ -178,7 +172,7 @@ def outputs(
 def step(layers: Layers, p: Any, h: Array, carries: PyTree) -> tuple[Array, PyTree]:
     """Outputs for the inputs h [n, d] of a step, and what each block carries on."""
     after = []
-    for parameters, carry in zip(blocks_of(layers, p), carries, strict=True):
+    for parameters, carry in zip(nets.sequence.blocks_of(p, layers.n_layers), carries, strict=True):
         h, carry = block(layers, h, parameters, None, carry, "step")
         after.append(carry)
     return read(layers, p, h), tuple(after)
@@ -191,7 +185,7 @@ def begin(
     h = layers.inputs.apply(p["inputs"], {}, n, c, dropped, method="initial")[0]
     starts = [
         layers.core.apply(parameters["core"], {}, n, h.dtype, method="start")[0]
-        for parameters in blocks_of(layers, p)
+        for parameters in nets.sequence.blocks_of(p, layers.n_layers)
     ]
     return step(layers, p, h, starts)
 
@@ -258,22 +252,6 @@ def mixer(
     core = partial(module.Delta, inner, n, heads, sizes.conv, *rest)
     project = partial(module.Project, d, inner + 2 * n * heads + 2 * heads, inner)
     return project, core, partial(module.Gated, d, inner, heads, std)
-
-
-def check_fits(spec: DataSpec, dt: tuple[float, float], tied: bool) -> None:
-    """Refuse settings that do not fit each other or the data.
-
-    Raises:
-        ConfigError: see the text.
-    """
-    if dt[0] > dt[1]:
-        raise ConfigError(f"dt_min must be at most dt_max; got {dt[0]} and {dt[1]}.")
-    event = spec.shape[1:]
-    if tied and (spec.kind != "tokens" or event):
-        raise ConfigError(
-            f"tie_weights is for sequences of tokens; {spec.name} has {spec.kind} events of shape "
-            f"{event}."
-        )
 
 
 @builder
@@ -371,7 +349,9 @@ def ssm(
         ConfigError: for settings that do not exist or do not fit each other, the cell or the data.
     """
     check_sequences(spec, "A state space model")
-    check_fits(spec, (dt_min, dt_max), tie_weights)
+    nets.sequence.check_tied(spec, tie_weights)
+    if dt_min > dt_max:
+        raise ConfigError(f"dt_min must be at most dt_max; got {dt_min} and {dt_max}.")
     given = {"d_inner": d_inner, "d_state": d_state, "n_heads": n_heads, "conv": conv}
     sizes = sizes_of(cell, d_model, given)
     emit, std = emission(spec, n_components), nets.attention.output_std(n_layers)

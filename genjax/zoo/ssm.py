@@ -10,7 +10,7 @@ from genjax.zoo import sequences
 from genjax.zoo.recipe import Recipe
 
 _TINY = {"d_model": 4, "n_layers": 2, "chunk": 2}
-_TINY_MAMBA = {**_TINY, "d_inner": 6, "d_state": 3, "n_heads": 2}
+_TINY_MAMBA = {**_TINY, "n_layers": 1, "d_inner": 6, "d_state": 3, "n_heads": 2}
 
 
 def _as(name: str, **changes: Any) -> dict[str, Any]:
@@ -58,7 +58,7 @@ ROWS: tuple[Recipe, ...] = (
             "dropout": 0.1,
         },
         **_as("transformer-names"),
-        tiny={**_TINY, "d_state": 4, "d_hidden": 6},
+        tiny={**_TINY, "n_layers": 1, "d_state": 4, "d_hidden": 6},
     ),
     Recipe(
         name="mamba-shakespeare",
