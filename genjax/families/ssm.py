@@ -214,7 +214,7 @@ def sizes_of(cell: str, d_model: int, given: dict[str, int | None]) -> Sizes:
             having = ", ".join(other for other, sizes in SIZES.items() if name in sizes)
             raise ConfigError(
                 f"{name} is for the cells {having}; the cell {cell} has none, got {value}. Leave "
-                "it out."
+                "it out, or say None where a recipe gives it."
             )
     asked = {name: value for name, value in given.items() if value is not None}
     found = Sizes(**{name: default(d_model) for name, default in own.items()} | asked)
