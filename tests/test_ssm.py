@@ -485,3 +485,14 @@ def test_a_readout_may_be_the_table():
     params, state = model.init(KEY)
     assert "dense" not in params["ssm"]["readout"]
     assert model.sample(params, state, KEY, 2).shape == (2, 5)
+
+
+@pytest.mark.parametrize("cell", ["mingru", pytest.param("mamba2", marks=pytest.mark.slow)])
+def test_the_range_of_the_first_timesteps_may_be_swept(cell):
+    def first(dt):
+        p = ssm(WORDS, cell=cell, d_model=4, n_layers=1, dt_max=dt).init(KEY)[0]["ssm"]
+        return p["blocks"][0]["core"]["timestep"]
+
+    found = quick(jax.vmap(first))(jnp.asarray([0.05, 0.9]))
+    assert_close(found, jnp.stack([first(0.05), first(0.9)]), rtol=1e-5)
+    assert (found[0] != found[1]).all()

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from genjax import nets
 from genjax.errors import ConfigError
@@ -350,7 +351,8 @@ def ssm(
     """
     check_sequences(spec, "A state space model")
     nets.sequence.check_tied(spec, tie_weights)
-    if dt_min > dt_max:
+    known = not isinstance(dt_min, Tracer) and not isinstance(dt_max, Tracer)
+    if known and dt_min > dt_max:
         raise ConfigError(f"dt_min must be at most dt_max; got {dt_min} and {dt_max}.")
     given = {"d_inner": d_inner, "d_state": d_state, "n_heads": n_heads, "conv": conv}
     sizes = sizes_of(cell, d_model, given)

@@ -29,8 +29,8 @@ from genjax.protocol import Array
 
 Carry = tuple[Array, ...]  # each [B, ...]
 SLOWEST = 1e-4  # the least rate at which a state decays, so that none grows
-# The form by which a gradient took the least time. Measured on two cores, two layers of 64, in ms of
-# processor time for 128 sequences of 16 steps (and for 12 of 64): s4d 18 in chunks, 381 step by
+# The form by which a gradient took the least time. Measured on two cores, two layers of 64, in ms
+# of processor time for 128 sequences of 16 steps (and for 12 of 64): s4d 18 in chunks, 381 step by
 # step; lru 26 (13) step by step, 55 (16) by a scan; mingru 84 (19) and 97 (21); mamba2 116 in
 # chunks, 589 step by step; deltanet 215 (112 in chunks of 16) and 398 (122). No accelerator was
 # measured: there it is what has the fewest steps one after the other.
@@ -62,9 +62,10 @@ def labels() -> tuple[tuple[str, str], ...]:
     )
 
 
-def log_uniform(key: Array, low: float, high: float, shape: tuple[int, ...]) -> Array:
+def log_uniform(key: Array, low: Any, high: Any, shape: tuple[int, ...]) -> Array:
     """The logarithms of numbers between low and high, uniformly distributed."""
-    return jax.random.uniform(key, shape, minval=math.log(low), maxval=math.log(high))
+    low, high = jnp.log(low), jnp.log(high)  # of traced numbers, too
+    return low + (high - low) * jax.random.uniform(key, shape, low.dtype)
 
 
 def unit(x: Array) -> Array:
