@@ -353,7 +353,7 @@ def test_probabilities_of_all_sequences_sum_to_one(cell, spec, x64):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", ["s4d", "deltanet"])
 def test_padding_changes_neither_values_nor_gradients(cell, x64):
     model, params, state = setup(cell, ROLLS, form="chunked", chunk=2)
     batch = widen(example_batch(ROLLS, KEY, 3))._replace(length=jnp.asarray([2, 5, 1]))
@@ -390,8 +390,8 @@ def test_a_prompt_goes_on_with_the_likeliest_event_given_all_of_it():
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", CELLS)
 def test_states_and_gates_stay_wide_in_narrow_arithmetic(cell):
-    model, params, state = setup(cell, wide=False)
-    narrow = setup(cell, wide=False, dtype="bfloat16")[0]
+    model, params, state = setup(cell, wide=False, n_layers=1)
+    narrow = setup(cell, wide=False, n_layers=1, dtype="bfloat16")[0]
     batch = example_batch(WORDS, KEY, 8)
     one, other = (m.log_prob(params, state, batch, KEY) for m in (model, narrow))
     np.testing.assert_allclose(other, one, rtol=0.05)
