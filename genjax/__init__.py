@@ -39,6 +39,7 @@ _HOME = {
     "latent_spec": "families.compose",
     "reflow": "families.compose",
     "rnn": "families.rnn",
+    "ssm": "families.ssm",
     "transformer": "families.transformer",
     "two_stage": "families.compose",
     "vrnn": "families.vrnn",
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from genjax.families.flow_matching import flow_matching
     from genjax.families.gan import gan
     from genjax.families.rnn import rnn
+    from genjax.families.ssm import ssm
     from genjax.families.transformer import transformer
     from genjax.families.vae import vae
     from genjax.families.vrnn import vrnn

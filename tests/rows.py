@@ -70,6 +70,8 @@ COVERING = tuple(
             "lstm-lanes",
             "gru-names",
             "vrnn-jsb",
+            "s4d-names",
+            "mamba-shakespeare",
             "edm-mnist",
             "vdm-digits",
             "dit",

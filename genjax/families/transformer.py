@@ -111,17 +111,13 @@ def through_blocks(layers: Layers, p: Any, h: Array, keys: Any) -> Array:
     """h [B, T, d] after all blocks; `keys` has one for each, or is None."""
     one = rematerialised(partial(block, layers), layers.remat, layers.scanned)
     if layers.scanned:
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks_of(layers, p))
+        stacked = jax.tree.map(
+            lambda *leaves: jnp.stack(leaves), *nets.sequence.blocks_of(p, layers.n_layers)
+        )
         return jax.lax.scan(lambda h, at: (one(h, *at), None), h, (stacked, keys))[0]
-    for index, parameters in enumerate(blocks_of(layers, p)):
+    for index, parameters in enumerate(nets.sequence.blocks_of(p, layers.n_layers)):
         h = one(h, parameters, None if keys is None else keys[index])
     return h
-
-
-def blocks_of(layers: Layers, p: Any) -> list[Any]:
-    """The parameters of each block, in their order; "10" is the same name as 10."""
-    named = {str(index): block for index, block in p["blocks"].items()}
-    return [named[str(index)] for index in range(layers.n_layers)]
 
 
 def read(layers: Layers, p: Any, h: Array) -> Array:
@@ -158,7 +154,7 @@ def step(
     scanned here.
     """
     keys, values = list(keys), list(values)
-    for index, parameters in enumerate(blocks_of(layers, p)):
+    for index, parameters in enumerate(nets.sequence.blocks_of(p, layers.n_layers)):
         cached = (keys[index], values[index], at)
         added, keys[index], values[index] = layers.attention.apply(
             parameters["attention"], {}, h, *cached, method="step"
@@ -214,16 +210,12 @@ def check_fits(
             f"d_model must be a multiple of n_heads, and n_heads of n_kv_heads; got {d_model}, "
             f"{n_heads} and {kv}."
         )
-    d_head, event = d_model // n_heads, spec.shape[1:]
+    d_head = d_model // n_heads
     if position == "rotary" and d_head % 2:
         raise ConfigError(
             f"Rotary positions turn pairs: d_model / n_heads must be even; got {d_head}."
         )
-    if tied and (spec.kind != "tokens" or event):
-        raise ConfigError(
-            f"tie_weights is for sequences of tokens; {spec.name} has {spec.kind} events of shape "
-            f"{event}."
-        )
+    nets.sequence.check_tied(spec, tied)
 
 
 @builder

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from genjax.errors import ConfigError
 from genjax.protocol import Array, DataSpec, Key
 
 
@@ -29,6 +30,26 @@ def embedding_labels(spec: DataSpec) -> tuple[tuple[str, str], ...]:
     if spec.n_classes:
         tables.append("condition/kernel")
     return tuple((f"/{name}$", "embedding") for name in tables)
+
+
+def check_tied(spec: DataSpec, tied: bool) -> None:
+    """Refuse a readout by the embedding's table where there is none.
+
+    Raises:
+        ConfigError: with what the data are.
+    """
+    event = spec.shape[1:]
+    if tied and (spec.kind != "tokens" or event):
+        raise ConfigError(
+            f"tie_weights is for sequences of tokens; {spec.name} has {spec.kind} events of shape "
+            f"{event}."
+        )
+
+
+def blocks_of(p: Any, n_layers: int) -> list[Any]:
+    """The parameters of each block, in their order; "10" is the same name as 10."""
+    named = {str(index): block for index, block in p["blocks"].items()}
+    return [named[str(index)] for index in range(n_layers)]
 
 
 class EventEmbed(nnx.Module):

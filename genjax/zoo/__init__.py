@@ -17,9 +17,17 @@ __all__ = ["ZOO"]
 
 
 def _rows() -> "dict[str, Recipe]":
-    from genjax.zoo import composed, denoising, gan, scale, sequences, vae
+    from genjax.zoo import composed, denoising, gan, scale, sequences, ssm, vae
 
-    groups = (vae.ROWS, gan.ROWS, sequences.ROWS, denoising.ROWS, scale.ROWS, composed.ROWS)
+    groups = (
+        vae.ROWS,
+        gan.ROWS,
+        sequences.ROWS,
+        ssm.ROWS,
+        denoising.ROWS,
+        scale.ROWS,
+        composed.ROWS,
+    )
     return {row.name: row for group in groups for row in group}
 
 
