@@ -17,9 +17,16 @@ __all__ = ["ZOO"]
 
 
 def _rows() -> "dict[str, Recipe]":
-    from genjax.zoo import composed, denoising, gan, sequences, vae
+    from genjax.zoo import composed, denoising, gan, pixel, sequences, vae
 
-    groups = (vae.ROWS, gan.ROWS, sequences.ROWS, denoising.ROWS, composed.ROWS)
+    groups = (
+        vae.ROWS,
+        gan.ROWS,
+        sequences.ROWS,
+        pixel.ROWS,
+        denoising.ROWS,
+        composed.ROWS,
+    )
     return {row.name: row for group in groups for row in group}
 
 
