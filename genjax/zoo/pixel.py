@@ -4,6 +4,7 @@ import dataclasses
 
 from genjax.families.made import made
 from genjax.families.pixelcnn import pixelcnn
+from genjax.families.transformer import transformer
 from genjax.learning.optim import Optimizer
 from genjax.zoo.recipe import Recipe, Schedule
 
@@ -74,5 +75,15 @@ ROWS: tuple[Recipe, ...] = (
         optimizer=Optimizer(learning_rate=2e-3, schedule="cosine", clip_norm=1.0, ema_decay=0.999),
         schedule=dataclasses.replace(_MNIST_SCHEDULE, steps=10_000, batch_size=64),
         tiny=_TINY_PIXELCNN,
+    ),
+    Recipe(
+        name="image-transformer-digits",
+        family=transformer,
+        data="digit_pixels",
+        summary="Transformer of digits, a token for each pixel",
+        model={"d_model": 64, "n_layers": 4, "n_heads": 4, "position": "learned", "dropout": 0.3},
+        optimizer=dataclasses.replace(_DIGITS_OPTIMIZER, weight_decay=0.3),
+        schedule=_DIGITS_SCHEDULE,
+        tiny={"d_model": 4, "n_layers": 2, "n_heads": 2, "d_hidden": 6, "dropout": 0.0},
     ),
 )
