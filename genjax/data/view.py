@@ -10,8 +10,9 @@ from genjax.data.music import KEYS
 from genjax.protocol import DataSpec
 
 # text: lines of characters. image: (height, width, 1 to 4). rows: an image that comes row by row,
-# (height, width). pixels: a square grey image, pixel by pixel. points: in the plane. vectors: of any other length. music: a piano roll of 88
-# keys. sequence: any other data with steps. nothing: none of these.
+# (height, width). pixels: a square image of one channel that comes pixel by pixel. points: in the
+# plane. vectors: of any other length. music: a piano roll of 88 keys. sequence: any other data with
+# steps. nothing: none of these.
 View = Literal[
     "text", "image", "rows", "pixels", "points", "vectors", "music", "sequence", "nothing"
 ]

@@ -180,7 +180,7 @@ def made(
         spec: binary or discrete data.
         hidden: widths of the hidden layers; empty means that each value is judged by a linear
             function of those before it.
-        order: of the values: "raster", as they are stored; "random"; or in Python a permutation of
+        order: of the values: "raster", as they are stored; "random"; or a permutation of
             0 to D - 1.
         n_orders: K, random orders.
         order_seed: of the random orders.

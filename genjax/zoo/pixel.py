@@ -10,8 +10,9 @@ from genjax.zoo.recipe import Recipe, Schedule
 
 _TINY_PIXELCNN = {"channels": 4, "n_layers": 2, "kernel_size": 3, "dropout": 0.0}
 
-# 1,257 training digits are few, so they need dropout and all the weight decay.
-_DIGITS = {"channels": 32, "n_layers": 6, "kernel_size": 3, "dropout": 0.5}
+# 1,257 training digits are few: in 3,000 steps the figure on the validation split is best after
+# 750, and then falls.
+_DIGITS = {"channels": 48, "n_layers": 6, "kernel_size": 3, "dropout": 0.3}
 _DIGITS_OPTIMIZER = Optimizer(
     algorithm="adamw",
     learning_rate=2e-3,
@@ -21,7 +22,7 @@ _DIGITS_OPTIMIZER = Optimizer(
     ema_decay=0.995,
 )
 _DIGITS_SCHEDULE = Schedule(
-    steps=1_500, batch_size=32, evaluate_every=250, sample_every=500, checkpoint_every=500
+    steps=1_000, batch_size=32, evaluate_every=250, sample_every=500, checkpoint_every=500
 )
 _MNIST_SCHEDULE = Schedule(
     steps=25_000,
