@@ -38,6 +38,8 @@ _HOME = {
     "gan": "families.gan",
     "latent_spec": "families.compose",
     "reflow": "families.compose",
+    "made": "families.made",
+    "pixelcnn": "families.pixelcnn",
     "rnn": "families.rnn",
     "ssm": "families.ssm",
     "transformer": "families.transformer",
@@ -69,6 +71,8 @@ if TYPE_CHECKING:
     from genjax.families.diffusion import diffusion
     from genjax.families.flow_matching import flow_matching
     from genjax.families.gan import gan
+    from genjax.families.made import made
+    from genjax.families.pixelcnn import pixelcnn
     from genjax.families.rnn import rnn
     from genjax.families.ssm import ssm
     from genjax.families.transformer import transformer

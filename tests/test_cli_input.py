@@ -26,7 +26,8 @@ from genjax.zoo import ZOO
         ("sweep --seeds 3", "genjax sweep needs the name of a recipe"),
         (
             "train vae --data digit",
-            "There is no data set called 'digit'. Did you mean digits or digit_rows?",
+            "There is no data set called 'digit'. Did you mean digits or digit_rows or "
+            "digit_pixels?",
         ),
         ("train vae --learnig-rate 1", "--learnig-rate"),
         ("train vae --steps many", "--steps"),

@@ -289,6 +289,19 @@ def test_digit_rows_are_the_digits(binarize):
         data.digit_rows(binarize="random")
 
 
+def test_digit_pixels_are_the_digits():
+    pixels, digits = data.digit_pixels(True), data.digits(True)
+    assert pixels.spec == DataSpec(
+        (64,), "tokens", levels=17, n_classes=10, step="pixel", name="digit_pixels"
+    )
+    key = jax.random.key(0)
+    for batch, image in zip(pixels.load(), digits.load(), strict=True):
+        prepared = pixels.prepare(key, batch)
+        check_batch(pixels.spec, prepared)
+        np.testing.assert_array_equal(prepared.cond, image.cond)
+        np.testing.assert_array_equal(prepared.x, image.x.reshape(-1, 64))
+
+
 @pytest.mark.parametrize(("at", "bit"), [(144, 2), (209, 3), (236, 0)])
 def test_a_file_that_crashes_its_reader_does_not_crash_this_process(tmp_path, at, bit):
     """One bit, at which scipy's reader goes by a null pointer: the process it is in ends with

@@ -49,6 +49,8 @@ from rows import (
 from genjax.data import example_batch
 from genjax.families.diffusion import diffusion
 from genjax.families.flow_matching import flow_matching
+from genjax.families.made import made
+from genjax.families.pixelcnn import pixelcnn
 from genjax.families.rnn import rnn
 from genjax.families.transformer import transformer
 from genjax.families.vae import vae
@@ -93,6 +95,8 @@ ROOMY = {
     rnn: {"lanes": 0, "dropout": 0.0, "d_hidden": 128},
     transformer: {"dropout": 0.0, "cond_dropout": 0.0, "d_model": 64, "n_layers": 2},
     vrnn: {"dropout": 0.0, "d_hidden": 64},
+    made: {"hidden": (128,)},
+    pixelcnn: {"dropout": 0.0, "channels": 16, "n_layers": 4},
     # Noise has nothing for a convolution to use.
     diffusion: {"cond_dropout": 0.0, "guidance": None, "net": "mlp", "hidden": (128, 128)},
     flow_matching: {"cond_dropout": 0.0, "guidance": None, "net": "mlp", "hidden": (128, 128)},

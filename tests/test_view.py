@@ -22,6 +22,9 @@ LETTERS = ("a", "b")
         (DataSpec((4, 8, 3), "continuous", step="frame"), "sequence"),
         (DataSpec((8, 6), "discrete", levels=17, step="row"), "rows"),
         (DataSpec((28, 88), "binary", step="row"), "rows"),
+        (DataSpec((9,), "tokens", levels=17, step="pixel"), "pixels"),
+        (DataSpec((8,), "tokens", levels=17, step="pixel"), "sequence"),
+        (DataSpec((9,), "tokens", levels=17, step="token"), "sequence"),
         (DataSpec((8, 6), "discrete", levels=17), "nothing"),
         (DataSpec((2,), "continuous"), "points"),
         (DataSpec((2,), "binary"), "points"),
@@ -40,7 +43,7 @@ def test_what_an_event_looks_like(spec: DataSpec, view: str) -> None:
 
 def test_every_data_set_looks_like_something() -> None:
     views = {name: view_of(open_source(name).spec) for name in SOURCES}
-    assert set(views.values()) == {"text", "image", "rows", "points", "music", "sequence"}
+    assert set(views.values()) == {"text", "image", "rows", "pixels", "points", "music", "sequence"}
 
 
 def test_rows_become_images_and_all_else_stays() -> None:
@@ -53,6 +56,14 @@ def test_rows_become_images_and_all_else_stays() -> None:
     assert view_of(whole) == "image"
     for other in (DataSpec((3, 4), "continuous"), DataSpec((3, 4, 1), "continuous")):
         assert as_image(x, other) == (x, other)
+
+
+def test_pixels_become_square_images() -> None:
+    spec = DataSpec((9,), "tokens", levels=17, step="pixel", name="pixels")
+    x = np.arange(18).reshape(2, 9)
+    images, whole = as_image(x, spec)
+    np.testing.assert_array_equal(images, x.reshape(2, 3, 3, 1))
+    assert whole == DataSpec((3, 3, 1), "discrete", levels=17, name="pixels")
 
 
 def test_two_channels_stand_side_by_side() -> None:

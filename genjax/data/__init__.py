@@ -16,7 +16,7 @@ from genjax.data.densities import checkerboard, grid, moons, pinwheel, ring, swi
 from genjax.data.idx import read_idx, write_idx
 from genjax.data.image_files import ARCHIVES, image_files
 from genjax.data.image_files import ENDINGS as IMAGE_ENDINGS
-from genjax.data.images import digit_rows, digits, fashion_mnist, mnist
+from genjax.data.images import digit_pixels, digit_rows, digits, fashion_mnist, mnist
 from genjax.data.json_lines import json_lines
 from genjax.data.memory import from_arrays
 from genjax.data.midi_files import ENDINGS as MIDI_ENDINGS
@@ -60,6 +60,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "checkerboard": checkerboard,
     "swiss_roll": swiss_roll,
     "digit_rows": digit_rows,
+    "digit_pixels": digit_pixels,
     "unicode_names": unicode_names,
     "shakespeare": shakespeare,
     "names": names,
@@ -221,6 +222,7 @@ __all__ = [
     "cast",
     "checkerboard",
     "decode",
+    "digit_pixels",
     "digit_rows",
     "digits",
     "encode",

@@ -1,7 +1,7 @@
 """Images of digits and clothes: scikit-learn's digits, MNIST and Fashion-MNIST, as grey levels or
 binarised.
 
-`digit_rows` is scikit-learn's digits once more, as sequences of rows.
+`digit_rows` and `digit_pixels` are scikit-learn's digits once more, as sequences.
 """
 
 import dataclasses
@@ -147,6 +147,25 @@ def digit_rows(conditional: bool = False, binarize: Binarize = "none") -> Source
         load=load,
         description=source.description.replace("images of 8 x 8", "images as 8 rows"),
     )
+
+
+def digit_pixels(conditional: bool = False) -> Source:
+    """The same 1797 digits as `digits` as sequences of tokens, one of 17 grey levels for each of
+    the 64 pixels, from left to right and from top to bottom, with the same splits.
+
+    Args:
+        conditional: give the digit as the condition, a label from 0 to 9.
+    """
+    source = digits(conditional)
+
+    def load() -> Splits:
+        return Splits(*(batch._replace(x=batch.x.reshape(-1, 64)) for batch in source.load()))
+
+    spec = dataclasses.replace(
+        source.spec, shape=(64,), kind="tokens", step="pixel", name="digit_pixels"
+    )
+    about = source.description.replace("images of 8 x 8", "images as 64 tokens")
+    return Source(spec, load, cast(spec), description=about)
 
 
 def mnist(

@@ -1,6 +1,7 @@
 """What an event looks like to a person, decided in one place: text, an image, music ..."""
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -9,9 +10,12 @@ from genjax.data.music import KEYS
 from genjax.protocol import DataSpec
 
 # text: lines of characters. image: (height, width, 1 to 4). rows: an image that comes row by row,
-# (height, width). points: in the plane. vectors: of any other length. music: a piano roll of 88
-# keys. sequence: any other data with steps. nothing: none of these.
-View = Literal["text", "image", "rows", "points", "vectors", "music", "sequence", "nothing"]
+# (height, width). pixels: a square image of one channel that comes pixel by pixel. points: in the
+# plane. vectors: of any other length. music: a piano roll of 88 keys. sequence: any other data with
+# steps. nothing: none of these.
+View = Literal[
+    "text", "image", "rows", "pixels", "points", "vectors", "music", "sequence", "nothing"
+]
 
 
 def view_of(spec: DataSpec) -> View:
@@ -30,6 +34,8 @@ def view_of(spec: DataSpec) -> View:
         return "points"
     if len(spec.shape) == 2 and spec.step == "row":
         return "rows"
+    if len(spec.shape) == 1 and spec.step == "pixel" and math.isqrt(spec.size) ** 2 == spec.size:
+        return "pixels"
     if len(spec.shape) == 2 and spec.kind == "binary" and spec.shape[1] == KEYS:
         return "music"
     if spec.step is not None:
@@ -51,9 +57,15 @@ def as_image(x: Any, spec: DataSpec) -> tuple[Any, DataSpec]:
     """What is an image in other clothes as an image of grey, colour or colour with transparency,
     and the spec of those; other data as they are.
 
-    Rows of images [..., height, width] get a channel; of two channels, the second stands to the
-    right of the first.
+    Rows of images [..., height, width] get a channel, and pixels [..., height width] rows, too; of
+    two channels, the second stands to the right of the first.
     """
+    if view_of(spec) == "pixels":
+        side = math.isqrt(spec.size)
+        x = x.reshape(*x.shape[:-1], side, side, 1)
+        kind = "discrete" if spec.kind == "tokens" else spec.kind
+        pixels = dataclasses.replace(spec, step=None, kind=kind, shift=None, scale=None)
+        return x, _unscaled(pixels, (side, side, 1))
     if view_of(spec) == "rows":
         rows = dataclasses.replace(spec, step=None, shift=None, scale=None)
         return x[..., None], _unscaled(rows, (*spec.shape, 1))
