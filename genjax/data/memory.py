@@ -41,6 +41,9 @@ def from_arrays(
     MapDataset, a torch Dataset. Values are taken as those of files are (`data.arrays`);
     `Source.notes` says how.
 
+    An array that numpy has mapped from a file (np.load(path, mmap_mode="r")) stays there if it is
+    larger than 512 MiB.
+
     Args:
         x: see above.
         y: labels [N] of numbers or strings, one-hot rows, or condition vectors [N, C].
