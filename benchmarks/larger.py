@@ -122,6 +122,11 @@ def child(path: str, steps: int, batch: int, step_ms: float) -> None:
             times.append((step, seconds))
 
         loop.fit(feed, key=jax.random.key(0), steps=steps, progress=progress)
+    reading = []
+    for turn in range(1, 4):  # by one thread, without a step beside it
+        before = time.perf_counter()
+        feed.payload(turn * steps, 50)
+        reading.append(1e3 * (time.perf_counter() - before) / 50)
     (first, early), (last, late) = times[0], times[-1]
     rest = max(1, last - first)
     found = {
@@ -129,6 +134,7 @@ def child(path: str, steps: int, batch: int, step_ms: float) -> None:
         "place": "host" if feed.prefetch else "device",
         "before": begun,
         "peak": watched.most,
+        "read_ms_per_step": min(reading),
         "work_alone_ms": 1e3 * worked,
         "ms_per_step": 1e3 * (late - early) / rest,
         "wait_ms_per_step": 1e3 * aheads[0].waited / rest,

@@ -10,7 +10,7 @@ import pytest
 from program import refused
 
 import genjax.cli
-from genjax.data import open_source
+from genjax.data import kept, open_source, rows
 from genjax.errors import ConfigError, DataError
 
 RNG = np.random.default_rng(0)
@@ -123,3 +123,77 @@ def test_a_sample_is_a_table_again(tmp_path, monkeypatch, capsys):
     text = (tmp_path / "people.csv").read_text().splitlines()
     (tmp_path / "people.csv").write_text("\n".join([text[0], *reversed(text[1:])]) + "\n")
     assert "not those that run was trained on" in refused(["evaluate", "run"], capsys)
+
+
+# --- larger than memory ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """Every Parquet file is; its groups have a few rows each."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def save(columns=COLUMNS):
+        monkeypatch.setattr(rows, "LIMIT", 100)
+        path = tmp_path / "people.parquet"
+        pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=7)
+        return str(path)
+
+    return save
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"label": "kind", "conditional": True},
+        {"columns": ("income",), "condition_columns": ("age",), "conditional": True},
+        {"columns": ("age",), "kind": "discrete"},
+    ],
+)
+def test_a_parquet_file_larger_than_memory_is_the_same_table(tmp_path, monkeypatch, large, options):
+    path = large()
+    found = open_source(path, **options)
+    again = open_source(path, **options)
+    monkeypatch.setattr(rows, "LIMIT", 2**29)
+    wanted = open_source(path, **options)
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 1
+    assert found.notes == wanted.notes
+    for own, other, whole in zip(found.load(), again.load(), wanted.load(), strict=True):
+        assert isinstance(own.x, rows.Rows)
+        assert own.x.dtype == whole.x.dtype
+        np.testing.assert_array_equal(own.x, whole.x)
+        np.testing.assert_array_equal(other.x, whole.x)
+        np.testing.assert_array_equal(own.cond, whole.cond)
+    np.testing.assert_allclose(found.spec.shift or (), wanted.spec.shift or (), rtol=1e-12)
+    np.testing.assert_allclose(found.spec.scale or (), wanted.spec.scale or (), rtol=1e-12)
+
+
+def test_missing_values_of_a_large_table_have_their_row_in_the_file(tmp_path, large):
+    path = large({"age": [*range(40), None, 41], "size": [*range(41), float("nan")]})
+    with pytest.raises(DataError, match=r"row 41 of column 'age' is missing"):
+        open_source(path)
+    with pytest.raises(DataError, match=r"row 42 of column 'size' is nan"):
+        open_source(path, columns=("size",))
+    assert not [one for one in (tmp_path / "cache").rglob("*") if one.is_file()]
+
+
+def test_a_large_table_that_cannot_be_kept_is_one_message(tmp_path, monkeypatch, large):
+    path = large()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(DataError, match=r"cannot be kept in .*XDG_CACHE_HOME=FOLDER"):
+        open_source(path)
+
+
+def test_a_large_table_that_changes_is_told(tmp_path, monkeypatch, large):
+    path, stream = large(), kept.stream
+
+    def written_to(where, parts, about):
+        first = next(parts)
+        Path(path).touch()
+        return stream(where, iter([first, *parts]), about)
+
+    monkeypatch.setattr(kept, "stream", written_to)
+    with pytest.raises(DataError, match=r"people\.parquet changed while it was being read"):
+        open_source(path)

@@ -49,7 +49,8 @@ def arrays(
     `token_stream` for its vocabulary and its split. With `step`, x are sequences [N, T, *event],
     and an array lengths [N] says how many of the steps count; with `context`, x is one long series
     [T, *event]. `Source.notes` says what was decided.
-    The file is read at once, as the spec depends on it; nothing in it is ever unpickled.
+    The file is read at once, as the spec depends on it, but for a .npy file beyond 512 MiB, whose
+    rows stay on the disk until they are asked for; nothing in it is ever unpickled.
 
     Args:
         path: the .npz or .npy file.

@@ -79,6 +79,9 @@ def image_files(
     unless `mode` is "rgba". CIFAR's binary files (data_batch_1.bin ..., test_batch.bin) are read,
     too.
 
+    What was decoded is kept in the cache folder; beyond 512 MiB it stays there, and rows of it are
+    read as they are asked for.
+
     Args:
         path: the folder or archive.
         conditional: use the names of the sub-folders as classes.

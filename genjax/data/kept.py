@@ -1,5 +1,5 @@
-"""Pictures that were decoded, kept as one .npy file in the user's cache folder, with what is known
-of them and their checksum in a .json file beside it.
+"""Pictures that were decoded and large tables, kept as one .npy file in the user's cache folder,
+with what is known of them and their checksum in a .json file beside it.
 """
 
 import contextlib
@@ -107,17 +107,45 @@ def _streamed(
         _describe(path, about())
     except WriteError as error:
         size = in_words(sum(int(np.prod(shape)) for shape in shapes))
-        raise DataError(
-            f"{where}: its pictures are more than is read into memory, and cannot be kept in "
-            f"{path.parent} after {size} ({error.__cause__ or error}). Make room there, or say "
-            "where there is some: XDG_CACHE_HOME=FOLDER genjax ..."
-        ) from error
+        raise _no_room(path, where, size, error) from error
     return in_npy(str(path))
 
 
-def _header(file: Any, shape: tuple[int, ...]) -> int:
-    """Write the header of an array of bytes, and say where it ends."""
-    about = {"descr": "|u1", "fortran_order": False, "shape": shape}
+def stream(path: Path, parts: Iterator[np.ndarray], where: str) -> Any:
+    """Parts [n, *event] of one array, kept one after the other; at least one.
+
+    Raises:
+        DataError: where they cannot be kept.
+    """
+    first, n = next(parts), 0
+    try:
+        with replacing(path) as part, part.open("wb") as file:
+            begin = _header(file, (0, *first.shape[1:]), first.dtype.str)
+            for one in itertools.chain([first], parts):
+                n += len(one)
+                file.write(np.ascontiguousarray(one, first.dtype).data)
+            file.seek(0)
+            if _header(file, (n, *first.shape[1:]), first.dtype.str) != begin:
+                raise AssertionError("numpy leaves room in a header for the number of rows")
+            file.flush()
+        _describe(path, {})
+    except WriteError as error:
+        size = in_words(n * first[:1].nbytes)
+        raise _no_room(path, where, size, error) from error
+    return in_npy(str(path))
+
+
+def _no_room(path: Path, where: str, size: str, error: WriteError) -> DataError:
+    return DataError(
+        f"{where}: is more than is read into memory, and cannot be kept in {path.parent} after "
+        f"{size} ({error.__cause__ or error}). Make room there, or say where there is some: "
+        "XDG_CACHE_HOME=FOLDER genjax ..."
+    )
+
+
+def _header(file: Any, shape: tuple[int, ...], dtype: str = "|u1") -> int:
+    """Write the header of an array, and say where it ends."""
+    about = {"descr": dtype, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, about)
     return file.tell()
 

@@ -46,6 +46,9 @@ def from_arrays(
     `Source.notes` says how. With kind="tokens", x are token ids [N, T] from 0 to levels - 1, or to
     the largest that there is.
 
+    An array that numpy has mapped from a file (np.load(path, mmap_mode="r")) stays there if it is
+    larger than 512 MiB.
+
     Args:
         x: see above.
         y: labels [N] of numbers or strings, one-hot rows, or condition vectors [N, C].

@@ -1,12 +1,17 @@
 """A user's own tables: CSV, TSV and Parquet files with named columns."""
 
+import contextlib
 import dataclasses
+import hashlib
+import json
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from genjax.data import kept, rows
 from genjax.data.own import Reading, own_source
 from genjax.data.source import Source
 from genjax.errors import ConfigError, DataError, regular_file, unknown_name
@@ -28,7 +33,8 @@ def table(
 
     Columns of numbers are taken; those of texts only as the label. Numbers are real numbers unless
     `kind` says otherwise, or all are 0 and 1. Values that are missing are
-    refused by row and column. A sample is a table of the same columns again.
+    refused by row and column. A Parquet file larger than 512 MiB is kept as one array in the cache
+    folder, and read from there row by row. A sample is a table of the same columns again.
 
     Args:
         path: the .csv, .tsv or .parquet file.
@@ -42,11 +48,16 @@ def table(
         ConfigError: for a column that does not exist, or settings that do not fit each other.
     """
     where = os.fspath(path)
-    read = _read(where)
+    large = _is_large(where)
+    read = _read(where, columns=[]) if large else _read(where)
     names, notes = _chosen(read, columns, label, condition_columns, where)
-    x = np.stack([_numbers(read, name, where) for name in names], axis=1)
-    if reading.kind == "auto":  # columns of whole numbers have no range in common
-        x = x.astype(np.float64)
+    real = reading.kind == "auto"  # columns of whole numbers have no range in common
+    if large:
+        x = _on_disk(where, names, real)
+        others = [*([label] if label else []), *(condition_columns or ())]
+        read = _read(where, columns=others) if others and conditional else read
+    else:
+        x = _stacked(read, names, where, real)
     cond = _condition(read, label, condition_columns, where) if conditional else None
     if condition_columns is not None:  # numbers, be they whole or not
         reading = dataclasses.replace(reading, condition="vector")
@@ -55,8 +66,72 @@ def table(
     return own_source(parts, reading, name, where, columns=names, files=(where,), notes=notes)
 
 
-def _read(where: str) -> Any:
-    """The table, by pyarrow.
+def _is_large(where: str) -> bool:
+    """Whether a Parquet file has more numbers than are read into memory."""
+    if not where.lower().endswith(".parquet"):
+        return False
+    with contextlib.suppress(Exception):  # which `_read` tells
+        from pyarrow import parquet
+
+        about = parquet.read_metadata(where)
+        return about.num_rows * about.num_columns * 8 > rows.LIMIT
+    return False
+
+
+def _stacked(read: Any, names: Sequence[str], where: str, real: bool, before: int = 0) -> Any:
+    """The columns of numbers side by side, [N, D]; `before` is how many rows the file has before
+    these.
+    """
+    x = np.stack([_numbers(read, name, where, before) for name in names], axis=1)
+    return x.astype(np.float64) if real else x
+
+
+def _on_disk(where: str, names: Sequence[str], real: bool) -> Any:
+    """The same of a large Parquet file, kept in the cache folder; some of its rows are in memory at
+    a time.
+
+    Raises:
+        DataError: for values that are missing, and where it cannot be kept.
+    """
+
+    def stamp() -> list[int]:
+        about = os.stat(where)
+        return [about.st_size, about.st_mtime_ns]
+
+    begun = stamp()
+    text = json.dumps([os.path.abspath(where), begun, list(names), real, 1])
+    path = kept.folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npy"
+    found = kept.read(path)
+    if found is not None:
+        return found[0]
+
+    def parts() -> Iterator[np.ndarray]:
+        import pyarrow
+        from pyarrow import parquet
+
+        done = 0
+        try:
+            with parquet.ParquetFile(where) as file:
+                for batch in file.iter_batches(columns=list(names)):
+                    some = pyarrow.Table.from_batches([batch])
+                    yield _stacked(some, names, where, real, done)
+                    done += some.num_rows
+        except (pyarrow.ArrowException, OSError) as error:
+            raise _unreadable(where, error) from error
+        if stamp() != begun:
+            raise DataError(f"{where} changed while it was being read. Start again.")
+
+    return kept.stream(path, parts(), where)
+
+
+def _unreadable(where: str, error: BaseException) -> DataError:
+    reason = str(error).splitlines()[0][:300]
+    return DataError(f"{where}: cannot be read as a table: {reason}")
+
+
+def _read(where: str, columns: list[str] | None = None) -> Any:
+    """The table, by pyarrow; of a Parquet file with these columns, or none of the rows where these
+    are none.
 
     Raises:
         DataError: for what cannot be read as one.
@@ -71,7 +146,9 @@ def _read(where: str) -> Any:
         ) from None
     try:
         if where.lower().endswith(".parquet"):
-            found = parquet.read_table(where)
+            if columns == []:
+                return _named_once(parquet.read_schema(where).empty_table(), where)
+            found = parquet.read_table(where, columns=columns)
         else:
             tab = where.lower().endswith(".tsv")
             parse = csv.ParseOptions(delimiter="\t" if tab else ",")
@@ -79,13 +156,8 @@ def _read(where: str) -> Any:
     except FileNotFoundError:
         raise DataError(f"{where}: there is no such file.") from None
     except (ArrowException, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0][:300]
-        raise DataError(f"{where}: cannot be read as a table: {reason}") from error
-    twice = [name for name in found.column_names if found.column_names.count(name) > 1]
-    if twice:
-        raise DataError(
-            f"{where}: several columns are called {twice[0]!r}. Give each a name of its own."
-        )
+        raise _unreadable(where, error) from error
+    _named_once(found, where)
     if found.num_rows == 0:
         raise DataError(f"{where}: the table has no rows.")
     headless = [name for name in found.column_names if _is_number(name)]
@@ -93,6 +165,15 @@ def _read(where: str) -> Any:
         raise DataError(
             f"{where}: its first line is numbers ({', '.join(headless[:5])}), where the names of "
             "the columns are expected. Write a line of names before it."
+        )
+    return found
+
+
+def _named_once(found: Any, where: str) -> Any:
+    twice = [name for name in found.column_names if found.column_names.count(name) > 1]
+    if twice:
+        raise DataError(
+            f"{where}: several columns are called {twice[0]!r}. Give each a name of its own."
         )
     return found
 
@@ -142,8 +223,9 @@ def _chosen(
     return found, notes
 
 
-def _numbers(read: Any, name: str, where: str) -> np.ndarray:
-    """A column of numbers [N]; whole numbers and truth values stay so.
+def _numbers(read: Any, name: str, where: str, before: int = 0) -> np.ndarray:
+    """A column of numbers [N]; whole numbers and truth values stay so. The file has so many rows
+    before these.
 
     Raises:
         DataError: for missing values and for texts, with the row.
@@ -154,15 +236,15 @@ def _numbers(read: Any, name: str, where: str) -> np.ndarray:
             f"{where}: the column {name!r} has no numbers but {kind}: {_first_text(column)}. Leave "
             "it out of --columns, or make it the --label."
         )
-    _check_missing(column, name, where)
+    _check_missing(column, name, where, before)
     array = column.to_numpy()
     if array.dtype.kind == "O":  # decimals
         array = array.astype(np.float64)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         row = int(np.flatnonzero(~np.isfinite(array))[0])
         raise DataError(
-            f"{where}: row {row + 1} of column {name!r} is {array[row]}. Fill it in, or leave such "
-            "rows out."
+            f"{where}: row {before + row + 1} of column {name!r} is {array[row]}. Fill it in, or "
+            "leave such rows out."
         )
     return array
 
@@ -175,12 +257,12 @@ def _first_text(column: Any) -> str:
     return "its numbers are texts"
 
 
-def _check_missing(column: Any, name: str, where: str) -> None:
+def _check_missing(column: Any, name: str, where: str, before: int = 0) -> None:
     if column.null_count:
         row = column.is_null().to_pylist().index(True)
         raise DataError(
-            f"{where}: row {row + 1} of column {name!r} is missing, and {column.null_count - 1} "
-            "more. Fill them in, or leave such rows out."
+            f"{where}: row {before + row + 1} of column {name!r} is missing, and "
+            f"{column.null_count - 1} more. Fill them in, or leave such rows out."
         )
 
 
