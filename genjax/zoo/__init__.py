@@ -17,9 +17,9 @@ __all__ = ["ZOO"]
 
 
 def _rows() -> "dict[str, Recipe]":
-    from genjax.zoo import composed, denoising, gan, sequences, vae
+    from genjax.zoo import composed, denoising, flows, gan, sequences, vae
 
-    groups = (vae.ROWS, gan.ROWS, sequences.ROWS, denoising.ROWS, composed.ROWS)
+    groups = (vae.ROWS, gan.ROWS, sequences.ROWS, denoising.ROWS, flows.ROWS, composed.ROWS)
     return {row.name: row for group in groups for row in group}
 
 
