@@ -33,15 +33,12 @@ HEADLINES = ("high-quality share", "modes covered", "class agreement", "FD[cnn-v
 FRONT = (
     *first_rows(),
     "vae-flow-prior",
+    "reflow-2d",
     "vae-mnist",
-    "cgan",
-    "dcgan-mnist",
-    "lstm",
     "gru-names",
     "transformer-shakespeare",
     "lstm-jsb",
     "vrnn-jsb",
-    "edm-mnist",
     "vdm-digits",
 )
 

@@ -73,9 +73,14 @@ def normal_batch(n, seed=0):
 every_path = pytest.mark.parametrize("name", list(PATHS))
 
 
-@functools.cache
 def conditional(cond_dropout=0.25, **settings):
     """A model of three classes with random parameters: model, params, state."""
+    return _conditional(jax.config.jax_enable_x64, cond_dropout, **settings)
+
+
+@functools.cache
+def _conditional(x64, cond_dropout, **settings):
+    del x64  # on which the precision of the parameters depends
     model = flow_matching(
         CLASSES, hidden=(8,), cond_dropout=cond_dropout, solver="euler", n_steps=4, **settings
     )

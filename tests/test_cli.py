@@ -320,13 +320,13 @@ def test_kill_9_again_and_again_loses_nothing(
     assert not list((folder / "checkpoints").glob("*.part*"))
 
 
-KILLED_IN_A_SAVE = """
-import os, signal, sys
+KILLED_IN_A_SAVE = r"""
+import os, re, signal, sys
 from orbax.checkpoint import v1 as ocp
 from genjax.cli import main
 whole = ocp.save
 def save(path, *args, **kwargs):
-    if path.endswith("/50.part"):
+    if re.search(r"/50\.[0-9a-f]+\.part$", path):
         os.makedirs(path)
         open(path + "/half", "w").write("half")
         os.kill(os.getpid(), signal.SIGKILL)
@@ -346,7 +346,7 @@ def test_kill_9_in_the_middle_of_a_save_and_a_damaged_checkpoint(
         command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
     )
     assert died.returncode == -signal.SIGKILL
-    assert (folder / "checkpoints" / "50.part" / "half").exists()
+    assert list((folder / "checkpoints").glob("50.*.part/half"))
     assert Checkpoints(folder / "checkpoints").steps() == [20, 30, 40]
     # The newest whole one is damaged as well: one byte, in the largest file.
     largest = max(
@@ -373,7 +373,7 @@ def test_a_loss_that_turns_non_finite_stops_the_program_and_keeps_the_last_good_
         "train vae --hidden 8 --steps 60 --steps-per-call 5 --checkpoint-every 5 --schedule linear "
         "--warmup-steps 40"
     )
-    args += ["--algorithm", "sgd", "--weight-decay", "0", "--learning-rate", "1e4", "--out", "run"]
+    args += ["--algorithm", "sgd", "--weight-decay", "0", "--learning-rate", "1e3", "--out", "run"]
     _, err = program(args, tmp_path, code=2)
     found = re.search(
         r"genjax: error: At step (\d+) the loss of player 'vae' is (nan|inf), and training "

@@ -181,8 +181,9 @@ def test_pseudo_inputs_live_on_the_normalised_scale(x64, kind):
     raw = np.asarray(params["vae"]["prior"]["x"])
     u = raw if kind == "continuous" else np.tanh(raw)
     # `encode` takes events in the units of the data, and maps them to the scale that the
-    # pseudo-inputs are on.
-    seen = np.asarray(model.latent.encode(params, state, spec.denormalize(jnp.asarray(u)))[0])
+    # pseudo-inputs are on. Traced, because a pseudo-input need not be an event that data can have.
+    encode = jit(model.latent.encode)
+    seen = np.asarray(encode(params, state, spec.denormalize(jnp.asarray(u)))[0])
     prior = vamp_prior(spec, 3)
     inputs = []
     prior.sample(
@@ -198,7 +199,7 @@ def test_pseudo_inputs_live_on_the_normalised_scale(x64, kind):
     # decoded pseudo-inputs.
     tiny = params["vae"]["encoder"]["layers"][1]
     tiny["kernel"], tiny["bias"] = tiny["kernel"].at[:, 2:].set(0.0), tiny["bias"].at[2:].set(-30.0)
-    seen = model.latent.encode(params, state, spec.denormalize(jnp.asarray(u)))[0]
+    seen = encode(params, state, spec.denormalize(jnp.asarray(u)))[0]
     decoded = np.asarray(model.latent.decode(params, state, seen))
     drawn = np.asarray(
         jit(model.latent.sample_mean, static_argnums=3)(params, state, jax.random.key(22), 200)

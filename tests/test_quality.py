@@ -8,11 +8,13 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from genjax.data import open_source
 from genjax.evaluation import judge, quality
+from genjax.runs import sweeps
 from genjax.runs.evaluate import evaluate
 from genjax.runs.load import load
 from genjax.runs.sweeps import run_sweep
@@ -203,9 +205,19 @@ def test_members_of_a_sweep_without_a_likelihood_are_compared_by_their_samples(
 
 
 @pytest.mark.slow
-def test_a_member_that_diverged_leaves_the_others_their_figures(tmp_path: Path) -> None:
+def test_a_member_that_diverged_leaves_the_others_their_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = sweeps._train_members
+
+    def diverged(*args):
+        state = whole(*args)
+        return state._replace(params=jax.tree.map(lambda p: p.at[1].set(jnp.nan), state.params))
+
+    monkeypatch.setattr(sweeps, "_train_members", diverged)
+    monkeypatch.setattr(sweeps, "eval_params", lambda state: state.params)
     recipe = replace(ZOO["gan-ring"], hidden=(8,), **SHORT)
-    results = run_sweep(recipe, {"r1": [0.1, float("inf")]}, 1, tmp_path / "sweep")
+    results = run_sweep(recipe, {"r1": [0.1, 0.2]}, 1, tmp_path / "sweep")
     good, bad = results["results"]
     assert (good["not_finite"], bad["not_finite"]) == (0, 1)
     assert good["mean"] == good["figures"][0]["high-quality share"]

@@ -431,7 +431,7 @@ def test_narrow_arithmetic_keeps_wide_parameters_and_nearly_the_loss():
             {"spec": DataSpec((4, 2), "binary", step="frame"), "tie_weights": True},
             "tie_weights is for sequences of tokens",
         ),
-        ({"spec": DataSpec((4, 2), "binary")}, "Give its DataSpec `step`"),
+        ({"spec": DataSpec((4, 2), "binary")}, "in Python a DataSpec with `step`"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(options, message):

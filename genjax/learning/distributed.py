@@ -63,7 +63,8 @@ def start(
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     processes = _number("JAX_NUM_PROCESSES") if processes is None else processes
     process = _number("JAX_PROCESS_ID") if process is None else process
-    if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
+    port = "1" if coordinator is None else coordinator.rpartition(":")[2]
+    if not (port.isdigit() and 0 < int(port) < 2**16):
         raise ConfigError(
             f"A coordinator is written as host:port, such as 10.0.0.1:1234; got {coordinator!r}."
         )
