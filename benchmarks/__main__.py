@@ -37,6 +37,7 @@ class Args:
             "convolution",
             "widths",
             "pages",
+            "buckets",
             "attack",
             "results",
             "gallery",
@@ -53,8 +54,9 @@ class Args:
     tests/test_programs.py, for this version of jax), `memory` what they need, `sampling` samplers
     by batch, `startup` from the command to the first step, `ensemble` many small models at once,
     `convolution` gradients beside flax's convolutions, `widths` a Transformer's share of the peak,
-    `pages` a step with huge pages of memory, `attack` what kills, damage and random arguments do
-    (`names`: kills, checkpoints, files, folders, arguments). `all` leaves these out.
+    `pages` a step with huge pages of memory, `buckets` sequences in buckets of lengths, `attack`
+    what kills, damage and random arguments do (`names`: kills, checkpoints, files, folders,
+    arguments). `all` leaves these out.
     """
     names: tuple[str, ...] = ()
     """For `results` and `peers`: only these recipes; all unless given."""
@@ -113,7 +115,7 @@ def main() -> None:
         denoising.main(args.keep)
     if args.part in ("programs", "memory", "startup"):
         importlib.import_module(f"benchmarks.{args.part}").main()
-    if args.part in ("sampling", "ensemble", "convolution", "widths", "pages"):
+    if args.part in ("sampling", "ensemble", "convolution", "widths", "pages", "buckets"):
         importlib.import_module(f"benchmarks.{args.part}").main(
             *([args.seconds] if args.seconds else [])
         )

@@ -6,6 +6,7 @@ random arguments, repeated with a seed. A silent wrong result and a traceback ar
 
 import contextlib
 import dataclasses
+import gzip
 import io
 import itertools
 import json
@@ -26,7 +27,7 @@ import jax
 import numpy as np
 
 import genjax.cli
-from benchmarks.common import first_rows, write
+from benchmarks.common import first_rows, read, write
 from genjax.data import open_source, write_idx
 from genjax.errors import GenjaxError
 from genjax.learning.checkpoint import Checkpoints
@@ -99,6 +100,9 @@ def small(name: str, steps: int, out: str) -> list[str]:
     row = ZOO[name]
     args = ["train", name, "--steps", str(steps), "--steps-per-call", "2", *QUIET, "--out", out]
     args += ["--checkpoint-every", "2", "--log-every", "2"]
+    warmup = getattr(row.optimizer, "warmup_steps", 0)
+    if warmup >= steps:
+        args += ["--warmup-steps", "0"]
     if row.model.get("lanes") is None or row.tiny.get("lanes"):
         args += ["--batch-size", "8"]
     for setting, value in row.tiny.items():
@@ -234,6 +238,7 @@ def _originals(place: Path) -> dict[str, dict[str, Any]]:
         for index in range(3):
             cell[index] = rng.integers(0, 2, (5 + index, 88)).astype(float)
     scipy.io.savemat(place / "g.mat", cells)
+    _newer(place, rng)
     return {
         "a.npz": {"conditional": True},
         "b.npz": {"conditional": True},
@@ -242,7 +247,43 @@ def _originals(place: Path) -> dict[str, dict[str, Any]]:
         "e.txt": {"context": 8},
         "f.txt": {"layout": "lines"},
         "g.mat": {},
+        "h.csv": {},
+        "i.parquet": {},
+        "j.mid": {},
+        "k.zip": {},
+        "l.tar": {},
+        "m.jsonl": {"context": 8},
+        "n.bin": {"context": 8, "vocab_size": 20},
+        "o.npy": {"kind": "tokens"},
+        "p.txt.gz": {"context": 8},
     }
+
+
+def _newer(place: Path, rng: np.random.Generator) -> None:
+    """Tables, music, pictures in archives, token ids."""
+    import pyarrow as pa
+    import pyarrow.parquet
+    from PIL import Image
+
+    from genjax.data.music import midi
+
+    table = {name: rng.normal(size=60).round(3) for name in ("height", "width")}
+    rows = zip(*table.values(), strict=True)
+    lines = [",".join(table), *(",".join(map(str, row)) for row in rows)]
+    (place / "h.csv").write_text("\n".join(lines) + "\n")
+    pyarrow.parquet.write_table(pa.table(table), place / "i.parquet")
+    midi(rng.integers(0, 2, (40, 88)), place / "j.mid")
+    (place / "pictures").mkdir()
+    for index in range(20):
+        pixels = rng.integers(0, 256, (6, 6)).astype(np.uint8)
+        Image.fromarray(pixels).save(place / "pictures" / f"{index}.png")
+    shutil.make_archive(str(place / "k"), "zip", place / "pictures")
+    shutil.make_archive(str(place / "l"), "tar", place / "pictures")
+    texts = ("".join(rng.choice(list("abc \n"), 30)) for _ in range(40))
+    (place / "m.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    rng.integers(0, 20, 800).astype("<u2").tofile(place / "n.bin")
+    np.save(place / "o.npy", rng.integers(0, 9, (40, 6)))
+    (place / "p.txt.gz").write_bytes(gzip.compress(b"the cat sat on the mat. " * 40))
 
 
 def files(n: int = 1050, seed: int = 2) -> dict[str, int]:
@@ -260,7 +301,7 @@ def files(n: int = 1050, seed: int = 2) -> dict[str, int]:
         for index in range(n):
             name, options = rng.choice(list(originals.items()))
             whole = (place / name).read_bytes()
-            path = place / f"mutant{index}{Path(name).suffix}"
+            path = place / f"mutant{index}{''.join(Path(name).suffixes)}"
             path.write_bytes(mutated(rng, whole))
             how, value = outcome(lambda path=path, o=options: open_source(path, **o).load())
             if how == "done":
@@ -413,8 +454,11 @@ PARTS: dict[str, Callable[[], dict[str, int]]] = {
 
 
 def main(names: tuple[str, ...] = ()) -> None:
-    """Run the attacks, or those of them that are named, and write results/attack.json."""
-    found = {}
+    """Run the attacks, or those of them that are named, and write results/attack.json, which keeps
+    what there is of the others.
+    """
+    before = read("attack") if names else None
+    found = {name: before[name] for name in PARTS if name in before} if before else {}
     for name in names or PARTS:
         start = time.perf_counter()
         found[name] = PARTS[name]()

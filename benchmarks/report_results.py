@@ -4,7 +4,7 @@ import math
 import textwrap
 from typing import Any
 
-from benchmarks.common import first_rows, machine, markdown
+from benchmarks.common import machine, markdown
 from genjax.zoo import ZOO
 from genjax.zoo.catalogue import measured
 
@@ -31,15 +31,17 @@ HEADLINES = ("high-quality share", "modes covered", "class agreement", "FD[cnn-v
 # The rows that the README shows: the first of each family, and those with a published reference or
 # the best figure of their data.
 FRONT = (
-    *first_rows(),
-    "vae-flow-prior",
-    "reflow-2d",
+    "vae",
     "vae-mnist",
+    "gan-ring",
     "gru-names",
-    "transformer-shakespeare",
     "lstm-jsb",
+    "transformer-shakespeare",
     "vrnn-jsb",
     "vdm-digits",
+    "flow-matching",
+    "vae-flow-prior",
+    "reflow-2d",
 )
 
 

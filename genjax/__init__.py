@@ -59,6 +59,9 @@ _HOME = {
     "Hook": "learning.loop",
     "choose_feed": "learning.loop",
     "Checkpoints": "learning.checkpoint",
+    "add_loss": "learning.losses",
+    "import_weights": "learning.weights",
+    "parameter_names": "learning.weights",
     "ZOO": "zoo",
 }
 
@@ -79,6 +82,7 @@ if TYPE_CHECKING:
     from genjax.families.vrnn import vrnn
     from genjax.learning.checkpoint import Checkpoints
     from genjax.learning.loop import Hook, choose_feed, fit
+    from genjax.learning.losses import add_loss
     from genjax.learning.members import ensemble, grid, sweep
     from genjax.learning.sharding import TENSOR_RULES, make_mesh, shard
     from genjax.learning.step import eval_params, training
@@ -90,6 +94,7 @@ if TYPE_CHECKING:
         scan_steps,
         skip_nonfinite,
     )
+    from genjax.learning.weights import import_weights, parameter_names
     from genjax.parts.priors import Prior, prior_of
     from genjax.protocol import Aux, Batch, DataSpec, Model, Trained, Training, TrainState
     from genjax.runs.api import Run, load, restore, save, train

@@ -171,7 +171,7 @@ def checked(model: Model) -> Model:
         return by_name(params, own, "The tree of parameters"), by_name(state, other, "The state")
 
     def check_arguments(batch: Batch, key: Key) -> int:
-        check_batch(spec, batch)
+        check_batch(spec, batch, model.any_length)
         check_key(key)
         return batch.x.shape[0]
 

@@ -69,6 +69,12 @@ class Batch(NamedTuple):
     A weight of 0 takes an example out of every mean exactly, which is how a last, partial batch is
     padded. `length` [B] is there exactly where the spec says `lengths`: how many of the steps of x
     count.
+
+    Example:
+        >>> import numpy as np
+        >>> from genjax import Batch
+        >>> Batch(np.zeros((4, 2), np.float32), weight=np.asarray([1, 1, 1, 0], np.float32)).x.shape
+        (4, 2)
     """
 
     x: PyTree
@@ -78,7 +84,13 @@ class Batch(NamedTuple):
 
 
 class Aux(NamedTuple):
-    """What a loss returns beside its value: the next `state`, and metrics per example, each [B]."""
+    """What a loss returns beside its value: the next `state`, and metrics per example, each [B].
+
+    Example:
+        >>> from genjax import Aux
+        >>> Aux(state={}, metrics={"kl": [0.1, 0.3]}).metrics
+        {'kl': [0.1, 0.3]}
+    """
 
     state: State
     metrics: Metrics
@@ -222,6 +234,14 @@ class Model(NamedTuple):
         noise: player -> (key, batch) -> what its loss draws from that key; the loss itself uses it.
         latent, autoregressive, denoiser: what the model can do beside sampling, where it can.
         extras: what no record has, as a record of the family's own.
+
+    Example:
+        >>> import jax
+        >>> from genjax import DataSpec, vae
+        >>> model = vae(DataSpec((2,), "continuous"), latent_dim=1, hidden=(4,))
+        >>> params, state = model.init(jax.random.key(0))
+        >>> model.sample(params, state, jax.random.key(1), 3).shape
+        (3, 2)
     """
 
     spec: DataSpec
@@ -242,6 +262,13 @@ class Model(NamedTuple):
     extras: Any = None
 
     @property
+    def any_length(self) -> bool:
+        """Whether sequences may be padded to another number of steps than `spec` says: where a
+        model goes step by step, and `batch.length` says how many count.
+        """
+        return self.spec.lengths and self.autoregressive is not None
+
+    @property
     def score(self) -> ScoreFn | None:
         """`log_prob` where there is one, else `bound`, else None."""
         return self.bound if self.log_prob is None else self.log_prob
@@ -257,6 +284,14 @@ class Model(NamedTuple):
 class Trained(NamedTuple):
     """A model with the parameters and the state that training left it: what a composed builder
     takes, and what a run folder holds.
+
+    Example:
+        >>> import jax
+        >>> from genjax import DataSpec, Trained, two_stage, flow_matching, latent_spec, vae
+        >>> model = vae(DataSpec((2,), "continuous"), latent_dim=1, hidden=(4,))
+        >>> first = Trained(model, *model.init(jax.random.key(0)))
+        >>> two_stage(first, flow_matching(latent_spec(model), hidden=(4,))).spec.shape
+        (2,)
     """
 
     model: Model
@@ -270,6 +305,14 @@ class TrainState(NamedTuple):
 
     `step` counts optimiser steps (int32, a scalar that the members of an ensemble share), `key` is
     the root of the run's randomness, `opt` has one entry per player.
+
+    Example:
+        >>> import jax, optax
+        >>> from genjax import DataSpec, training, vae
+        >>> t = training(vae(DataSpec((2,), "continuous"), hidden=(4,)), optax.adam(1e-3))
+        >>> ts = jax.jit(t.init)(jax.random.key(0))
+        >>> int(ts.step), list(ts.params), list(ts.opt)
+        (0, ['vae'], ['vae'])
     """
 
     step: Array
@@ -314,6 +357,16 @@ class Training(NamedTuple):
             share.
         prepare: (TrainState, what `step` is given) -> TrainState: initialisation from the first
             batch, to be run once, before the first step. None if the model has none.
+
+    Example:
+        >>> import jax, optax
+        >>> from genjax import DataSpec, example_batch, training, vae
+        >>> model = vae(DataSpec((2,), "continuous"), hidden=(4,))
+        >>> t = training(model, optax.adam(1e-3))
+        >>> batch = example_batch(model.spec, jax.random.key(1), 8)
+        >>> ts, metrics = jax.jit(t.step)(t.init(jax.random.key(0)), batch)
+        >>> int(ts.step), "vae/loss" in metrics
+        (1, True)
     """
 
     init: Callable[[Key], TrainState]

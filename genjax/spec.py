@@ -61,6 +61,13 @@ class DataSpec:
             log-probabilities and samples are those of x all the same.
         cond_shift, cond_scale: the same for a condition vector, one number for each entry.
         columns: what the columns of the last axis are called, for pictures and samples.
+        tokenizer: for tokens that are pieces of words, in the place of a vocabulary: the JSON of
+            the tokenizer that makes text of them.
+
+    Example:
+        >>> from genjax import DataSpec
+        >>> DataSpec((8, 8, 1), "discrete", levels=17, n_classes=10).conditional
+        True
     """
 
     shape: tuple[int, ...]
@@ -79,6 +86,7 @@ class DataSpec:
     cond_shift: tuple[float, ...] | None = None
     cond_scale: tuple[float, ...] | None = None
     columns: tuple[str, ...] | None = None
+    tokenizer: str | None = None
 
     def __post_init__(self) -> None:
         # JSON gives lists back; a spec must stay hashable and equal to the one that was written.
@@ -131,6 +139,8 @@ class DataSpec:
                 "symbols with "
                 f"kind={self.kind!r}, levels={self.levels}."
             )
+        if self.tokenizer is not None and (self.kind != "tokens" or self.vocabulary is not None):
+            raise ValueError("A tokenizer is for token data without a vocabulary.")
         if (self.end is not None or self.lengths) and (self.step is None or not self.shape):
             raise ValueError(
                 "end and lengths are for sequences: say what a step is called (step='character')."
@@ -168,8 +178,8 @@ class DataSpec:
 
     @property
     def text(self) -> bool:
-        """Whether events are text: tokens that a vocabulary gives symbols to."""
-        return self.vocabulary is not None
+        """Whether events are text: tokens that a vocabulary or a tokenizer makes text of."""
+        return self.vocabulary is not None or self.tokenizer is not None
 
     @property
     def dtype(self) -> Any:

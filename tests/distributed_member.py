@@ -6,6 +6,7 @@ python distributed_member.py FOLDER
 
 import json
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import optax
 from genjax.data import Source, Splits, cast, example_batch
 from genjax.errors import DataError, GenjaxError
 from genjax.families.vae import vae
-from genjax.learning import distributed
+from genjax.learning import checkpoint, distributed
 from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.loop import choose_feed, fit
 from genjax.learning.sharding import layout, make_mesh, shard
@@ -64,6 +65,16 @@ def no_data():
     raise DataError("no data on process 0")
 
 
+def spoiled():
+    if jax.process_index() == 1:
+        raise DataError("spoiled")
+
+
+def read_back_late(read_back, *args):
+    time.sleep(2)
+    read_back(*args)
+
+
 def main(folder: Path) -> None:
     distributed.start()
     mesh = make_mesh({"fsdp": jax.device_count()})
@@ -77,6 +88,8 @@ def main(folder: Path) -> None:
         rows = part.index[1]
         found["parts"].append([rows.start, rows.stop, np.asarray(part.data).tolist()])
 
+    if jax.process_index() == 1:  # the other one waits before it renames what is read
+        checkpoint._check_saved = partial(read_back_late, checkpoint._check_saved)
     place = partial(layout, mesh=mesh)
     run = partial(
         fit,
@@ -110,6 +123,7 @@ def main(folder: Path) -> None:
             )
         ),
         complaint(lambda: distributed.agreed(no_data)),
+        complaint(lambda: distributed.all_passed(spoiled)),
         complaint(lambda: distributed.check_shared(folder / f"only{jax.process_index()}")),
     ]
     (folder / f"found{jax.process_index()}.json").write_text(json.dumps(found))

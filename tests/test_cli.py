@@ -113,6 +113,7 @@ def test_training_says_what_it_does_and_what_to_do_next(trained: tuple[Path, str
         "spec.json",
         "metrics.jsonl",
         "tensorboard",
+        "best",
         "checkpoints",
         "samples",
         "curves.png",

@@ -36,6 +36,8 @@ def other(hint, value):
         return value + 1
     if isinstance(value, float):
         return value / 2 or 0.125
+    if value is None and int in get_args(hint):
+        return 3
     if isinstance(value, tuple):
         return (*value, "matrix=2" if get_args(hint)[0] is str else 3)
     return "another"

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from data_checks import LABELS, assert_same, with_value
+from data_checks import LABELS, assert_same, rows_at, with_value
 
 from genjax import data
 from genjax.checks import check_batch
@@ -47,7 +47,7 @@ def test_host_and_device_batches_are_bitwise_equal(some_digits):
         np.asarray, (scanned, mapped)
     )  # slicing JAX arrays would compile every slice
     for step in range(8):
-        raw = data.host_batch(source, some_digits, 16, 3, step)
+        raw = rows_at(source, some_digits, 16, 3, step)
         assert raw.x.dtype == np.uint8
         assert isinstance(raw.x, np.ndarray)
         host = prepare(raw, step)
@@ -66,7 +66,7 @@ def test_host_and_device_batches_without_draws(some_digits, binarize):
     device = jax.jit(data.batch_at(source, 16, 3))(jax.tree.map(jnp.asarray, some_digits), 3)
     check_batch(source.spec, device)
     assert_same(
-        device, data.prepare_at(source, 3)(data.host_batch(source, some_digits, 16, 3, 3), 3)
+        device, data.prepare_at(source, 3)(rows_at(source, some_digits, 16, 3, 3), 3)
     )  # not jitted
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from data_checks import assert_same
+from data_checks import assert_same, rows_at
 
 from genjax import data
 from genjax.checks import check_batch
@@ -23,6 +23,7 @@ from genjax.errors import ConfigError, DataError
 from genjax.protocol import DataSpec, step_mask
 
 MODULE = importlib.import_module("genjax.data.text")  # the package has a function of this name
+STREAMS = importlib.import_module("genjax.data.streams")
 
 
 def tokens_of(windows):
@@ -272,7 +273,8 @@ def test_paths_choose_their_loader():
 def test_signature_serves_the_command_line():
     hints = typing.get_type_hints(data.text)
     for name in inspect.signature(data.text).parameters:
-        assert hints[name] in (str, int) or typing.get_origin(hints[name]) is typing.Literal
+        plain = hints[name] in (str, int, str | None)
+        assert plain or typing.get_origin(hints[name]) is typing.Literal
         assert re.search(rf"^    {name}: \S", inspect.getdoc(data.text), flags=re.MULTILINE)
 
 
@@ -310,7 +312,7 @@ def test_encode_and_decode():
 def test_a_lane_of_a_stream_reads_on():
     text = np.random.default_rng(0).integers(0, 250, 500).astype(np.uint8)
     windows = np.lib.stride_tricks.sliding_window_view(text, 7)  # 494 of them
-    order = MODULE.stream_order(7)
+    order = STREAMS.stream_order(7)
     for lane in range(4):
         steps = range(17)  # 119 tokens: a lane of 123 has as many
         read = np.concatenate([windows[order(494, 4, 0, step)[lane]] for step in steps])
@@ -322,7 +324,7 @@ def test_a_lane_of_a_stream_reads_on():
     [(1, 1, 1), (7, 3, 2), (1000, 64, 12), (2**26 - 1, 64, 12), (2**31 - 1, 2, 3)],
 )
 def test_order_of_a_stream_is_exact_on_host_and_device(n, context, batch_size):
-    order = MODULE.stream_order(context)
+    order = STREAMS.stream_order(context)
     steps = [0, 1, 2, n - 1, n, 999_983, 2**31 - 2, 2**31 - 1]
     steps = [step for step in steps if step < 2**31]
     exact = np.array(
@@ -347,7 +349,7 @@ def test_order_of_a_stream_is_that_of_its_batches(tmp_path):
     train = source.load().train
     batch = jax.jit(data.batch_at(source, 3, 0))
     for step in (0, 5, 10_000):
-        host = data.host_batch(source, train, 3, 0, step)
+        host = rows_at(source, train, 3, 0, step)
         assert_same(
             data.prepare_at(source, 0)(host, step),
             batch(jax.tree.map(jnp.asarray, train), jnp.int32(step)),
@@ -367,7 +369,7 @@ def test_order_of_a_stream_is_that_of_its_batches(tmp_path):
 )
 def test_order_of_a_stream_refuses(arguments, error, message):
     with pytest.raises(error, match=message):
-        MODULE.stream_order(64)(*arguments)
+        STREAMS.stream_order(64)(*arguments)
 
 
 # --- published files ----------------------------------------------------------------------------

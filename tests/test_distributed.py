@@ -236,7 +236,7 @@ def test_each_process_reads_its_own_rows_and_holds_its_own_part_of_the_state(
             assert 1 / 2 <= share < 0.53
         assert one["equal"]
         assert one["told"] == {"from": 0}
-        mesh, batch, told, shared = one["complaints"]
+        mesh, batch, told, check, shared = one["complaints"]
         assert mesh.startswith(
             "ConfigError: The mesh data=2 takes 2 devices; the 2 processes have 4 between them"
         )
@@ -244,9 +244,14 @@ def test_each_process_reads_its_own_rows_and_holds_its_own_part_of_the_state(
             "ConfigError: A batch of 6 does not divide over the 4 devices of the mesh's fsdp"
         )
         assert told == "DataError: no data on process 0"
+        assert check == (
+            "DataError: spoiled"
+            if i == 1
+            else "CheckpointError: it did not read back on process 1, which says why"
+        )
         assert (shared == "none") == (i == 0)
     assert found[0]["sum"] == found[1]["sum"]
-    assert "Process 1 does not see" in found[1]["complaints"][3]
+    assert "Process 1 does not see" in found[1]["complaints"][-1]
 
 
 # --- bad input ------------------------------------------------------------------------------------

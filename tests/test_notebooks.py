@@ -16,6 +16,8 @@ SMALL = {
     "03_sequences.ipynb": "STEPS = 20\nPATH_STEPS = 20\nWIDTH = 16",
     "04_guidance.ipynb": "STEPS = 200\nEARLY = 100\nWIDTH = 16\nN = 30",
     "05_scale.ipynb": "SECONDS = 0.02\nHIDDEN = 64\nMEMBERS = (1, 2)\nSTEPS = (1, 2)\nRECIPES = ()",
+    "06_your_own_data.ipynb": "STEPS = 20\nN = 300",
+    "07_from_python.ipynb": "STEPS = 100\nSEEDS = 2",
 }
 SHOWS = {  # pictures
     "01_composition.ipynb": 4,
@@ -23,6 +25,8 @@ SHOWS = {  # pictures
     "03_sequences.ipynb": 2,
     "04_guidance.ipynb": 2,
     "05_scale.ipynb": 1,
+    "06_your_own_data.ipynb": 3,
+    "07_from_python.ipynb": 2,
 }
 
 

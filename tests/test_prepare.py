@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from data_checks import rows_at
 from gates import assert_close, assert_same, differ, member, stack, structure
 from toy import (
     JITTER,
@@ -26,7 +27,7 @@ from toy import (
     whitening,
 )
 
-from genjax.data import Source, Splits, cast, host_batch
+from genjax.data import Source, Splits, cast
 from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.loop import device_feed, fit, host_feed
 from genjax.learning.members import ensemble, sweep
@@ -250,9 +251,7 @@ def trained(feed, **settings):
 def reference(seed=0):
     """The loop that `fit` is: prepared once from the batch of step 0, then trained."""
     source, arrays = data()
-    rows = [
-        Batch(jnp.asarray(host_batch(source, arrays, B, SEED, step).x)) for step in range(LENGTH)
-    ]
+    rows = [Batch(jnp.asarray(rows_at(source, arrays, B, SEED, step).x)) for step in range(LENGTH)]
     ts = prepared(jax.random.key(seed), rows[0])
     return run(T, ts, rows)[0]
 

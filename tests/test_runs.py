@@ -44,6 +44,7 @@ def loaded(folder: Path) -> Loaded:
 
 def test_a_run_folder_is_what_the_documentation_says(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == [
+        "best",
         "checkpoints",
         "config.json",
         "curves.png",

@@ -296,7 +296,8 @@ def test_help_shows_each_flag_once(
     shown = re.findall(r"^[│ ] --(\w[\w.-]*)", out, re.MULTILINE)
     assert len(shown) == len(set(shown))
     wanted = {short.replace("_", "-") for short in settings_of(ZOO[name])}
-    own = {"data", *(field.name for field in dataclasses.fields(_Train))}
+    names = (field.name.replace("_", "-") for field in dataclasses.fields(_Train))
+    own = {"data", *names}
     assert set(shown) == wanted | own
     for section in SECTIONS.values():
         if any(setting.full.startswith(section) for setting in settings_of(ZOO[name]).values()):

@@ -219,7 +219,9 @@ def test_cyrillic_text_in_a_terminal_that_has_none(tmp_path):
 
 
 def stem(folder: Path, arrays, prompt=None, cond=None, **asked) -> Path:
-    options = SimpleNamespace(run=folder, seed=0, cond=cond, means=False, film=False)
+    options = SimpleNamespace(
+        run=folder, seed=0, cond=cond, means=False, film=False, which="newest"
+    )
     asked |= {} if prompt is None else {"prompt": prompt}
     return of_runs._stem(options, 2, asked, arrays)
 

@@ -19,7 +19,7 @@ from genjax.errors import (
     WriteError,
     replacing,
 )
-from genjax.learning import checkpoint, plain_path
+from genjax.learning import checkpoint, checksums, plain_path
 from genjax.learning.checkpoint import Checkpoints
 from genjax.protocol import TrainState
 from genjax.runs.folder import read_config, read_spec
@@ -216,7 +216,7 @@ def test_large_arrays_are_not_compared_but_named(tmp_path, monkeypatch):
 def test_an_empty_checkpoint_of_an_earlier_version_is_said(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     no_arrays(str(tmp_path / "7"), make()._replace(key=jnp.zeros(2)), ocp.save)
-    sums = checkpoint._checksums(tmp_path / "7")
+    sums = checkpoint.checksums(tmp_path / "7")
     (tmp_path / "7" / checkpoint.CHECKSUMS).write_text(checkpoint.json.dumps(sums))
     with pytest.raises(CheckpointError, match=r"7 holds no arrays: .*Move .* away and train again"):
         checkpoints.restore(like())
@@ -366,7 +366,7 @@ def test_one_damaged_checkpoint_that_was_asked_for_is_no_reason_to_delete_the_ot
 
 def test_a_reader_that_is_overtaken_reads_the_next(tmp_path, monkeypatch):
     """A process that trains deletes what a reader has just chosen."""
-    checkpoints, damage = two(tmp_path), checkpoint._damage
+    checkpoints, damage = two(tmp_path), checkpoint.damage_of
 
     def overtaken(folder, called):
         if folder.name == "20":
@@ -374,7 +374,7 @@ def test_a_reader_that_is_overtaken_reads_the_next(tmp_path, monkeypatch):
             shutil.rmtree(folder)
         return damage(folder, called)
 
-    monkeypatch.setattr(checkpoint, "_damage", overtaken)
+    monkeypatch.setattr(checkpoint, "damage_of", overtaken)
     restored = Checkpoints(tmp_path).restore(like())
     assert restored is not None
     assert (int(restored.state.step), restored.passed_over) == (30, {})
@@ -404,7 +404,7 @@ def test_a_run_that_cannot_be_read_is_not_trained_anew(tmp_path, monkeypatch):
     def fail(folder):
         raise PermissionError(errno.EACCES, "Permission denied", str(folder))
 
-    monkeypatch.setattr(checkpoint, "_checksums", fail)
+    monkeypatch.setattr(checksums, "checksums", fail)
     with pytest.raises(SystemExit):
         run(*command, "--out", str(tmp_path / "run"))
     with pytest.raises(CheckpointError, match="Could not read the checkpoint"):

@@ -1,9 +1,10 @@
-"""The command line: genjax list | train | sample | evaluate | export | sweep | compile | bench.
+"""The command line: genjax list | train | sample | evaluate | export | compare | sweep | compile |
+bench.
 
 Nothing heavy is imported until a command needs it, so that `genjax --help` answers at once. A
 command's flags come from types: those of `train`, `sweep`, `compile` and `bench` from the
-signatures of the recipe's builder and data loader (flags.py). `sample` and `evaluate` are in
-of_runs.py.
+signatures of the recipe's builder and data loader (flags.py). What is about run folders is
+in of_runs.py.
 """
 
 import contextlib
@@ -37,6 +38,7 @@ Pure-function generative models in JAX.
   evaluate RUN     log-probability, bound or figures about samples on the test split,
                    into report.json
   export RUN       weights as safetensors, sampler and score as StableHLO
+  compare RUN ...  settings that differ, figures with their errors, one picture of curves
   sweep NAME       many seeds and settings as one compiled program:
                    --seeds 4 --learning-rate 1e-3,3e-4
   compile NAME     the step compiled for TPUs that are not here: --topology v5e:2x2;
@@ -69,6 +71,10 @@ class _Train(_Out):
     Attributes:
         mesh: devices to train on, such as data=8, or data=2,fsdp=4 to split the state as well, or
             tensor=2 for a Transformer; one device unless given. A run may go on with another mesh.
+        init_from: a run folder whose parameters this run begins with, wherever names and shapes are
+            the same.
+        log_to: wandb, trackio or both: where the figures and pictures go as well. A run may go on
+            with another.
         first: train the run that this recipe stands on before it, where that is not done yet.
         distributed: train over several processes, each of which runs this command with the same
             settings. On Slurm, Open MPI, Cloud TPU and Kubernetes that is all; elsewhere the three
@@ -80,6 +86,8 @@ class _Train(_Out):
     """
 
     mesh: str | None = None
+    init_from: Path | None = None
+    log_to: tuple[Literal["wandb", "trackio"], ...] = ()
     first: bool = False
     distributed: bool = False
     coordinator: str | None = None
@@ -148,7 +156,7 @@ def _train(args: list[str]) -> None:
     if options.first:
         _train_first(recipe, options.plain or None)
     if options.distributed and not distributed.writes():  # process 0 speaks for all
-        train(recipe, folder, mesh=mesh)
+        train(recipe, folder, mesh=mesh, init_from=options.init_from, log_to=options.log_to)
         return
     say(
         f"genjax train {recipe.name}: {row.summary}, on {recipe.data}, for {recipe.schedule.steps} "
@@ -157,7 +165,8 @@ def _train(args: list[str]) -> None:
     if recipe.data != row.data:
         say(_other_data(row, recipe))
     with console(recipe.name, options.plain or None) as progress:
-        state = train(recipe, folder, progress, say, mesh)
+        start, to = options.init_from, options.log_to
+        state = train(recipe, folder, progress, say, mesh, init_from=start, log_to=to)
     say(f"trained to step {int(state.step)}; see {folder}/samples and {folder}/curves.png")
     quoted = shlex.quote(str(folder))
     say(f"next: genjax evaluate {quoted}   or   genjax sample {quoted} --n 64")
@@ -363,12 +372,19 @@ def _export(args: list[str]) -> None:
     export(args)
 
 
+def _compare(args: list[str]) -> None:
+    from genjax.cli.of_runs import compare
+
+    compare(args)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "list": _list,
     "train": _train,
     "sample": _sample,
     "evaluate": _evaluate,
     "export": _export,
+    "compare": _compare,
     "sweep": _sweep,
     "compile": _compile,
     "bench": _bench,

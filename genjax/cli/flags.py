@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
     Settings = Mapping[str, Setting]  # by their flags, without the dashes
 
-DATA_HELP = "a data set's name, or a file of your own: .npz, .npy, .txt or .mat"
+DATA_HELP = (
+    "a data set's name; a file of your own (.npz, .npy, .csv, .tsv, .parquet, .txt, .jsonl, .bin, "
+    ".mid, .mat, .zip, .tar), a folder of pictures or music; or a run folder"
+)
 
 
 def group(title: str, fields: Mapping[str, tuple[Any, Any, str]], about: str = "") -> Any:

@@ -1,4 +1,4 @@
-"""The commands about a run folder: genjax sample, evaluate and export."""
+"""The commands about run folders: genjax sample, evaluate, export and compare."""
 
 import dataclasses
 import hashlib
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from genjax.protocol import Model
 
 TEXTS_SHOWN = 20  # how many samples of text the terminal shows; the file has all of them
+
+Which = Literal["newest", "best"]  # of a run's checkpoints
 
 # The flags of `genjax sample` beside those of `runs.samples.Decoding`: (type, default, help).
 SAMPLE_FLAGS: dict[str, tuple[Any, Any, str]] = {
@@ -43,6 +45,11 @@ SAMPLE_FLAGS: dict[str, tuple[Any, Any, str]] = {
         False,
         "Show the way from noise to data: a row for each sample, a column for each of some of the "
         "times.",
+    ),
+    "which": (
+        Which,
+        "newest",
+        "Of its checkpoints the newest, or the best by the figure on the validation split.",
     ),
     "out": (
         Path | None,
@@ -72,7 +79,7 @@ def sample(args: list[str]) -> None:
             for field in dataclasses.fields(samples.Decoding)
         }
     )
-    loaded = runs.load(options.run)
+    loaded = runs.load(options.run, options.which)
     spec = loaded.model.spec
     few = spec.step is not None or (options.film and view_of(spec) != "points")
     n = options.n or (10 if few else 64)
@@ -177,6 +184,7 @@ def _sample_flags(model: "Model | None") -> dict[str, tuple[Any, Any, str]]:
     if model is None:
         return flags
     applies = {"n", "seed", "out", *fields_for(model)}
+    applies |= {"which"} if model.score is not None else set()
     applies |= {"cond"} if model.spec.conditional else set()
     applies |= {"means"} if shows_means(model) else set()
     applies |= {"film"} if has_film(model) else set()
@@ -191,6 +199,7 @@ def _stem(options: Any, n: int, asked: dict[str, Any], arrays: dict[str, Any]) -
     if options.cond:
         parts.append(f"cond{options.cond}")
     parts += [name for name in ("means", "film") if getattr(options, name)]
+    parts += ["best"] * (options.which == "best")
     if "prompt" in asked:
         parts.append("prompt")
     parts += [f"{name}{value}" for name, value in asked.items() if name != "prompt"]
@@ -274,6 +283,8 @@ def evaluate(args: list[str]) -> None:
         """Of the estimator's noise and of the binarisation of the data."""
         batch_size: int = 100
         """Examples at a time; it changes memory and speed, and the noise."""
+        which: Which = "newest"
+        """Of its checkpoints the newest, or the best by the figure on the validation split."""
         samples: bool = False
         """Give figures about samples as well, where there is a log-probability or bound."""
 
@@ -293,7 +304,7 @@ def evaluate(args: list[str]) -> None:
         if "n_bound_samples" not in parameters_of(recipe.family):
             raise ConfigError(f"{recipe.name} has no bound with samples; leave --n-samples out.")
         changes["n_bound_samples"] = options.n_samples
-    run, other = runs.load(options.run, **changes), None
+    run, other = runs.load(options.run, options.which, **changes), None
     if options.data is not None:
         from genjax.runs.other_data import other_source
 
@@ -309,17 +320,19 @@ def evaluate(args: list[str]) -> None:
         options.samples,
         source=other,
     )
-    path = options.run / _report_name(split, None if other is None else other.spec.name)
+    about = None if other is None else other.spec.name
+    path = options.run / _report_name(split, about, options.which)
     write_json(path, report)
     table = _rows_of(report)
     print_table(f"{report['recipe']} on {report['data']}", ["what", "figure"], table)
     print(f"written: {path}")
 
 
-def _report_name(split: str, data: str | None) -> str:
+def _report_name(split: str, data: str | None, which: str = "newest") -> str:
     """A name that no report about something else has: report.json is that of the test split."""
     usual = "test" if data is None else "all"
     parts = ["report", *[data] * (data is not None), *[split] * (split != usual)]
+    parts += [which] * (which != "newest")
     return "-".join(parts).replace("/", "_") + ".json"
 
 
@@ -349,7 +362,7 @@ def _rows_of(report: dict[str, Any]) -> list[list[str]]:
         truth = report["true_log_prob"]
         value = f"{truth['mean']:.3f} ± {truth['standard_error']:.3f} nats"
         rows.append(["true log-density", f"{value}, on the same examples"])
-    names = ("estimator", "split", "n", "seed", "step", "seconds", "config_hash")
+    names = ("estimator", "split", "n", "seed", "step", "which", "seconds", "config_hash")
     return rows + [[name, str(report[name])] for name in names]
 
 
@@ -370,10 +383,71 @@ def export(args: list[str]) -> None:
         """The run folder."""
         out: Path | None = None
         """The folder to write into; export in the run folder unless given."""
+        which: Which = "newest"
+        """Of its checkpoints the newest, or the best by the figure on the validation split."""
 
     options = tyro.cli(Export, prog="genjax export", args=args)
     from genjax.runs.export import export as exported
     from genjax.runs.load import load
 
-    for path in exported(load(options.run), options.out or options.run / "export"):
+    folder = "export" if options.which == "newest" else f"export-{options.which}"
+    run = load(options.run, options.which)
+    for path in exported(run, options.out or options.run / folder):
         print(plain(f"written: {path} ({path.stat().st_size:,} bytes)"))
+
+
+# --- genjax compare -------------------------------------------------------------------------------
+
+
+def compare(args: list[str]) -> None:
+    """genjax compare RUN RUN ..."""
+    import tyro
+
+    @dataclasses.dataclass(frozen=True)
+    class Compare:
+        """Runs side by side: the settings in which they differ, what they are worth, and a picture
+        of their curves.
+        """
+
+        runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+        """The run folders, two or more."""
+        out: Path = Path("compare.png")
+        """Where the picture of their curves is written."""
+
+    options = tyro.cli(Compare, prog="genjax compare", args=args)
+    from genjax.runs import compare as comparing
+    from genjax.runs import pictures
+
+    runs = comparing.read(options.runs)
+    names = [run.name for run in runs]
+    rows = comparing.differing(runs)
+    if rows:
+        print_table("settings that differ", ["setting", *names], rows)
+    else:
+        print("settings: the same in all of them")
+    columns = ["run", "figure", "value", "data", "split", "n", "step", "from"]
+    figures = comparing.figures(runs)
+    if figures:
+        print_table("figures", columns, figures)
+    for run in runs:
+        if not run.reports:
+            say(f"{run.name} was never evaluated: genjax evaluate writes its figures")
+    for line in comparing.incomparable(runs):
+        say(f"not to be compared: {line}")
+    picture = comparing.curves(runs)
+    if picture is None:
+        print("no picture: these runs have no metric in common")
+        return
+    out = _unused(options.out)
+    pictures.save(picture, out)
+    print(plain(f"written: {out}"))
+
+
+def _unused(path: Path) -> Path:
+    """The path, with a number where something is there already."""
+    if not os.path.lexists(path):
+        return path
+    numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    found = next(candidate for candidate in numbered if not os.path.lexists(candidate))
+    say(f"{path} is there already, and stays: written as {found}")
+    return found

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from genjax.data.arrays import arrays
+from genjax.data.augment import augmentation
 from genjax.data.densities import checkerboard, grid, moons, pinwheel, ring, swiss_roll
 from genjax.data.idx import read_idx, write_idx
 from genjax.data.image_files import ARCHIVES, image_files
 from genjax.data.image_files import ENDINGS as IMAGE_ENDINGS
 from genjax.data.images import digit_rows, digits, fashion_mnist, mnist
+from genjax.data.json_lines import json_lines
 from genjax.data.memory import from_arrays
 from genjax.data.midi_files import ENDINGS as MIDI_ENDINGS
 from genjax.data.midi_files import midi_files
@@ -28,7 +30,6 @@ from genjax.data.source import (
     batch_at,
     cast,
     example_batch,
-    host_batch,
     prepare_at,
     validate,
 )
@@ -36,12 +37,14 @@ from genjax.data.tables import table
 from genjax.data.text import (
     decode,
     encode,
+    encode_by,
     names,
     shakespeare,
     text,
     unicode_classes,
     unicode_names,
 )
+from genjax.data.tokens import token_stream
 from genjax.errors import ConfigError, DataError, unknown_name
 from genjax.settings import check_call
 
@@ -75,6 +78,11 @@ FILES: dict[str, Callable[..., Source]] = {
     ".parquet": table,
     ".txt": text,
     ".txt.gz": text,
+    ".jsonl": json_lines,
+    ".jsonl.gz": json_lines,
+    ".ndjson": json_lines,
+    ".ndjson.gz": json_lines,
+    ".bin": token_stream,
     ".mat": rolls,
     **dict.fromkeys(MIDI_ENDINGS, midi_files),
     **dict.fromkeys(ARCHIVES, image_files),
@@ -137,6 +145,12 @@ def open_source(name: str | os.PathLike[str], **options: Any) -> Source:
             is not what its annotation says.
         DataError: for a file of one's own that cannot be used; files of named data sets are read by
             `Source.load`.
+
+    Example:
+        >>> from genjax import open_source
+        >>> source = open_source("digits")
+        >>> source.spec.shape, source.load().train.x.shape[1:]
+        ((8, 8, 1), (8, 8, 1))
     """
     name = os.fspath(name)
     make = loader(name)
@@ -198,6 +212,7 @@ __all__ = [
     "Source",
     "Splits",
     "arrays",
+    "augmentation",
     "batch_at",
     "batch_indices",
     "cast",
@@ -206,15 +221,16 @@ __all__ = [
     "digit_rows",
     "digits",
     "encode",
+    "encode_by",
     "example_batch",
     "fashion_mnist",
     "from_arrays",
     "grid",
     "hmm",
-    "host_batch",
     "image_files",
     "is_run",
     "jsb",
+    "json_lines",
     "lgssm",
     "loader",
     "markov",
@@ -234,6 +250,7 @@ __all__ = [
     "swiss_roll",
     "table",
     "text",
+    "token_stream",
     "unicode_classes",
     "unicode_names",
     "validate",

@@ -10,6 +10,9 @@ from genjax.data.kinds import Channels, with_channels
 from genjax.data.own import Reading, own_source
 from genjax.data.series import STEP, as_sequences, windows_of
 from genjax.data.source import Source, Splits
+from genjax.data.streams import by_position
+from genjax.data.tokens import STEP as TOKEN
+from genjax.data.tokens import stream_of, symbols_beside
 from genjax.errors import ConfigError, DataError, regular_file
 from genjax.protocol import Batch
 from genjax.settings import Count, builder
@@ -41,8 +44,10 @@ def arrays(
     floats are continuous (float32), unless `kind` says otherwise. Continuous values are
     standardised for the networks, and nowhere else. Labels are classes under their names: whole
     numbers or strings [N], one-hot rows [N, K]; float vectors [N, C] are a condition vector.
-    With `step`, x are sequences [N, T, *event], and an array lengths [N] says how many of the steps
-    count; with `context`, x is one long series [T, *event]. `Source.notes` says what was decided.
+    Of the kind "tokens", x are ids [N, T] or, with `context`, one long stream of them [T]; see
+    `token_stream` for its vocabulary and its split. With `step`, x are sequences [N, T, *event],
+    and an array lengths [N] says how many of the steps count; with `context`, x is one long series
+    [T, *event]. `Source.notes` says what was decided.
     The file is read at once, as the spec depends on it; nothing in it is ever unpickled.
 
     Args:
@@ -60,7 +65,10 @@ def arrays(
         ConfigError: for fractions that leave nothing, or a choice that does not exist.
     """
     where = os.fspath(path)
-    read = _read(where, conditional, key, label)
+    tokens = reading.kind == "tokens"
+    read = _read(where, conditional, key, label, tokens)
+    if tokens:
+        return _tokens(read, conditional, step, context, reading, where)
     if context is not None:
         if list(read) != ["all"] or conditional:
             raise ConfigError(
@@ -76,7 +84,39 @@ def arrays(
     return own_source(read, reading, Path(where).stem, where, step=step, files=(where,))
 
 
-def _read(path: str, conditional: bool, key: str | None, label: str | None) -> dict[str, Batch]:
+def _tokens(
+    read: dict[str, Batch],
+    conditional: bool,
+    step: str | None,
+    context: int | None,
+    reading: Reading,
+    where: str,
+) -> Source:
+    """Token ids: sequences, or one long stream."""
+    symbols = symbols_beside(where)
+    dims = {batch.x.ndim for batch in read.values()}
+    if context is None and dims == {2}:
+        as_sequences(read, step or TOKEN, where)
+        files, notes = (where, *symbols.files), [symbols.note] if symbols.note else []
+        name, called = Path(where).stem, step or TOKEN
+        return own_source(
+            read, reading, name, where, step=called, files=files, notes=notes, symbols=symbols
+        )
+    if context is None or conditional or dims != {1} or list(read) != ["all"]:
+        found = " and ".join(str(list(batch.x.shape)) for batch in read.values())
+        raise DataError(
+            f"{where}: token ids are sequences [N, T], or one long stream [T] with --context 64 "
+            f"and without labels and splits; found {found}."
+        )
+    parts = by_position(read["all"].x)
+    return stream_of(
+        parts, symbols, reading.levels, "--levels", context, "shuffle", where, [where], []
+    )
+
+
+def _read(
+    path: str, conditional: bool, key: str | None, label: str | None, tokens: bool
+) -> dict[str, Batch]:
     """The file's arrays: {"all": Batch}, or {"train": ..., "valid": ..., "test": ...}."""
     regular_file(path)
     try:
@@ -88,12 +128,16 @@ def _read(path: str, conditional: bool, key: str | None, label: str | None) -> d
                     "numpy.savez."
                 )
             file.seek(0)
-            loaded = np.load(file, allow_pickle=False)
+            if tokens and start[:2] != b"PK":  # ids stay on the disk
+                loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+            else:
+                loaded = np.load(file, allow_pickle=False)
             if isinstance(loaded, np.ndarray):
-                return _select(["x"], {"x": loaded}.__getitem__, conditional, "x", label, path)
+                get = {"x": loaded}.__getitem__
+                return _select(["x"], get, conditional, "x", label, path, tokens)
             with loaded:
                 get = loaded.__getitem__
-                return _select(loaded.files, get, conditional, key, label, path)
+                return _select(loaded.files, get, conditional, key, label, path, tokens)
     except DataError:
         raise
     except FileNotFoundError:
@@ -101,7 +145,7 @@ def _read(path: str, conditional: bool, key: str | None, label: str | None) -> d
     except (
         Exception
     ) as error:  # numpy, zipfile, zlib and tokenize raise a dozen kinds at a damaged file
-        if "Object arrays" in str(error):
+        if "Object arrays" in str(error) or "Python objects" in str(error):
             raise DataError(
                 f"{path}: holds Python objects, which are never unpickled. Save arrays of plain "
                 "numbers, "
@@ -113,7 +157,13 @@ def _read(path: str, conditional: bool, key: str | None, label: str | None) -> d
 
 
 def _select(
-    keys: list[str], get: Any, conditional: bool, key: str | None, label: str | None, path: str
+    keys: list[str],
+    get: Any,
+    conditional: bool,
+    key: str | None,
+    label: str | None,
+    path: str,
+    tokens: bool,
 ) -> dict[str, Batch]:
     """Only the arrays that are needed are read: others may hold anything."""
     x_key = key or _key_of(keys, get)
@@ -126,7 +176,7 @@ def _select(
     parts = {}
     for split, suffix in names.items():
         y_key = _label_key(keys, suffix, label, path) if conditional else None
-        batch = _examples(get, f"{x_key}{suffix}", y_key, path)
+        batch = _examples(get, f"{x_key}{suffix}", y_key, path, tokens)
         lengths = f"lengths{suffix}"
         parts[split] = batch._replace(length=get(lengths)) if lengths in keys else batch
     return parts
@@ -165,7 +215,7 @@ def _label_key(keys: list[str], suffix: str, label: str | None, path: str) -> st
     return found
 
 
-def _examples(get: Any, x_key: str, y_key: str | None, path: str) -> Batch:
+def _examples(get: Any, x_key: str, y_key: str | None, path: str, tokens: bool) -> Batch:
     """x and its labels, held to each other."""
     x, cond = get(x_key), None if y_key is None else get(y_key)
     for name, array, kinds in ((x_key, x, "biuf"), (y_key, cond, "biufUS")):
@@ -176,10 +226,12 @@ def _examples(get: Any, x_key: str, y_key: str | None, path: str) -> Batch:
                 f"{path}: {name} must be an array of {wanted}; found "
                 f"{getattr(array, 'dtype', type(array).__name__)}."
             )
-    if x.ndim < 2:
+    if x.ndim < 2 and not (tokens and x.ndim):
+        advice = "Add the missing axis."
+        if x.ndim and x.dtype.kind in "iu":
+            advice += " A long stream of token ids is read with --kind tokens --context 64."
         raise DataError(
-            f"{path}: {x_key} must be [N, D] or [N, H, W, C]; found shape {list(x.shape)}. Add the "
-            "missing axis."
+            f"{path}: {x_key} must be [N, D] or [N, H, W, C]; found shape {list(x.shape)}. {advice}"
         )
     if len(x) == 0:
         raise DataError(f"{path}: {x_key} is empty; expected at least 1 example.")

@@ -27,13 +27,17 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
     return parse_idx(read_bytes(path), path)
 
 
+# gzip gives at most a thousand bytes for one, and real data a few: more than so many is a bomb.
+_RATIO, _FREE = 250, 1 << 26
+
+
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """A file's bytes, decompressed if they are gzip; a checksum of these does not depend on who
     compressed them.
 
     Raises:
-        DataError: for a file that is missing or unreadable, or a gzip stream that is cut short or
-            corrupt.
+        DataError: for a file that is missing or unreadable, or a gzip stream that is cut short,
+            corrupt, or a bomb.
     """
     regular_file(path)
     try:
@@ -44,7 +48,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
     if data[:2] != b"\x1f\x8b":
         return data
-    out = bytearray()
+    out, packed = bytearray(), len(data)
     # zlib instead of gzip.open, because it says how far it came. A gzip file may hold several
     # streams in a row.
     while data[:2] == b"\x1f\x8b":
@@ -52,6 +56,12 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
         try:
             for start in range(0, len(data), 1 << 16):
                 out += stream.decompress(data[start : start + (1 << 16)])
+                if len(out) > max(_FREE, _RATIO * packed):
+                    raise DataError(
+                        f"{path}: {packed:,} bytes of gzip give more than {len(out):,}, as no "
+                        "data of use do. If it is what you mean, unpack it (gunzip -k) and give "
+                        "the plain file."
+                    )
                 if stream.eof:
                     data = stream.unused_data + data[start + (1 << 16) :]
                     break

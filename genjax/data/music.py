@@ -4,6 +4,9 @@ MIDI files.
 
 import io
 import os
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -162,18 +165,37 @@ def _parse(data: bytes, path: str) -> dict[str, list[np.ndarray]]:
 
 
 def _read_mat(data: bytes, path: str) -> dict[str, Any]:
-    import scipy.io
+    """The variables of a MATLAB file, cell arrays as arrays of objects.
 
-    try:
-        return scipy.io.loadmat(io.BytesIO(data))
-    except NotImplementedError:
+    Raises:
+        DataError: for one that is damaged, which must not take this process with it.
+    """
+    command = [sys.executable, "-P", str(Path(__file__).with_name("mat_child.py"))]
+    done = subprocess.run(command, input=data, capture_output=True, check=False)
+    if done.returncode == 3:
         raise DataError(
             f"{path}: a MATLAB file of version 7.3, which cannot be read. Save it with -v7."
-        ) from None
-    except Exception as error:  # scipy, zlib and struct raise a dozen kinds at a damaged file
-        raise DataError(
-            f"{path}: not a MATLAB file, or damaged ({error}). Fetch it again."
-        ) from error
+        )
+    if done.returncode:
+        lines = done.stderr.decode("utf-8", "replace").splitlines()
+        reason = lines[-1] if lines else f"its reader ended with {done.returncode}"
+        raise DataError(f"{path}: not a MATLAB file, or damaged ({reason}). Fetch it again.")
+    with np.load(io.BytesIO(done.stdout), allow_pickle=False) as file:
+        arrays = dict(file)
+    found: dict[str, Any] = {}
+    for name, kind in arrays["names"]:
+        if kind == "array":
+            found[str(name)] = arrays[name]
+            continue
+        parts = [arrays[f"{name}:{index}"] for index in range(_cells(arrays, name))]
+        cells = np.empty(len(parts), object)
+        cells[:] = parts
+        found[str(name)] = cells
+    return found
+
+
+def _cells(arrays: Mapping[str, np.ndarray], name: str) -> int:
+    return sum(key.rpartition(":")[0] == name for key in arrays)
 
 
 def _roll(cell: Any, where: str) -> np.ndarray:

@@ -70,12 +70,13 @@ def batch_indices(
     return _permute(offset, n, _word(seed), epoch, xp).astype(np.int32)
 
 
-def permutation(n: int, seed: int) -> np.ndarray:
+def permutation(n: int, seed: int, epoch: int = 0) -> np.ndarray:
     """A fixed order of n examples on the host, int32 [n]: the same on every platform and version,
     for splits of data.
     """
     everything = np.arange(n, dtype=np.uint32)
-    return np.asarray(_permute(everything, n, _word(seed), np.zeros_like(everything), np), np.int32)
+    epochs = np.full_like(everything, epoch & _MASK)
+    return np.asarray(_permute(everything, n, _word(seed), epochs, np), np.int32)
 
 
 def _word(value: int | Array) -> Array | np.ndarray:

@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from genjax.data.kinds import Standardize, scale_of, values_of
+from genjax.data.kinds import Standardize, Values, scale_of, values_of
 from genjax.data.labels import Condition, labels_of
 from genjax.data.order import permutation
 from genjax.data.source import Source, Splits, cast, stored_dtype, validate
+from genjax.data.tokens import Symbols, levels_of
 from genjax.errors import ConfigError, DataError
 from genjax.protocol import Batch, DataSpec
 from genjax.settings import Rate, Settings, Within, check_fields
@@ -24,8 +25,10 @@ class Reading(Settings):
     """What a user's own data are taken for.
 
     Attributes:
-        kind: what the values are; "auto" goes by their dtype, and by how many there are.
-        levels: how many levels discrete values have, 0 .. levels-1; what occurs unless given.
+        kind: what the values are; "auto" goes by their dtype, and by how many there are;
+            "tokens" are ids, in .npz and .npy files.
+        levels: how many levels discrete values have, or tokens there are, 0 .. levels-1; what
+            occurs unless given.
         standardize: what of continuous values is taken out for the networks: the mean and spread of
             all ("event"), of each column ("element"), nothing ("none"); "auto" is "event" for
             images and "element" for all else.
@@ -34,7 +37,7 @@ class Reading(Settings):
         test_fraction: the share of the test set where no split is given, drawn in a fixed order.
     """
 
-    kind: Literal["auto", "binary", "discrete", "continuous"] = "auto"
+    kind: Literal["auto", "binary", "discrete", "continuous", "tokens"] = "auto"
     levels: Levels | None = None
     standardize: Standardize = "auto"
     condition: Condition = "auto"
@@ -61,6 +64,7 @@ def own_source(
     columns: Sequence[str] | None = None,
     files: Sequence[str] = (),
     notes: Sequence[str] = (),
+    symbols: Symbols | None = None,
 ) -> Source:
     """The source of arrays that were read: {"all": Batch}, or {"train", "test" [, "valid"]}.
 
@@ -72,6 +76,7 @@ def own_source(
         step: what one step of x is called, if x are sequences.
         columns: what the columns of the last axis are called.
         notes: what was decided before.
+        symbols: what the tokens are called, if x are token ids.
 
     Raises:
         DataError: for arrays that do not fit each other, the kind, or a spec.
@@ -80,7 +85,7 @@ def own_source(
     parts = _split(read, reading.valid_fraction, reading.test_fraction, where)
     xs = [batch.x for batch in parts]
     _same_shape(xs, where)
-    values = values_of(xs, reading.kind, reading.levels, where, own_splits="all" not in read)
+    values = _values(xs, reading, symbols, where, own_splits="all" not in read)
     scaled = _scaled_by(values.xs[0], parts[0].length, step)
     known, conds, found = _described(scaled, values.kind, parts, reading, where)
     lengths = [batch.length for batch in parts]
@@ -92,6 +97,7 @@ def own_source(
         step=step,
         lengths=lengths[0] is not None,
         columns=None if columns is None else tuple(columns),
+        vocabulary=None if symbols is None else symbols.vocabulary,
         **known,
     )
     batches = [
@@ -109,6 +115,21 @@ def own_source(
         notes=(about, *notes, values.note, *found),
         files=tuple(files),
     )
+
+
+def _values(
+    xs: list[np.ndarray], reading: Reading, symbols: Symbols | None, where: str, own_splits: bool
+) -> Values:
+    """The kind of the values, see `values_of`; tokens are so by declaration only."""
+    if reading.kind != "tokens":
+        return values_of(xs, reading.kind, reading.levels, where, own_splits)
+    if symbols is None:
+        raise ConfigError(
+            f"--kind tokens is for token ids in .npz, .npy and .bin files; {where} is none. Leave "
+            "it out."
+        )
+    levels, note = levels_of(xs, symbols, reading.levels, "--levels", where)
+    return Values(xs, "tokens", levels, f"token ids with {note}")
 
 
 def contents_of(read: dict[str, Batch]) -> str:

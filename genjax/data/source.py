@@ -1,8 +1,8 @@
 """What a data set is to the rest of genjax: a `Source`, and the two ways to take batches from it.
 
-On the device, `batch_at` gathers and prepares inside a jitted step; on the host, `host_batch`
-gathers with numpy and `prepare_at` finishes inside the step. Both give the same batches, bit for
-bit.
+On the device, `batch_at` gathers and prepares inside a jitted step; on the host, the rows that
+`Source.order` names are gathered with numpy (`learning.loop.host_feed`) and `prepare_at` finishes
+inside the step. Both give the same batches, bit for bit.
 """
 
 from collections.abc import Callable
@@ -19,6 +19,8 @@ from genjax.protocol import Array, Batch, DataSpec, Key
 # Folded into the key of the data, so that the data's draws differ from those of a training run with
 # the same seed.
 DATA_TAG = 0x64617461  # "data"
+# Folded into the key of a step, so that what `prepare` draws does not depend on `augment`.
+AUGMENT_TAG = 0x61756765  # "auge"
 
 
 class Splits(NamedTuple):
@@ -55,6 +57,8 @@ class Source(NamedTuple):
         notes: what was decided about a user's own data, and why.
         files: the files that the data are read from; none for data that are made.
         contents: a folder and the SHA-256 of what was read from it, in the place of files.
+        augment: (key, x) -> x: a random change of the examples that are trained on, after
+            `prepare`; validation and test never see it. See `augment.augmentation`.
     """
 
     spec: DataSpec
@@ -70,6 +74,7 @@ class Source(NamedTuple):
     notes: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     contents: tuple[str, str] | None = None
+    augment: Callable[[Key, Array], Array] | None = None
 
 
 def cast(spec: DataSpec) -> Callable[[Key, Batch], Batch]:
@@ -96,12 +101,16 @@ def stored_dtype(spec: DataSpec) -> type[np.generic]:
 
 def prepare_at(source: Source, seed: int | Array) -> Callable[[Batch, int | Array], Batch]:
     """(stored batch, step) -> prepared Batch, with the key of that step: the device's half of the
-    host path.
+    host path. It is for training: the source's `augment` is applied.
     """
 
     def prepare(raw: Batch, step: int | Array) -> Batch:
         key = jax.random.fold_in(jax.random.key(seed), DATA_TAG)
-        return source.prepare(jax.random.fold_in(key, step), raw)
+        key = jax.random.fold_in(key, step)
+        batch = source.prepare(key, raw)
+        if source.augment is None:
+            return batch
+        return batch._replace(x=source.augment(jax.random.fold_in(key, AUGMENT_TAG), batch.x))
 
     return prepare
 
@@ -117,6 +126,14 @@ def batch_at(
 
     Raises:
         DataError, ConfigError: when called with too few examples; see `batch_indices`.
+
+    Example:
+        >>> import jax, numpy as np
+        >>> from genjax import batch_at, from_arrays
+        >>> source = from_arrays(np.random.default_rng(0).normal(size=(100, 3)))
+        >>> batch = jax.jit(batch_at(source, batch_size=8, seed=0))
+        >>> batch(jax.device_put(source.load().train), 5).x.shape
+        (8, 3)
     """
     prepare = prepare_at(source, seed)
 
@@ -131,17 +148,16 @@ def batch_at(
     return batch
 
 
-def host_batch(source: Source, arrays: Batch, batch_size: int, seed: int, step: int) -> Batch:
-    """The stored rows of one batch, gathered with numpy on the host: for data that do not fit on
-    the device.
-    """
-    index = source.order(_length(arrays), batch_size, seed, step)
-    return jax.tree.map(lambda array: array[index], arrays)
-
-
 def example_batch(spec: DataSpec, key: Key, n: int) -> Batch:
     """n random examples of any spec, prepared: uniform bits, levels, tokens, labels and lengths,
     normal numbers with the mean and the scale that the spec says, 0 and 1 unless it does.
+
+    Example:
+        >>> import jax
+        >>> from genjax import DataSpec, example_batch
+        >>> spec = DataSpec((3,), "continuous", n_classes=4)
+        >>> example_batch(spec, jax.random.key(0), 5).cond.shape
+        (5,)
     """
     x_key, cond_key, length_key = jax.random.split(key, 3)
     shape = (n, *spec.shape)

@@ -6,16 +6,12 @@ newline, to one length.
 """
 
 import functools
-import operator
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from genjax.data.files import read_published
@@ -29,16 +25,23 @@ from genjax.data.lines import (
     split_rows,
     without_long,
 )
-from genjax.data.order import batch_indices
+from genjax.data.pieces import decode_pieces, encode_pieces, pieces_source
 from genjax.data.source import Source, Splits, cast, validate
-from genjax.errors import ConfigError, DataError, unknown_name
+from genjax.data.streams import (
+    Layout,
+    Order,
+    Parts,
+    Unit,
+    by_position,
+    check_layout,
+    check_name,
+    stream_source,
+    stream_windows,
+    text_spec,
+)
+from genjax.errors import ConfigError, DataError
 from genjax.protocol import Array, Batch, DataSpec
 from genjax.settings import Count, Whole
-
-Layout = Literal["stream", "lines"]
-Order = Literal["shuffle", "stream"]
-Unit = Literal["character", "byte"]
-Parts = tuple[np.ndarray, np.ndarray, np.ndarray]  # train, valid and test
 
 BYTES = tuple(
     map(chr, range(256))
@@ -80,7 +83,7 @@ def unicode_names(
         ConfigError: for a condition or order that the layout does not allow, an unknown layout or
             order, or a context below 1.
     """
-    _check_layout(layout, order)
+    check_layout(layout, order)
     if conditional and layout != "lines":
         raise ConfigError(
             "A window of a stream holds several names, so it has no class: conditional needs "
@@ -94,9 +97,9 @@ def unicode_names(
         encode("\n".join(part), _UNICODE, "a name").astype(np.uint8) for part in shuffled
     )
     if layout == "stream":
-        spec = _spec("unicode_names", _UNICODE, context)
-        return _stream_source(spec, lambda: (train, valid, test), order, about, "the Unicode names")
-    spec = _spec("unicode_names", _UNICODE, _LONGEST + 1, "\n", classes or None)
+        spec = text_spec("unicode_names", _UNICODE, context)
+        return stream_source(spec, lambda: (train, valid, test), order, about, "the Unicode names")
+    spec = text_spec("unicode_names", _UNICODE, _LONGEST + 1, "\n", classes or None)
 
     def load() -> Splits:
         number = {word: i for i, word in enumerate(classes)}
@@ -134,6 +137,7 @@ def text(
     context: Count = 64,
     order: Order = "shuffle",
     max_length: Whole = 0,
+    tokenizer: str | None = None,
 ) -> Source:
     """A text file of one's own, as one stream or as one item a line; it is read at once, as the
     spec depends on it.
@@ -154,6 +158,8 @@ def text(
             step to step.
         max_length: leave out lines of more tokens than this, 0 for none: all are padded to the
             longest. Lines only.
+        tokenizer: the tokenizer.json of Hugging Face's tokenizers, whose pieces of words are then
+            the tokens of the stream.
 
     Raises:
         DataError: for a file that is missing, empty, no UTF-8, or too short for its context or its
@@ -163,11 +169,14 @@ def text(
     """
     if max_length and layout != "lines":
         raise ConfigError("max_length is for lines: it needs layout='lines'.")
-    _check_name("unit", unit, ("character", "byte"))
-    _check_layout(layout, order)
+    check_name("unit", unit, ("character", "byte"))
+    check_layout(layout, order)
     raw = read_bytes(path)
     if not raw:
         raise DataError(f"{path}: the file is empty.")
+    if tokenizer is not None:
+        whole = _decode_utf8(raw, path)
+        return pieces_source(whole, tokenizer, unit, layout, context, order, str(path))
     name, left = Path(path).stem, 0
     if unit == "byte":
         vocabulary = BYTES
@@ -189,11 +198,12 @@ def text(
             np.uint8 if len(vocabulary) <= 256 else np.int32
         )
     if layout == "stream":
-        spec = _spec(name, vocabulary, context, step=unit)
-        parts = _by_position(tokens)
-        _windows(parts, spec, str(path))  # refuse a short text now, before a run folder is made
+        spec = text_spec(name, vocabulary, context, step=unit)
+        parts = by_position(tokens)
+        # Refuse a short text now, before a run folder is made.
+        stream_windows(parts, spec, str(path))
         about = f"{sizes(parts)} {unit}s, {len(vocabulary)} symbols, from {path}"
-        source = _stream_source(spec, lambda: parts, order, about, str(path))
+        source = stream_source(spec, lambda: parts, order, about, str(path))
         return source._replace(files=(str(path),), notes=(about,))
     lengths = line_lengths(tokens, vocabulary.index("\n"))
     n = len(lengths)
@@ -203,7 +213,7 @@ def text(
             f"{path}: {n} lines that are not empty are too few{longer}; expected one each for "
             "train, valid and test."
         )
-    spec = _spec(name, vocabulary, int(lengths.max()) + 1, "\n", step=unit)
+    spec = text_spec(name, vocabulary, int(lengths.max()) + 1, "\n", step=unit)
     held = max(1, round(n / 10))
     source = lines_source(
         spec, lambda: tokens, n, held, str(path), f"{len(vocabulary)} symbols, from {path}"
@@ -230,17 +240,17 @@ def shakespeare(path: str | None = None, context: Count = 64, order: Order = "sh
         ConfigError: for an unknown order or a context below 1. DataError, by `load`: for a file
             that is missing or another one.
     """
-    _check_layout("stream", order)
-    spec = _spec("shakespeare", _SHAKESPEARE, context)
+    check_layout("stream", order)
+    spec = text_spec("shakespeare", _SHAKESPEARE, context)
     where = "tinyshakespeare/input.txt"
 
     def parts() -> Parts:
         raw, found = read_published("shakespeare", where, _SHAKESPEARE_SHA256, path)
-        return _by_position(encode(_decode_utf8(raw, found), _SHAKESPEARE, found).astype(np.uint8))
+        return by_position(encode(_decode_utf8(raw, found), _SHAKESPEARE, found).astype(np.uint8))
 
     place = path or f"$GENJAX_DATA/{where}"
     about = f"948,084 train / 55,770 valid / 111,540 test characters, from {place}"
-    return _stream_source(spec, parts, order, about, "shakespeare")
+    return stream_source(spec, parts, order, about, "shakespeare")
 
 
 def names(path: str | None = None) -> Source:
@@ -258,7 +268,7 @@ def names(path: str | None = None) -> Source:
     Raises:
         DataError, by `load`: for a file that is missing or another one.
     """
-    spec = _spec("names", ("\n", *_SMALL), 16, "\n")
+    spec = text_spec("names", ("\n", *_SMALL), 16, "\n")
     where = "names/names.txt"
 
     def tokens() -> np.ndarray:
@@ -302,6 +312,17 @@ def encode(text: str, vocabulary: Sequence[str], where: str) -> np.ndarray:
     return tokens.astype(np.int32)
 
 
+def encode_by(spec: DataSpec, text: str, where: str) -> np.ndarray:
+    """The tokens of a text, int32 [T], by the vocabulary or the tokenizer of a spec.
+
+    Raises:
+        DataError: see `encode`.
+    """
+    if spec.tokenizer is not None:
+        return encode_pieces(text, spec)
+    return encode(text, spec.vocabulary or (), where)
+
+
 def decode(tokens: Sequence[int] | np.ndarray | Array, spec: DataSpec) -> str:
     """The text of one sequence of tokens [T], up to its end token where the spec has one.
 
@@ -311,6 +332,8 @@ def decode(tokens: Sequence[int] | np.ndarray | Array, spec: DataSpec) -> str:
     Raises:
         ConfigError: for data without a vocabulary.
     """
+    if spec.tokenizer is not None:
+        return decode_pieces(np.asarray(tokens), spec)
     if spec.vocabulary is None:
         raise ConfigError(f"{spec.name} is no text: its spec has no vocabulary.")
     whole = np.asarray(tokens)
@@ -319,47 +342,6 @@ def decode(tokens: Sequence[int] | np.ndarray | Array, spec: DataSpec) -> str:
     if spec.vocabulary == BYTES:
         return kept.astype(np.uint8).tobytes().decode("utf-8", "replace")
     return "".join(spec.vocabulary[token] for token in kept)
-
-
-def stream_order(
-    context: int,
-) -> Callable[[int, int, int | Array, int | Array], Array | np.ndarray]:
-    """An order of windows, see `Source.order`, in which place b of the batch reads on: at step s it
-    has the window (b ⌊n/B⌋ + s T) mod n, with n windows in all, B places and T = `context`. The
-    seed changes nothing.
-
-    For truncated back-propagation through time with a carried state. The places share out the text
-    and read on into each other's share; whoever comes to the end of the text goes back to its
-    start. It is exact in 32-bit arithmetic.
-
-    Raises, when called:
-        DataError: if there are fewer windows than places.
-        ConfigError: for a batch_size below 1, or n · context >= 2**32.
-    """
-
-    def order(n: int, batch_size: int, seed: int | Array, step: int | Array) -> Array | np.ndarray:
-        if batch_size < 1:
-            raise ConfigError(f"batch_size must be at least 1; got {batch_size}.")
-        if batch_size > n:
-            raise DataError(
-                f"batch_size={batch_size} is more than the {n} windows there are; take at most {n}."
-            )
-        if n * max(context, 2) >= 2**32:
-            raise ConfigError(
-                f"The order 'stream' needs windows * context < 2**32; got {n} * {context}. Split "
-                "the text."
-            )
-        size = np.uint32(n)
-        # step mod n first, so that the product stays below n T.
-        turn = (
-            step.astype(jnp.uint32) % size
-            if isinstance(step, jax.Array)
-            else np.uint32(operator.index(step) % n)
-        )
-        lanes = np.arange(batch_size, dtype=np.uint32) * np.uint32(n // batch_size)
-        return ((lanes + turn * np.uint32(context) % size) % size).astype(np.int32)
-
-    return order
 
 
 # --- sources ------------------------------------------------------------------------------------
@@ -374,44 +356,6 @@ def _unicode_names() -> tuple[str, ...]:
     return tuple(found for found in every if found and not found.startswith(left_out))
 
 
-def _spec(
-    name: str,
-    vocabulary: tuple[str, ...],
-    length: int,
-    end: str | None = None,
-    classes: tuple[str, ...] | None = None,
-    step: str = "character",
-) -> DataSpec:
-    if length < 1:
-        raise ConfigError(f"context must be at least 1; got {length}.")
-    number = None if end is None else vocabulary.index(end)
-    return DataSpec(
-        (length,),
-        "tokens",
-        levels=len(vocabulary),
-        n_classes=None if classes is None else len(classes),
-        class_names=classes,
-        vocabulary=vocabulary,
-        step=step,
-        end=number,
-        name=name,
-    )
-
-
-def _check_name(what: str, name: str, names: Sequence[str]) -> None:
-    if name not in names:
-        raise unknown_name(what, name, names)
-
-
-def _check_layout(layout: str, order: str) -> None:
-    _check_name("layout", layout, ("stream", "lines"))
-    _check_name("order", order, ("shuffle", "stream"))
-    if layout == "lines" and order == "stream":
-        raise ConfigError(
-            "Lines do not go on from each other: order='stream' needs layout='stream'."
-        )
-
-
 def _decode_utf8(raw: bytes, path: str) -> str:
     try:
         return raw.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
@@ -421,48 +365,3 @@ def _decode_utf8(raw: bytes, path: str) -> str:
             f"({error.reason}). "
             "Convert the file to UTF-8, or take its bytes as they are with unit='byte'."
         ) from None
-
-
-def _by_position(tokens: np.ndarray) -> Parts:
-    n = len(tokens)
-    train, valid, test = np.split(tokens, [n * 85 // 100, n * 90 // 100])
-    return train, valid, test
-
-
-def _windows(parts: Parts, spec: DataSpec, where: str) -> Splits:
-    """Every window of the training part, as a view; those of the others one after the other,
-    without what is left over.
-
-    The tokens are in range by construction, so that nothing looks at all of the windows, which
-    overlap `context` times.
-    """
-    context = spec.shape[0]
-    shortest = min(map(len, parts))
-    if shortest < context:
-        total = sum(map(len, parts))
-        advice = (
-            f"Take a context of at most {shortest}, or a longer text."
-            if shortest
-            else "Take a longer text."
-        )
-        raise DataError(
-            f"{where}: a text of {total:,} {spec.step}s is too short for a context of {context}: "
-            "its smallest split has "
-            f"{shortest}. {advice}"
-        )
-    train = np.lib.stride_tricks.sliding_window_view(parts[0], context)
-    rest = [part[: len(part) // context * context].reshape(-1, context) for part in parts[1:]]
-    return Splits(Batch(train), Batch(rest[0]), Batch(rest[1]))
-
-
-def _stream_source(
-    spec: DataSpec, parts: Callable[[], Parts], order: str, about: str, where: str
-) -> Source:
-    orders = {"shuffle": batch_indices, "stream": stream_order(spec.shape[0])}
-    return Source(
-        spec,
-        lambda: _windows(parts(), spec, where),
-        cast(spec),
-        description=about,
-        order=orders[order],
-    )

@@ -180,6 +180,11 @@ def latent_spec(first: Model) -> DataSpec:
 
     Raises:
         ConfigError: for a model without latents that can be decoded.
+
+    Example:
+        >>> from genjax import DataSpec, latent_spec, vae
+        >>> latent_spec(vae(DataSpec((8, 8, 1), "binary"), latent_dim=3, hidden=(4,))).shape
+        (3,)
     """
     latent = first.latent
     if latent is None or latent.draw is None or latent.log_likelihood is None:

@@ -16,6 +16,7 @@ from genjax import nets
 from genjax.checks import check_cond, checked
 from genjax.errors import ConfigError
 from genjax.nets.functional import Net, functional
+from genjax.nets.own import Call, Network, given_only, own_net, separate
 from genjax.parts.distributions import log_mean_exp, normal_log_prob, sum_event
 from genjax.parts.likelihoods import Likelihood, bounded_log_scale, likelihood_of
 from genjax.parts.priors import Prior, normal_prior, vamp_prior
@@ -275,6 +276,27 @@ def _nets(
     return functional(encoder, dtype), functional(decoder, dtype)
 
 
+def _own_nets(
+    spec: DataSpec,
+    made: tuple[Net, Net],
+    own: tuple[Network | None, Network | None],
+    d_z: int,
+    n_outputs: int,
+    dtype: str,
+) -> tuple[Net, Net]:
+    """Encoder and decoder, each the user's own where there is one."""
+    cond = [("cond", (spec.cond_size,))] if spec.conditional else []
+    encoder, decoder = made
+    if own[0] is not None:
+        call = Call("the encoder of a VAE", [("x", spec.shape), *cond], (2 * d_z,))
+        encoder = given_only(own_net(own[0], call, dtype))
+    if own[1] is not None:
+        output = (*spec.shape, n_outputs)
+        call = Call("the decoder of a VAE", [("z", (d_z,)), *cond], output)
+        decoder = separate(own_net(own[1], call, dtype), d_z, spec.conditional)
+    return encoder, decoder
+
+
 def initial(model: Autoencoder, key: Key) -> tuple[Params, State]:
     """Random parameters, and the state, which is the prior's."""
     key_encoder, key_decoder, key_prior = jax.random.split(key, 3)
@@ -355,6 +377,8 @@ def vae(
     scale: Literal["shared", "element"] | Positive = "shared",
     prior: Literal["normal", "vamp"] | Prior = "normal",
     n_pseudo_inputs: Count = 100,
+    encoder: Network | None = None,
+    decoder: Network | None = None,
     beta: NonNegative = 1.0,
     beta_warmup_steps: Whole = 0,
     n_samples: Often = 1,
@@ -388,6 +412,11 @@ def vae(
             learned number, "element" is given by the decoder per element, a number fixes it.
         prior: p(z): "normal", "vamp", or in Python any `Prior`, such as `prior_of(model)`.
         n_pseudo_inputs: for "vamp": components of the mixture.
+        encoder: in Python, a Flax module of one's own in the place of that of `net`: (normalised x
+            [n, *shape], and cond [n, cond_size] where there is one) -> [n, 2 latent_dim], mean and
+            log-scale; see `nets.own`.
+        decoder: the same, (z [n, latent_dim], and cond) -> [n, *shape, n_outputs], the outputs of
+            the likelihood: 1 of a Bernoulli or Gaussian, 2 with scale="element".
         beta: weight of the KL term in the loss; 1 is the ELBO.
         beta_warmup_steps: over how many optimiser steps that weight rises from 0 to beta; 0 begins
             with beta.
@@ -422,7 +451,9 @@ def vae(
     like = likelihood_of(spec, likelihood, scale == "element")
     widths = (tuple(hidden), tuple(channels))
     nets = _nets(spec, net, widths, latent_dim, like.n_outputs, activation, dtype)
-    model = Autoencoder(spec, *nets, net == "mlp", like, scale, prior, latent_dim)
+    nets = _own_nets(spec, nets, (encoder, decoder), latent_dim, like.n_outputs, dtype)
+    flat = net == "mlp" and encoder is None
+    model = Autoencoder(spec, *nets, flat, like, scale, prior, latent_dim)
     noise_of = partial(draw_noise, latent_dim, n_samples)
 
     def loss(

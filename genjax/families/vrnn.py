@@ -323,6 +323,7 @@ def latents_of(spec: DataSpec, latent_dim: int) -> DataSpec:
         kind="continuous",
         levels=None,
         vocabulary=None,
+        tokenizer=None,
         end=None,
         name=f"latents of {spec.name}",
         shift=None,

@@ -10,7 +10,6 @@ whole: nothing is renamed for it, and no earlier checkpoint takes its place.
 """
 
 import functools
-import hashlib
 import itertools
 import json
 import logging
@@ -31,12 +30,12 @@ from orbax.checkpoint import v1 as ocp
 
 from genjax.checks import leaves_by_name
 from genjax.errors import CheckpointError, GenjaxError, reading, reason_of, synced, writing
-from genjax.learning.distributed import agreed, several
+from genjax.learning.checksums import CHECKSUMS, checksums, damage_of, files_in
+from genjax.learning.distributed import agreed, all_passed, several
 from genjax.learning.plain_path import plain_path
 from genjax.protocol import PyTree, TrainState
 
 logger = logging.getLogger(__name__)
-CHECKSUMS = "checksums.json"
 READ_BACK = 2**26  # bytes of arrays that a save compares with what it was given
 RACES = 5  # how often a reader looks again for what a process that trains has just deleted
 
@@ -110,54 +109,6 @@ def _abstract(like: PyTree) -> PyTree:
     return jax.tree.map(one, jax.eval_shape(_pack, like), like)
 
 
-def _files(folder: Path) -> list[Path]:
-    """Every file below a folder. What cannot be looked into raises: `Path.rglob` would take it for
-    empty.
-    """
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    found = [Path(at) / name for at, _, names in os.walk(folder, onerror=fail) for name in names]
-    return sorted(path for path in found if path.is_file())
-
-
-def _checksums(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file below a folder, by its name there."""
-    found = {}
-    for path in _files(folder):
-        if path != folder / CHECKSUMS:
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256")
-            found[str(path.relative_to(folder))] = digest.hexdigest()
-    return found
-
-
-def _damage(folder: Path, called: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None: Orbax must only ever see files that are
-    whole.
-
-    Raises:
-        CheckpointError: if they cannot be read, which says nothing of what they hold.
-    """
-    with reading(f"the checkpoint {called}"):
-        try:
-            found = _checksums(folder)
-            text = (folder / CHECKSUMS).read_bytes()
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-            return f"{CHECKSUMS} cannot be read ({error.strerror})"
-    try:
-        wanted = json.loads(text)
-        bad = [name for name in wanted if found.get(name) != wanted[name]]
-    except (ValueError, TypeError, RecursionError) as error:
-        return f"{CHECKSUMS} cannot be read ({reason_of(error)})"
-    if not wanted:
-        return f"{CHECKSUMS} names no file"
-    if not bad:
-        return None
-    return f"{bad[0]} {'holds other bytes than were saved' if bad[0] in found else 'is missing'}"
-
-
 def difference(saved: PyTree, wanted: PyTree, most: int = 8) -> list[str]:
     """The leaves whose name, shape or dtype differ, one line each, at most `most` of them."""
     a, b = leaves_by_name(saved), leaves_by_name(wanted)
@@ -176,6 +127,15 @@ def _kind(leaf: Any) -> str:
     return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 
+def _has_arrays(path: Path) -> bool:
+    """Whether Orbax will find arrays in a checkpoint. Where it finds none, its reads go on past its
+    own end, and are reported as errors of a closed loop now and then.
+    """
+    state = path / "state"
+    forms = ("manifest.ocdbt", "*/zarr.json", "*/.zarray")
+    return any(next(state.glob(form), None) is not None for form in forms)
+
+
 def _read(
     path: Path, called: Path, like: TrainState, check: Callable[[dict[str, Any]], None]
 ) -> tuple[TrainState, dict[str, Any]]:
@@ -187,6 +147,11 @@ def _read(
     Raises:
         CheckpointError: if it is of another tree, or cannot be read.
     """
+    if not _has_arrays(path):
+        raise CheckpointError(
+            f"The checkpoint {called} holds no arrays: earlier versions lost them in a folder with "
+            f"special characters in its path. Move {called.parent} away and train again."
+        )
     try:
         metadata = ocp.metadata(str(path))
         custom: Any = metadata.custom_metadata or {}
@@ -210,11 +175,6 @@ def _read(
             "orbax-checkpoint) and run the same command again; or move that folder away to go on "
             "from the one before it."
         ) from error
-    if not metadata.metadata:
-        raise CheckpointError(
-            f"The checkpoint {called} holds no arrays: earlier versions lost them in a folder with "
-            f"special characters in its path. Move {called.parent} away and train again."
-        )
     if lines:
         raise CheckpointError(
             f"The checkpoint {called} is not of this model:\n  " + "\n  ".join(lines)
@@ -229,6 +189,8 @@ def _check_saved(path: Path, packed: PyTree) -> None:
     Raises:
         CheckpointError: if it is not what was to be saved.
     """
+    if not _has_arrays(path):
+        raise CheckpointError("what was written has no arrays")
     metadata: Any = ocp.metadata(str(path)).metadata
     lines = difference({} if metadata is None else metadata, packed)
     if lines:
@@ -283,6 +245,16 @@ class Checkpoints:
     the middle of one leaves the checkpoints before it whole. Several processes save and restore
     together, in one folder that all of them see: each writes its part of the arrays, and process 0
     does the rest.
+
+    Example:
+        >>> import jax, optax, tempfile
+        >>> import genjax
+        >>> model = genjax.vae(genjax.DataSpec((2,), "continuous"), hidden=(4,))
+        >>> t = genjax.training(model, optax.adam(1e-3))
+        >>> checkpoints = genjax.Checkpoints(tempfile.mkdtemp(), keep=2)
+        >>> _ = checkpoints.save(jax.jit(t.init)(jax.random.key(0)), {"note": "of one's own"})
+        >>> checkpoints.steps()
+        [0]
     """
 
     def __init__(
@@ -341,7 +313,8 @@ class Checkpoints:
                     packed = _pack(state)
                     about: Any = {"note": {**self.about, **(note or {})}}
                     ocp.save(str(at / part), packed, custom_metadata=about)
-                    _check_saved(at / part, packed)
+                    # Not before all have read it may it be renamed.
+                    all_passed(functools.partial(_check_saved, at / part, packed))
                     agreed(functools.partial(self._finish, at, part, step))
         # Orbax and TensorStore raise many types for a disk that does not take more.
         except Exception as error:
@@ -355,6 +328,23 @@ class Checkpoints:
                 "then run the same command again to go on."
             ) from error
         return self.folder / str(step)
+
+    def newest_note(self) -> tuple[int, dict[str, Any]] | None:
+        """The step and the note of the newest whole checkpoint, without its arrays; None if there
+        is none.
+
+        Raises:
+            CheckpointError: if it cannot be read.
+        """
+        return agreed(self._newest_note)
+
+    def _newest_note(self) -> tuple[int, dict[str, Any]] | None:
+        with plain_path(self.folder) as at:
+            for step in reversed(self.steps()):
+                if damage_of(at / str(step), self.folder / str(step)) is None:
+                    custom: Any = ocp.metadata(str(at / str(step))).custom_metadata or {}
+                    return step, custom.get("note", {})
+        return None
 
     def _begin(self, at: Path, step: int) -> str | None:
         """The name of a folder to write; None if the step has a checkpoint already."""
@@ -372,9 +362,9 @@ class Checkpoints:
 
     def _finish(self, at: Path, part: str, step: int) -> None:
         """Make what was written a checkpoint, once it is on the disk."""
-        text = json.dumps(_checksums(at / part), indent=1)
+        text = json.dumps(checksums(at / part), indent=1)
         (at / part / CHECKSUMS).write_text(text, encoding="utf-8")
-        for path in _files(at / part):
+        for path in files_in(at / part):
             synced(path)
         for folder, _, _ in os.walk(at / part):
             synced(Path(folder))
@@ -449,7 +439,7 @@ class Checkpoints:
             for candidate in reversed(have if step is None else [step]):
                 name, path = str(candidate), self.folder / str(candidate)
                 with _still_there(at / name):
-                    damage = agreed(functools.partial(_damage, at / name, path))
+                    damage = agreed(functools.partial(damage_of, at / name, path))
                     if damage is None:
                         return Restored(*_read(at / name, path, like, self.check), passed)
                 passed[path] = damage

@@ -163,6 +163,28 @@ def agreed(find: Callable[[], Any]) -> Any:
     return answer["value"]
 
 
+def all_passed(check: Callable[[], None]) -> None:
+    """Run a check on every process; nobody goes on before all have passed it.
+
+    Raises:
+        Exception: what the check raises, where it does; on the others a CheckpointError that names
+            the processes.
+    """
+    failure = None
+    try:
+        check()
+    except Exception as error:
+        failure = error
+    if several():
+        meet()
+        failed = multihost_utils.process_allgather(np.asarray(failure is not None))
+        who = ", ".join(map(str, np.flatnonzero(failed)))
+        if who and failure is None:
+            raise errors.CheckpointError(f"it did not read back on process {who}, which says why")
+    if failure is not None:
+        raise failure
+
+
 def meet() -> None:
     """Wait until every process is here, without the devices.
 

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from genjax.data import Source, batch_at, host_batch, prepare_at
+from genjax.data import Source, batch_at, prepare_at
+from genjax.data.buckets import BucketOrder, Buckets
 from genjax.errors import (
     CheckpointError,
     GenjaxError,
@@ -50,11 +51,18 @@ class Feed(NamedTuple):
         payload: (first step, number of steps) -> what that step's second argument is.
         prefetch: whether the payload is made on the host, so that the next one is worth making
             ahead.
+        alike: (step) -> how many steps from that one on have batches of one shape; None if all
+            have.
     """
 
     training: Callable[[int], Training]
     payload: Callable[[int, int], Any]
     prefetch: bool
+    alike: Callable[[int], int] | None = None
+
+    def steps_at(self, step: int, most: int) -> int:
+        """How many steps the dispatch at a step does."""
+        return most if self.alike is None else min(most, self.alike(step))
 
 
 def device_feed(
@@ -80,26 +88,31 @@ def host_feed(
     batch_size: int,
     seed: int,
     sharding: Sharding | None = None,
+    buckets: Buckets | None = None,
 ) -> Feed:
     """The split stays on the host, and batches are gathered there and sent: the same as
-    `device_feed`'s, bit for bit.
+    `device_feed`'s, bit for bit; with `buckets`, each is of one bucket and of its length.
 
     With a sharding of [steps, batch_size], each process gathers and sends only the rows that its
     own devices hold.
     """
 
+    in_buckets = None if buckets is None else BucketOrder(buckets, batch_size, seed)
+    order_at = in_buckets or functools.partial(source.order, len(arrays.x), batch_size, seed)
+
     def payload(step: int, k: int) -> Any:
-        steps = range(step, step + k)
+        order = np.stack([np.asarray(order_at(s)) for s in range(step, step + k)])
+        own = arrays
+        if in_buckets is not None:
+            own = arrays._replace(x=arrays.x[:, : in_buckets.padded(step)])
         if sharding is not None:
-            n = len(arrays.x)
-            order = np.stack([np.asarray(source.order(n, batch_size, seed, s)) for s in steps])
             put = functools.partial(_put_rows, order=order, sharding=sharding)
-            return jax.tree.map(put, arrays)
-        batches = [host_batch(source, arrays, batch_size, seed, s) for s in steps]
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+            return jax.tree.map(put, own)
+        return jax.tree.map(lambda leaf: leaf[order], own)
 
     fed = feed(t, prepare_at(source, seed))
-    return Feed(lambda k: scan_steps(fed), payload, prefetch=True)
+    alike = None if in_buckets is None else in_buckets.alike
+    return Feed(lambda k: scan_steps(fed), payload, prefetch=True, alike=alike)
 
 
 def choose_feed(
@@ -110,26 +123,37 @@ def choose_feed(
     seed: int,
     place: str = "auto",
     mesh: Mesh | None = None,
+    buckets: Buckets | None = None,
 ) -> Feed:
     """`device_feed` for data up to 2 GiB, `host_feed` beyond and for several processes, or what
     `place` says.
 
     On a mesh, `device_feed` has the data on every device, and `host_feed` sends each device its
-    rows.
+    rows. With `buckets`, from `buckets_for`, it is `host_feed`.
 
     Raises:
         DataError, ConfigError: for a batch size that the data do not allow; see `batch_indices`.
+
+    Example:
+        >>> import jax, numpy as np, optax
+        >>> from genjax import choose_feed, fit, from_arrays, training, vae
+        >>> source = from_arrays(np.random.default_rng(0).normal(size=(100, 3)))
+        >>> t = training(vae(source.spec, hidden=(4,)), optax.adam(1e-3))
+        >>> feed = choose_feed(t, source, source.load().train, batch_size=8, seed=0)
+        >>> int(fit(feed, key=jax.random.key(0), steps=2, steps_per_call=2).step)
+        2
     """
     source.order(len(arrays.x), batch_size, seed, 0)  # refuse it now, before a run folder is made
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
-    on_device = place == "device" or (
-        place == "auto" and size <= DEVICE_LIMIT and not distributed.several()
+    on_device = buckets is None and (
+        place == "device"
+        or (place == "auto" and size <= DEVICE_LIMIT and not distributed.several())
     )
     if on_device:
         everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         return device_feed(t, source, arrays, batch_size, seed, everywhere)
     rows = None if mesh is None else NamedSharding(mesh, PartitionSpec(None, *batch_spec_of(mesh)))
-    return host_feed(t, source, arrays, batch_size, seed, rows)
+    return host_feed(t, source, arrays, batch_size, seed, rows, buckets)
 
 
 def _put(leaf: np.ndarray, sharding: Sharding | None) -> jax.Array:
@@ -157,6 +181,12 @@ class Hook(NamedTuple):
 
     One that fails is said once, by its name, and training goes on without what it would have given.
     Only `NonFiniteError`, `Interrupted` and a `CheckpointError` of checkpoints stop it.
+
+    Example:
+        >>> from genjax import Hook
+        >>> hook = Hook(100, lambda step, ts: {"players": len(ts.params)}, "the players")
+        >>> hook.every
+        100
     """
 
     every: int
@@ -189,6 +219,7 @@ def fit(
     stop_on_nonfinite: bool = True,
     progress: Progress | None = None,
     layout: Callable[[PyTree], PyTree] | None = None,
+    enough: Callable[[int], bool] = lambda step: False,
 ) -> TrainState:
     """Train to `steps` optimiser steps, going on from the newest checkpoint if there is one, and
     return the last state. A new run begins with `Training.prepare`, where there is one.
@@ -205,6 +236,8 @@ def fit(
             other members are well.
         layout: (the state's shapes) -> where each of its arrays is to be put that is restored; see
             `sharding.layout`.
+        enough: whether training ends at this step, before `steps`; asked at every dispatch
+            boundary, after the hooks, and of the step that it goes on from.
 
     Raises:
         NonFiniteError: naming the step and the player; checkpoints from before it are kept.
@@ -212,12 +245,22 @@ def fit(
         CheckpointError: if a checkpoint cannot be written or read, or the log cannot be written; in
             that case the state was saved.
         MemoryExhausted: with the array that asked for it.
+
+    Example:
+        >>> import jax, numpy as np, optax
+        >>> from genjax import choose_feed, fit, from_arrays, training, vae
+        >>> source = from_arrays(np.random.default_rng(0).normal(size=(100, 3)))
+        >>> t = training(vae(source.spec, hidden=(4,)), optax.adam(1e-3))
+        >>> feed = choose_feed(t, source, source.load().train, 8, seed=0)
+        >>> int(fit(feed, key=jax.random.key(0), steps=2, steps_per_call=2).step)
+        2
     """
     state, window = _begin(feed, key, checkpoints, layout)
     step = first = int(state.step)
     on_restore(step)
     metrics = _Metrics(window, checkpoints, stop_on_nonfinite)
     programs: dict[int, Callable[..., Any]] = {}
+    met: set[tuple[Any, ...]] = set()  # shapes of dispatches that are compiled
     failed: set[str] = set()  # hooks of which it was said
     payload = None
     started = time.perf_counter()
@@ -246,15 +289,18 @@ def fit(
     )
     with asking, _signals() as caught, concurrent.futures.ThreadPoolExecutor(1) as pool:
         ahead: concurrent.futures.Future[Any] | None = None
-        while step < steps:
-            k = min(steps_per_call, steps - step)
+        while step < steps and not enough(step):
+            k = feed.steps_at(step, min(steps_per_call, steps - step))
             payload = ahead.result() if ahead is not None else feed.payload(step, k)
             if k not in programs:
                 programs[k] = compiled(feed.training(k)).step
+            shapes = (k, *(jnp.shape(leaf) for leaf in jax.tree.leaves(payload)))
+            if shapes not in met:
+                met.add(shapes)
                 distributed.compile_together(programs[k], state, payload)
             after, ahead = min(steps_per_call, steps - step - k), None
             if feed.prefetch and after > 0:
-                ahead = pool.submit(feed.payload, step + k, after)
+                ahead = pool.submit(feed.payload, step + k, feed.steps_at(step + k, after))
             state, new = programs[k](state, payload)
             metrics.add(step, new)
             before, step = step, step + k
@@ -265,6 +311,9 @@ def fit(
                 line = {"step": step, **(metrics.line() if log_now else {})}
                 for hook in due:
                     line |= _called(hook.name, hook.call, step, failed, step, state) or {}
+                for hook in hooks:  # which are all due at the end
+                    if hook not in due and enough(step):
+                        line |= _called(hook.name, hook.call, step, failed, step, state) or {}
                 if len(line) > 1:
                     write(line)
                 shown |= line
@@ -273,7 +322,7 @@ def fit(
                 told = (step, steps, seconds, done, shown)
                 _called("the progress bar", progress, step, failed, *told)
             stop = caught()
-            if stop or _crossed(before, step, checkpoint_every, steps):
+            if stop or enough(step) or _crossed(before, step, checkpoint_every, steps):
                 metrics.collect()
                 save()
             if stop and step < steps:

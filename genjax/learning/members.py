@@ -171,6 +171,11 @@ def _swept(
 def grid(**axes: Sequence[float]) -> dict[str, np.ndarray]:
     """The product of some axes as columns for `sweep`, the last axis fastest: grid(a=[1, 2], b=[3,
     4]) has 4 rows.
+
+    Example:
+        >>> from genjax import grid
+        >>> grid(learning_rate=[1, 2], b1=[3, 4])["b1"].tolist()
+        [3.0, 4.0, 3.0, 4.0]
     """
     rows = list(itertools.product(*axes.values()))
     return {

@@ -65,15 +65,18 @@ def track_ema(decay: float) -> "optax.GradientTransformation":
 
 
 def averaged(opt: Any, params: PyTree) -> PyTree:
-    """The average that a `track_ema` anywhere in the optimiser's state keeps; `params` where there
-    is none.
+    """The average that a `track_ema` anywhere in the optimiser's state keeps, or else the weights
+    that a schedule-free optimiser evaluates with (Defazio 2024); `params` where there is neither.
     """
-    states = [
-        leaf
-        for leaf in jax.tree.leaves(opt, is_leaf=lambda node: isinstance(node, TrackEmaState))
-        if isinstance(leaf, TrackEmaState)
-    ]
-    return states[-1].ema if states else params
+    from optax import contrib
+
+    kinds = (TrackEmaState, contrib.ScheduleFreeState)
+    found = jax.tree.leaves(opt, is_leaf=lambda node: isinstance(node, kinds))
+    averages = [leaf for leaf in found if isinstance(leaf, TrackEmaState)]
+    if averages:
+        return averages[-1].ema
+    free = [leaf for leaf in found if isinstance(leaf, contrib.ScheduleFreeState)]
+    return contrib.schedule_free_eval_params(free[-1], params) if free else params
 
 
 def scale_by_label(
@@ -92,7 +95,7 @@ def scale_by_label(
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-ALGORITHMS = ("adam", "adamw", "sgd", "rmsprop", "lion")
+ALGORITHMS = ("adam", "adamw", "sgd", "rmsprop", "lion", "muon")
 SCHEDULES = ("constant", "linear", "cosine")
 MOST_RATE = 1000.0
 
@@ -102,7 +105,8 @@ class Optimizer:
     """Settings of one player's optimiser; `build(steps)` makes the optax transform.
 
     Attributes:
-        algorithm: the update rule.
+        algorithm: the update rule; "muon" is Muon for matrices and adamw for everything else, see
+            `muon.py`.
         learning_rate: the peak step size.
         schedule: how the step size falls from the peak to `final_fraction` of it over the run,
             after the warm-up.
@@ -112,7 +116,7 @@ class Optimizer:
             the first on.
         b1: decay of the first moment (the momentum of sgd).
         b2: decay of the second moment (rmsprop's decay).
-        weight_decay: decoupled weight decay of what `decayed` names, for adamw and lion.
+        weight_decay: decoupled weight decay of what `decayed` names, for adamw, lion and muon.
         clip_norm: clip the gradient to this global norm; 0 does not clip.
         ema_decay: keep an exponential moving average of the weights, used to sample and evaluate; 0
             keeps none.
@@ -121,7 +125,7 @@ class Optimizer:
         rates: the step size of some labels as a factor of that of the others: "dynamics=0.1".
     """
 
-    algorithm: Literal["adam", "adamw", "sgd", "rmsprop", "lion"] = "adam"
+    algorithm: Literal["adam", "adamw", "sgd", "rmsprop", "lion", "muon"] = "adam"
     learning_rate: Positive = 1e-3
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     final_fraction: Annotated[float, Within(0, 1)] = 0.0
@@ -225,6 +229,15 @@ class Optimizer:
             rule = optax.sgd(rate, self.b1)
         elif self.algorithm == "rmsprop":
             rule = optax.rmsprop(rate, self.b2)
+        elif self.algorithm == "muon":
+            from genjax.learning.muon import scale_by_muon_or_adam
+
+            mask = functools.partial(self._mask, labels, player)
+            return optax.chain(
+                scale_by_muon_or_adam(self.b1, self.b2, labels, player),
+                optax.add_decayed_weights(self.weight_decay, mask),
+                optax.scale_by_learning_rate(rate),
+            )
         else:
             mask = functools.partial(self._mask, labels, player)
             rules = {"adamw": optax.adamw, "lion": optax.lion}
@@ -233,8 +246,8 @@ class Optimizer:
             )
         if used(self.weight_decay):
             raise ConfigError(
-                f"{self.algorithm} has no weight decay; use adamw or lion, or leave weight_decay "
-                "at 0."
+                f"{self.algorithm} has no weight decay; use adamw, lion or muon, or leave "
+                "weight_decay at 0."
             )
         return rule
 
@@ -298,4 +311,4 @@ def _covering(
                 )
         return tx.init(params)
 
-    return optax.GradientTransformation(init, tx.update)
+    return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(tx).update)

@@ -48,6 +48,11 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
     Raises:
         ConfigError: for an axis that does not exist, a size below 1, more devices than there are,
             or, where there are several processes, fewer.
+
+    Example:
+        >>> from genjax import make_mesh
+        >>> dict(make_mesh({"data": 1}).shape)
+        {'data': 1}
     """
     for name, size in axes.items():
         if name not in AXES:
@@ -206,6 +211,15 @@ def shard(
 
     Raises:
         ConfigError: as `layout` does, and for a batch that its axes do not divide.
+
+    Example:
+        >>> import jax, optax
+        >>> from genjax import DataSpec, example_batch, make_mesh, shard, training, vae
+        >>> model = vae(DataSpec((2,), "continuous"), hidden=(4,))
+        >>> t = shard(training(model, optax.adam(1e-3)), make_mesh({"data": 1}))
+        >>> ts = jax.jit(t.init)(jax.random.key(0))
+        >>> int(jax.jit(t.step)(ts, example_batch(model.spec, jax.random.key(1), 8))[0].step)
+        1
     """
     _check_mesh(mesh)
     spec = batch_spec_of(mesh) if batch_spec is None else batch_spec

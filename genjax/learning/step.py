@@ -71,10 +71,12 @@ def training(model: Model, tx: Optimizers) -> Training:
 
     Args:
         model: what a family's builder returned.
-        tx: one optimiser for all players, or one for each player by name.
+        tx: one optimiser for all players, or one for each player by name: any optax transform, also
+            of those that take `value`, which is the player's mean loss of the step.
 
     Raises:
-        ConfigError: if `tx` or `model.turns` name a player that has no loss, or leave one out; for
+        ConfigError: for an optimiser that wants the loss as a function, as a line search does; if
+            `tx` or `model.turns` name a player that has no loss, or leave one out; for
             `follows` that name none; and, at the first step, for a loss or a metric that is not
             per example, [B].
 
@@ -107,14 +109,14 @@ def training(model: Model, tx: Optimizers) -> Training:
 
     def step_with(gradient: Gradient, ts: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         check_kept(ts, "This state")
-        check_batch(model.spec, batch)
+        check_batch(model.spec, batch, model.any_length)
         batch, weight = _weighted(batch)
         metrics: Metrics = {}
         for index, player in enumerate(order):
             key = jax.random.fold_in(ts.key, ts.step * len(order) + index)
             grads, state, new = gradient(player, ts.params, ts.state, batch, weight, key, ts.step)
-            with jax.numpy_dtype_promotion("standard"):  # optax mixes whole and real numbers
-                updates, opt = by_player[player].update(grads, ts.opt[player], ts.params[player])
+            value = new[f"{player}/loss"]
+            updates, opt = _updates(by_player[player], grads, ts, player, value)
             own = optax.apply_updates(ts.params[player], updates)
             ts = ts._replace(
                 params={**ts.params, player: own}, state=state, opt={**ts.opt, player: opt}
@@ -124,7 +126,7 @@ def training(model: Model, tx: Optimizers) -> Training:
 
     def prepare(ts: TrainState, batch: Batch) -> TrainState:
         check_kept(ts, "This state")
-        check_batch(model.spec, batch)
+        check_batch(model.spec, batch, model.any_length)
         batch, _ = _weighted(batch)
         key = jax.random.fold_in(ts.key, PREPARATION)
         params, state = model.prepare(ts.params, ts.state, batch, key)  # type: ignore[misc]
@@ -146,6 +148,29 @@ def training(model: Model, tx: Optimizers) -> Training:
         )
 
     return make(lambda g: g)
+
+
+def _updates(
+    tx: optax.GradientTransformation, grads: PyTree, ts: TrainState, player: str, value: Array
+) -> tuple[PyTree, PyTree]:
+    """What an optimiser makes of a gradient. Those that ask for it get the mean loss, as `value`.
+
+    Raises:
+        ConfigError: for one that asks for something else, such as a line search.
+    """
+    try:
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes whole and real numbers
+            return optax.with_extra_args_support(tx).update(
+                grads, ts.opt[player], ts.params[player], value=value
+            )
+    except TypeError as error:
+        if "required" not in str(error) or "argument" not in str(error):
+            raise
+        raise ConfigError(
+            f"The optimiser of {player!r} asks for what a step does not have ({error}): it gives "
+            "gradients, parameters and `value`, the mean loss. Take one that needs no more, such "
+            "as optax.contrib.reduce_on_plateau or optax.polyak_sgd."
+        ) from error
 
 
 def _optimizers(model: Model, tx: Optimizers) -> dict[str, optax.GradientTransformation]:
@@ -282,5 +307,12 @@ def _average(d: Array, average: Array, value: Array) -> Array:
 def eval_params(ts: TrainState) -> Params:
     """The parameters to sample and evaluate with: each player's moving average where its optimiser
     tracks one. Entries without an optimiser, such as those that follow a player, are as they are.
+
+    Example:
+        >>> import jax, optax
+        >>> from genjax import DataSpec, eval_params, training, vae
+        >>> t = training(vae(DataSpec((2,), "continuous"), hidden=(4,)), optax.adam(1e-3))
+        >>> list(eval_params(t.init(jax.random.key(0))))
+        ['vae']
     """
     return {player: averaged(ts.opt.get(player, ()), own) for player, own in ts.params.items()}

@@ -68,6 +68,16 @@ def compiled(t: Training) -> Training:
 
     Raises:
         ConfigError: from `step` and `prepare`, for a state that was given to one of them before.
+
+    Example:
+        >>> import jax, optax
+        >>> from genjax import DataSpec, compiled, example_batch, training, vae
+        >>> model = vae(DataSpec((2,), "continuous"), hidden=(4,))
+        >>> t = compiled(training(model, optax.adam(1e-3)))
+        >>> ts = t.init(jax.random.key(0))
+        >>> ts, metrics = t.step(ts, example_batch(model.spec, jax.random.key(1), 8))
+        >>> int(ts.step)
+        1
     """
     within = t.within
     return t._replace(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from genjax import nets
 from genjax.nets.functional import Net, functional
+from genjax.nets.own import Call, Network, own_net, trimmed
 from genjax.protocol import DataSpec
 from genjax.settings import Count, Depth, Settings, Whole
 
@@ -18,8 +19,10 @@ class DenoiserNet(Settings):
     """The network that goes from noisy events to what is predicted of them.
 
     Attributes:
-        net: "mlp", "unet" or "dit" (both for images), or in Python any `Net` (x_t as the family
-            scales it, noise level, cond, dropped) -> y.
+        net: "mlp", "unet" or "dit" (both for images), or in Python a Flax module of one's own (x_t
+            as the family scales it [n, *event], noise level [n], cond [n, cond_size] where there is
+            one, dropped [n] where cond_dropout is above 0) -> y [n, *event], see `nets.own`; or any
+            `Net`, which gets all four, None for what there is not.
         hidden: for "mlp": widths of the layers.
         channels: for "unet": channels at each resolution, each half of the one before.
         n_blocks: for "unet": residual blocks at each resolution.
@@ -30,7 +33,7 @@ class DenoiserNet(Settings):
         n_heads: of attention, for "unet" (0 for none) and "dit".
     """
 
-    net: Literal["mlp", "unet", "dit"] | Net = "mlp"
+    net: Literal["mlp", "unet", "dit"] | Net | Network = "mlp"
     hidden: tuple[Count, ...] = (256, 256, 256)
     channels: tuple[Count, ...] = (32, 64)
     n_blocks: Depth = 1
@@ -86,4 +89,10 @@ def denoiser(spec: DataSpec, network: DenoiserNet, guided: bool, dtype: str) -> 
     """
     if isinstance(network.net, Net):
         return network.net
+    if not isinstance(network.net, str):
+        inputs: list[tuple[str, tuple[int, ...]]] = [("x", spec.shape), ("noise_level", ())]
+        inputs += [("cond", (spec.cond_size,))] if spec.conditional else []
+        inputs += [("dropped", ())] if guided else []
+        call = Call("the net of a denoiser", inputs, spec.shape)
+        return trimmed(own_net(network.net, call, dtype), guided)
     return functional(BUILDS[network.net](spec, network, guided), dtype)

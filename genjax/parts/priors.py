@@ -40,6 +40,21 @@ class Prior(NamedTuple):
         kl: (params, mean [B, d], log_scale [B, d]) -> KL(q || p) in nats [B] where it has a closed
             form, else None.
         exact: whether `log_prob` is ln p(z), and not a lower bound of it in expectation.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from genjax import DataSpec, Prior, vae
+        >>> uniform = Prior(  # on (0, 1)²
+        ...     init=lambda key: ({}, {}),
+        ...     log_prob=lambda params, state, q, z, cond, key: jnp.where(
+        ...         ((z > 0) & (z < 1)).all(-1), 0.0, -jnp.inf
+        ...     ),
+        ...     sample=lambda params, state, q, key, n, cond: jax.random.uniform(key, (n, 2)),
+        ... )
+        >>> model = vae(DataSpec((3,), "continuous"), latent_dim=2, hidden=(4,), prior=uniform)
+        >>> params, state = model.init(jax.random.key(0))
+        >>> model.sample(params, state, jax.random.key(1), 5).shape
+        (5, 3)
     """
 
     init: Callable[[Key], tuple[PyTree, PyTree]]

@@ -5,7 +5,7 @@ Arrays go in and come out in the units of the data, whatever the networks see.
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from genjax.runs import samples
 from genjax.runs.evaluate import evaluate
 from genjax.runs.other_data import other_source
 from genjax.runs.train import train as train_in
+from genjax.runs.writers import Writer
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import Recipe
 from genjax.zoo.sections import replace
@@ -55,6 +56,17 @@ class Run:
         recipe: what was trained; None for a model of one's own.
         folder: the run folder; None without one.
         step: how many optimiser steps it has had.
+
+    Example:
+        >>> import genjax, numpy as np
+        >>> x = np.random.default_rng(0).normal(size=(100, 3))
+        >>> run = genjax.train("vae", x, steps=2, hidden=(4,), latent_dim=2, batch_size=8, say=str)
+        >>> scores = run.bound(x[:10])  # in nats, of each example
+        >>> scores.nats.shape
+        (10,)
+        >>> mean, scale = run.encode(x[:2])
+        >>> run.decode(mean).shape
+        (2, 3)
     """
 
     def __init__(
@@ -235,8 +247,11 @@ def source_in(data: Any, spec: DataSpec | None = None) -> Source:
     return from_arrays(data, standardize="none", **taken)
 
 
-def load(folder: str | Path) -> Run:
+def load(folder: str | Path, which: str = "newest") -> Run:
     """A run folder as an object.
+
+    Args:
+        which: of its checkpoints the "newest", or the "best" by the figure on the validation split.
 
     Raises:
         ConfigError: if the folder is no run, or is a sweep.
@@ -251,7 +266,7 @@ def load(folder: str | Path) -> Run:
         >>> genjax.load(folder).sample(5).shape
         (5, 3)
     """
-    loaded = loading.load(Path(folder))
+    loaded = loading.load(Path(folder), which)
     return Run(loaded.model, loaded.params, loaded.state, loaded.step, loaded, folder=Path(folder))
 
 
@@ -264,6 +279,8 @@ def train(
     progress: Progress | None = None,
     say: Callable[[str], None] = print,
     mesh: Mapping[str, int] | None = None,
+    init_from: str | Path | None = None,
+    log_to: str | Iterable[str | Writer] = (),
     **settings: Any,
 ) -> Run:
     """Train what `genjax train` does, and return the run.
@@ -278,6 +295,9 @@ def train(
         progress: what is told after each dispatch.
         say: what is told of the data and of going on.
         mesh: see `genjax train --mesh`.
+        init_from: the folder of a run whose parameters this one begins with, where names and
+            shapes are the same; of recipes.
+        log_to: "wandb", "trackio" or writers of one's own (`runs.writers.Writer`); of recipes.
         settings: any setting of the recipe by its name, as the command line has it:
             `hidden=(64,)`, `learning_rate=1e-3`, or `**{"optimizer.b1": 0.5}`. For a model of one's
             own: batch_size, seed, optimizer (an optax transform), steps_per_call, log, hooks.
@@ -294,16 +314,26 @@ def train(
     """
     if steps is not None:
         settings["steps"] = steps
+    begin = None if init_from is None else Path(init_from)
     if isinstance(what, Model):
+        if begin is not None:
+            raise ConfigError(
+                "init_from is for recipes; a model of one's own begins with what its `init` gives: "
+                "model._replace(init=...)."
+            )
+        if log_to:
+            raise ConfigError(
+                "log_to is for recipes; a model of one's own takes log=, a function of a line."
+            )
         return _train_model(what, data, out, progress, **settings)
     recipe, source = _recipe_of(what, data)
     recipe = replace(recipe, **settings)
     if out is not None:
-        train_in(recipe, Path(out), progress, say, mesh, source)
+        train_in(recipe, Path(out), progress, say, mesh, source, begin, log_to)
         return _with_source(load(out), source)
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "run"
-        train_in(recipe, folder, progress, say, mesh, source)
+        folder = Path(place) / recipe.name
+        train_in(recipe, folder, progress, say, mesh, source, begin, log_to)
         found = _with_source(load(folder), source)
     found.folder = None
     return found
@@ -368,6 +398,15 @@ def save(state: TrainState, folder: str | Path) -> Path:
 
     Raises:
         CheckpointError: if the disk does not take it.
+
+    Example:
+        >>> import jax, optax, tempfile
+        >>> import genjax
+        >>> model = genjax.vae(genjax.DataSpec((2,), "continuous"), hidden=(4,))
+        >>> t = genjax.training(model, optax.adam(1e-3))
+        >>> ts, folder = jax.jit(t.init)(jax.random.key(0)), tempfile.mkdtemp()
+        >>> genjax.save(ts, folder).name
+        '0'
     """
     return Checkpoints(folder).save(state)
 
@@ -380,6 +419,16 @@ def restore(folder: str | Path, like: TrainState, step: int | None = None) -> Tr
 
     Raises:
         CheckpointError: if there is none that is whole, or it is of another model.
+
+    Example:
+        >>> import jax, optax, tempfile
+        >>> import genjax
+        >>> model = genjax.vae(genjax.DataSpec((2,), "continuous"), hidden=(4,))
+        >>> t = genjax.training(model, optax.adam(1e-3))
+        >>> folder = tempfile.mkdtemp()
+        >>> _ = genjax.save(jax.jit(t.init)(jax.random.key(0)), folder)
+        >>> int(genjax.restore(folder, jax.eval_shape(t.init, jax.random.key(0))).step)
+        0
     """
     restored = Checkpoints(folder).restore(like, step)
     if restored is None:

@@ -78,6 +78,7 @@ def evaluate(
         "split": split,
         "seed": seed,
         "step": run.step,
+        "which": run.which,
         "training_seed": run.recipe.schedule.seed,
         "config_hash": config_hash(to_dict(run.recipe)),
         "seconds": round(time.perf_counter() - started, 2),

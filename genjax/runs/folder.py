@@ -9,7 +9,9 @@ metrics.jsonl    one JSON object a line: step, seconds of training so far, means
                  validation; what else was found in it is in metrics.jsonl.bad
 .lock            who trains there, for as long as somebody does
 tensorboard/     the same numbers as TensorBoard events
+wandb_id.txt     with --log-to wandb: the id of the run there; trackio_id.txt likewise
 checkpoints/     the newest few states
+best/            the best state by the figure on the validation split
 samples/         pictures or text of samples, and *.npz (and *.mid) of what `genjax sample` drew
 curves.png       learning curves
 report.json      what `genjax evaluate` found
@@ -20,6 +22,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -64,8 +67,16 @@ def environment() -> dict[str, Any]:
     return {"versions": versions, "hardware": hardware}
 
 
-def open_folder(folder: Path, values: dict[str, Any]) -> None:
-    """Make a run folder, or check that the one that is there belongs to the same settings.
+# Settings with which a run may go on that was begun with others.
+MAY_CHANGE = ("schedule.steps", "schedule.stop_after")
+
+
+def open_folder(folder: Path, values: dict[str, Any], say: Callable[[str], None] = print) -> None:
+    """Make a run folder, or check that the one that is there belongs to the same settings. It may
+    go on to more steps than it was to have, and end early or not.
+
+    Args:
+        say: what is told of settings that change.
 
     Raises:
         ConfigError: if it holds another run (the message lists the differences) or something that
@@ -76,8 +87,16 @@ def open_folder(folder: Path, values: dict[str, Any]) -> None:
     if not is_there(folder / "config.json"):
         write_json(folder / "config.json", values)
         return
-    old, new = flatten(completed(read_config(folder))), flatten(values)
+    there = read_config(folder)
+    old, new = flatten(completed(there)), flatten(values)
     if old == new:
+        return
+    if goes_on(old, new):
+        for name in (name for name in MAY_CHANGE if old.get(name) != new.get(name)):
+            say(f"{folder} goes on with {name} {new[name]}, which was {old[name]}")
+        if old["schedule.steps"] != new["schedule.steps"]:
+            say_schedules(old, say)
+        write_json(folder / "config.json", values)
         return
     missing = "(not set)"
     lines = [
@@ -89,6 +108,27 @@ def open_folder(folder: Path, values: dict[str, Any]) -> None:
         f"{folder} holds a run with other settings; nothing was changed:\n{''.join(lines)}"
         "Give the same settings to go on with it, or another folder with --out."
     )
+
+
+def goes_on(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether settings differ in nothing but what may change: steps may only grow."""
+    same = all(old.get(name) == new.get(name) for name in {*old, *new} - set(MAY_CHANGE))
+    before, now = old.get("schedule.steps"), new.get("schedule.steps")
+    return same and isinstance(before, int) and isinstance(now, int) and before <= now
+
+
+def say_schedules(old: dict[str, Any], say: Callable[[str], None]) -> None:
+    """That a step size which falls over the whole run now falls over a longer one."""
+    falling = {
+        value
+        for name, value in old.items()
+        if name.startswith("optimizer.") and name.split(".")[-1] == "schedule"
+    } - {"constant"}
+    if falling:
+        say(
+            f"the {' and '.join(sorted(falling))} schedule of the step size is now over all steps, "
+            "so that where training goes on the step size is larger than it was"
+        )
 
 
 # What may lie in a folder before its settings do, where a process was killed: see `lock` and
@@ -144,6 +184,18 @@ def completed(values: dict[str, Any]) -> dict[str, Any]:
         return values
     own = {name: now[name] | values[name] for name in now if isinstance(now[name], dict)}
     return values | own
+
+
+def with_buckets_of(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe without buckets of lengths if it is to go on with a run from before there were
+    any, unless it says how many.
+    """
+    if recipe.schedule.buckets is not None or not is_there(folder / "config.json"):
+        return recipe
+    schedule = read_config(folder).get("schedule")
+    if not isinstance(schedule, dict) or "buckets" in schedule:
+        return recipe
+    return dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, buckets=1))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

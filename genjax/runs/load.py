@@ -13,12 +13,13 @@ import numpy as np
 from genjax.checks import check_cond
 from genjax.data import MEMORY, SOURCES, Source
 from genjax.data.labels import condition_of
-from genjax.errors import CheckpointError, ConfigError, DataError, GenjaxError
+from genjax.errors import CheckpointError, ConfigError, DataError, GenjaxError, unknown_name
 from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.memory import explained, fetched
 from genjax.learning.step import eval_params
 from genjax.protocol import Key, Model, Params, State
 from genjax.runs import samples
+from genjax.runs.best import best_of
 from genjax.runs.folder import check_spec, read_config, read_spec
 from genjax.runs.identity import (
     check_files,
@@ -31,10 +32,12 @@ from genjax.runs.stages import kept
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import Recipe, from_dict
 
+WHICH = ("newest", "best")
+
 
 class Loaded(NamedTuple):
-    """A trained run: recipe, model, and the parameters of its last checkpoint, averaged where there
-    is an average.
+    """A trained run: recipe, model, and the parameters of a checkpoint, averaged where there is an
+    average.
 
     Attributes:
         folder: where it is.
@@ -43,6 +46,7 @@ class Loaded(NamedTuple):
             the first stage. A file stands in it with its absolute path.
         files: the files of these data, as `identity.files_of` has them; None for a run from before
             they were kept.
+        which: whose checkpoint it is, see `load`.
     """
 
     folder: Path
@@ -53,12 +57,14 @@ class Loaded(NamedTuple):
     state: State
     step: int
     files: list[dict[str, Any]] | None = None
+    which: str = "newest"
 
 
-def load(folder: Path, **changes: Any) -> Loaded:
+def load(folder: Path, which: str = "newest", **changes: Any) -> Loaded:
     """A run's model with the parameters of its newest whole checkpoint.
 
     Args:
+        which: "newest", or "best": that with the best figure on the validation split.
         **changes: builder arguments to change that do not change the parameters, such as
             `n_bound_samples`.
 
@@ -67,6 +73,8 @@ def load(folder: Path, **changes: Any) -> Loaded:
         CheckpointError: if it has no checkpoint, or none that is whole; or if its settings are not
             those that the checkpoint was saved with.
     """
+    if which not in WHICH:
+        raise unknown_name("checkpoint", which, WHICH)
     values = read_config(folder)
     if "sweep" in values:
         raise ConfigError(
@@ -80,9 +88,11 @@ def load(folder: Path, **changes: Any) -> Loaded:
     def check(note: dict[str, Any]) -> None:
         check_settings(note, values, read_spec(folder), folder)
 
-    restored = Checkpoints(folder / "checkpoints", check=check).restore(
-        jax.eval_shape(t.init, jax.random.key(0))
-    )
+    if which == "best":
+        checkpoints = best_of(folder, recipe.build(on), check=check)
+    else:
+        checkpoints = Checkpoints(folder / "checkpoints", check=check)
+    restored = checkpoints.restore(jax.eval_shape(t.init, jax.random.key(0)))
     if restored is None:
         raise CheckpointError(
             f"{folder} has no checkpoint yet. Run its `genjax train` command again."
@@ -98,7 +108,7 @@ def load(folder: Path, **changes: Any) -> Loaded:
     if files and len(files) == 1 and data.data != MEMORY:
         data = dataclasses.replace(data, data=files[0]["path"])
     params = eval_params(state)
-    return Loaded(folder, recipe, data, model, params, state.state, int(state.step), files)
+    return Loaded(folder, recipe, data, model, params, state.state, int(state.step), files, which)
 
 
 def source_of(run: Loaded) -> Source:

@@ -152,19 +152,23 @@ def _seconds(line: dict[str, Any]) -> float:
     return value if isinstance(value, (int, float)) and math.isfinite(value) else 0.0
 
 
-def _event(line: dict[str, Any]) -> Any:
-    """A line of metrics.jsonl as a TensorBoard event; the members of a sweep are scalars of their
-    own, "name/0", "name/1".
-    """
-    from tensorboardX.proto.event_pb2 import Event  # type: ignore[attr-defined]
-    from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
-
+def scalars_of(line: dict[str, Any]) -> dict[str, float]:
+    """The figures of a line; those of members are scalars of their own, "name/0", "name/1"."""
     scalars: dict[str, float] = {}
     for name, value in line.items():
         if isinstance(value, list):
             scalars |= {f"{name}/{index}": number for index, number in enumerate(value)}
         elif name != "step":
             scalars[name] = value
+    return scalars
+
+
+def _event(line: dict[str, Any]) -> Any:
+    """A line of metrics.jsonl as a TensorBoard event."""
+    from tensorboardX.proto.event_pb2 import Event  # type: ignore[attr-defined]
+    from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
+
+    scalars = scalars_of(line)
     summary = Summary(
         value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
     )

@@ -58,10 +58,18 @@ def _check(found: DataSpec, spec: DataSpec, path: str) -> None:
     if spec.n_classes is None and found.n_classes is not None:
         names.append("n_classes")
     if names:
-        lines = "; ".join(f"{name} is {new[name]!r}, the run has {old[name]!r}" for name in names)
+        lines = "; ".join(
+            f"{name} is {_shown(new[name])}, the run has {_shown(old[name])}" for name in names
+        )
         raise DataError(f"{path} is of another kind than the data of the run: {lines}.")
     if (found.levels or 0) > (spec.levels or 0) and not spec.text:
         raise DataError(f"{path} has {found.levels} levels, the data of the run {spec.levels}.")
+
+
+def _shown(value: Any) -> str:
+    """A value of a spec in a message: a tokenizer is long."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:80]}... ({len(text):,} characters)"
 
 
 def _positions(names: Any, n: int | None, spec: DataSpec, path: str) -> np.ndarray | None:

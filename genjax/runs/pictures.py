@@ -361,7 +361,7 @@ def curves(lines: Sequence[dict[str, Any]], title: str = "") -> "Figure":
     picture = empty(4.2 * columns, 2.9 * rows, layout="constrained")
     for index, (panel, names) in enumerate(sorted(panels.items())):
         axes = picture.add_subplot(rows, columns, index + 1)
-        _draw_curves(axes, lines, names)
+        draw_curves(axes, lines, names)
         axes.set_title(panel, fontsize=9)
     if title:
         picture.suptitle(title, fontsize=10)
@@ -374,7 +374,7 @@ def _panel_of(metric: str) -> str:
     return "log-probability (nats)" if last in LOG_PROBABILITIES else last
 
 
-def _draw_curves(axes: Any, lines: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
+def draw_curves(axes: Any, lines: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
     """Metrics against the step; those of members are fainter."""
     for color, name in zip(COLORS * 9, names, strict=False):
         have = [line for line in lines if name in line]

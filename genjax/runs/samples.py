@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from genjax.data import Source, decode, encode, midi
+from genjax.data import Source, decode, encode_by, midi
 from genjax.data.view import View, view_of
 from genjax.errors import ConfigError, replacing
 from genjax.learning.memory import fetched
@@ -243,7 +243,7 @@ def _stepwise(
     if how.guidance is not None:
         options["guidance"] = how.guidance
     generate = partial(record.generate, n=n, **options)
-    given = None if how.prompt is None else encode(how.prompt, spec.vocabulary or (), "the prompt")
+    given = None if how.prompt is None else encode_by(spec, how.prompt, "the prompt")
     length = how.length or spec.shape[0]
     if record.context is not None and length > record.context and _endless_text(spec):
         text = np.zeros((n, 0), np.int32) if given is None else np.tile(given[None], (n, 1))

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 import jax
 
-from genjax.data import Source, is_run
+from genjax.data import Source, augmentation, is_run
 from genjax.errors import ConfigError, writing
-from genjax.learning.checkpoint import CHECKSUMS, Checkpoints
+from genjax.learning.checkpoint import Checkpoints
+from genjax.learning.checksums import CHECKSUMS
 from genjax.protocol import DataSpec, Trained
+from genjax.runs.best import ended_early
 from genjax.runs.folder import read_config, read_spec
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import Recipe, from_dict
@@ -45,12 +47,13 @@ def opened(recipe: Recipe, source: Source | None = None) -> Opened:
     """The data that a recipe names, or the run; or a source that is given.
 
     Raises:
-        ConfigError: for a run that is not there, is not finished, or is a sweep.
+        ConfigError: for a run that is not there, is not finished, or is a sweep, and for an
+            `augment` that does not fit the data.
         CheckpointError: for one without a whole checkpoint.
         DataError: see `Recipe.source`.
     """
     if source is not None or not is_run(recipe.data):
-        source = source or recipe.source()
+        source = _augmented(source or recipe.source(), recipe)
         return Opened(source.spec, source, recipe)
     folder = Path(recipe.data)
     if not (folder / "config.json").is_file():
@@ -61,14 +64,19 @@ def opened(recipe: Recipe, source: Source | None = None) -> Opened:
 
     run = load(folder)
     steps = run.recipe.schedule.steps
-    if run.step < steps:
+    if run.step < steps and not ended_early(folder, run.recipe.schedule, run.step):
         raise ConfigError(
             f"{folder} is at step {run.step} of {steps}, and a first stage has to be finished. Run "
             "its command again, which goes on where it stopped."
         )
-    source = source_of(run)
+    source = _augmented(source_of(run), recipe)
     about = {"folder": str(folder), "step": run.step, "hash": checkpoint_hash(folder, run.step)}
     return Opened(Trained(run.model, run.params, run.state), source, run.data, about)
+
+
+def _augmented(source: Source, recipe: Recipe) -> Source:
+    """The source with the random changes of the training set that a recipe asks for."""
+    return source._replace(augment=augmentation(recipe.schedule.augment, source.spec))
 
 
 def first_of(recipe: Recipe) -> Trained | None:

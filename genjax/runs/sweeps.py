@@ -15,18 +15,18 @@ from genjax.errors import ConfigError
 from genjax.evaluation import quality
 from genjax.evaluation.estimates import score_examples, scorer
 from genjax.learning.checkpoint import Checkpoints
-from genjax.learning.loop import Progress, choose_feed, fit
+from genjax.learning.loop import Progress, fit
 from genjax.learning.members import Mode, ensemble, grid, sweep
 from genjax.learning.step import eval_params
 from genjax.profiling.room import check_training
 from genjax.protocol import Array, Batch, Key, Params, State, Training, TrainState
-from genjax.runs.folder import check_folder, environment, open_folder, write_json
+from genjax.runs.folder import check_folder, environment, open_folder, with_buckets_of, write_json
 from genjax.runs.identity import check_note, files_of, keep_files, note_of, read_files
 from genjax.runs.lock import locked
 from genjax.runs.log import logging_in
 from genjax.runs.smaller import fitting, widest
 from genjax.runs.stages import Opened, opened
-from genjax.runs.train import VALID_SEED, about_data, go_on
+from genjax.runs.train import VALID_SEED, about_data, feed_of, go_on
 from genjax.settings import Within, check_setting
 from genjax.zoo.recipe import Recipe, config_hash, to_dict
 from genjax.zoo.sections import replace, settings_of
@@ -136,8 +136,14 @@ def run_sweep(
         ConfigError: see `check_axes`; or if the folder holds something else.
     """
     check_axes(recipe, axes)
+    if recipe.schedule.stop_after:
+        raise ConfigError(
+            "The members of a sweep take the same steps: leave --stop-after out, and train what is "
+            "best alone."
+        )
     members = members_of(axes, recipe.schedule.seed, n_seeds)
     also = "; --seeds, for fewer members at once; --mode map"
+    recipe = with_buckets_of(recipe, folder)
     with fitting(recipe, folder, also), ExitStack() as held:
         return _run(recipe, members, folder, mode, progress, say, held)
 
@@ -207,13 +213,12 @@ def _train_members(
     else:
         t = ensemble(recipe.training(stage.on), mode=mode)
     check_training(t, keys, stage.source.spec, schedule.batch_size, widest=widest(recipe))
-    feed = choose_feed(
-        t, stage.source, splits.train, schedule.batch_size, schedule.seed, schedule.place
-    )
+    model = recipe.build(stage.on)
+    feed = feed_of(recipe, model, t, stage.source, splits.train, say)  # members share buckets
     check_folder(folder)
     held.enter_context(locked(folder, say))
     files = files_of(stage.source, read_files(folder) or ())
-    open_folder(folder, settings)
+    open_folder(folder, settings, say)
     keep_files(folder, files)
     about = note_of(settings, stage.source.spec, files)
     with logging_in(folder, f"{recipe.name}: {len(keys)} members") as log:

@@ -1,31 +1,37 @@
 """Training a recipe in a run folder, with scores and pictures of it on the way."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from genjax.data import Source, Splits, example_batch
+from genjax.data.buckets import buckets_for
 from genjax.data.view import no_picture
+from genjax.errors import ConfigError
 from genjax.evaluation.estimates import estimate, score_examples, scorer
 from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.distributed import agreed, check_shared, several, whole, writes
-from genjax.learning.loop import Hook, Progress, choose_feed, fit
+from genjax.learning.loop import Feed, Hook, Progress, choose_feed, fit
 from genjax.learning.memory import fetched
 from genjax.learning.sharding import layout, make_mesh, shard
 from genjax.learning.step import eval_params
 from genjax.profiling.room import check_training
-from genjax.protocol import Model, TrainState
+from genjax.protocol import Batch, Model, Training, TrainState
 from genjax.runs import samples, stages
-from genjax.runs.folder import check_folder, keep_spec, open_folder
+from genjax.runs.best import Best, no_gain
+from genjax.runs.folder import check_folder, keep_spec, open_folder, with_buckets_of
 from genjax.runs.identity import check_note, files_of, keep_files, note_of, read_files
+from genjax.runs.init_from import started_from
 from genjax.runs.lock import locked
 from genjax.runs.log import Log, logging_in
 from genjax.runs.smaller import fitting, widest
-from genjax.zoo.recipe import Recipe, to_dict
+from genjax.runs.writers import Writer, Writers, writing_to
+from genjax.zoo.recipe import Recipe, Schedule, to_dict
 
 # Fixed keys, so that a validation curve compares like with like and the pictures of a run show the
 # same latent points.
@@ -39,6 +45,8 @@ def train(
     say: Callable[[str], None] = print,
     mesh: Mapping[str, int] | None = None,
     source: Source | None = None,
+    init_from: Path | None = None,
+    log_to: str | Iterable[str | Writer] = (),
 ) -> TrainState:
     """Train a recipe in a run folder, or go on with the run that is there.
 
@@ -52,12 +60,15 @@ def train(
             processes (see `distributed`) each call this, and share the batch among all their
             devices unless it is given.
         source: the data, where they are in memory and the recipe cannot open them.
+        init_from: a run whose parameters this one begins with, where names and shapes are the same.
+        log_to: "wandb", "trackio" or writers of one's own, see `writers`; no part of the settings.
 
     Raises:
         GenjaxError: see the modules that this one calls; whatever was saved before stays.
     """
-    with fitting(recipe, folder), ExitStack() as held:
-        return _train(recipe, folder, progress, say, mesh, source, held)
+    recipe = with_buckets_of(recipe, folder)
+    with fitting(recipe, folder), writing_to(log_to) as writers, ExitStack() as held:
+        return _train(recipe, folder, progress, say, mesh, source, init_from, held, writers)
 
 
 def _train(
@@ -67,15 +78,27 @@ def _train(
     say: Callable[[str], None],
     mesh: Mapping[str, int] | None,
     given: Source | None,
+    init_from: Path | None,
     held: ExitStack,
+    writers: Writers,
 ) -> TrainState:
     """See `train`; the lock of the folder is `held` until the end."""
     stage, schedule = stages.opened(recipe, given), recipe.schedule
     source, model = stage.source, recipe.build(stage.on)
+    valid_every = 0 if model.score is None else schedule.evaluate_every
+    if schedule.stop_after and not schedule.evaluate_every:
+        raise ConfigError("stop_after counts evaluations: it needs evaluate_every above 0.")
+    if schedule.stop_after and not valid_every:
+        raise ConfigError(
+            f"--stop-after needs a figure on the validation split, and {recipe.name} has none (a "
+            "log-probability or a bound): leave it out."
+        )
     if writes():
         for line in about_data(source):
             say(line)
-    t, devices = recipe.training(stage.on), None
+    start = None if init_from is None else started_from(init_from, model, folder)
+    t = recipe.training(stage.on) if start is None else recipe.training(stage.on, start.begin)
+    devices = None
     key = jax.random.key(schedule.seed)
     sent = min(schedule.steps_per_call, schedule.steps) if schedule.place == "host" else 1
     check_training(t, key, source.spec, schedule.batch_size, sent, widest(recipe))
@@ -88,22 +111,23 @@ def _train(
         # Refuse one that does not fit now, before a run folder is made.
         fake = functools.partial(example_batch, source.spec, n=schedule.batch_size)
         jax.eval_shape(lambda key: t.step(t.init(key), fake(key)), jax.random.key(0))
-    feed = choose_feed(
-        t, source, splits.train, schedule.batch_size, schedule.seed, schedule.place, devices
-    )
+    feed = feed_of(recipe, model, t, source, splits.train, say, devices)
     # Not before everything else fits: a folder keeps its settings for good.
     settings = to_dict(recipe) | ({} if stage.first is None else {"first": stage.first})
+    settings |= {} if start is None else {"init_from": start.about}
 
     def open_run() -> list[dict[str, Any]]:
         check_folder(folder)
         held.enter_context(locked(folder, say))
         files = files_of(source, read_files(folder) or ())
-        open_folder(folder, settings)
+        open_folder(folder, settings, say)
         keep_spec(folder, source.spec)
         keep_files(folder, files)
         stages.keep(folder, stage)
         return files
 
+    for line in start.lines if start is not None and writes() else []:
+        say(line)
     about = note_of(settings, source.spec, agreed(open_run))
     check_shared(folder / "config.json")
     checkpoints = Checkpoints(
@@ -112,17 +136,24 @@ def _train(
         about,
         functools.partial(check_note, about=about, folder=folder),
     )
+    best = Best(folder, about) if valid_every else None
     hooks = [
-        _valid_hook(model, source, splits, schedule.evaluate_every),
-        _picture_hook(model, source, splits, folder, schedule.sample_every),
+        _valid_hook(model, source, splits, best, valid_every),
+        _picture_hook(model, source, splits, folder, schedule.sample_every, writers),
     ]
 
     title = f"{recipe.name} on {source.spec.name}"
     with logging_in(folder, title) if writes() else nullcontext() as log:
 
         def on_restore(step: int) -> None:
+            writers.begin(settings, folder)
             if log is not None:
-                go_on(log, step, schedule.steps, say)
+                go_on(log, step, schedule.steps, say, _enough(best, schedule, step))
+
+        def write(line: dict[str, Any]) -> None:
+            if log is not None:
+                log(line)
+                writers.write(line)
 
         state = fit(
             feed,
@@ -130,7 +161,7 @@ def _train(
             steps=schedule.steps,
             steps_per_call=schedule.steps_per_call,
             log_every=schedule.log_every,
-            log=log or (lambda line: None),
+            log=write,
             on_restore=on_restore,
             hooks=[hook for hook in hooks if hook is not None],
             checkpoints=checkpoints,
@@ -138,10 +169,51 @@ def _train(
             stop_on_nonfinite=not schedule.skip_nonfinite,
             progress=progress if log else None,
             layout=None if devices is None else functools.partial(layout, mesh=devices),
+            enough=functools.partial(_enough, best, schedule),
         )
+    if best is not None and writes():
+        say_best(best, schedule, int(state.step), say)
     # Until process 0 has drawn its curves: at the end jax does not wait long for the others.
     agreed(lambda: None)
     return state
+
+
+def _enough(best: Best | None, schedule: Schedule, step: int) -> bool:
+    """Whether as many evaluations as `stop_after` says have brought no gain."""
+    return best is not None and no_gain(schedule, best.step, step)
+
+
+def say_best(best: Best, schedule: Schedule, step: int, say: Callable[[str], None]) -> None:
+    """Where a run ended, if it was early, and which of its states was the best."""
+    if step < schedule.steps and _enough(best, schedule, step):
+        say(
+            f"ended at step {step} of {schedule.steps}: {schedule.stop_after} evaluations in a row "
+            "brought no gain"
+        )
+    if 0 < best.step < step:
+        say(
+            f"best on the validation split: {best.value:.3f} nats at step {best.step}, kept beside "
+            "the newest (--which best of sample, evaluate and export)"
+        )
+
+
+def feed_of(
+    recipe: Recipe,
+    model: Model,
+    t: Training,
+    source: Source,
+    arrays: Batch,
+    say: Callable[[str], None],
+    mesh: Mesh | None = None,
+) -> Feed:
+    """`choose_feed` as the schedule has it; buckets of lengths are told."""
+    schedule = recipe.schedule
+    own = (source, arrays, schedule.batch_size)
+    buckets = buckets_for(model, *own, schedule.buckets, schedule.place)
+    feed = choose_feed(t, *own, schedule.seed, schedule.place, mesh, buckets)
+    if buckets is not None and writes():
+        say(buckets.note)
+    return feed
 
 
 def about_data(source: Source) -> list[str]:
@@ -151,31 +223,39 @@ def about_data(source: Source) -> list[str]:
     return lines if why is None else [*lines, why]
 
 
-def go_on(log: Log, step: int, steps: int, say: Callable[[str], None]) -> None:
+def go_on(log: Log, step: int, steps: int, say: Callable[[str], None], ended: bool = False) -> None:
     """Go on from a step: cut the log back to it, and tell the user."""
     log.restore(step)
+    if ended:
+        return  # which is said at the end
     if step >= steps:
         say(f"all {step} steps of {log.folder} were done before; nothing is left to train")
     elif step:
         say(f"going on from step {step} of {steps} in {log.folder}")
 
 
-def _valid_hook(model: Model, source: Source, splits: Splits, every: int) -> Hook | None:
-    if model.score is None or every == 0:
+def _valid_hook(
+    model: Model, source: Source, splits: Splits, best: Best | None, every: int
+) -> Hook | None:
+    if best is None or model.score is None:
         return None
     name, run = model.score_name, scorer(model.score, source.prepare)
 
     def call(step: int, state: TrainState) -> dict[str, Any]:
         params, extra = whole((eval_params(state), state.state))
-        if not writes():
-            return {}
-        values = score_examples(run, params, extra, splits.valid, jax.random.key(VALID_SEED))
-        return {f"valid/{name}": estimate(values).mean}
+
+        def figure() -> float:
+            values = score_examples(run, params, extra, splits.valid, jax.random.key(VALID_SEED))
+            return estimate(values).mean
+
+        return {f"valid/{name}": best.offer(step, state, figure)}
 
     return Hook(every, call, "the evaluation on the validation split")
 
 
-def _picture_hook(model: Model, source: Source, splits: Splits, folder: Path, every: int) -> Hook:
+def _picture_hook(
+    model: Model, source: Source, splits: Splits, folder: Path, every: int, writers: Writers
+) -> Hook:
     spec, n = source.spec, samples.picture_size(source.spec)
     cond = samples.picture_cond(spec, n, splits.train)
     n = n if cond is None else len(cond)
@@ -189,5 +269,6 @@ def _picture_hook(model: Model, source: Source, splits: Splits, folder: Path, ev
         stem = folder / "samples" / f"step_{step:08d}"
         title = f"{samples.picture_title(model)} at step {step}"
         samples.show(x, spec, stem, title, samples.true_log_prob(source), cond)
+        writers.image(step, "samples", stem.with_name(stem.name + ".png"))
 
     return Hook(every, call, "the picture of samples")

@@ -30,6 +30,7 @@ class _Seeds(Within):
 
 
 Seed = Annotated[int, _Seeds(0, 2**32 - 1)]
+Buckets = Annotated[int, Within(1, 64)]
 Steps = Annotated[Count, Within(high=2**31 - 1)]  # which are counted in int32
 
 
@@ -38,7 +39,7 @@ class Schedule:
     """How long to train and what to do on the way; every number of steps counts optimiser steps.
 
     Attributes:
-        steps: optimiser steps of the whole run.
+        steps: optimiser steps of the whole run; a run goes on to more than it was to have.
         batch_size: examples per step.
         seed: of the initial weights, the noise and the order of the data.
         microbatches: accumulate the gradient over this many equal parts of a batch.
@@ -46,12 +47,20 @@ class Schedule:
             stopping.
         steps_per_call: optimiser steps in one dispatch to the device.
         log_every: write the metrics' means over this many steps.
-        evaluate_every: evaluate on the validation split; 0 never.
+        evaluate_every: evaluate on the validation split; 0 never. The best state by it is kept
+            beside the newest.
+        stop_after: end once so many evaluations in a row have brought no gain; 0 never.
         sample_every: write a picture of samples; 0 only at the end.
         checkpoint_every: save a checkpoint; the end of the run is always saved.
         keep_checkpoints: how many of the newest checkpoints to keep.
         place: where the training data live: on the "device", on the "host" (sent batch by batch),
             or "auto": the device up to 2 GiB, and the host where several processes train.
+        augment: random changes of the images that are trained on, in their order, such as
+            "flip,crop4": flip and vflip mirror every second one, cropN shifts by up to N pixels
+            with the edge repeated, padN with zeros at the edge. Nothing unless given.
+        buckets: sort sequences of unequal length into at most this many buckets, and pad each batch
+            to the longest of its bucket only; 1 pads all to one length. Unless given, 8 where
+            padding to one length costs 3 times the work.
     """
 
     steps: Steps = 2000
@@ -62,10 +71,13 @@ class Schedule:
     steps_per_call: Steps = 50
     log_every: Count = 100
     evaluate_every: Whole = 500
+    stop_after: Whole = 0
     sample_every: Whole = 500
     checkpoint_every: Count = 500
     keep_checkpoints: Count = 3
     place: Literal["auto", "device", "host"] = "auto"
+    augment: str = ""
+    buckets: Buckets | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -149,13 +161,17 @@ class Recipe:
             return two_stage(on, self.family(latent_spec(on.model), **settings))
         return self.family(on, **settings)
 
-    def training(self, on: DataSpec | Trained) -> Training:
-        """The whole training procedure that the settings describe."""
+    def training(
+        self, on: DataSpec | Trained, begin: Callable[[Model], Model] = lambda model: model
+    ) -> Training:
+        """The whole training procedure that the settings describe; `begin` may have the model
+        begin with other parameters.
+        """
         # Late: what settings there are is asked without it, and optax takes long to import.
         from genjax.learning.step import training
         from genjax.learning.transforms import microbatch, skip_nonfinite
 
-        model, own = self.build(on), self.optimizer
+        model, own = begin(self.build(on)), self.optimizer
         by_player = own if isinstance(own, Mapping) else dict.fromkeys(model.losses, own)
         steps = self.schedule.steps
         t = training(model, {p: o.build(steps, model.labels, p) for p, o in by_player.items()})
@@ -203,7 +219,7 @@ def from_dict(values: Mapping[str, Any], rows: Mapping[str, Recipe]) -> Recipe:
             model=_as_tuples(values["model"]),
             data_options=_before(values["data"]) | _as_tuples(values["data_options"]),
             optimizer=optimizer,
-            schedule=Schedule(**values["schedule"]),
+            schedule=Schedule(**{"buckets": 1, **values["schedule"]}),  # 1 before there were any
         )
         sections_of(found)  # refuses settings that neither the builder nor the loader has
         check_call(loader(found.data), found.data_options)

@@ -100,8 +100,17 @@ def parameters_of(function: Callable[..., Any]) -> Fields:
             help_of.get(name) or _help_in(hints[name]),
         )
         for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.default is not inspect.Parameter.empty
+        if parameter.default is not inspect.Parameter.empty and not _python_only(hints[name])
     }
+
+
+def _python_only(hint: Any) -> bool:
+    """Whether a type is of what no text can say: a record, such as a prior, or a network."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return all(one is type(None) or _python_only(one) for one in typing.get_args(hint))
+    return isinstance(hint, type) and (
+        hasattr(hint, "_fields") or getattr(hint, "_is_protocol", False)
+    )
 
 
 def _writable(hint: Any) -> Any:
@@ -111,7 +120,7 @@ def _writable(hint: Any) -> Any:
         choices = [limit for limit in args[1:] if isinstance(limit, OneOf)]
         return Literal[tuple(choices[0].names)] if choices else _writable(args[0])
     if origin in (types.UnionType, typing.Union):
-        plain = [one for one in args if not (isinstance(one, type) and hasattr(one, "_fields"))]
+        plain = [one for one in args if not _python_only(one)]
         return functools.reduce(operator.or_, map(_writable, plain))
     if origin is tuple:
         return tuple[tuple(one if one is ... else _writable(one) for one in args)]

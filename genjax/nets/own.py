@@ -1,0 +1,185 @@
+"""Networks of a user's own: a Flax module in the place of one that is here.
+
+A family calls its networks as functions of parameters and inputs alone. What keeps statistics of
+batches or draws random numbers in its call is refused, with what to do instead.
+"""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from genjax.errors import ConfigError
+from genjax.nets.functional import Net, functional
+from genjax.protocol import Key, Params, State
+
+EXAMPLES = 3  # in a batch to try a network on
+
+
+@runtime_checkable
+class Network(Protocol):
+    """A `flax.linen` module (the object), or a `flax.nnx` module's class, or any function (rngs) ->
+    `nnx.Module`.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+class Call(NamedTuple):
+    """How a family calls a network.
+
+    Attributes:
+        what: what the network is, for messages: "the net of a diffusion model".
+        inputs: name and shape of each input without the batch axis, bool where the name is
+            "dropped"; in their order.
+        output: the shape of the result without the batch axis.
+    """
+
+    what: str
+    inputs: Sequence[tuple[str, tuple[int, ...]]]
+    output: tuple[int, ...]
+
+    def __str__(self) -> str:
+        given = ", ".join(f"{name} {_shown(shape)}" for name, shape in self.inputs)
+        return f"({given}) -> {_shown(self.output)}"
+
+
+def _shown(shape: tuple[int, ...]) -> str:
+    return f"[{', '.join(map(str, ('n', *shape)))}]"
+
+
+def own_net(network: Net | Network, call: Call, dtype: str = "float32") -> Net:
+    """A `Net` of whatever a user gives, tried on inputs of the shapes that it will be called with.
+    A `Net` is taken as it is.
+
+    Args:
+        network: see `Network`.
+        call: how it is called.
+        dtype: of the arithmetic of an `nnx` module; a `linen` module has its own.
+
+    Raises:
+        ConfigError: for what is no network; one that cannot be called so or returns another shape;
+            and one that keeps statistics of batches or draws random numbers.
+    """
+    if isinstance(network, Net):
+        return network
+    name = getattr(network, "__name__", type(network).__name__)
+    with _explained(name, call):
+        net = _net_of(network, name, call, dtype)
+        params, state = jax.eval_shape(net.init, jax.random.key(0))
+        if jax.tree.leaves(state):
+            raise ConfigError(
+                f"{name} keeps a state (statistics of batches?), and {call.what} has none. Take a "
+                "normalisation without, such as LayerNorm, GroupNorm or RMSNorm."
+            )
+        found = jax.eval_shape(lambda p: net.apply(p, state, *_inputs(call))[0], params)
+    shape = getattr(found, "shape", None)
+    if shape != (EXAMPLES, *call.output):
+        raise ConfigError(
+            f"{name} must be {call}; it returns "
+            f"{type(found).__name__ if shape is None else ['n', *shape[1:]]}."
+        )
+    if not jnp.issubdtype(found.dtype, jnp.floating):
+        raise ConfigError(f"{name} must return real numbers; it returns {found.dtype}.")
+    return net
+
+
+def _inputs(call: Call) -> list[jax.Array]:
+    kinds = {"dropped": jnp.bool_}
+    return [
+        jnp.zeros((EXAMPLES, *shape), kinds.get(name, jnp.float32)) for name, shape in call.inputs
+    ]
+
+
+def _net_of(network: Any, name: str, call: Call, dtype: str) -> Net:
+    from flax import linen, nnx
+
+    if inspect.isclass(network) and issubclass(network, linen.Module):
+        raise ConfigError(f"{name} is a class: give an object of it, {name}(...).")
+    if isinstance(network, linen.Module):
+        return _linen(network, name, call)
+    if isinstance(network, nnx.Module):
+        raise ConfigError(
+            f"{name} is a module that has its weights already, and a model makes its own from a "
+            f"key: give the class, or a function: lambda rngs: {name}(..., rngs=rngs)."
+        )
+    if not callable(network):
+        raise ConfigError(
+            f"{call.what} must be a Flax module: an object of a linen.Module, the class of an "
+            f"nnx.Module, or a function (rngs) -> nnx.Module; got {network!r:.80}."
+        )
+    build: Any = functools.partial(network)
+    return functional(build, dtype)
+
+
+def _linen(module: Any, name: str, call: Call) -> Net:
+    """A `linen` module as two functions; it has parameters only."""
+
+    def init(key: Key) -> tuple[Params, State]:
+        found = dict(module.init(key, *_inputs(call)))
+        params = found.pop("params", {})
+        return params, found
+
+    def apply(params: Params, state: State, *args: Any, **kwargs: Any) -> tuple[Any, State]:
+        return module.apply({"params": params}, *args, **kwargs), {}
+
+    return Net(init, apply)
+
+
+@contextlib.contextmanager
+def _explained(name: str, call: Call) -> Iterator[None]:
+    """Whatever a user's network raises as it is tried, with how it is called."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+        if "random state" in reason or type(error).__name__ == "InvalidRngError":
+            raise ConfigError(
+                f"{name} draws random numbers in its call (dropout?), and {call.what} is a "
+                "function of its parameters and inputs alone. Leave them out: Dropout(rate, "
+                "deterministic=True)."
+            ) from error
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"{name} is called as {call}, which failed: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def given_only(net: Net) -> Net:
+    """A network of one's own, which is called without the inputs that are None."""
+
+    def apply(params: Params, state: State, *args: Any) -> tuple[Any, State]:
+        return net.apply(params, state, *(arg for arg in args if arg is not None))
+
+    return Net(net.init, apply)
+
+
+def trimmed(net: Net, guided: bool) -> Net:
+    """A denoiser (x, noise level, cond, dropped) of one's own, which is called without the
+    condition of an unconditional model, and without `dropped` where it is not guided.
+    """
+    own = given_only(net)
+
+    def apply(
+        params: Params, state: State, x: Any, level: Any, c: Any = None, dropped: Any = None
+    ) -> tuple[Any, State]:
+        if guided and dropped is None:
+            dropped = jnp.zeros(x.shape[:1], jnp.bool_)
+        return own.apply(params, state, x, level, c, dropped if guided else None)
+
+    return Net(net.init, apply)
+
+
+def separate(net: Net, width: int, conditional: bool) -> Net:
+    """A decoder (z, cond) of one's own, for a family that has both in one vector."""
+
+    def apply(params: Params, state: State, both: Any) -> tuple[Any, State]:
+        given = (both[..., :width], both[..., width:]) if conditional else (both,)
+        return net.apply(params, state, *given)
+
+    return Net(net.init, apply)

@@ -1,0 +1,109 @@
+"""The best state of a run by its figure on the validation split, kept beside the newest ones; and
+when there has been no gain for long enough.
+
+best/ in a run folder is a folder of checkpoints that keeps one. Which evaluations there have been
+follows from the step alone, so a run that was stopped and went on keeps and ends as one that was
+not.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from genjax.errors import CheckpointError, ConfigError
+from genjax.learning.checkpoint import Checkpoints
+from genjax.learning.distributed import agreed
+from genjax.protocol import Model, TrainState
+from genjax.runs.identity import check_note
+from genjax.zoo.recipe import Schedule
+
+FOLDER = "best"
+
+
+class Best:
+    """The best state so far.
+
+    Attributes:
+        value: its figure on the validation split, in nats, where more is better; -inf without one.
+        step: its step; 0 without one.
+    """
+
+    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
+        """
+        Args:
+            folder: of the run.
+            about: what the note of a checkpoint says of the run, see `identity.note_of`.
+
+        Raises:
+            CheckpointError: if there is one of other settings, or it cannot be read.
+        """
+        check = functools.partial(check_note, about=about, folder=folder)
+        self.checkpoints = Checkpoints(folder / FOLDER, 1, about, check)
+        self.value, self.step = -math.inf, 0
+        note = self.checkpoints.newest_note()
+        if note is not None:
+            check(note[1])
+            self.step, self.value = note[0], float(note[1]["valid"])
+
+    def offer(self, step: int, state: TrainState, figure: Callable[[], float]) -> float:
+        """Keep a state if it is better than the best so far; returns its figure.
+
+        Args:
+            figure: finds it, on process 0; what it raises there is raised on all.
+
+        Raises:
+            CheckpointError: if the disk does not take it; the best before stays.
+        """
+        value = agreed(figure)
+        if value > self.value:  # NaN is no gain
+            self.checkpoints.save(state, {"valid": value})
+            self.value, self.step = value, step
+        return value
+
+
+def no_gain(schedule: Schedule, best: int, step: int) -> bool:
+    """Whether a run whose best state is of step `best` (0 without one) ends at a step: as many
+    evaluations as `stop_after` says, one at each multiple of `evaluate_every`, brought no gain.
+    """
+    if not schedule.stop_after or not schedule.evaluate_every:
+        return False
+    every = schedule.evaluate_every
+    return step // every - best // every >= schedule.stop_after
+
+
+def ended_early(folder: Path, schedule: Schedule, step: int) -> bool:
+    """Whether a run has ended at a step because evaluations brought no gain.
+
+    Raises:
+        CheckpointError: if its best state cannot be read.
+    """
+    if not schedule.stop_after:
+        return False
+    note = Checkpoints(folder / FOLDER, 1).newest_note()
+    return no_gain(schedule, 0 if note is None else note[0], step)
+
+
+def best_of(folder: Path, model: Model, **how: Any) -> Checkpoints:
+    """Where the best state of a run is.
+
+    Args:
+        how: of `Checkpoints`.
+
+    Raises:
+        ConfigError: for a model without a figure to compare.
+        CheckpointError: if none was kept.
+    """
+    if model.score is None:
+        raise ConfigError(
+            f"{folder} has no best checkpoint: this model has neither a log-probability nor a "
+            "bound, by which checkpoints could be compared. Leave --which out."
+        )
+    found = Checkpoints(folder / FOLDER, 1, **how)
+    if not found.steps():
+        raise CheckpointError(
+            f"{folder} has no best checkpoint: none was kept (it is from before there were any, or "
+            "was trained with --evaluate-every 0). Leave --which out for the newest."
+        )
+    return found

@@ -1,0 +1,106 @@
+"""Muon: which parameters it takes, the direction and the size of its steps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gates import quick, stack
+
+from genjax import (
+    DataSpec,
+    ensemble,
+    example_batch,
+    rnn,
+    training,
+    vae,
+)
+from genjax.learning.muon import RMS, kinds_of
+from genjax.learning.optim import Optimizer
+
+SPEC = DataSpec((3,), "continuous")
+RNG = np.random.default_rng(0)
+
+
+def small():
+    return vae(SPEC, latent_dim=2, hidden=(5,))
+
+
+# --- Muon -----------------------------------------------------------------------------------------
+
+
+def test_what_muon_takes_and_what_is_adams():
+    spec = DataSpec((4,), "tokens", levels=5, step="character")
+    model = rnn(spec, d_hidden=6)
+    params, _ = model.init(jax.random.key(0))
+    kinds = jax.tree_util.tree_leaves_with_path(kinds_of(params["rnn"], model.labels, "rnn"))
+    found = {jax.tree_util.keystr(p, simple=True, separator="/"): kind for p, kind in kinds}
+    muon = {name for name, kind in found.items() if kind == "muon"}
+    assert muon == {name for name in found if name.endswith("kernel") and "readout" not in name}
+    assert muon
+    assert any("table" in name for name in found)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (3, 3, 2, 5)])
+def test_the_first_step_is_an_orthogonal_matrix_of_adams_size(shape):
+    """All singular values of five Newton-Schulz iterations lie near 1 (Jordan 2024: 0.7 to 1.2),
+    and left and right vectors are the gradient's.
+    """
+    g = RNG.normal(size=shape).astype(np.float32)
+    tx = Optimizer("muon", 1.0).build(10)
+    params = {"kernel": jnp.zeros(shape), "bias": jnp.zeros(4)}
+    grads = {"kernel": jnp.asarray(g), "bias": jnp.asarray([1.0, -2.0, 0.5, 3.0])}
+    with jax.numpy_dtype_promotion("standard"):  # as a step has it: optax mixes kinds of numbers
+        updates, _ = tx.update(grads, tx.init(params), params)
+    matrix = -np.asarray(updates["kernel"]).reshape(-1, shape[-1])
+    scale = RMS * np.sqrt(max(matrix.shape))
+    u, _, vt = np.linalg.svd(g.reshape(-1, shape[-1]), full_matrices=False)
+    core = u.T @ (matrix / scale) @ vt.T
+    assert np.all((np.diag(core) > 0.6) & (np.diag(core) < 1.3))
+    assert np.abs(core - np.diag(np.diag(core))).max() < 0.05
+    # The rest is Adam's first step: the sign of the gradient.
+    np.testing.assert_allclose(updates["bias"], -np.sign(grads["bias"]), rtol=1e-4)
+
+
+def test_muon_decays_what_is_named_by_the_step_size():
+    params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
+    zero = jax.tree.map(jnp.zeros_like, params)
+    tx = Optimizer("muon", 0.1, weight_decay=0.5).build(10)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = tx.update(zero, tx.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -0.05 * np.ones((3, 2)), rtol=1e-6)
+    np.testing.assert_array_equal(updates["bias"], 0)
+
+
+def trained(tx, steps=3, model=None, wrap=lambda t: t, key=0):
+    model = small() if model is None else model
+    t = wrap(training(model, tx))
+    ts, step, metrics = quick(t.init)(jax.random.key(key)), quick(t.step), []
+    for index in range(steps):
+        batch = example_batch(SPEC, jax.random.key(100 + index), 8)
+        ts, new = step(ts, batch)
+        metrics.append(new)
+    return ts, metrics
+
+
+def test_muon_learns_with_everything_else_around_it():
+    tx = Optimizer(
+        "muon",
+        0.02,
+        weight_decay=0.1,
+        clip_norm=1.0,
+        ema_decay=0.5,
+        warmup_steps=2,
+        schedule="cosine",
+        rates=("vector=0.5",),
+    ).build(200)
+    ts, metrics = trained(tx, 60)
+    assert float(metrics[-1]["vae/loss"]) < float(metrics[0]["vae/loss"])
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(ts.params))
+    # Of members, each takes its own.
+    alone = [trained(tx, 3, key=seed)[0].params for seed in (0, 1)]
+    t = ensemble(training(small(), tx))
+    together = quick(t.init)(jnp.stack([jax.random.key(0), jax.random.key(1)]))
+    for index in range(3):
+        together, _ = quick(t.step)(together, example_batch(SPEC, jax.random.key(100 + index), 8))
+    for x, y in zip(*map(jax.tree.leaves, (together.params, stack(alone))), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5)

@@ -1,0 +1,121 @@
+"""Optimisers of one's own: that want the loss, or evaluate with weights of their own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax import contrib
+
+from genjax.data import example_batch
+from genjax.errors import ConfigError
+from genjax.families.vae import vae
+from genjax.learning.members import ensemble
+from genjax.learning.step import eval_params, training
+from genjax.learning.transforms import microbatch, scan_steps, skip_nonfinite
+from genjax.protocol import DataSpec
+
+MODEL = vae(DataSpec((2,), "continuous"), hidden=(4,), latent_dim=1)
+BATCH = example_batch(MODEL.spec, jax.random.key(1), 8)
+
+
+def seen() -> optax.GradientTransformationExtraArgs:
+    """A transform that stands still and keeps the value that it was given."""
+
+    def update(updates, state, params=None, *, value, **more):
+        return jax.tree.map(jnp.zeros_like, updates), value
+
+    return optax.GradientTransformationExtraArgs(lambda params: jnp.zeros(()), update)
+
+
+def wanting_value() -> dict[str, optax.GradientTransformation]:
+    return {
+        "plateau": optax.chain(optax.adam(1e-2), optax.contrib.reduce_on_plateau(patience=1)),
+        "polyak": optax.polyak_sgd(max_learning_rate=1e-2),
+    }
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_value_is_the_mean_loss_of_the_whole_batch(parts):
+    t = microbatch(training(MODEL, seen()), parts)
+    ts, metrics = jax.jit(t.step)(jax.jit(t.init)(jax.random.key(0)), BATCH)
+    assert float(ts.opt["vae"]) == float(metrics["vae/loss"]) != 0
+
+
+def test_every_member_is_given_its_own_loss():
+    t = ensemble(training(MODEL, seen()))
+    ts = jax.jit(t.init)(jax.random.split(jax.random.key(0), 3))
+    ts, metrics = jax.jit(t.step)(ts, BATCH)
+    np.testing.assert_array_equal(ts.opt["vae"], metrics["vae/loss"])
+    assert len(set(np.asarray(ts.opt["vae"]).tolist())) == 3
+
+
+@pytest.mark.parametrize("name", ["plateau", "polyak"])
+def test_optimisers_that_want_the_value_take_steps_in_a_scan(name):
+    t = scan_steps(skip_nonfinite(microbatch(training(MODEL, wanting_value()[name]), 2)))
+    ts = before = jax.jit(t.init)(jax.random.key(0))
+    batches = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), BATCH)
+    ts, metrics = jax.jit(t.step)(ts, batches)
+    assert int(ts.step) == 3
+    assert not metrics["skipped"].any()
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), ts.params, before.params)
+    assert any(jax.tree.leaves(moved))
+
+
+def test_a_skipped_step_keeps_its_nan_from_the_optimiser():
+    t = skip_nonfinite(training(MODEL, seen()))
+    bad = BATCH._replace(x=BATCH.x * jnp.nan)
+    ts, metrics = jax.jit(t.step)(jax.jit(t.init)(jax.random.key(0)), bad)
+    assert float(metrics["skipped"]) == 1
+    assert float(ts.opt["vae"]) == 0
+
+
+def trained(tx, steps):
+    t = training(MODEL, tx)
+    ts, step = jax.jit(t.init)(jax.random.key(0)), jax.jit(t.step)
+    for index in range(steps):
+        ts, _ = step(ts, example_batch(MODEL.spec, jax.random.key(100 + index), 8))
+    return ts
+
+
+def test_what_a_step_cannot_give_is_said():
+    t = training(MODEL, optax.lbfgs())
+    ts = jax.jit(t.init)(jax.random.key(0))
+    with pytest.raises(ConfigError, match="asks for what a step does not have"):
+        t.step(ts, example_batch(MODEL.spec, jax.random.key(1), 8))
+
+
+def test_a_step_size_that_falls_on_a_plateau_falls():
+    """With a loss that never gets better (the weights do not move), the step size is halved at
+    each second step.
+    """
+    plateau = contrib.reduce_on_plateau(factor=0.5, patience=2, rtol=1.0)
+    tx = optax.chain(optax.sgd(0.0), plateau)
+    ts = trained(tx, 7)
+    assert float(ts.opt["vae"][-1].scale) < 1
+
+
+def test_polyaks_step_is_the_loss_over_the_squared_gradient():
+    batch = example_batch(MODEL.spec, jax.random.key(100), 8)
+    t = training(MODEL, optax.polyak_sgd(max_learning_rate=1e9))
+    ts = jax.jit(t.init)(jax.random.key(0))
+    new, metrics = jax.jit(t.step)(ts, batch)
+    by_sgd, _ = jax.jit(training(MODEL, optax.sgd(1.0)).step)(
+        ts._replace(opt={"vae": optax.sgd(1.0).init(ts.params["vae"])}), batch
+    )
+    grads = jax.tree.map(lambda a, b: a - b, ts.params, by_sgd.params)
+    norm = sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads))
+    rate = float(metrics["vae/loss"]) / norm
+    for p, q, g in zip(*map(jax.tree.leaves, (ts.params, new.params, grads)), strict=True):
+        np.testing.assert_allclose(q, p - rate * g, rtol=1e-4, atol=1e-5)
+
+
+def test_schedule_free_evaluates_with_its_own_weights():
+    tx = contrib.schedule_free_adamw(0.05, warmup_steps=1)
+    ts = trained(tx, 5)
+    wanted = contrib.schedule_free_eval_params(ts.opt["vae"], ts.params["vae"])
+    found = eval_params(ts)["vae"]
+    for x, y in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        np.testing.assert_array_equal(x, y)
+    pairs = zip(*map(jax.tree.leaves, (found, ts.params["vae"])), strict=True)
+    assert any(not np.array_equal(x, y) for x, y in pairs)
