@@ -343,7 +343,7 @@ def test_one_number_is_too_few_for_coupling(make):
     ],
 )
 def test_sequences_are_for_other_families(make, spec):
-    with pytest.raises(ConfigError, match="models vectors and images; .* Use a sequence family"):
+    with pytest.raises(ConfigError, match=r"models vectors and images; .* Use a sequence family"):
         make(spec)
 
 
@@ -352,12 +352,12 @@ def test_settings_are_held_to_what_they_can_be():
         nsf(PLANE, bins=1)
     with pytest.raises(ConfigError, match="tail_bound must be positive"):
         nsf(PLANE, tail_bound=0.0)
-    with pytest.raises(ConfigError, match="There is no mix called 'lineal'. Did you mean linear"):
+    with pytest.raises(ConfigError, match=r"There is no mix called 'lineal'\. Did you mean linear"):
         realnvp(PLANE, mix="lineal")
     with pytest.raises(ConfigError, match="plane is continuous, and needs no noise: leave out"):
         realnvp(PLANE, dequantization="variational")
     one = DataSpec((1,), "discrete", levels=3, name="one")
-    with pytest.raises(ConfigError, match="two numbers or more; one has 1. Use 'uniform'"):
+    with pytest.raises(ConfigError, match=r"two numbers or more; one has 1\. Use 'uniform'"):
         maf(one, dequantization="variational")
 
 
