@@ -29,6 +29,7 @@ class Args:
             "makemore",
             "generation",
             "denoising",
+            "flows",
             "programs",
             "memory",
             "sampling",
@@ -50,7 +51,8 @@ class Args:
     interpreter), `peers` a step of every family at two sizes, and their twins, `published` rows as
     the source of their reference counts, from runs in `keep`, `makemore` what makemore's
     Transformer in PyTorch reaches on our first names, `generation` cached sampling, `denoising`
-    what diffusion and flow matching reach, `programs` the size of compiled steps (the baseline of
+    what diffusion and flow matching reach, `flows` how far flows end from densities that are
+    known, `programs` the size of compiled steps (the baseline of
     tests/test_programs.py, for this version of jax), `memory` what they need, `sampling` samplers
     by batch, `startup` from the command to the first step, `ensemble` many small models at once,
     `convolution` gradients beside flax's convolutions, `widths` a Transformer's share of the peak,
@@ -59,14 +61,14 @@ class Args:
     arguments). `all` leaves these out.
     """
     names: tuple[str, ...] = ()
-    """For `results` and `peers`: only these recipes; all unless given."""
+    """For `results`, `peers` and `flows`: only these recipes; all unless given."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """For `results` and `makemore`: training seeds."""
+    """For `results`, `makemore` and `flows`: training seeds."""
     seconds: float | None = None
     """Seconds for each comparison; each part's own default unless given."""
     keep: Path | None = None
-    """For `results`, `dcgan`, `published`, `denoising`: keep run folders here, and do not train
-    again what is here already.
+    """For `results`, `dcgan`, `published`, `denoising`, `flows`: keep run folders here, and do not
+    train again what is here already.
     """
 
 
@@ -113,6 +115,10 @@ def main() -> None:
         from benchmarks import denoising
 
         denoising.main(args.keep)
+    if args.part == "flows":
+        from benchmarks import flows
+
+        flows.main(list(args.names), list(args.seeds), args.keep)
     if args.part in ("programs", "memory", "startup"):
         importlib.import_module(f"benchmarks.{args.part}").main()
     if args.part in ("sampling", "ensemble", "convolution", "widths", "pages", "buckets"):
