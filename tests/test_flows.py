@@ -79,8 +79,8 @@ def test_the_density_integrates_to_one(x64, name):
 @pytest.mark.parametrize("name", ["realnvp", "nsf-ar"])
 def test_so_does_that_of_every_class(x64, name, spec):
     model = FLOWS[name](spec)
-    params, state = grown(model, 0.4)
-    x, area = square(spec)
+    params, state = grown(model, 0.3)
+    x, area = square(spec, half=14.0, side=700)
     densities = []
     for label in range(3):
         cond = jnp.full(len(x), label, jnp.int32)
