@@ -29,6 +29,7 @@ class Args:
             "makemore",
             "generation",
             "denoising",
+            "flows",
             "programs",
             "memory",
             "sampling",
@@ -39,6 +40,7 @@ class Args:
             "pages",
             "buckets",
             "larger",
+            "pixels",
             "attack",
             "accelerator",
             "results",
@@ -52,25 +54,27 @@ class Args:
     interpreter), `peers` a step of every family at two sizes, and their twins, `published` rows as
     the source of their reference counts, from runs in `keep`, `makemore` what makemore's
     Transformer in PyTorch reaches on our first names, `generation` cached sampling, `denoising`
-    what diffusion and flow matching reach, `programs` the size of compiled steps (the baseline of
+    what diffusion and flow matching reach, `flows` how far flows end from densities that are
+    known, `programs` the size of compiled steps (the baseline of
     tests/test_programs.py, for this version of jax), `memory` what they need, `sampling` samplers
     by batch, `startup` from the command to the first step, `ensemble` many small models at once,
     `convolution` gradients beside flax's convolutions, `widths` a Transformer's share of the peak,
     `pages` a step with huge pages of memory, `buckets` sequences in buckets of lengths, `larger`
-    8 GiB of images in 2 GiB of memory, and how fast data open, `attack`
+    8 GiB of images in 2 GiB of memory, and how fast data open, `pixels` cached
+    sampling beside whole passes, `attack`
     what kills, damage and random arguments do (`names`: kills, checkpoints, files, folders,
     arguments), `accelerator` what the card here does (`names`: right, scale, attention, torch,
     bitwise, members). `all` leaves these out.
     """
     names: tuple[str, ...] = ()
-    """For `results` and `peers`: only these recipes; all unless given."""
+    """For `results`, `peers` and `flows`: only these recipes; all unless given."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """For `results` and `makemore`: training seeds."""
+    """For `results`, `makemore` and `flows`: training seeds."""
     seconds: float | None = None
     """Seconds for each comparison; each part's own default unless given."""
     keep: Path | None = None
-    """For `results`, `dcgan`, `published`, `denoising`: keep run folders here, and do not train
-    again what is here already.
+    """For `results`, `dcgan`, `published`, `denoising`, `flows`: keep run folders here, and do not
+    train again what is here already.
     """
 
 
@@ -117,9 +121,13 @@ def main() -> None:
         from benchmarks import denoising
 
         denoising.main(args.keep)
+    if args.part == "flows":
+        from benchmarks import flows
+
+        flows.main(list(args.names), list(args.seeds), args.keep)
     if args.part in ("programs", "memory", "startup", "larger"):
         importlib.import_module(f"benchmarks.{args.part}").main()
-    if args.part in ("sampling", "ensemble", "convolution", "widths", "pages", "buckets"):
+    if args.part in ("sampling", "ensemble", "convolution", "widths", "pages", "buckets", "pixels"):
         importlib.import_module(f"benchmarks.{args.part}").main(
             *([args.seconds] if args.seconds else [])
         )

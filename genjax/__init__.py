@@ -32,11 +32,16 @@ _HOME = {
     "batch_at": "data",
     "example_batch": "data",
     "open_source": "data",
+    "cnf": "families.cnf",
     "diffusion": "families.diffusion",
     "fit": "learning.loop",
     "flow_matching": "families.flow_matching",
     "gan": "families.gan",
+    "glow": "families.glow",
     "latent_spec": "families.compose",
+    "maf": "families.flows",
+    "nsf": "families.flows",
+    "realnvp": "families.flows",
     "reflow": "families.compose",
     "made": "families.made",
     "pixelcnn": "families.pixelcnn",
@@ -67,10 +72,13 @@ __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from genjax.data import batch_at, example_batch, from_arrays, open_source
+    from genjax.families.cnf import cnf
     from genjax.families.compose import latent_spec, reflow, two_stage
     from genjax.families.diffusion import diffusion
     from genjax.families.flow_matching import flow_matching
+    from genjax.families.flows import maf, nsf, realnvp
     from genjax.families.gan import gan
+    from genjax.families.glow import glow
     from genjax.families.made import made
     from genjax.families.pixelcnn import pixelcnn
     from genjax.families.rnn import rnn

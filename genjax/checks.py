@@ -237,10 +237,10 @@ def checked(model: Model) -> Model:
 def _check_draws(spec: DataSpec, key: Key, n: Any, cond: PyTree | None) -> None:
     """Refuse a key that is none, a number of samples that is no shape, and a wrong condition."""
     check_key(key)
-    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-        raise ValueError(
-            "sample needs a whole number n >= 1 of samples (it is a shape, so not traced); got "
-            f"{n!r}."
+    if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n < 2**31:
+        raise ConfigError(
+            "sample needs a whole number n >= 1 of samples, below 2**31 (it is a shape, so not "
+            f"traced); got {n!r}."
         )
     check_cond(spec, cond, n)
 

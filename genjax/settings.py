@@ -103,7 +103,7 @@ Count = Annotated[int, Within(1, MOST)]
 Whole = Annotated[int, Within(0, MOST)]
 Depth = Annotated[int, Within(1, 1000)]  # what is written out one after the other: layers, turns
 Often = Annotated[int, Within(1, 10**6)]  # what is done one after the other: steps, draws
-Width = Annotated[int, Within(1, 2**20)]  # of what is listed unit by unit: masked layers
+Width = Annotated[int, Within(1, 2**14)]  # of what is listed unit by unit: masked layers
 OftenOrNot = Annotated[int, Within(0, 10**6)]
 Rate = Annotated[float, Within(0, 1, below=True)]
 Positive = Annotated[float, Within(0, LARGEST, above=True)]

@@ -190,17 +190,18 @@ ANALYTIC = {
 
 
 def said_by(family, what, default=None):
-    """What a family says of itself in its own tests, tests/test_<builder's name>.py. (Of those in
-    the table above it stands in the tables of the gates.)
+    """What a family says of itself in its own tests, tests/test_<its file>.py. (Of those in the
+    table above it stands in the tables of the gates.)
     """
     if family in ANALYTIC:
         return default
-    return getattr(importlib.import_module(f"test_{family.__name__}"), what, default)
+    own = importlib.import_module(f"test_{family.__module__.rpartition('.')[2]}")
+    return getattr(own, what, default)
 
 
 def analytic(row):
     """Parameters, and for each player the loss that they must give: from the table above, or from
-    the family's own tests, `analytic_loss` in tests/test_<builder's name>.py.
+    the family's own tests, `analytic_loss` in tests/test_<its file>.py.
     """
     family = row.recipe.family
     if family in ANALYTIC:

@@ -36,8 +36,8 @@ def _changed(name, row, model=None, tiny=None):
     return dataclasses.replace(row, name=name, **settings)
 
 
-# Ways that no row's tiny model takes. (What follows a player and what is initialised from data have
-# toys of their own, in `toy.py`, until a row has them.)
+# Ways that no row's tiny model takes. (What follows a player has a toy of its own, in `toy.py`,
+# until a row has it.)
 EXTRA = {
     row.name: row
     for row in (

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -312,6 +314,35 @@ def test_a_picture_of_nothing_is_not_drawn_over_one_that_is_there(
     with pytest.raises(ConfigError, match="No recipe has a run in"):
         gallery.main(tmp_path)
     assert (tmp_path / "gallery.png").read_bytes() == b"as it was"
+
+
+@pytest.mark.slow
+def test_how_far_flows_are_from_the_truth_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The distance is the difference of the two means of a run's report."""
+    from benchmarks import flows
+
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+
+    def train(name: str, seed: int, folder: Path, *flags: str) -> float:
+        small = ["--n-layers", "1", "--hidden", "8", "--bins", "4"]
+        small += ["--steps", "2", "--n-train", "600"]
+        command = [sys.executable, "-m", "genjax", "train", name, "--seed", str(seed)]
+        subprocess.run([*command, "--out", str(folder), *small], check=True)
+        return 0.0
+
+    monkeypatch.setattr(flows.results_of_zoo, "train", train)
+    flows.main(["nsf-ring"], [0], tmp_path)
+    found = common.read("flows")
+    assert found is not None
+    (row,) = found["rows"]
+    assert row["recipe"] == "nsf-ring"
+    assert row["n"] == 10_000
+    report = flows.results_of_zoo.evaluate(tmp_path / "nsf-ring_seed0", 2)
+    wanted = report["true_log_prob"]["mean"] - report["mean"]
+    assert row["mean"] == pytest.approx(wanted, abs=1e-3)
+    assert row["mean"] > 10 * row["standard_error"] > 0  # it has hardly learned anything
 
 
 def test_makemores_transformer_reads_the_names_that_ours_reads(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from genjax.errors import (
     WriteError,
     replacing,
 )
-from genjax.learning import checkpoint, checksums
+from genjax.learning import checkpoint, checksums, plain_path
 from genjax.learning.checkpoint import Checkpoints
 from genjax.protocol import TrainState
 from genjax.runs.folder import read_config, read_spec
@@ -113,6 +113,32 @@ def test_without_a_place_for_a_link_one_message_says_so(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"(?s)Could not save step 7 .*Set TMPDIR .*--out"):
         Checkpoints(tmp_path / "run[1]").save(make())
     Checkpoints(tmp_path / "plain").save(make())  # which needs none
+
+
+def test_several_processes_have_one_name_for_such_a_folder(tmp_path, monkeypatch):
+    """Orbax refuses processes that call a folder by different names."""
+    asked: list[str] = []
+
+    def agreed(find):  # process 1, which is told what process 0 found
+        asked.append(find())
+        return asked[0]
+
+    monkeypatch.setattr(plain_path, "several", lambda: True)
+    monkeypatch.setattr(plain_path, "agreed", agreed)
+    (tmp_path / "run[1]").mkdir()
+    names = []
+    for _ in range(2):
+        monkeypatch.setattr(plain_path, "_links", {})
+        with plain_path.plain_path(tmp_path / "run[1]") as first:
+            names.append(first)
+        with plain_path.plain_path(tmp_path / "run[1]") as again:  # lasts, for the others
+            names.append(again)
+    assert len(asked) == 2
+    assert {str(name) for name in names} == {asked[0]}
+    assert os.path.samefile(names[0], tmp_path / "run[1]")
+    for name in asked:
+        plain_path._remove(Path(name))
+    assert not names[0].exists()
 
 
 def test_a_linked_folder_of_checkpoints(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from genjax.cli.flags import group
-from genjax.cli.terminal import check_seed, counter, plain, print_table, say
+from genjax.cli.terminal import check_count, check_seed, counter, plain, print_table, say
 from genjax.errors import ConfigError, regular_file, replacing
 
 if TYPE_CHECKING:
@@ -141,9 +141,7 @@ def _read_sample(args: Sequence[str]) -> Any:
     )
     options: Any = tyro.cli(whole, prog="genjax sample", args=list(args))
     for name in ("n", "length", "beams", "n_steps"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1; got {value}.")
+        check_count(name, getattr(options, name))
     if options.guidance is not None and not math.isfinite(options.guidance):
         raise ConfigError(f"--guidance must be a finite number; got {options.guidance}.")
     if options.film and options.means:
@@ -292,10 +290,7 @@ def evaluate(args: list[str]) -> None:
 
     options = tyro.cli(Evaluate, prog="genjax evaluate", args=args)
     for name in ("n", "n_samples", "batch_size"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise ConfigError(
-                f"--{name.replace('_', '-')} must be at least 1; got {getattr(options, name)}."
-            )
+        check_count(name, getattr(options, name))
     check_seed(options.seed)
     from genjax.runs import load as runs
     from genjax.runs.evaluate import evaluate as evaluated

@@ -84,6 +84,18 @@ def numbers(flag: str, value: str) -> list[float]:
     return found
 
 
+def check_count(name: str, count: int | None) -> None:
+    """Refuse a size that is none; None was not given.
+
+    Raises:
+        ConfigError: for one outside 1 .. 2**31 - 1.
+    """
+    if count is None or 1 <= count < 2**31:
+        return
+    wanted = "at least 1" if count < 1 else "at most 2**31 - 1"
+    raise ConfigError(f"--{name.replace('_', '-')} must be {wanted}; got {count}.")
+
+
 def check_seed(seed: int) -> None:
     """Refuse a seed that is none.
 

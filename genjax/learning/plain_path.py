@@ -5,6 +5,7 @@ takes neither a backslash nor bytes that are no UTF-8. A link with a plain name,
 for temporary files, leads them to such a folder.
 """
 
+import atexit
 import os
 import re
 import tempfile
@@ -13,9 +14,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from genjax.errors import CheckpointError
+from genjax.learning.distributed import agreed, several
 
 PLAIN = re.compile(r"[A-Za-z0-9_./,=+@-]*")
 LONGEST = 700  # characters, to which Orbax adds a hundred; a system may take no more than 1,024
+_links: dict[Path, Path] = {}  # of several processes, which last until they end
 
 
 def is_plain(path: str | os.PathLike[str]) -> bool:
@@ -35,18 +38,44 @@ def plain_path(folder: Path) -> Iterator[Path]:
     if is_plain(folder):
         yield folder
         return
-    place = _private_folder(folder)
-    link = place / "to"
+    if several():
+        yield _shared_link(folder)
+        return
+    link = _private_folder(folder) / "to"
     try:
-        try:
-            link.symlink_to(folder, target_is_directory=True)
-        except (OSError, NotImplementedError) as error:
-            raise _no_place(folder, f"a link to it cannot be made ({error})") from error
+        _make(link, folder)
         yield link
     finally:
-        with suppress(OSError):
-            link.unlink(missing_ok=True)
-            place.rmdir()
+        _remove(link)
+
+
+def _shared_link(folder: Path) -> Path:
+    """A link of the same name on every process, which Orbax asks for, until they end: nobody knows
+    when the others are done with it.
+    """
+    if folder not in _links:
+        link = Path(agreed(lambda: str(_private_folder(folder) / "to")))
+        _make(link, folder)
+        atexit.register(_remove, link)
+        _links[folder] = link
+    return _links[folder]
+
+
+def _make(link: Path, folder: Path) -> None:
+    try:
+        link.parent.mkdir(mode=0o700, exist_ok=True)  # that of process 0 may be on another machine
+        with suppress(FileExistsError):  # or on this one
+            link.symlink_to(folder, target_is_directory=True)
+        if os.readlink(link) != str(folder):
+            raise OSError("another one is there")
+    except (OSError, NotImplementedError) as error:
+        raise _no_place(folder, f"a link to it cannot be made ({error})") from error
+
+
+def _remove(link: Path) -> None:
+    with suppress(OSError):
+        link.unlink(missing_ok=True)
+        link.parent.rmdir()
 
 
 def _private_folder(folder: Path) -> Path:

@@ -56,9 +56,12 @@ def check_length(length: Any, context: int | None = None) -> None:
         ConfigError: with what there is room for.
     """
     whole = isinstance(length, int | np.integer) and not isinstance(length, bool)
-    if whole and length >= 1 and (context is None or length <= context):
+    most = 2**31 - 1 if context is None else context
+    if whole and 1 <= length <= most:
         return
-    room = "at least 1" if context is None else f"from 1 to {context}, the model's context"
+    room = "at least 1" if whole and length < 1 else "at most 2**31 - 1"
+    if context is not None:
+        room = f"from 1 to {context}, the model's context"
     raise ConfigError(f"The length must be {room}; got {length}.")
 
 
@@ -390,7 +393,9 @@ def beam_search(
     """
     n, levels = outputs.shape
     require_whole("n_beams", n_beams)
-    require_whole("n_steps", n_steps)
+    fits = f"below 2**31 / {n * levels}, as all beams of all examples are counted in int32"
+    require(lambda k: k * n * levels < 2**31, "n_beams", fits, n_beams)
+    check_length(n_steps)
     if end is not None:
         require(lambda e: (e >= 0) & (e < levels), "end", f"a token, 0 to {levels - 1}", end)
     require(np.isfinite, "length_penalty", "finite", length_penalty)

@@ -6,7 +6,8 @@ spec.json        what its data look like (shape, vocabulary, end token ...), so 
 data.json        the files that the data are read from: absolute path, size, times, SHA-256
 first/           of a run that stands on another: the settings of that one
 metrics.jsonl    one JSON object a line: step, seconds of training so far, means over the window,
-                 validation
+                 validation; what else was found in it is in metrics.jsonl.bad
+.lock            who trains there, for as long as somebody does
 tensorboard/     the same numbers as TensorBoard events
 wandb_id.txt     with --log-to wandb: the id of the run there; trackio_id.txt likewise
 checkpoints/     the newest few states

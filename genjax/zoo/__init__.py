@@ -17,13 +17,14 @@ __all__ = ["ZOO"]
 
 
 def _rows() -> "dict[str, Recipe]":
-    from genjax.zoo import composed, denoising, gan, pixel, scale, sequences, ssm, vae
+    from genjax.zoo import composed, denoising, flows, gan, pixel, scale, sequences, ssm, vae
 
     groups = (
         vae.ROWS,
         gan.ROWS,
         sequences.ROWS,
         ssm.ROWS,
+        flows.ROWS,
         pixel.ROWS,
         denoising.ROWS,
         scale.ROWS,
