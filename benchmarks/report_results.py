@@ -38,6 +38,9 @@ FRONT = (
     "lstm-jsb",
     "transformer-shakespeare",
     "vrnn-jsb",
+    "s4d-names",
+    "nsf-ring",
+    "pixelcnn-digits",
     "vdm-digits",
     "flow-matching",
     "vae-flow-prior",
@@ -52,9 +55,9 @@ def results_table(headlines: bool = False) -> str:
     results = measured()
     rows = []
     for name, recipe in ZOO.items():
-        if headlines and name not in FRONT:
-            continue
         r = results.get(name)
+        if headlines and (name not in FRONT or r is None):
+            continue
         if r is None:
             rows.append([f"`{name}`", recipe.data, "not measured", "", "", ""])
             continue
@@ -93,7 +96,21 @@ def results_table(headlines: bool = False) -> str:
                 f"{r['train_seconds']['mean']:.0f} s",
             ]
         )
-    return markdown(["recipe", "data", "value", "estimator", "reference", "training time"], rows)
+    table = markdown(["recipe", "data", "value", "estimator", "reference", "training time"], rows)
+    return f"{table}\n{_not_shown(results)}" if headlines else table
+
+
+def _not_shown(results: dict[str, Any]) -> str:
+    """A line about the families that the README's table leaves out."""
+    seen = {ZOO[name].family.__name__ for name in FRONT if name in results}
+    of = {name: row.family.__name__ for name, row in ZOO.items()}
+    known = sorted({of[name] for name in results} - seen)
+    others = sorted(set(of.values()) - seen - set(known))
+    lines = []
+    for what, families in (("In the report", known), ("Not measured yet", others)):
+        if families:
+            lines.append(f"{what}: {', '.join(f'`{family}`' for family in families)}.")
+    return "\n" + " ".join(lines) if lines else ""
 
 
 def mean_and_sd(r: dict[str, Any], form: str) -> str:

@@ -64,9 +64,12 @@ def rows_of(text: str) -> dict[str, str]:
 
 def test_results_table_shows_every_family_as_measured() -> None:
     table = README.split("<!-- results -->")[1].split("<!-- /results -->")[0]
-    families = {ZOO[name].family for name in rows_of(table)}
-    assert families == {row.family for row in ZOO.values()}
     assert_as_measured(rows_of(table))
+    of = {name: row.family.__name__ for name, row in ZOO.items()}
+    families = {of[name] for name in rows_of(table)}
+    said, _, not_measured = table.partition("Not measured yet:")
+    for family in set(of.values()) - families:
+        assert f"`{family}`" in (said if family in {of[n] for n in measured()} else not_measured)
 
 
 def test_the_report_shows_every_recipe_as_measured() -> None:
