@@ -25,7 +25,7 @@ LINEAR = Net(lambda key: ({}, {}), lambda params, state, x, t, c: (x @ jnp.asarr
 
 
 def linear_flow(n_steps=40, n_probes=0):
-    return flow_along(SPACE, LINEAR, "rk4", n_steps, n_probes, remat=False)
+    return flow_along(SPACE, LINEAR, "rk4", n_steps, n_probes, remat="none")
 
 
 def grown(size=0.3, **settings):
@@ -127,7 +127,7 @@ def test_computing_again_for_less_memory_changes_no_gradient():
         loss = model.losses["flow"]
         return jit(jax.grad(lambda p: loss(p, state, batch, key, step)[0].sum()))(params)
 
-    one, other = (jax.tree.leaves(gradient(remat)) for remat in (False, True))
+    one, other = (jax.tree.leaves(gradient(remat)) for remat in ("none", "full"))
     for a, b in zip(one, other, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
         assert np.asarray(a).any()

@@ -130,7 +130,7 @@ def test_all_forms_of_a_model_have_the_same_loss_and_gradient(cell, x64):
 @pytest.mark.slow
 def test_recomputed_layers_have_the_same_loss_and_gradient(x64):
     batch, found = widen(example_batch(WORDS, KEY, 3)), []
-    for remat in (False, True):
+    for remat in ("none", "full"):
         model, params, state = setup("mingru", remat=remat, dropout=0.2)
 
         def loss(p, loss=model.losses["ssm"]):

@@ -28,7 +28,7 @@ def read(path: Path) -> tuple[Any, dict[str, Any]] | None:
     damaged.
     """
     with contextlib.suppress(Exception):  # of what is damaged, json and numpy raise many kinds
-        about = json.loads(path.with_suffix(".json").read_text())
+        about = json.loads(path.with_suffix(".json").read_text("utf-8"))
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)
         if path.stat().st_size == about["size"] and _checksum(path, mapped.offset) == about["crc"]:
             return in_npy(str(path)), about
@@ -174,7 +174,7 @@ def _describe(path: Path, about: dict[str, Any]) -> None:
     offset = np.load(path, mmap_mode="r", allow_pickle=False).offset
     known = {**about, "size": path.stat().st_size, "crc": _checksum(path, offset)}
     with replacing(path.with_suffix(".json")) as part:
-        part.write_text(json.dumps(known))
+        part.write_text(json.dumps(known), encoding="utf-8")
 
 
 def _checksum(path: Path, offset: int) -> int:

@@ -25,7 +25,7 @@ from genjax.parts.ode_likelihood import (
 )
 from genjax.parts.solvers import Field
 from genjax.protocol import Array, DataSpec, Key, Model, Params
-from genjax.settings import Count, Dtype, Help, Often, OftenOrNot, OneOf, builder
+from genjax.settings import Count, Dtype, Help, Often, OftenOrNot, OneOf, Remat, builder
 
 
 def field_of(net: Net, params: Params, c: Array | None) -> Field:
@@ -39,7 +39,7 @@ def with_log_det(
     times: Array,
     solver: str,
     probes: Array | None = None,
-    remat: bool = False,
+    remat: str = "none",
 ) -> tuple[Array, Array]:
     """x [n, D] at times[0] carried to times[-1], and ln |det| of that [n], the integral of the
     divergence: exact, or by vectors [P, n, D] that stay the same along the way.
@@ -49,7 +49,7 @@ def with_log_det(
 
 
 def flow_along(
-    spec: DataSpec, net: Net, solver: str, n_steps: int, n_probes: int, remat: bool
+    spec: DataSpec, net: Net, solver: str, n_steps: int, n_probes: int, remat: str
 ) -> Flow:
     """The ODE as a map from events to vectors."""
 
@@ -90,7 +90,7 @@ def cnf(
     solver: Annotated[str, OneOf(LIKELIHOOD_SOLVERS)] = "rk4",
     n_steps: Often = 10,
     n_probes: OftenOrNot = 1,
-    remat: bool = False,
+    remat: Remat = "none",
     dequantized: Dequantization = Dequantization(),
     dtype: Dtype = "float32",
 ) -> Model:
@@ -111,7 +111,6 @@ def cnf(
         n_steps: its steps; "adaptive" chooses its own.
         n_probes: random vectors that estimate the divergence, the same all along the way
             (Hutchinson); 0 computes it exactly, one derivative for each dimension.
-        remat: compute the insides of a step again on the way back, for less memory.
 
     Raises:
         ConfigError: for settings that do not exist or do not fit the data.

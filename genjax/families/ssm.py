@@ -18,6 +18,7 @@ from jax.core import Tracer
 from genjax import nets
 from genjax.errors import ConfigError
 from genjax.nets.functional import Net, functional
+from genjax.nets.remat import rematerialised
 from genjax.parts.autoregressive import SequenceNet, autoregressive, check_sequences
 from genjax.parts.likelihoods import emission
 from genjax.protocol import Array, DataSpec, Key, Model, PyTree
@@ -27,6 +28,7 @@ from genjax.settings import (
     Depth,
     Dtype,
     Rate,
+    Remat,
     Whole,
     Within,
     builder,
@@ -78,7 +80,7 @@ class Layers(NamedTuple):
         n_layers: how many blocks.
         dropout: rate, of the inputs and of what each half of a block adds.
         tied: whether the readout's matrix is the embedding's table.
-        remat: whether a block's insides are computed again on the way back.
+        remat: what of a block's insides is computed again on the way back.
     """
 
     inputs: Net
@@ -90,7 +92,7 @@ class Layers(NamedTuple):
     n_layers: int
     dropout: Any
     tied: bool
-    remat: bool
+    remat: str
 
 
 def parts_of(layers: Layers) -> dict[str, Net]:
@@ -161,7 +163,7 @@ def outputs(
     def one(h: Array, p: Any, key: Key | None) -> Array:
         return block(layers, h, p, key)[0]
 
-    one = jax.checkpoint(one) if layers.remat else one
+    one = rematerialised(one, layers.remat)
     for index, parameters in enumerate(nets.sequence.blocks_of(p, layers.n_layers)):
         h = one(h, parameters, keys[index])
     return read(layers, p, h)
@@ -273,7 +275,7 @@ def ssm(
     chunk: Count = 64,
     dropout: Rate = 0.0,
     tie_weights: bool = False,
-    remat: bool = False,
+    remat: Remat = "none",
     cond_dropout: CondDropout = 0.0,
     n_components: Count = 1,
     dtype: Dtype = "float32",
@@ -339,7 +341,6 @@ def ssm(
             up where that does not divide the sequence.
         dropout: rate, of the inputs and of what each half of a block adds.
         tie_weights: the readout uses the embedding's table (Press & Wolf 2017); for tokens.
-        remat: recompute a block's insides on the way back instead of keeping them, for less memory.
         cond_dropout: how often training leaves out the condition, which guidance needs (Ho &
             Salimans 2022).
         n_components: Gaussians in the mixture that continuous events have.

@@ -118,4 +118,6 @@ def denoiser(spec: DataSpec, network: DenoiserNet, guided: bool, dtype: str) -> 
 
 def again(net: Net, remat: str) -> Net:
     """A net of which all is one block to compute again."""
+    if remat == "none":
+        return net
     return net._replace(apply=rematerialised(net.apply, remat))

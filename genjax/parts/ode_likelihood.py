@@ -68,12 +68,12 @@ def carried(
     times: Array,
     solver: str,
     tolerance: float = TOLERANCE,
-    remat: bool = False,
+    remat: str = "none",
 ) -> PyTree:
     """y at times[-1] of the ODE dy/dt = field(y, t) that begins with `start` at times[0].
 
     `solver` is one of LIKELIHOOD_SOLVERS; "adaptive" takes only the ends of `times` and keeps to
-    the tolerance. With `remat` the insides of a step are computed again on the way back.
+    the tolerance. `remat` says what of a step is computed again on the way back.
     """
     if solver == "adaptive":
         return integrate(field, start, times, tolerance, every=False)
@@ -82,7 +82,7 @@ def carried(
     def step(y: PyTree, at: tuple[Array, Array]) -> tuple[PyTree, None]:
         return runge_kutta_step(tableau, field, y, *at), None
 
-    one = rematerialised(step, "full" if remat else "none", loop=True)
+    one = rematerialised(step, remat, loop=True)
     return jax.lax.scan(one, start, (times[:-1], times[1:]))[0]
 
 
