@@ -54,7 +54,8 @@ EXTRA = {
     )
 }
 MODELS = {**ZOO, **EXTRA}
-first_of_family = {row.family: row.name for row in reversed(ZOO.values())}.values()
+# Of a file that has several builders, as that of flows, one stands for all.
+first_of_family = {row.family.__module__: row.name for row in reversed(ZOO.values())}.values()
 # The gates of what `training` and its transforms do (G2 to G5, G7 to G9, G11, G12) are of code
 # paths, not of rows. They run on this set of models: the first row of each family, and one for each
 # other way through a loss, a net or a state. A test holds the features of every row to it.
@@ -150,7 +151,7 @@ def features(name):
         "latents of a first stage": row.recipe.first is not None and not row.recipe.composed,
     }
     chosen = {f"{k}={settings[k]}" for k in ("net", "cell", "discriminator_cond") if k in settings}
-    own = {row.recipe.family.__name__, *chosen}
+    own = {row.recipe.family.__module__, *chosen}
     return own | {what for what, there in seen.items() if there}
 
 

@@ -231,6 +231,7 @@ def renamed(tree):
     return {str(key): renamed(value) for key, value in tree.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [rnn, transformer], ids=lambda family: family.__name__)
 def test_twelve_layers_are_matched_by_name(family):
     model = family(STREAM, **{**SMALL[family], "n_layers": 12})

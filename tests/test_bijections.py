@@ -191,6 +191,7 @@ def test_actnorm_leaves_alone_what_does_not_vary():
     np.testing.assert_array_equal(z[:, 2], 0)
 
 
+@pytest.mark.slow
 def test_a_stack_is_prepared_layer_by_layer():
     stack, x = stacked(layer, 3), events((D,))
     params = parameters(stack)

@@ -38,6 +38,7 @@ def both_stages(first):
     return second, two_stage(first, second)
 
 
+@pytest.mark.slow
 def test_with_an_identity_as_second_stage_the_joined_bound_is_that_of_the_vae():
     """A new flow says that nothing moves: its density is N(0, I), the prior that the VAE had."""
     first = first_stage()
@@ -108,6 +109,7 @@ def test_its_ways_of_sampling_end_in_events():
     assert means.shape == (3, *SPEC.shape)
 
 
+@pytest.mark.slow
 def test_a_condition_goes_to_both_stages():
     spec = dataclasses.replace(SPEC, n_classes=3, class_names=("a", "b", "c"))
     first = first_stage(spec)

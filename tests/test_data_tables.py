@@ -106,6 +106,7 @@ def test_damage_and_absence(tmp_path):
         open_source(str(tmp_path / "cut.parquet"))
 
 
+@pytest.mark.slow
 def test_a_sample_is_a_table_again(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     saved(tmp_path)

@@ -129,6 +129,7 @@ def test_loss_at_init_is_known(x64):
         np.testing.assert_allclose(aux.metrics["mse"], value / 2, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "settings"),
     [

@@ -81,6 +81,7 @@ assert not any(name.startswith("genjax") for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_programs_are_read_with_jax_alone(exported):
     folder = exported / "export"
     subprocess.run([sys.executable, "-c", READ, str(folder)], check=True, cwd="/", timeout=300)

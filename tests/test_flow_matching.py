@@ -150,6 +150,7 @@ def test_a_new_network_costs_what_a_velocity_of_zero_does(net):
         assert abs(found.mean() - (np.square(one).sum() + 16)) < 4 * found.std() / math.sqrt(500)
 
 
+@pytest.mark.slow
 @every_path
 def test_the_loss_is_that_of_the_noise_that_it_says_it_draws(name, x64):
     """Recomputed from `noise` with the model's own velocity: pairs, times and dropped conditions

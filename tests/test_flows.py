@@ -64,6 +64,7 @@ def square(spec, half=9.0, side=400):
 # --- densities ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_flow
 def test_the_density_integrates_to_one(x64, name):
     for spec in (PLANE, STANDARD):
@@ -75,6 +76,7 @@ def test_the_density_integrates_to_one(x64, name):
         assert np.std(nats) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [DataSpec((2,), "continuous", n_classes=3, name="classes")])
 @pytest.mark.parametrize("name", ["realnvp", "nsf-ar"])
 def test_so_does_that_of_every_class(x64, name, spec):
@@ -92,6 +94,7 @@ def test_so_does_that_of_every_class(x64, name, spec):
     assert apart > 0.05
 
 
+@pytest.mark.slow
 @every_flow
 def test_the_map_and_the_density_are_one_and_samples_are_of_it(x64, name):
     model = FLOWS[name](STANDARD)
@@ -138,6 +141,7 @@ def exact_sample(n=256):
     return jnp.asarray(MEAN + x @ ROOT.T, jnp.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_layers", [1, 2])
 def test_an_affine_flow_of_normal_data_reaches_their_entropy(n_layers):
     """With shifts that are linear and constant scales a flow is a Gaussian, of which none has a
@@ -263,6 +267,7 @@ def chances():
     return jnp.asarray(pairs, jnp.float64), np.asarray(p), params, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["uniform", "variational"])
 def test_the_bound_is_below_the_probability_and_its_weights_are_it_in_expectation(x64, how):
     x, p, params, state = chances()
@@ -294,6 +299,7 @@ def test_rounded_samples_have_these_probabilities(x64):
     assert scipy.stats.binomtest(round(share * 20_000), 20_000, middle).pvalue > RARE
 
 
+@pytest.mark.slow
 def test_what_is_added_may_be_learned():
     """Noise that suits the density: the variational bound of one draw comes closer than the uniform
     one, on data of one value, which a Gaussian can only cover as a box.

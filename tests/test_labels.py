@@ -82,6 +82,7 @@ def moved(optimizer, labels=LABELS, grads=0.0, params=None):
     return jax.tree.map(lambda u: float(-jnp.ravel(u)[0]) / optimizer.learning_rate, updates)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["adamw", "lion"])
 def test_decay_applies_to_the_labels_that_are_named(algorithm):
     optimizer = Optimizer(algorithm, 0.1, weight_decay=0.5, rates=("codes=1",))

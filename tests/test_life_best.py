@@ -167,6 +167,7 @@ def test_a_value_that_is_no_number_is_no_gain(noise, tmp_path):
     assert (best.step, best.value) == (0, -np.inf)
 
 
+@pytest.mark.slow
 def test_what_has_no_best_says_so(noise, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     gan = {"steps": 2, "hidden": (4,), "latent_dim": 2, "batch_size": 8, "sample_every": 0}

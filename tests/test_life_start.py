@@ -56,6 +56,7 @@ def named(run):
 # --- --init-from ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_of_the_same_model_begins_with_all_of_it(runs, data, tmp_path):
     first, _ = runs
     said = []

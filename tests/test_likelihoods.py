@@ -128,6 +128,7 @@ def test_likelihoods_of_whole_numbers_sum_to_one(x64, name, size):
     np.testing.assert_allclose(scipy.special.logsumexp(log_p, axis=1), 0.0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPECS)
 def test_likelihood_samples_have_their_law(name):
     like, n = lk.LIKELIHOODS[name](SPECS[name], True), 20_000

@@ -53,6 +53,7 @@ def test_gradients_are_finite_for_any_outputs(scale):
     assert np.isfinite(quick(jax.grad(total))(outputs(2, 3, 1, scale))).all()
 
 
+@pytest.mark.slow
 def test_a_mixture_is_the_logistic_integrated_over_bins(x64):
     mean, log_scale, weight = np.asarray([-0.6, 0.3]), np.asarray([-2.0, -1.0]), [0.3, 0.7]
     raw = log_scale + np.log1p(-np.exp(-7 - log_scale))  # the inverse of bounded_log_scale
@@ -65,6 +66,7 @@ def test_a_mixture_is_the_logistic_integrated_over_bins(x64):
     np.testing.assert_allclose(np.exp(nats), wanted, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [2, 3])
 def test_channels_given_each_other_sum_to_one_and_depend_on_each_other(channels):
     x = every(2, channels)

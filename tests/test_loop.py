@@ -230,6 +230,7 @@ def test_a_signal_saves_and_going_on_is_bitwise_equal_to_never_having_stopped(
     assert bits(again) == bits(expected)
 
 
+@pytest.mark.slow
 def test_going_on_from_every_checkpoint_gives_the_same_run(tmp_path: Path) -> None:
     """As after a crash at any moment: whatever was done after the checkpoint is done again, to the
     same bits.

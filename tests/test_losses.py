@@ -27,6 +27,7 @@ def step(t, key):
     return jax.jit(t.step)(jax.jit(t.init)(key), BATCH)
 
 
+@pytest.mark.slow
 def test_loss_and_gradient_have_the_weighted_term_added():
     model = add_loss(MODEL, "vae", small, weight=0.5)
     key = jax.random.key(0)

@@ -163,6 +163,7 @@ def pieces(variant, spec, hidden):
     return Masked(spec, net, emit, orders_of(order, n_orders, 0, spec.size))
 
 
+@pytest.mark.slow
 @variants
 def test_sampling_unit_by_unit_is_sampling_by_whole_passes(variant):
     """The same keys, and the whole network for every value, in each example's own order."""

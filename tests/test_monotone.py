@@ -126,6 +126,7 @@ def test_affine_maps_stretch_by_no_more_than_they_may():
 OUTSIDE = [1e30, -1e30, 1e10, BOUND, -BOUND, np.nextafter(BOUND, 0), 0.3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("way", ["forward", "inverse"])
 def test_gradients_are_finite_wherever_a_number_is(dtype, way):

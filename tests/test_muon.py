@@ -72,6 +72,7 @@ def test_the_first_step_is_an_orthogonal_matrix_of_adams_size(shape):
 LAYOUTS = {"1,1,1": [2, 2, 2], "1,2": [2, 4], "each": None, "": [6]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_is_fused_or_stacked_takes_the_steps_that_optaxs_muon_gives_each_matrix(layout):
     """Over several steps, by `optax.contrib.muon` with the step sizes of its consistent RMS."""
@@ -99,6 +100,7 @@ def test_what_is_fused_or_stacked_takes_the_steps_that_optaxs_muon_gives_each_ma
                 np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_families_say_which_of_their_matrices_are_several():
     tokens = DataSpec((4,), "tokens", levels=5, step="token")
     images = DataSpec((8, 8, 1), "continuous")
@@ -160,6 +162,7 @@ def trained(tx, steps=3, model=None, wrap=lambda t: t, key=0):
     return ts, metrics
 
 
+@pytest.mark.slow
 def test_muon_learns_with_everything_else_around_it():
     tx = Optimizer(
         "muon",

@@ -95,6 +95,7 @@ def test_settings_become_a_net_of_the_event(net):
 # --- the record -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @both
 def test_the_record_says_what_a_model_can_do(build):
     """A path of params, an estimate for one time or for one of each example, guidance or none."""

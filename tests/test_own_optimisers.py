@@ -78,6 +78,7 @@ def trained(tx, steps):
     return ts
 
 
+@pytest.mark.slow
 def test_what_a_step_cannot_give_is_said():
     t = training(MODEL, optax.lbfgs())
     ts = jax.jit(t.init)(jax.random.key(0))

@@ -60,6 +60,7 @@ def alone(model, player):
     return model._replace(losses={player: model.losses[player]}, turns=(), noise={})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "generator"),
     [(POINTS, Generator()), (CLASSES, Generator()), (BITS, Generator((2, 2, 1))), (POINTS, Module)],
@@ -93,6 +94,7 @@ def differ_all(tree):
     return differ(jax.tree.map(lambda leaf: leaf + 1, tree), tree)
 
 
+@pytest.mark.slow
 def test_the_losses_are_those_of_the_modules_by_hand():
     """With R1: the gradient of the module itself, one example at a time."""
     generator, judge = Generator(), Judge()
@@ -128,6 +130,7 @@ def test_the_losses_are_those_of_the_modules_by_hand():
     np.testing.assert_allclose(sampled, still, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_player_of_ones_own_and_a_run_of_it():
     x = np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32)
     for own in ({"generator": Generator()}, {"discriminator": Coupled()}):

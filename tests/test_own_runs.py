@@ -39,6 +39,7 @@ def same(a, b):
     return jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer",
     [
@@ -97,6 +98,7 @@ def test_what_cannot_be_loaded_is_told(tmp_path, capsys):
         genjax.load(folder, "worst", model=model_of())
 
 
+@pytest.mark.slow
 def test_a_recipes_run_is_loaded_with_a_model_as_well(tmp_path):
     small = {"steps": 4, "batch_size": 8, "hidden": (4,), "latent_dim": 2, "evaluate_every": 2}
     run = genjax.train("vae", X, out=tmp_path / "run", say=str, sample_every=0, **small)
@@ -115,6 +117,7 @@ def test_a_network_in_a_recipe_is_refused_with_what_to_do():
         genjax.train(recipe, X, steps=4, net=Net())
 
 
+@pytest.mark.slow
 def test_ids_are_modelled_scored_and_go_on_from_ids():
     ids = np.random.default_rng(0).integers(0, 5, (60, 6))
     source = genjax.from_arrays(ids, kind="tokens")
@@ -136,6 +139,7 @@ def test_ids_are_modelled_scored_and_go_on_from_ids():
         run.generate(3, prompt=[1, 2])
 
 
+@pytest.mark.slow
 def test_sequences_of_vectors_are_taken_as_the_models():
     spec = DataSpec((5, 3), "continuous", step="frame")
     model = genjax.rnn(spec, d_embed=2, d_hidden=2)

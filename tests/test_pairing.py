@@ -135,6 +135,7 @@ def test_the_entropic_coupling_draws_from_the_plan(x64):
     np.testing.assert_array_equal(alone, np.arange(3))
 
 
+@pytest.mark.slow
 def test_couplings_of_points():
     x, y = jnp.asarray(RNG.normal(size=(2, 6, 2)), jnp.float32)
     key = jax.random.key(0)

@@ -89,6 +89,7 @@ def may_see(spec, gated):
     return np.asarray([[sees(at, other) for other in places(spec)] for at in places(spec)])
 
 
+@pytest.mark.slow
 @both
 def test_a_value_depends_on_every_earlier_one_and_exactly_on_no_other(gated, x64):
     """The jacobian of the logits of every pixel and channel, exactly 0 or not."""
@@ -109,6 +110,7 @@ def test_a_value_depends_on_every_earlier_one_and_exactly_on_no_other(gated, x64
 # --- probabilities --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @both
 def test_the_probabilities_of_all_images_sum_to_one_for_each_class(gated, x64):
     model, params = built(CLASSES, gated=gated)

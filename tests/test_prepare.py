@@ -278,6 +278,7 @@ def test_a_run_that_saved_nothing_begins_again_bit_for_bit(tmp_path):
     assert_same(trained(fed()), trained(fed(), checkpoints=Checkpoints(tmp_path)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["vmap", "map"])
 def test_members_in_fit_equal_solo_runs(mode):
     feed = device_feed(ensemble(T, mode), *data(), B, SEED)

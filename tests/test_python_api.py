@@ -59,6 +59,7 @@ def test_latents_go_there_and_back(run):
     assert pictures.shape == (5, 8, 8, 1)
 
 
+@pytest.mark.slow
 def test_data_in_memory_need_no_file_and_no_folder():
     x = RNG.normal(100.0, 20.0, (80, 3)).astype(np.float32)
     run = genjax.train("vae", x, **SMALL, **QUIET)
@@ -71,6 +72,7 @@ def test_data_in_memory_need_no_file_and_no_folder():
     assert run.evaluate(data=x[:20], n=10)["split"] == "all"
 
 
+@pytest.mark.slow
 def test_labels_in_memory_make_a_conditional_model(tmp_path):
     y = np.array(["cat", "dog"])[np.arange(80) % 2]
     source = genjax.from_arrays(RNG.normal(size=(80, 3)), y=y)

@@ -69,6 +69,7 @@ def test_the_loss_is_that_of_the_pairs_that_its_noise_becomes(x64):
     np.testing.assert_allclose(found, wanted, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_reflowed_model_samples_and_scores_as_the_flow_that_it_has(x64):
     """All but the loss is the first model's, of the entry "flow" alone."""
     model, params, state, second = reflowed()

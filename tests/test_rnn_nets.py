@@ -191,6 +191,7 @@ def test_the_way_back_with_one_product_for_all_steps_has_every_derivative(cell, 
     assert_close(derivatives(whole), derivatives(loop), rtol=1e-11)
 
 
+@pytest.mark.slow
 def test_only_cells_whose_gates_add_their_products_say_so():
     """d step / da = d step / du for those; a cell that says so and is not would have a wrong
     gradient of U.

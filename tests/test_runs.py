@@ -113,6 +113,7 @@ def test_running_a_finished_run_again_changes_nothing_but_says_so(folder: Path) 
     assert changed <= {"curves.png"}, "drawn again, of the same lines"
 
 
+@pytest.mark.slow
 def test_samples_are_a_function_of_the_key(loaded: Loaded) -> None:
     assert loaded.step == 40
     cond = np.repeat(np.arange(10, dtype=np.int32), 2)

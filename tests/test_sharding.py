@@ -193,6 +193,7 @@ def test_fsdp_keeps_an_eighth_of_the_state_on_each_device_and_gathers_it_to_use_
     assert "all-gather" in collectives(jax.jit(t.step).lower(ts, batches()[0]).compile())
 
 
+@pytest.mark.slow
 def test_data_parallel_steps_replicate_the_state_and_sum_over_devices():
     t = shard(VAE, make_mesh({"data": 8}))
     assert "all-reduce" in collectives(program(t))

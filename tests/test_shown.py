@@ -56,6 +56,7 @@ def test_what_was_written_into_the_folder_is_shown_and_what_is_damaged_left_out(
     path.unlink()
 
 
+@pytest.mark.slow
 def test_without_a_folder_or_a_recipe_there_is_what_there_is():
     run = genjax.train("vae", X, **SMALL, **QUIET)
     assert "valid/bound" in words(run._repr_html_())

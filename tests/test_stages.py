@@ -88,6 +88,7 @@ def test_going_on_is_the_same_run(stages):
     assert "nothing is left to train" in said[0]
 
 
+@pytest.mark.slow
 def test_a_first_stage_that_changed_since_is_told(stages, tmp_path):
     copy = tmp_path / "runs"
     shutil.copytree(stages / "vae", copy / "vae")
@@ -110,6 +111,7 @@ def test_an_unfinished_run_is_refused(stages, tmp_path):
         opened(tiny("vae-flow-prior", data=str(tmp_path / "vae")))
 
 
+@pytest.mark.slow
 def test_a_run_without_latents_or_of_another_family_is_refused(stages, tmp_path):
     train(tiny("flow-matching-2d"), tmp_path / "runs" / "flow", say=str)
     flow = str(tmp_path / "runs" / "flow")

@@ -207,6 +207,7 @@ def test_a_loss_whose_signature_cannot_be_seen_is_trained():
     assert_same(got, run(TRAIN, start(), batches())[0])
 
 
+@pytest.mark.slow
 def test_a_loss_sees_the_number_of_the_optimiser_step():
     """The same in every turn of a step and in every part of a batch."""
 

@@ -114,6 +114,7 @@ def begun(x):
     return np.concatenate([np.full((len(x), 1), START), x[:, :-1]], axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bias", "tied", "activation"),
     [(True, True, gelu), (False, True, gelu), (True, False, gelu_new)],

@@ -14,6 +14,7 @@ TOKENS = DataSpec((6,), "tokens", levels=3, step="symbol")
 TINY = {"d_model": 8, "n_layers": 2, "n_heads": 2}
 
 
+@pytest.mark.slow
 def test_numbers_of_the_layers_reach_them_and_may_be_traced():
     """A sweep traces what is a real number."""
     model = transformer(TOKENS, **TINY)

@@ -160,6 +160,7 @@ def test_a_state_that_cannot_be_averaged_refuses_parts():
 # --- Several steps a dispatch ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_repeated_steps_are_the_steps_of_one_batch():
     (batch,) = batches(steps=1)
     got, metrics = jitted(repeat_steps(TRAIN, STEPS).step)(start(), batch)

@@ -207,6 +207,7 @@ def test_what_had_no_picture_has_one(tmp_path, shape):
 # --- what is said when training starts, and what a row keeps on other data ------------------------
 
 
+@pytest.mark.slow
 def test_training_says_what_was_decided(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     saved(tmp_path, x=GREY // 16, y=PETS)
@@ -331,6 +332,7 @@ def test_missing_data_are_said_with_what_to_do(there, capsys):
     run("sample run --n 2")
 
 
+@pytest.mark.slow
 def test_other_data_are_scored_under_their_own_name(there, capsys):
     run("evaluate run --n 4")
     kept = (there / "run" / "report.json").read_bytes()

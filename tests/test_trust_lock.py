@@ -35,6 +35,7 @@ def trained(tmp_path_factory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_with_the_first_ones_name(trained, tmp_path, capsys):
     folder = tmp_path / "run"
     commands = [["train", "vae"], ["sweep", "vae-ring", "--seeds", "2"]]

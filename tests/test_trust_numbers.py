@@ -160,6 +160,7 @@ def best_by_hand(table, n_steps, end, penalty=0.0):
     return max(scored)
 
 
+@pytest.mark.slow
 def test_beams_that_have_ended_are_kept_apart():
     with np.errstate(divide="ignore"):
         table = np.log(
@@ -176,6 +177,7 @@ def test_beams_that_have_ended_are_kept_apart():
     np.testing.assert_array_equal(tokens[0, 0], [0, 0, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalty", [0.0, 0.6, 2.0])
 def test_no_wide_beam_is_worse_than_the_best_of_all_sequences(penalty):
     rng = np.random.default_rng(1)
@@ -187,6 +189,7 @@ def test_no_wide_beam_is_worse_than_the_best_of_all_sequences(penalty):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_beams", [1, 2, 3])
 def test_more_beams_never_find_less(n_beams):
     rng = np.random.default_rng(2)
@@ -275,6 +278,7 @@ def test_sequences_of_another_length_than_the_table_of_positions_are_refused():
 # --- a state that is gone -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_donated_state_that_is_used_again_says_so():
     spec, build = TINY["vae"]
     model = build(spec)

@@ -105,6 +105,7 @@ def test_a_conditional_row_on_data_without_labels(here, capsys, name):
         run(advised)
 
 
+@pytest.mark.slow
 def test_the_commands_that_training_advises_work_for_a_gan_without_labels(here, capsys):
     run(f"train gan --data x.npz {TINY} --hidden 4 --latent-dim 2")
     *_, last = capsys.readouterr().out.splitlines()
@@ -112,6 +113,7 @@ def test_the_commands_that_training_advises_work_for_a_gan_without_labels(here, 
         run(advised)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "fix"),
     [
@@ -136,6 +138,7 @@ def test_what_is_no_data_is_said_to_be_none(here, capsys, name):
     assert re.search(wanted, said)
 
 
+@pytest.mark.slow
 def test_too_large_a_batch_says_what_fits(here, capsys):
     command = "train vae --data x.npz --steps 2 --hidden 4 --latent-dim 2 --batch-size"
     said = refused(shlex.split(f"{command} 4000"), capsys)
@@ -143,6 +146,7 @@ def test_too_large_a_batch_says_what_fits(here, capsys):
     run(f"{command} {most}")
 
 
+@pytest.mark.slow
 def test_streams_say_what_the_batch_must_be(here, capsys):
     Path("book.txt").write_text("the cat sat on the mat. " * 200)
     command = "train rnn --data book.txt --d-hidden 4 --context 8 --steps 2 --sample-every 0"
@@ -152,6 +156,7 @@ def test_streams_say_what_the_batch_must_be(here, capsys):
     run(f"{command} --batch-size 4 --lanes 0 --order shuffle --out two")
 
 
+@pytest.mark.slow
 def test_a_folder_of_other_settings_says_how_to_go_on(here, capsys):
     command = f"train vae --data x.npz {TINY} --hidden 4 --latent-dim 2"
     run(f"{command} --out run")

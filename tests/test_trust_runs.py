@@ -135,6 +135,7 @@ def test_a_log_that_cannot_be_written_stops_a_run_that_is_saved_first(tmp_path):
     assert Checkpoints(tmp_path).steps() == [2, 3]
 
 
+@pytest.mark.slow
 def test_a_run_whose_pictures_scores_events_and_curves_all_fail(tmp_path, monkeypatch, capsys):
     error = UnicodeEncodeError("charmap", "Я", 0, 1, "character maps to <undefined>")
     for where, name in (
@@ -266,6 +267,7 @@ def test_samples_of_other_settings_have_other_names(tmp_path, order):
             assert arrays_in(f"{path}.npz")["x"].tolist() == [index, again]
 
 
+@pytest.mark.slow
 def test_a_name_that_was_given_twice_is_numbered(trained, tmp_path, capsys):
     mine = tmp_path / "mine.png"
     mine.write_bytes(b"a picture of my own")
@@ -284,6 +286,7 @@ def test_a_name_that_was_given_twice_is_numbered(trained, tmp_path, capsys):
     np.testing.assert_array_equal(first, arrays_in(tmp_path / "mine-2.npz")["x"])
 
 
+@pytest.mark.slow
 def test_the_report_of_another_split_is_another_file(trained):
     run("evaluate", str(trained), "--n", "4")
     before = (trained / "report.json").read_bytes()

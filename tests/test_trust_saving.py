@@ -149,6 +149,7 @@ def test_a_linked_folder_of_checkpoints(tmp_path):
     assert Checkpoints(tmp_path / "checkpoints").restore(like()) is not None
 
 
+@pytest.mark.slow
 def test_a_run_below_brackets_with_a_default_name_that_has_them(tmp_path, monkeypatch, capsys):
     (tmp_path / "w[1]").mkdir()
     monkeypatch.chdir(tmp_path / "w[1]")
@@ -395,6 +396,7 @@ def test_settings_that_cannot_be_read_are_not_called_damaged(tmp_path, monkeypat
     assert "is damaged" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_be_read_is_not_trained_anew(tmp_path, monkeypatch):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(60, 3)))
     command = ["train", "vae", "--data", str(tmp_path / "x.npy"), *SHORT.split()]

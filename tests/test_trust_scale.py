@@ -86,6 +86,7 @@ def grown(params):
     return jax.tree.unflatten(tree, moved)
 
 
+@pytest.mark.slow
 def test_scores_differ_by_the_volume_alone(pair):
     one, other = pair
     params, state = one.init(jax.random.key(0))
@@ -101,6 +102,7 @@ def test_scores_differ_by_the_volume_alone(pair):
             np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_losses_have_the_same_gradients(pair):
     one, other = pair
     params, state = one.init(jax.random.key(0))
@@ -122,6 +124,7 @@ def test_losses_have_the_same_gradients(pair):
             np.testing.assert_allclose(b, a, rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_samples_are_in_the_units_of_the_data(pair):
     one, other = pair
     params, state = one.init(jax.random.key(0))

@@ -84,6 +84,7 @@ def test_sampling_and_going_on_write_nothing_through_links(theirs, tmp_path):
     assert victim.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_only_our_own_names_are_swept(theirs, tmp_path):
     elsewhere = tmp_path / "precious"
     shutil.move(theirs / "checkpoints", elsewhere)
@@ -113,6 +114,7 @@ def test_control_characters_are_shown_and_not_obeyed(capsys):
     assert "\\x1b]0;title" in said
 
 
+@pytest.mark.slow
 def test_samples_of_a_vocabulary_with_control_characters(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "book.txt").write_bytes(b"ab\x1b[2J\x07 " * 200)

@@ -58,6 +58,7 @@ class Own:
         self.lines.append((step, metrics))
 
 
+@pytest.mark.slow
 def test_both_services_get_figures_and_pictures_and_go_on_as_the_same_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,6 +76,7 @@ def test_both_services_get_figures_and_pictures_and_go_on_as_the_same_run(
     assert [step for step, line in wandb.lines if "vae/loss" in line] == [20, 40, 60]
 
 
+@pytest.mark.slow
 def test_a_step_that_wandb_has_is_not_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +99,7 @@ def test_a_missing_package_is_said_before_a_folder_is_made(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_writer_that_fails_is_said_once_and_costs_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
