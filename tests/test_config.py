@@ -11,7 +11,7 @@ import pytest
 from genjax.data import SOURCES
 from genjax.errors import ConfigError
 from genjax.learning.optim import Optimizer
-from genjax.runs.folder import default_folder
+from genjax.runs.folder import completed, default_folder
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import Schedule, config_hash, flatten, from_dict, to_dict
 from genjax.zoo.sections import OF_A_CONDITION, parameters_of, replace, sections_of, settings_of
@@ -236,3 +236,4 @@ def test_a_run_from_when_remat_was_yes_or_no_is_read(before, now):
     values = to_dict(ZOO["transformer"])
     values["model"]["remat"] = before
     assert to_dict(from_dict(values, ZOO))["model"]["remat"] == now
+    assert completed(values)["model"]["remat"] == now  # so that it goes on

@@ -34,7 +34,7 @@ from genjax.protocol import DataSpec
 from genjax.runs.json_text import dumps
 from genjax.settings import check_fields
 from genjax.zoo import ZOO
-from genjax.zoo.recipe import Recipe, config_hash, flatten, from_dict, to_dict
+from genjax.zoo.recipe import Recipe, as_now, config_hash, flatten, from_dict, to_dict
 from genjax.zoo.sections import settings_of
 
 
@@ -175,14 +175,14 @@ def is_there(path: Path) -> bool:
 
 
 def completed(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a run with those that its version did not have yet: their defaults mean what
-    was there before.
+    """The settings of a run as they are written now, with those that its version did not have yet:
+    their defaults mean what was there before.
     """
     try:
         now = to_dict(from_dict(values, ZOO))
     except ConfigError:  # not of a recipe that there still is
         return values
-    own = {name: now[name] | values[name] for name in now if isinstance(now[name], dict)}
+    own = {name: now[name] | as_now(values[name]) for name in now if isinstance(now[name], dict)}
     return values | own
 
 

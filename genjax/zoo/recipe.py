@@ -216,7 +216,7 @@ def from_dict(values: Mapping[str, Any], rows: Mapping[str, Recipe]) -> Recipe:
         found = dataclasses.replace(
             row,
             data=values["data"],
-            model=_as_now(_as_tuples(values["model"])),
+            model=as_now(_as_tuples(values["model"])),
             data_options=_before(values["data"]) | _as_tuples(values["data_options"]),
             optimizer=optimizer,
             schedule=Schedule(**{"buckets": 1, **values["schedule"]}),  # 1 before there were any
@@ -230,7 +230,7 @@ def from_dict(values: Mapping[str, Any], rows: Mapping[str, Recipe]) -> Recipe:
         ) from error
 
 
-def _as_now(model: Mapping[str, Any]) -> dict[str, Any]:
+def as_now(model: Mapping[str, Any]) -> dict[str, Any]:
     """A builder's settings as they are written now: `remat` was yes or no."""
     names = {True: "full", False: "none"}
     return {
