@@ -7,7 +7,12 @@ import pytest
 from flow_checks import B, assert_bijection, events, moved
 from vae_oracles import jit
 
-from genjax.nets.conditioners import ConditionerConv, ConditionerMLP, MaskedMLP, hidden_degrees
+from genjax.nets.conditioners import (
+    ConditionerConv,
+    ConditionerMasked,
+    ConditionerMLP,
+    hidden_degrees,
+)
 from genjax.nets.functional import functional
 from genjax.parts.bijections import (
     actnorm,
@@ -44,7 +49,7 @@ def coupled(name, d=D, cond_size=E):
 
 def masked(name, d=D, cond_size=E, hidden=(7, 7)):
     one = MAPS[name]
-    net = functional(lambda rngs: MaskedMLP(d, hidden, one.n_params, cond_size, rngs=rngs))
+    net = functional(lambda rngs: ConditionerMasked(d, hidden, one.n_params, cond_size, rngs=rngs))
     return autoregressive(net, one, d)
 
 
@@ -240,7 +245,7 @@ def test_coupling_keeps_the_first_half_and_two_layers_move_all(d):
 )
 def test_parameters_of_a_number_are_a_function_of_those_before_it(name, hidden):
     one = MAPS[name]
-    net = functional(lambda rngs: MaskedMLP(D, hidden, one.n_params, E, rngs=rngs))
+    net = functional(lambda rngs: ConditionerMasked(D, hidden, one.n_params, E, rngs=rngs))
     params, x, c = moved(net.init(jax.random.key(0))[0], 0.3), events((D,))[0], conditions()[:1]
 
     def outputs(x):
@@ -258,7 +263,7 @@ def test_parameters_of_a_number_are_a_function_of_those_before_it(name, hidden):
 
 @pytest.mark.parametrize("hidden", [(), (4,), (8, 8)])
 def test_every_number_sees_the_condition_the_first_too(hidden):
-    net = functional(lambda rngs: MaskedMLP(D, hidden, 2, E, rngs=rngs))
+    net = functional(lambda rngs: ConditionerMasked(D, hidden, 2, E, rngs=rngs))
     params, x = moved(net.init(jax.random.key(0))[0], 0.3), events((D,))
     one, other = (net.apply(params, {}, x, conditions(seed))[0] for seed in (1, 2))
     assert (np.asarray(one) != np.asarray(other)).all()

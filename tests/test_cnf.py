@@ -10,6 +10,7 @@ from flow_checks import events, log_det_of, moved, normal_loss
 from vae_oracles import assert_mean, jit, over_keys
 
 from genjax import cnf
+from genjax.errors import ConfigError
 from genjax.families.cnf import flow_along, with_log_det
 from genjax.nets.functional import Net
 from genjax.parts.dequantization import Dequantization
@@ -146,3 +147,11 @@ def test_samples_take_the_way_back_and_see_their_class(n_classes):
     if cond is not None:
         other = model.sample(params, state, key, 4, (cond + 1) % 3)
         assert (np.abs(np.asarray(other - drawn)).max(1) > 1e-3).all()
+
+
+def test_an_average_of_estimated_probabilities_is_no_bound():
+    spec = DataSpec((2,), "discrete", levels=3)
+    with pytest.raises(ConfigError, match=r"Take n_probes=0, .* or n_bound_samples=1"):
+        cnf(spec, hidden=(4,), n_bound_samples=2)
+    assert cnf(spec, hidden=(4,), n_bound_samples=2, n_probes=0).bound is not None
+    assert cnf(spec, hidden=(4,), n_probes=1).bound is not None

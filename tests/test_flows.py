@@ -81,15 +81,20 @@ def test_the_density_integrates_to_one(x64, name):
 @pytest.mark.parametrize("name", ["realnvp", "nsf-ar"])
 def test_so_does_that_of_every_class(x64, name, spec):
     model = FLOWS[name](spec)
-    params, state = grown(model, 0.3)
-    x, area = square(spec, half=14.0, side=700)
+    params, state = grown(model, 0.4)
+    # Splines are sharper than those above, and take a finer grid: a part of it at a time.
+    x, area = square(spec, half=10.0, side=1500)
+    log_prob = jit(model.log_prob)
+
+    def density(part, label):
+        cond = jnp.full(len(part), label, jnp.int32)
+        return np.exp(log_prob(params, state, Batch(part, cond), jax.random.key(1)))
+
     densities = []
     for label in range(3):
-        cond = jnp.full(len(x), label, jnp.int32)
-        nats = jit(model.log_prob)(params, state, Batch(x, cond), jax.random.key(1))
-        densities.append(np.exp(nats))
-        # Sharper splines than those above, on the same grid.
-        assert densities[-1].sum() * area == pytest.approx(1, abs=5e-3)
+        parts = [density(part, label) for part in jnp.split(x, 25)]
+        densities.append(np.concatenate(parts))
+        assert densities[-1].sum() * area == pytest.approx(1, abs=1e-3)
     apart = np.abs(densities[0] - densities[1]).sum() * area
     assert apart > 0.05
 
@@ -97,7 +102,8 @@ def test_so_does_that_of_every_class(x64, name, spec):
 @pytest.mark.slow
 @every_flow
 def test_the_map_and_the_density_are_one_and_samples_are_of_it(x64, name):
-    model = FLOWS[name](STANDARD)
+    # So many steps that an ODE is solved back to where it began.
+    model = FLOWS[name](STANDARD, **({"n_steps": 32} if name == "cnf" else {}))
     params, state = grown(model)
     x = STANDARD.denormalize(events((2,)))
     z, log_det = jit(model.extras.forward)(params, state, x)
@@ -105,7 +111,7 @@ def test_the_map_and_the_density_are_one_and_samples_are_of_it(x64, name):
     got = jit(model.log_prob)(params, state, Batch(x), jax.random.key(1))
     np.testing.assert_allclose(got, nats, atol=1e-10)
     back, log_det_back = jit(model.extras.inverse)(params, state, z)
-    solved = {"rtol": 0, "atol": 5e-3 if name == "cnf" else 1e-8}
+    solved = {"rtol": 0, "atol": 1e-4 if name == "cnf" else 1e-8}
     np.testing.assert_allclose(back, x, **solved)
     np.testing.assert_allclose(log_det_back, -np.asarray(log_det), **solved)
     # What N(0, I) becomes by the inverse is what samples are.
@@ -278,13 +284,13 @@ def test_the_bound_is_below_the_probability_and_its_weights_are_it_in_expectatio
         model = of_pairs(how, k)
         return over_keys(lambda key: model.bound(params, state, Batch(x), key), 1, n)
 
-    one, many = bounds(1), bounds(50, 400)
+    one, many = bounds(1), bounds(400, 400)
     assert_mean(np.exp(one), p)
     error = one.std(0) / math.sqrt(len(one))
     assert (one.mean(0) < np.log(p) + 4 * error).all()
     assert (one.mean(0) < np.log(p) - 4 * error).any()
     assert (many.mean(0) > one.mean(0) + 1e-4).any()
-    np.testing.assert_allclose(many.mean(0), np.log(p), atol=0.2)
+    np.testing.assert_allclose(many.mean(0), np.log(p), atol=0.05)
 
 
 def test_rounded_samples_have_these_probabilities(x64):

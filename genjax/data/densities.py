@@ -8,7 +8,6 @@ their precision) as well as JAX ones.
 """
 
 import math
-import zlib
 from collections.abc import Callable
 from types import ModuleType
 from typing import Annotated, Any
@@ -17,12 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from genjax.data.drawn import Draw, drawn_source
 from genjax.data.order import Examples
-from genjax.data.source import Source, Splits, cast, validate
-from genjax.protocol import Batch, DataSpec
+from genjax.data.source import Source
+from genjax.protocol import DataSpec
 from genjax.settings import Within, checking
-
-Draw = Callable[[np.random.Generator, int], tuple[np.ndarray, np.ndarray]]
 
 Scale = Annotated[float, Within(1e-9, 1e6)]  # in float32, beside means of about 1
 Turn = Annotated[float, Within(-100, 100)]
@@ -265,25 +263,8 @@ def _source(
 ) -> Source:
     spec = DataSpec((2,), "continuous", n_classes=n_classes if conditional else None, name=name)
 
-    def split(number: int, n: int) -> Batch:
-        # Each split has a stream of its own, so that n_train does not change the points of the
-        # others.
-        x, label = draw(np.random.default_rng((zlib.crc32(name.encode()), number)), n)
-        return Batch(x.astype(np.float32), label.astype(np.int32) if conditional else None)
-
-    def load() -> Splits:
-        return validate(
-            Splits(split(0, n_train), split(1, _N_VALID), split(2, _N_TEST)), spec, name
-        )
-
-    def fresh(seed: int, n: int) -> Batch:
-        return split(3 + seed, n)
-
-    about = (
-        f"{n_train:,} train / {_N_VALID:,} valid / {_N_TEST:,} test points of a known density, "
-        "drawn with fixed seeds"
-    )
-    return Source(spec, load, cast(spec), log_prob, entropy, description=about, fresh=fresh)
+    sizes = n_train, _N_VALID, _N_TEST
+    return drawn_source(spec, draw, log_prob, entropy, sizes, "points of a known density")
 
 
 def _as_array(x) -> tuple[Any, ModuleType]:

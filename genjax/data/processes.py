@@ -8,7 +8,6 @@ filter's likelihood, one with discrete states that of the forward algorithm.
 """
 
 import math
-import zlib
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
@@ -17,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import cho_solve, solve_triangular
 
+from genjax.data.drawn import drawn_source
 from genjax.data.order import Examples
-from genjax.data.source import Source, Splits, cast, stored_dtype, validate
+from genjax.data.source import Source
 from genjax.errors import ConfigError
-from genjax.protocol import Array, Batch, DataSpec
+from genjax.protocol import Array, DataSpec
 from genjax.settings import Within, checking
 
 Symbols = Annotated[int, Within(2, 2**10)]
@@ -390,22 +390,11 @@ def _source(
             f"than {_MOST}: take a smaller n_train, fewer symbols or shorter ones."
         )
 
-    def split(number: int, n: int) -> Batch:
-        # Each split has a stream of its own, so that n_train does not change the sequences of the
-        # others.
-        x = draw(np.random.default_rng((zlib.crc32(spec.name.encode()), number)), n)
-        return Batch(x.astype(stored_dtype(spec)))
+    def unlabelled(rng: np.random.Generator, n: int) -> tuple[np.ndarray, None]:
+        return draw(rng, n), None
 
-    def load() -> Splits:
-        return validate(
-            Splits(split(0, n_train), split(1, _N_HELD), split(2, _N_HELD)), spec, spec.name
-        )
-
-    about = (
-        f"{n_train:,} train / {_N_HELD:,} valid / {_N_HELD:,} test sequences of a known process, "
-        "drawn with fixed seeds"
-    )
-    return Source(spec, load, cast(spec), log_prob=log_prob, entropy=entropy, description=about)
+    sizes = n_train, _N_HELD, _N_HELD
+    return drawn_source(spec, unlabelled, log_prob, entropy, sizes, "sequences of a known process")
 
 
 def _rows(rng: np.random.Generator, n: int, size: int) -> np.ndarray:

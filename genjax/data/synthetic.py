@@ -6,17 +6,16 @@ figure may go below.
 """
 
 import math
-import zlib
-from collections.abc import Callable
 from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from genjax.data.drawn import drawn_source
 from genjax.data.order import Examples
-from genjax.data.source import Source, Splits, cast, stored_dtype, validate
-from genjax.protocol import Array, Batch, DataSpec
+from genjax.data.source import Source
+from genjax.protocol import Array, DataSpec
 from genjax.settings import Within, checking
 
 Tokens = Annotated[int, Within(2, 2**20)]
@@ -26,6 +25,7 @@ Channels = Annotated[int, Within(1, 64)]
 Exponent = Annotated[float, Within(0, 8)]
 
 _N_HELD = 256  # validation and test examples, each
+_KNOWN = "examples of a known distribution"
 N_CLASSES, _STEEPER = 10, 1 / 3  # of `textures`, and by how much each one's exponent is larger
 
 
@@ -68,7 +68,7 @@ def zipf(
         return jnp.asarray(log_p)[jnp.asarray(x).astype(jnp.int32)].sum(axis=1)
 
     entropy = -length * float(np.exp(log_p) @ log_p)
-    return _source(spec, draw, log_prob, entropy, n_train)
+    return drawn_source(spec, draw, log_prob, entropy, (n_train, _N_HELD, _N_HELD), _KNOWN)
 
 
 @checking
@@ -109,11 +109,11 @@ def textures(
     n_classes = N_CLASSES if conditional else None
     spec = DataSpec(shape, "continuous", n_classes=n_classes, name="textures")
 
-    def draw(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray | None]:
+    def draw(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
         label = rng.integers(classes, size=n)
         white = np.fft.fft2(rng.standard_normal((n, *shape)), axes=(1, 2))
         x = np.fft.ifft2(white * np.sqrt(spectra[label])[..., None], axes=(1, 2)).real
-        return x, label if conditional else None
+        return x, label
 
     def log_prob(x: Array) -> Array:
         x = jnp.asarray(x)
@@ -127,7 +127,8 @@ def textures(
         return jax.nn.logsumexp(jnp.stack(each), axis=0) - math.log(classes)
 
     entropy = channels * (_constant(spectra[0]) + size**2 / 2)
-    return _source(spec, draw, log_prob, None if conditional else entropy, n_train)
+    known = None if conditional else entropy
+    return drawn_source(spec, draw, log_prob, known, (n_train, _N_HELD, _N_HELD), _KNOWN)
 
 
 def _spectrum(size: int, exponent: float) -> np.ndarray:
@@ -140,33 +141,3 @@ def _spectrum(size: int, exponent: float) -> np.ndarray:
 def _constant(spectrum: np.ndarray) -> float:
     """½ Σ_k ln 2π S_k, in float64."""
     return 0.5 * float(np.log(2 * math.pi * spectrum).sum())
-
-
-def _source(
-    spec: DataSpec,
-    draw: Callable[[np.random.Generator, int], tuple[np.ndarray, np.ndarray | None]],
-    log_prob: Callable[[Array], Array],
-    entropy: float | None,
-    n_train: int,
-) -> Source:
-    def split(number: int, n: int) -> Batch:
-        # A stream for each split, so that n_train does not change the others.
-        rng = np.random.default_rng((zlib.crc32(spec.name.encode()), number))
-        x, label = draw(rng, n)
-        return Batch(
-            x.astype(stored_dtype(spec)), None if label is None else label.astype(np.int32)
-        )
-
-    def load() -> Splits:
-        parts = split(0, n_train), split(1, _N_HELD), split(2, _N_HELD)
-        return validate(Splits(*parts), spec, spec.name)
-
-    about = (
-        f"{n_train:,} train / {_N_HELD:,} valid / {_N_HELD:,} test examples of a known "
-        "distribution, drawn with fixed seeds"
-    )
-
-    def fresh(seed: int, n: int) -> Batch:
-        return split(3 + seed, n)
-
-    return Source(spec, load, cast(spec), log_prob, entropy, description=about, fresh=fresh)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from genjax import nets
+from genjax.errors import ConfigError
 from genjax.nets.functional import Net, functional
 from genjax.parts.dequantization import Dequantization
 from genjax.parts.flow_density import Flow, flow_model
@@ -79,6 +80,20 @@ def flow_along(
     return Flow(init, forward, inverse, generate, random=n_probes > 0)
 
 
+def check_draws(spec: DataSpec, n_draws: int, n_probes: int) -> None:
+    """Refuse an average of probabilities whose logarithms are estimates: the error of a probe would
+    raise it, and it would be no bound.
+
+    Raises:
+        ConfigError: with what to do.
+    """
+    if spec.kind != "continuous" and n_draws > 1 and n_probes:
+        raise ConfigError(
+            f"n_bound_samples={n_draws} averages probabilities, which random probes would raise "
+            "above a bound. Take n_probes=0, the exact divergence, or n_bound_samples=1."
+        )
+
+
 @builder
 def cnf(
     spec: DataSpec,
@@ -100,8 +115,9 @@ def cnf(
     The loss per example is -ln p(x) in nats, where ln |det dz/dx| is the integral of the field's
     divergence. `log_prob`, for continuous data, is exact but for the solver's error, and with
     `n_probes` > 0 an unbiased estimate; for binary and discrete data, to which noise is added, so
-    is `bound`. `flow_matching` learns such an ODE without solving it. `extras` is
-    `flow_density.Invertible`, with the exact divergence. Shapes: x [B, *shape], z [B, D].
+    is `bound`, of one draw of the noise. `flow_matching` learns such an ODE without solving it.
+    `extras` is `flow_density.Invertible`, with the exact divergence. Shapes: x [B, *shape], z
+    [B, D].
 
     Args:
         spec: the data; binary, discrete or continuous, no sequences.
@@ -124,6 +140,7 @@ def cnf(
         (3, 2)
     """
     check_events(spec, "A continuous flow")
+    check_draws(spec, dequantized.n_bound_samples, n_probes)
     build = partial(nets.field.FieldMLP, spec.size, tuple(hidden), spec.cond_size)
     net = functional(partial(build, activation=activation), dtype)
     flow = flow_along(spec, net, solver, n_steps, n_probes, remat)

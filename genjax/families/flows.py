@@ -103,7 +103,7 @@ def autoregressive_of(
 ) -> Bijection:
     """An autoregressive layer of vectors."""
     sizes = (spec.size, hidden, monotone.n_params, spec.cond_size)
-    build = partial(nets.conditioners.MaskedMLP, *sizes, activation=activation)
+    build = partial(nets.conditioners.ConditionerMasked, *sizes, activation=activation)
     return autoregressive(functional(build, dtype), monotone, spec.size)
 
 

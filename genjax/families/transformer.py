@@ -122,8 +122,7 @@ def through_blocks(layers: Layers, p: Any, h: Array, keys: Any) -> Array:
 
 def read(layers: Layers, p: Any, h: Array) -> Array:
     """The parameters of the next event's distribution, [..., n_outputs], from the last h."""
-    table = [p["inputs"]["events"]["table"]] if layers.tied else []
-    return layers.readout.apply(p["readout"], {}, h, *table)[0]
+    return nets.sequence.read(layers.readout, p, h, layers.tied)
 
 
 def outputs(

@@ -13,6 +13,7 @@ from flax import nnx
 
 from genjax.nets.conditioned import zero_linear
 from genjax.nets.fast_conv import Conv
+from genjax.nets.masked import MaskedDense
 from genjax.nets.mlp import ACTIVATIONS, flatten_with
 from genjax.protocol import Array
 
@@ -78,25 +79,6 @@ class ConditionerConv(nnx.Module):
         return h.reshape(*h.shape[:3], -1, self.n_outputs)
 
 
-class MaskedLinear(nnx.Module):
-    """x (W ∘ M) + b, with M[i, j] = 1 where unit j may see unit i."""
-
-    def __init__(
-        self, seen: Sequence[int], degrees: Sequence[int], *, zero: bool, rngs: nnx.Rngs
-    ) -> None:
-        shape = (len(seen), len(degrees))
-        # Tuples: an array of a module's own would be taken for a variable.
-        self.seen, self.degrees = tuple(seen), tuple(degrees)
-        self.kernel = nnx.Param((_ZERO if zero else _LECUN)(rngs.params(), shape))
-        self.bias = nnx.Param(jnp.zeros(len(degrees)))
-
-    def __call__(self, x: Array) -> Array:
-        # By jax: where only shapes are asked no mask is made, which may be too large for memory.
-        mask = jnp.asarray(self.seen)[:, None] <= jnp.asarray(self.degrees)[None]
-        kernel = self.kernel[...]
-        return x @ (kernel * mask.astype(kernel.dtype)) + self.bias[...][None]
-
-
 def hidden_degrees(d: int, width: int, cond_size: int) -> list[int]:
     """How many of the d numbers each of `width` hidden units sees: 1 to d - 1, spread evenly; from
     0 on where there is a condition, which the first number's outputs are then a function of.
@@ -106,7 +88,7 @@ def hidden_degrees(d: int, width: int, cond_size: int) -> list[int]:
     return [lowest + unit * count // width for unit in range(width)]
 
 
-class MaskedMLP(nnx.Module):
+class ConditionerMasked(nnx.Module):
     """Vectors x [n, d] and conditions [n, cond_size] -> [n, d, n_outputs], of which the i-th are a
     function of x_1 ... x_{i-1} and the condition. Germain 2015 (MADE).
     """
@@ -126,9 +108,11 @@ class MaskedMLP(nnx.Module):
         outputs = [i for i in range(d) for _ in range(n_outputs)]
         degrees = [list(range(1, d + 1)), *inner, outputs]
         last = len(degrees) - 2
+        # Tuples: an array of a module's own would be taken for a variable.
+        self.degrees = tuple(map(tuple, degrees))
         self.layers = nnx.List(
             [
-                MaskedLinear(a, b, zero=index == last, rngs=rngs)
+                MaskedDense(len(a), len(b), _ZERO if index == last else _LECUN, rngs=rngs)
                 for index, (a, b) in enumerate(itertools.pairwise(degrees))
             ]
         )
@@ -144,9 +128,12 @@ class MaskedMLP(nnx.Module):
         self.n_outputs = n_outputs
 
     def __call__(self, x: Array, cond: Array | None = None) -> Array:
-        h = self.layers[0](x)
-        if self.condition is not None:
-            h = h + self.condition(jnp.asarray(cond))
-        for layer in self.layers[1:]:
-            h = layer(self.activation(h))
+        # By jax: where only shapes are asked no mask is made, which may be too large for memory.
+        degrees = [jnp.asarray(degree, jnp.int32) for degree in self.degrees]
+        h = x
+        for index, layer in enumerate(self.layers):
+            h = self.activation(h) if index else h
+            h = layer(h, degrees[index][:, None] <= degrees[index + 1][None])
+            if not index and self.condition is not None:
+                h = h + self.condition(jnp.asarray(cond))
         return h.reshape(*x.shape, self.n_outputs)

@@ -17,16 +17,18 @@ from genjax.nets.fast_conv import convolve
 from genjax.nets.mlp import ACTIVATIONS
 from genjax.protocol import Array
 
+_HALF_SEEN = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
+
 # --- dense layers ---------------------------------------------------------------------------------
 
 
 class MaskedDense(nnx.Module):
     """x (W ⊙ M) + b for x [n, d_in], where M [d_in, d_out] says which input an output may see."""
 
-    def __init__(self, d_in: int, d_out: int, *, rngs: nnx.Rngs) -> None:
-        # About half of the inputs are seen.
-        std = math.sqrt(2 / d_in)
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (d_in, d_out)))
+    def __init__(
+        self, d_in: int, d_out: int, kernel_init: Any = _HALF_SEEN, *, rngs: nnx.Rngs
+    ) -> None:
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (d_in, d_out)))
         self.bias = nnx.Param(jnp.zeros(d_out))
 
     def __call__(self, x: Array, mask: Array) -> Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from genjax.errors import ConfigError
+from genjax.nets.functional import Net
 from genjax.protocol import Array, DataSpec, Key
 
 
@@ -44,6 +45,12 @@ def check_tied(spec: DataSpec, tied: bool) -> None:
             f"tie_weights is for sequences of tokens; {spec.name} has {spec.kind} events of shape "
             f"{event}."
         )
+
+
+def read(readout: Net, p: Any, h: Array, tied: bool) -> Array:
+    """What a readout makes of h, by the table of p's embedding where the two are tied."""
+    table = [p["inputs"]["events"]["table"]] if tied else []
+    return readout.apply(p["readout"], {}, h, *table)[0]
 
 
 def blocks_of(p: Any, n_layers: int) -> list[Any]:

@@ -7,6 +7,7 @@ gates in wide arithmetic whatever the rest of the network computes in: each is a
 for `functional`. The recurrences are in `nets/scans.py`.
 """
 
+import abc
 import math
 from typing import Any, Literal
 
@@ -125,9 +126,9 @@ class Core(nnx.Module):
     form: Literal["auto", "recurrent", "scan", "chunked"]
     chunk: int
 
+    @abc.abstractmethod
     def start(self, n: int, dtype: Any) -> Carry:
         """What is carried before the first step."""
-        raise NotImplementedError
 
     def chosen(self) -> Form:
         if self.form != "auto":
@@ -135,8 +136,9 @@ class Core(nnx.Module):
         backend = "cpu" if jax.default_backend() == "cpu" else "other"
         return FASTEST[backend][self.name]
 
+    @abc.abstractmethod
     def over(self, u: Array, carry: Carry | None, form: Form) -> tuple[Array, Carry]:
-        raise NotImplementedError
+        """All steps of u, from zeros where nothing was carried."""
 
     def __call__(self, u: Array, carry: Carry | None = None) -> tuple[Array, Carry]:
         return self.over(u, carry, self.chosen())
@@ -287,26 +289,30 @@ def before(conv: Conv, n: int, dtype: Any) -> Array:
 
 
 class Selective(Core):
-    """What Mamba-2 and gated DeltaNet share: a short convolution, and in each head a decay a_t =
-    exp(-Δ_t e^decay) with Δ_t = softplus(r_t + timestep), which begins log-uniform.
+    """What Mamba-2 and gated DeltaNet share: states [H, d / H, n], a short convolution of `n_mixed`
+    channels, and in each head a decay a_t = exp(-Δ_t e^decay) with Δ_t = softplus(r_t + timestep),
+    which begins log-uniform.
     """
 
     def __init__(
         self,
+        d: int,
+        n: int,
         n_heads: int,
-        conv: tuple[int, int],
+        conv: int,
         dt: tuple[float, float],
         form: Any,
         chunk: int,
         *,
+        n_mixed: int,
         rngs: nnx.Rngs,
     ) -> None:
-        self.form, self.chunk, self.n_heads = form, chunk, n_heads
+        self.form, self.chunk, self.n_heads, self.d, self.n = form, chunk, n_heads, d, n
         start = jnp.exp(log_uniform(rngs.params(), *dt, (n_heads,)))
         self.timestep = nnx.Param(start + jnp.log(-jnp.expm1(-start)))
         rates = jax.random.uniform(rngs.params(), (n_heads,), minval=1.0, maxval=16.0)
         self.decay = nnx.Param(jnp.log(rates))
-        self.conv = Conv(*conv, rngs=rngs)
+        self.conv = Conv(conv, n_mixed, rngs=rngs)
 
     def gates(self, raw: Array) -> tuple[Array, Array]:
         """Δ, and ln a, of raw [B, T, H]."""
@@ -316,12 +322,9 @@ class Selective(Core):
     def heads(self, x: Array) -> Array:
         return x.reshape(*x.shape[:2], self.n_heads, -1)
 
-    def state(self) -> tuple[int, int, int]:
-        """The shape of the state of one sequence."""
-        raise NotImplementedError
-
     def start(self, n: int, dtype: Any) -> Carry:
-        return jnp.zeros((n, *self.state()), dtype), before(self.conv, n, dtype)
+        state = (n, self.n_heads, self.d // self.n_heads, self.n)
+        return jnp.zeros(state, dtype), before(self.conv, n, dtype)
 
     def convolved(self, u: Array, carry: Carry | None) -> tuple[Array, Array]:
         window = before(self.conv, u.shape[0], u.dtype) if carry is None else carry[1]
@@ -335,13 +338,9 @@ class SSD(Selective):
 
     name = "mamba2"
 
-    def __init__(self, d: int, n: int, n_heads: int, conv: int, *rest: Any, rngs: nnx.Rngs) -> None:
-        super().__init__(n_heads, (conv, d + 2 * n), *rest, rngs=rngs)
-        self.d, self.n = d, n
+    def __init__(self, d: int, n: int, n_heads: int, *rest: Any, rngs: nnx.Rngs) -> None:
+        super().__init__(d, n, n_heads, *rest, n_mixed=d + 2 * n, rngs=rngs)
         self.skip = nnx.Param(jnp.ones(n_heads))
-
-    def state(self) -> tuple[int, int, int]:
-        return self.n_heads, self.d // self.n_heads, self.n
 
     def over(self, u: Array, carry: Carry | None, form: Form) -> tuple[Array, Carry]:
         mixed, raw = jnp.split(u, [self.d + 2 * self.n], axis=-1)
@@ -361,12 +360,8 @@ class Delta(Selective):
 
     name = "deltanet"
 
-    def __init__(self, d: int, n: int, n_heads: int, conv: int, *rest: Any, rngs: nnx.Rngs) -> None:
-        super().__init__(n_heads, (conv, d + 2 * n * n_heads), *rest, rngs=rngs)
-        self.d, self.n = d, n
-
-    def state(self) -> tuple[int, int, int]:
-        return self.n_heads, self.d // self.n_heads, self.n
+    def __init__(self, d: int, n: int, n_heads: int, *rest: Any, rngs: nnx.Rngs) -> None:
+        super().__init__(d, n, n_heads, *rest, n_mixed=d + 2 * n * n_heads, rngs=rngs)
 
     def over(self, u: Array, carry: Carry | None, form: Form) -> tuple[Array, Carry]:
         keys = self.n * self.n_heads

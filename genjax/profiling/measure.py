@@ -259,7 +259,7 @@ def step_cost(
     flops, temporary = cost_of(program)
     peak = matmul_peak()
     sheet = datasheet_peak(jax.devices()[0].device_kind)
-    devices_in_use = math.prod(mesh.values()) if mesh else 1
+    in_use = math.prod((mesh or {}).values())
     seconds = statistics.median(seconds_per_call(stepper(program, state, batch), budget))
     return StepCost(
         batch_size=batch_size,
@@ -272,6 +272,6 @@ def step_cost(
         share_of_peak=flops / seconds / peak,
         peak_gflops=peak / 1e9,
         product_flops=asked,
-        share_of_datasheet=asked / seconds / devices_in_use / sheet if sheet else None,
+        share_of_datasheet=asked / seconds / in_use / sheet if sheet else None,
         steps_of_sequences=batch_size * spec.shape[0] if spec.step else 0,
     )

@@ -2,6 +2,7 @@
 accelerator the share of its peak.
 """
 
+import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -35,9 +36,7 @@ def speed_of(
     kind = jax.devices()[0].device_kind
     peak = datasheet_peak(kind)
     if peak is not None:
-        devices = 1
-        for size in (mesh or {}).values():
-            devices *= size
+        devices = math.prod((mesh or {}).values())
         flops = product_flops(t.step, *step_shapes(t, spec, batch_size))
         factors[f"{SPEED}share_of_peak"] = flops / (devices * peak)
         say(
