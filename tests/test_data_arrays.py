@@ -239,3 +239,12 @@ def test_x_and_labels_may_be_called_anything(tmp_path):
     assert source.spec.n_classes == 3
     with pytest.raises(DataError, match=r"--label NAME says which array they are"):
         data.arrays(path, key="images", conditional=True)
+
+
+def test_labels_that_are_not_used_are_said_and_their_name_is_looked_for(tmp_path):
+    path = npz(tmp_path, x=FLOATS, kinds=np.arange(50) % 3)
+    source = data.arrays(path, label="kinds")
+    assert not source.spec.conditional
+    assert "kinds is not used: --conditional takes it as the condition" in source.notes
+    with pytest.raises(DataError, match="expected one of kind; found x, kinds"):
+        data.arrays(path, label="kind")

@@ -198,3 +198,13 @@ def test_a_large_table_that_changes_is_told(tmp_path, monkeypatch, large):
     monkeypatch.setattr(kept, "stream", written_to)
     with pytest.raises(DataError, match=r"people\.parquet changed while it was being read"):
         open_source(path)
+
+
+def test_a_class_that_is_not_used_is_said(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("a,b,kind\n" + "".join(f"{i},{i * i},{'xy'[i % 2]}\n" for i in range(40)))
+    said = "kind is not used: --conditional takes it as the condition"
+    assert said in open_source(str(path), label="kind").notes
+    assert said not in open_source(str(path), label="kind", conditional=True).notes
+    vector = open_source(str(path), columns=("a",), condition_columns=("b",))
+    assert "b is not used: --conditional takes it as the condition" in vector.notes

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from program import arrays_in, program, refused
 
+from genjax.data import is_run, open_source
 from genjax.errors import ConfigError
 from genjax.learning.optim import Optimizer
 from genjax.runs.load import load
@@ -149,3 +150,15 @@ def test_the_command_trains_what_is_missing_first(tmp_path):
     program(["train", "vae", "--steps", "2", "--out", "runs/v", "--plain"], tmp_path)
     out, _ = program(["train", "vae-flow-prior", "--data", "runs/v", *short], tmp_path)
     assert "on runs/v" in out
+
+
+def test_a_run_folder_called_like_a_data_set_does_not_stand_in_its_way(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits", "memory"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        assert not is_run(name)
+        assert is_run(f"./{name}")
+    assert open_source("digits").spec.shape == (8, 8, 1)
+    recipe = ZOO["vae"]
+    assert opened(recipe).source.spec == recipe.source().spec

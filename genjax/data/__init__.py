@@ -173,8 +173,11 @@ def open_source(name: str | os.PathLike[str], **options: Any) -> Source:
 
 def is_run(name: str) -> bool:
     """Whether a name is that of a run folder, there or still to be trained: a folder that has a
-    config.json, or a path below a folder `runs` that is no file of data.
+    config.json, or a path below a folder `runs` that is no file of data. A folder called like a
+    data set is not meant by that name: ./digits is.
     """
+    if name in SOURCES or name == MEMORY:
+        return False
     path = Path(name)
     if (path / "config.json").is_file():
         return True

@@ -84,7 +84,11 @@ def arrays(
         xs = with_channels([batch.x for batch in read.values()], channels, where)
         pairs = zip(read.items(), xs, strict=True)
         read = {split: batch._replace(x=x) for (split, batch), x in pairs}
-    return own_source(read, reading, Path(where).stem, where, step=step, files=(where,))
+    notes = []
+    if label is not None and not conditional:
+        notes.append(f"{label} is not used: --conditional takes it as the condition")
+    name = Path(where).stem
+    return own_source(read, reading, name, where, step=step, files=(where,), notes=notes)
 
 
 def _tokens(
@@ -180,7 +184,9 @@ def _select(
         )
     parts = {}
     for split, suffix in names.items():
-        y_key = _label_key(keys, suffix, label, path) if conditional else None
+        used = conditional or label is not None  # a name that is mistyped is said, used or not
+        y_key = _label_key(keys, suffix, label, path) if used else None
+        y_key = y_key if conditional else None
         batch = _examples(get, f"{x_key}{suffix}", y_key, path, tokens)
         lengths = f"lengths{suffix}"
         parts[split] = batch._replace(length=get(lengths)) if lengths in keys else batch
@@ -215,7 +221,8 @@ def _label_key(keys: list[str], suffix: str, label: str | None, path: str) -> st
         raise DataError(
             f"{path}: conditional needs labels: expected one of "
             f"{', '.join(key + suffix for key in wanted)}; found {', '.join(keys)}. --label NAME "
-            "says which array they are; or conditional=False (--no-conditional)."
+            "says which array they are; without labels leave it out, and say conditional=False "
+            "(--no-conditional)."
         )
     return found
 

@@ -58,6 +58,9 @@ def table(
         read = _read(where, columns=others) if others and conditional else read
     else:
         x = _stacked(read, names, where, real)
+    if not conditional and (label is not None or condition_columns is not None):
+        unused = [label] if label is not None else list(condition_columns or ())
+        notes.append(f"{', '.join(unused)} is not used: --conditional takes it as the condition")
     cond = _condition(read, label, condition_columns, where) if conditional else None
     if condition_columns is not None:  # numbers, be they whole or not
         reading = dataclasses.replace(reading, condition="vector")
