@@ -5,9 +5,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from genjax.errors import GenjaxError
+from genjax.evaluation.estimates import count
 from genjax.protocol import DataSpec
 from genjax.runs import compare
 from genjax.runs.load import Loaded
@@ -43,11 +42,6 @@ def described(spec: DataSpec) -> str:
     return f"{spec.name}: {', '.join(parts)}"
 
 
-def count(params: Any) -> str:
-    """How many numbers there are in the parameters."""
-    return f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}"
-
-
 def page_of(
     spec: DataSpec,
     params: Any,
@@ -63,7 +57,7 @@ def page_of(
         title = f"{recipe.name}: {recipe.summary}"
         facts = [("family", recipe.family.__name__), *facts]
         steps = f"{step} of {recipe.schedule.steps} (the {loaded.which} checkpoint)"
-    facts += [("steps", steps), ("parameters", count(params))]
+    facts += [("steps", steps), ("parameters", f"{count(params):,}")]
     facts += [] if folder is None else [("folder", str(folder))]
     return page(title, facts, [*figures_in(folder), *figures])
 
