@@ -43,6 +43,7 @@ class Args:
             "pixels",
             "attack",
             "accelerator",
+            "tpus",
             "results",
             "gallery",
             "report",
@@ -64,7 +65,8 @@ class Args:
     sampling beside whole passes, `attack`
     what kills, damage and random arguments do (`names`: kills, checkpoints, files, folders,
     arguments), `accelerator` what the card here does (`names`: right, scale, attention, torch,
-    bitwise, members). `all` leaves these out.
+    bitwise, members), `tpus` what their compiler says of steps (needs libtpu). `all` leaves these
+    out.
     """
     names: tuple[str, ...] = ()
     """For `results`, `peers` and `flows`: only these recipes; all unless given."""
@@ -135,6 +137,10 @@ def main() -> None:
         from benchmarks import accelerator
 
         accelerator.main(names=args.names)
+    if args.part == "tpus":
+        from benchmarks import tpus
+
+        tpus.main(args.names)
     if args.part == "attack":
         from benchmarks import attack
 

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report_accelerator, report_costs
+from benchmarks import report_accelerator, report_costs, tpus
 from benchmarks.common import machine, markdown, not_measured, percent, quartiles, read
 from benchmarks.report_results import (
     attack_text,
@@ -445,6 +445,9 @@ def main() -> None:
         parts += denoising_parts(denoising)
     parts += report_costs.parts()
     parts += report_accelerator.parts()
+    compiled = read("tpus")
+    if compiled:
+        parts += tpus.parts(compiled)
     parts += ["## Results of the zoo", "", results_table(), ""]
     (HERE / "REPORT.md").write_text("\n".join(parts))
     print(f"written: {HERE / 'REPORT.md'}")

@@ -44,12 +44,10 @@ EXTRA = {
     for row in (
         _changed("iwae-vamp", ZOO["iwae"], {"prior": "vamp"}, {"n_pseudo_inputs": 3}),
         _changed("spectral-cgan", ZOO["cgan"], {"spectral_norm": True}),
-        _changed("residual-gan", ZOO["gan"], {"net": "resnet", "r1": 0.0}, {"channels": (4,)}),
         _changed(
-            "dit",
+            "learned-schedule",
             ZOO["diffusion"],
-            {"net": "dit", "scan_layers": True, "remat": "dots"},
-            {"patch": 4, "d_model": 4, "n_layers": 2},
+            {"noise_schedule": "learned", "weighting": "elbo", "prediction": "epsilon"},
         ),
         _changed("lstm-lanes", ZOO["lstm"], tiny={"lanes": B}),
     )
@@ -59,10 +57,11 @@ MODELS = {**ZOO, **EXTRA}
 first_of_family = {row.family.__module__: row.name for row in reversed(ZOO.values())}.values()
 # The gates of what `training` and its transforms do (G2 to G5, G7 to G9, G11, G12) are of code
 # paths, not of rows. They run on this set of models: the first row of each family, unless another
-# takes every way that it takes, and one for each other way through a loss, a net or a state. A test
+# takes every way that it takes, and one for each other way through a loss or a state. Of networks
+# convolutions have ways of their own; other layers are told apart by the tests of networks. A test
 # holds the features of every row to it.
 TAKEN_BY_OTHERS = {
-    "diffusion": "dit",
+    "diffusion": "learned-schedule",
     "gan-ring": "spectral-cgan",
     "flow-matching": "vae-flow-prior",
 }
@@ -74,13 +73,11 @@ COVERING = tuple(
             "iwae-vamp",
             "spectral-cgan",
             "dcgan-mnist",
-            "residual-gan",
             "lstm-lanes",
             "gru-names",
             "vrnn-jsb",
             "edm-mnist",
-            "vdm-digits",
-            "dit",
+            "learned-schedule",
             "vae-flow-prior",
         )
     )
@@ -126,6 +123,9 @@ def blind(name):
     return set(setup(name).losses) <= DATA_FREE.get(setup(name).recipe.family, set())
 
 
+CONVOLUTIONS = ("conv", "dcgan", "resnet", "unet")
+
+
 def features(name):
     """The ways through the code that a row takes and another row might not."""
     row = setup(name)
@@ -154,10 +154,12 @@ def features(name):
         "dropout of conditions": bool(settings.get("cond_dropout")),
         "latents of a first stage": row.recipe.first is not None and not row.recipe.composed,
     }
-    kinds = ["net", "cell", "discriminator_cond"]
+    kinds = ["cell", "discriminator_cond"]
     if row.recipe.family is ssm:
-        kinds.remove("cell")  # a core is a net: what tells them apart is shown in test_ssm
+        kinds.remove("cell")  # a core is a network
     chosen = {f"{k}={settings[k]}" for k in kinds if k in settings}
+    if settings.get("net") in CONVOLUTIONS:
+        chosen.add("convolutions")
     own = {row.recipe.family.__module__, *chosen}
     return own | {what for what, there in seen.items() if there}
 

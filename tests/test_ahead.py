@@ -9,6 +9,7 @@ import jax
 import pytest
 from program import refused
 
+from benchmarks import common, tpus
 from genjax.errors import ConfigError
 from genjax.profiling import ahead
 from genjax.protocol import Trained
@@ -59,6 +60,20 @@ def test_devices_share_the_work_and_a_split_state_takes_less_memory():
 
 
 @libtpu
+@pytest.mark.slow
+def test_a_loop_over_layers_counts_as_often_as_it_runs():
+    row = tiny("transformer")
+    plain, looped = (
+        ahead.compile_for(
+            dataclasses.replace(row, model={**row.model, "n_layers": 4, "scan_layers": scanned}),
+            "v5e:2x2",
+        )
+        for scanned in (False, True)
+    )
+    assert looped.flops == pytest.approx(plain.flops, rel=0.05) > 0
+
+
+@libtpu
 def test_every_topology_that_is_listed_exists_and_its_chip_is_known():
     for version, sizes in ahead.TOPOLOGIES.items():
         for size in sizes:
@@ -89,3 +104,29 @@ def test_a_topology_that_does_not_exist(topology, monkeypatch):
         ConfigError, match=rf"no topology '{topology}'. There are: v4:2x2x1, .*v6e:16x16, and cuda"
     ):
         ahead.devices_of(topology)
+
+
+def test_the_report_has_a_line_for_every_step_that_was_compiled(monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    figures = ahead.Compiled("TPU v5 lite", {"data": 4}, 9.0, 1e12, 1e9, 2**34, 2**33, 0.01, 0.5)
+
+    def found(case, topology, seconds):
+        if case.recipe == "vae":
+            return {"error": "not compiled in 600 s"}
+        return {"batch_size": 8, **figures._asdict()}
+
+    monkeypatch.setattr(tpus, "in_child", found)
+    tpus.main(("vae", "dit-b2"))
+    text = "\n".join(tpus.parts(common.read("tpus")))
+    assert "| `vae` | not compiled in 600 s |" in text
+    assert "| `dit-b2` | 16,384 MiB, does not fit | 10 ms | 50.0 % | 16,384 MiB" in text
+    assert len(common.read("tpus")["rows"]) == 2 * len(tpus.TOPOLOGIES)
+
+
+@libtpu
+@pytest.mark.slow
+def test_a_step_is_compiled_in_a_process_of_its_own():
+    small = tpus.Case("vae", {"hidden": [8], "latent_dim": 2})
+    assert tpus.in_child(small, "v5e:2x2", 300)["device"] == "TPU v5 lite"
+    wrong = tpus.in_child(small._replace(recipe="vea"), "v5e:2x2", 300)
+    assert wrong["error"] == "KeyError: 'vea'"

@@ -74,7 +74,6 @@ WEIGHT = np.asarray([1, 0, 2, 0.5, 0, 1, 3, 1], np.float32)
 SCANNED_TO_ROUNDING = {
     "vae-conv": 1e-6,
     "dcgan-mnist": 2e-5,
-    "residual-gan": 2e-5,
     "gru-markov": 1e-5,
 }
 
@@ -282,6 +281,8 @@ def test_g7_eight_examples_are_memorised_down_to_the_floor(name):
     ):  # 784 bytes to the last bit would take many more steps
         spec = dataclasses.replace(spec, shape=(4, 4, 1), levels=17)
     model = row.build(spec, **ROOMY.get(row.family, {}))  # not the tiny one, which has no room
+    if model.score is None:  # of which nothing but finite values is asked
+        model, spec = setup(name).model, setup(name).spec
     eight = example_batch(spec, jax.random.key(5), n)
     counted = np.ones(eight.x.shape, bool)
     if spec.step:
@@ -301,7 +302,9 @@ def test_g7_eight_examples_are_memorised_down_to_the_floor(name):
     floor = float(np.log(same).mean())
     if row.family in INDEPENDENT and eight.x.ndim > 2:
         floor = max(floor, independent_entropy(np.asarray(eight.x[:, 0]).reshape(n, -1)))
-    tight = row.build(spec, **ROOMY.get(row.family, {}), **TIGHT.get(row.family, {}))
+    tight = model
+    if row.family in TIGHT:
+        tight = row.build(spec, **ROOMY.get(row.family, {}), **TIGHT[row.family])
     score = tight.score
     keys = jax.random.split(
         jax.random.key(9), 1 if tight.log_prob else 8

@@ -326,8 +326,8 @@ def _compile(args: list[str]) -> None:
                 "memory",
                 f"{found.memory / 2**20:.1f} MiB of {found.capacity / 2**30:.0f} GiB: {fits}",
             ],
-            ["FLOPs", f"{found.flops:.4g}"],
-            ["bytes accessed", f"{found.bytes_accessed:.4g}"],
+            ["FLOPs", f"{found.flops:.4g} (of products, by the step's jaxpr)"],
+            ["bytes accessed", f"{found.bytes_accessed:.4g} (by the compiler)"],
             [
                 "least time",
                 f"{1000 * found.optimal_seconds:.4g} ms, by the compiler's own estimate",
