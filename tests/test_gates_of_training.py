@@ -128,7 +128,7 @@ def test_g3_scanned_steps_are_the_same_steps(name):
     batches = [batch(name, seed) for seed in range(3)]
     t = real(name)
     wanted, metrics = run(t.step, t.init(jax.random.key(0)), batches)
-    got, scanned = optimised(scan_steps(t.t).step, donate_argnums=0)(
+    got, scanned = rows.whole(name)(scan_steps(t.t).step, donate_argnums=0)(
         t.init(jax.random.key(0)), stack(batches)
     )
     own = said_by(rows.MODELS[name].family, "SCANNED_TO_ROUNDING")
@@ -322,7 +322,7 @@ def test_g7_eight_examples_are_memorised_down_to_the_floor(name):
             optax.adaptive_grad_clip(0.05), optax.adam(optax.cosine_decay_schedule(5e-3, 2000))
         ),
     )
-    fast = (optimised if score is None or row.family in COPIES else jax.jit)(
+    fast = (optimised if row.family in COPIES else jax.jit)(
         repeat_steps(t, 200).step, donate_argnums=0
     )
     many = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * COPIES.get(row.family, 1)), eight)

@@ -8,7 +8,7 @@ import jax
 import optax
 import pytest
 from gates import assert_close
-from rows import B, first_rows, setup
+from rows import B, setup
 
 from genjax.data import example_batch
 from genjax.families.diffusion import diffusion
@@ -23,7 +23,10 @@ from genjax.protocol import DataSpec
 QUICK = {"xla_backend_optimization_level": 0}  # which changes no figure of memory
 
 
-@first_rows
+# It is what `training` and jax do, not a family: parameters alone, two players, a state.
+@pytest.mark.parametrize(
+    "name", ["vae", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gan-ring", "lstm-lanes"))]
+)
 def test_the_new_state_is_written_over_the_donated_one(name):
     """The compiled program reuses every byte of the state, in one step and in a loop of steps:
     nothing of it is there twice.
