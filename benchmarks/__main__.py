@@ -38,6 +38,7 @@ class Args:
             "convolution",
             "widths",
             "pages",
+            "optimisers",
             "buckets",
             "larger",
             "pixels",
@@ -60,23 +61,27 @@ class Args:
     tests/test_programs.py, for this version of jax), `memory` what they need, `sampling` samplers
     by batch, `startup` from the command to the first step, `ensemble` many small models at once,
     `convolution` gradients beside flax's convolutions, `widths` a Transformer's share of the peak,
-    `pages` a step with huge pages of memory, `buckets` sequences in buckets of lengths, `larger`
-    8 GiB of images in 2 GiB of memory, and how fast data open, `pixels` cached
+    `pages` a step of every row under each allocator of memory that is here, `buckets` sequences in
+    buckets of lengths, `larger` 8 GiB of images in 2 GiB of memory, and how fast data open,
+    `pixels` cached
     sampling beside whole passes, `attack`
     what kills, damage and random arguments do (`names`: kills, checkpoints, files, folders,
-    arguments), `accelerator` what the card here does (`names`: right, scale, attention, torch,
+    arguments), `optimisers` losses of Adam and Muon (`names`: transformer-shakespeare,
+    gpt2-124m), `accelerator` what the card here does (`names`: right, scale, attention, torch,
     bitwise, members), `tpus` what their compiler says of steps (needs libtpu). `all` leaves these
     out.
     """
     names: tuple[str, ...] = ()
-    """For `results`, `peers` and `flows`: only these recipes; all unless given."""
+    """For `results`, `peers`, `flows` and `pages`: only these recipes; all unless given."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """For `results`, `makemore` and `flows`: training seeds."""
+    """For `results`, `makemore`, `flows` and `optimisers`: training seeds."""
     seconds: float | None = None
     """Seconds for each comparison; each part's own default unless given."""
+    rounds: int | None = None
+    """For `pages`: turns of each allocator; 7 unless given."""
     keep: Path | None = None
-    """For `results`, `dcgan`, `published`, `denoising`, `flows`: keep run folders here, and do not
-    train again what is here already.
+    """For `results`, `dcgan`, `published`, `denoising`, `flows`, `optimisers`: keep run folders
+    here, and do not train again what is here already.
     """
 
 
@@ -129,10 +134,14 @@ def main() -> None:
         flows.main(list(args.names), list(args.seeds), args.keep)
     if args.part in ("programs", "memory", "startup", "larger"):
         importlib.import_module(f"benchmarks.{args.part}").main()
-    if args.part in ("sampling", "ensemble", "convolution", "widths", "pages", "buckets", "pixels"):
+    if args.part in ("sampling", "ensemble", "convolution", "widths", "buckets", "pixels"):
         importlib.import_module(f"benchmarks.{args.part}").main(
             *([args.seconds] if args.seconds else [])
         )
+    if args.part == "pages":
+        from benchmarks import pages
+
+        pages.main(args.names, **({"rounds": args.rounds} if args.rounds else {}))
     if args.part == "accelerator":
         from benchmarks import accelerator
 
@@ -141,6 +150,10 @@ def main() -> None:
         from benchmarks import tpus
 
         tpus.main(args.names)
+    if args.part == "optimisers":
+        from benchmarks import optimisers
+
+        optimisers.main(args.names, args.seeds, args.keep)
     if args.part == "attack":
         from benchmarks import attack
 

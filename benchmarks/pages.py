@@ -1,125 +1,133 @@
-"""What fresh memory costs a step: the same programs with pages of 4 KiB, as they come, and with
-huge ones.
+"""What fresh memory costs a step: the same programs under several allocators of memory, and under
+settings of glibc's.
 
 XLA asks for a program's temporary memory anew at every dispatch. glibc takes pieces of tens of MiB
 from the kernel each time and gives them back, and the kernel clears every page when it is touched
-first; with pages of 2 MiB there are fewer to fault in. Which of the two a process has is fixed when
-it starts, so each has a process of its own, and they are asked in turns.
+first; with pages of 2 MiB there are fewer to fault in, and an allocator that keeps what was freed
+has none. Which one a process has is fixed when it starts, so each has a process of its own, and
+they are asked in turns.
 """
 
-import json
-import os
-import resource
-import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ratio, summary, write
-from benchmarks.peers import alternate, ours
-from benchmarks.processes import AskedProcess
-from genjax.errors import ConfigError
-from genjax.zoo import ZOO
-from genjax.zoo.recipe import replace
+from benchmarks.common import in_turns, ratio, summary, write
+from benchmarks.own_step import OwnStep, environments, filled
+from genjax.errors import ConfigError, DataError, unknown_name
+from genjax.zoo import ZOO, scale
 
-ROWS = ("vae", "lstm", "transformer", "edm-mnist")
 STEPS = 10  # a dispatch, where it is not one
-HUGE = "glibc.malloc.hugetlb=1"  # glibc 2.35 and newer: large pieces of memory may have huge pages
+ROUNDS = 7
+BLOCK = 0.3  # seconds of one turn, about
 KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-ROOT = Path(__file__).parents[1]
+_KEPT = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_MAX_": "0"}
+# Settings of glibc's, beside the allocators that are installed.
+GLIBC: dict[str, dict[str, str]] = {
+    # glibc 2.35 and newer: large pieces of memory may have huge pages.
+    "huge pages": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
+    "kept": _KEPT,
+    "kept, padded": {**_KEPT, "MALLOC_TOP_PAD_": str(64 * 2**20)},
+    "kept, one arena": {**_KEPT, "MALLOC_ARENA_MAX": "1"},
+    "kept to 32 MiB": {
+        "MALLOC_TRIM_THRESHOLD_": str(2**40),
+        "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+        "MALLOC_TOP_PAD_": str(64 * 2**20),
+    },
+}
 
 
-def check_kernel() -> None:
-    """Processes have huge pages if they ask for them, which is what the kernel calls `madvise`.
+def rows_here() -> tuple[str, ...]:
+    """Every row but those that are meant for accelerators, and those that stand on a run."""
+    large = {row.name for row in scale.ROWS}
+    return tuple(name for name, row in ZOO.items() if row.first is None and name not in large)
 
-    Raises:
-        ConfigError: where asking makes no difference.
+
+def settings(cache: str) -> dict[str, dict[str, str]]:
+    """The environments that are compared, by name; "default" comes first."""
+    found = environments(cache)
+    asks = KERNEL.exists() and "[madvise]" in KERNEL.read_text()
+    own = {name: env for name, env in GLIBC.items() if asks or "GLIBC_TUNABLES" not in env}
+    return {**found, **{name: {**found["default"], **env} for name, env in own.items()}}
+
+
+def measure(
+    name: str, rounds: int = ROUNDS, block: float = BLOCK, k: int = STEPS, **changes: Any
+) -> dict[str, Any]:
+    """Milliseconds of a step by the clock and of processors, page faults of a step, and the most
+    memory of the process, under every setting, one and `k` steps a dispatch.
     """
-    text = KERNEL.read_text() if KERNEL.exists() else "no such file"
-    if "[madvise]" not in text:
-        raise ConfigError(
-            "pages compares processes that ask for huge pages with others, so it needs Linux with "
-            f"`[madvise]` in {KERNEL}; "
-            f"found: {text.strip()}. Choose another part, or set it as root: echo madvise > "
-            f"{KERNEL}."
-        )
-
-
-def answer(name: str, changes: dict[str, Any]) -> None:
-    """The program of each process: asked for a form of the step and a number of steps, it answers
-    with the seconds and the page faults of one.
-    """
-    mine = ours(replace(ZOO[name], **changes), STEPS)
-    print(
-        json.dumps({"per_call": mine.per_call, "temporary_bytes": mine.cost["temporary_bytes"]}),
-        flush=True,
-    )
-    for line in sys.stdin:
-        form, steps = json.loads(line)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        seconds = mine.calls[form](steps)
-        done = -(-steps // mine.per_call[form]) * mine.per_call[form]
-        print(
-            json.dumps(
-                [seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / done]
-            ),
-            flush=True,
-        )
-
-
-def measure(name: str, seconds: float, block: float = 0.3, **changes: Any) -> dict[str, Any]:
-    """Milliseconds (medians) and page faults (in the last round) of a step, one and several a
-    dispatch, with both kinds of pages.
-    """
-    command = [sys.executable, "-m", "benchmarks.pages", name, json.dumps(changes)]
-    inherited = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"} | {
-        "PYTHONPATH": str(ROOT)
-    }
-    processes = {"as it is": AskedProcess(command, inherited)}
-    processes["huge"] = AskedProcess(command, {**inherited, "GLIBC_TUNABLES": HUGE})
-    about = json.loads(processes["huge"].greeting)
-    faults: dict[str, float] = {}
-
-    def call(label: str, process: AskedProcess, form: str, steps: int) -> float:
-        took, faults[label] = json.loads(process.ask(json.dumps([form, steps])))
-        return took
-
-    calls: dict[str, Callable[[int], float]] = {}
-    per_call: dict[str, int] = {}
-    for form, k in about["per_call"].items():
-        for pages, process in processes.items():
-            label = f"{form}, {pages}"
-            calls[label], per_call[label] = partial(call, label, process, form), k
-    rounds = alternate(calls, per_call, seconds, block)
-    for process in processes.values():
-        process.close()
-    forms = {
-        form: {
-            "ms": {
-                pages: 1000 * summary(rounds[f"{form}, {pages}"])["median"] for pages in processes
-            },
-            "faults": {pages: faults[f"{form}, {pages}"] for pages in processes},
-            "huge_to_plain": ratio(rounds[f"{form}, huge"], rounds[f"{form}, as it is"]),
+    with tempfile.TemporaryDirectory() as cache:
+        compared = settings(cache)
+        about = filled(name, changes, k, compared["default"])
+        steps = {one: OwnStep(name, changes, k, env) for one, env in compared.items()}
+        found = {one: step.about["allocator"] for one, step in steps.items()}
+        forms = {
+            form: _form(steps, form, per_call, rounds, block)
+            for form, per_call in about["per_call"].items()
         }
-        for form in about["per_call"]
+        for step in steps.values():
+            step.close()
+    return {
+        "recipe": name,
+        "temporary_bytes": about["cost"]["temporary_bytes"],
+        "allocators": found,
+        "forms": forms,
     }
-    return {"recipe": name, "temporary_bytes": about["temporary_bytes"], "forms": forms}
 
 
-def main(seconds: float = 20.0) -> None:
-    """Measure and write results/pages.json; `seconds` for each row."""
-    check_kernel()
-    rows = []
-    for name in ROWS:
-        rows.append(measure(name, seconds))
-        found = {
-            form: {pages: round(ms, 1) for pages, ms in of["ms"].items()}
-            for form, of in rows[-1]["forms"].items()
-        }
-        print(f"{name}: {found} ms a step", flush=True)
-    write("pages", {"tunables": HUGE, "rows": rows})
+def _form(
+    steps: Mapping[str, OwnStep], form: str, per_call: int, rounds: int, block: float
+) -> dict[str, Any]:
+    """One form of the step under every setting, in turns."""
+    for step in steps.values():
+        step.seconds(form, per_call)  # warms up
+    count = max(per_call, round(block / steps["default"].seconds(form, per_call)))
+    spent: dict[str, list[float]] = {one: [] for one in steps}
+
+    def timed(one: str, n: int) -> float:
+        seconds = steps[one].seconds(form, n)
+        spent[one].append(steps[one].last[form].processor_seconds)
+        return seconds
+
+    calls: dict[str, Callable[[int], float]] = {one: partial(timed, one) for one in steps}
+    took = in_turns(calls, dict.fromkeys(steps, count), at_least=rounds)
+    last = {one: step.last[form] for one, step in steps.items()}
+    return {
+        "ms": {one: 1000 * summary(of)["median"] for one, of in took.items()},
+        "processor_ms": {one: 1000 * summary(of)["median"] for one, of in spent.items()},
+        "faults": {one: of.faults for one, of in last.items()},
+        "peak_bytes": {one: of.peak_bytes for one, of in last.items()},
+        "to_default": {one: ratio(of, took["default"]) for one, of in took.items()},
+        "processors_to_default": {one: ratio(of, spent["default"]) for one, of in spent.items()},
+    }
 
 
-if __name__ == "__main__":
-    answer(sys.argv[1], json.loads(sys.argv[2]))
+def main(names: tuple[str, ...] = (), rounds: int = ROUNDS) -> None:
+    """Measure and write results/pages.json, after each row: what was measured is there when a long
+    run is stopped.
+
+    Args:
+        names: rows; those of `rows_here` unless given.
+        rounds: turns of each setting.
+    """
+    for name in names:
+        if name not in ZOO:
+            raise unknown_name("recipe", name, ZOO)
+    rows: list[dict[str, Any]] = []
+    left_out: dict[str, str] = {}
+    for name in names or rows_here():
+        try:
+            ZOO[name].source()
+        except (ConfigError, DataError) as error:
+            left_out[name] = str(error)
+            print(f"{name} is left out: {error}", flush=True)
+        else:
+            rows.append(measure(name, rounds))
+            for form, of in rows[-1]["forms"].items():
+                found = ", ".join(f"{one} {ms:.1f}" for one, ms in of["ms"].items())
+                print(f"{name}, {form}: {found} ms a step", flush=True)
+        if rows:
+            write("pages", {"glibc": GLIBC, "rounds": rounds, "rows": rows, "left_out": left_out})

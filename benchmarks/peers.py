@@ -2,7 +2,9 @@
 row in the zoo and wider.
 
 genjax runs as users run it: the row's own training procedure, compiled, one step a dispatch and as
-many as its schedule says. The twins run in an interpreter that $GENJAX_TORCH_PYTHON names
+many as its schedule says. Both sides run under glibc's allocator of memory and under those that are
+installed (`own_step.environments`), and each side counts with the one that it is fastest with. The
+twins run in an interpreter that $GENJAX_TORCH_PYTHON names
 (`torch_twins.py`); before anything is timed, a twin has to give the loss and the norm of the
 gradient that genjax gives for the same parameters, data and noise.
 """
@@ -13,7 +15,6 @@ import math
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -23,13 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.common import in_turns, ratio, summary, write
+from benchmarks.common import ratio, summary, write
+from benchmarks.own_step import OwnStep, alternate, environments, filled
 from benchmarks.processes import AskedProcess
 from genjax.data import example_batch
 from genjax.evaluation.estimates import count
-from genjax.learning.transforms import compiled, scan_steps
-from genjax.profiling.measure import cost_of, matmul_peak, stepper
-from genjax.protocol import Batch, Model, Training
+from genjax.profiling.measure import matmul_peak
+from genjax.protocol import Batch, Model
 from genjax.zoo import ZOO
 from genjax.zoo import recipe as config
 from genjax.zoo.recipe import Recipe
@@ -96,14 +97,15 @@ class Twin:
     itself.
     """
 
-    def __init__(self, python: str, case: dict[str, Any]) -> None:
+    def __init__(
+        self, python: str, case: dict[str, Any], env: Mapping[str, str] | None = None
+    ) -> None:
         self.folder = tempfile.TemporaryDirectory()
         path = Path(self.folder.name) / "case.json"
         path.write_text(json.dumps(case))
-        # What torch.compile kept from an earlier run would make its seconds of compilation too few.
-        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(Path(self.folder.name) / "compiled")}
         self.process = AskedProcess(
-            [python, str(Path(__file__).with_name("torch_twins.py")), str(path)], env
+            [python, str(Path(__file__).with_name("torch_twins.py")), str(path)],
+            None if env is None else dict(env),
         )
         self.about = json.loads(self.process.greeting)
 
@@ -212,144 +214,127 @@ def differences(recipe: Recipe, twin: Twin) -> dict[str, float]:
 # --- time -----------------------------------------------------------------------------------------
 
 
-class Ours(NamedTuple):
-    """genjax's step: seconds per step of so many, compile seconds, and what the program of one step
-    takes.
-    """
-
-    calls: dict[str, Callable[[int], float]]
-    per_call: dict[str, int]
-    compile_seconds: float
-    cost: dict[str, float]
-
-
-def ours(recipe: Recipe, k: int | None = None) -> Ours:
-    """The row's training procedure on one resident batch, one step a dispatch and k; those of its
-    own schedule if None.
-    """
-    k = k or recipe.schedule.steps_per_call
-    spec = recipe.source().spec
-    one = recipe.training(spec)
-    batch = example_batch(spec, jax.random.key(1), recipe.schedule.batch_size)
-
-    def compile_one(t: Training, batch: Any) -> tuple[Any, float]:
-        state = jax.eval_shape(t.init, jax.random.key(0))
-        start = time.perf_counter()
-        program = jax.jit(t.step, donate_argnums=0).lower(state, batch).compile()
-        return program, time.perf_counter() - start
-
-    def timed(t: Training, program: Any, batch: Any, per_call: int) -> Callable[[int], float]:
-        call = stepper(program, compiled(t).init(jax.random.key(0)), batch)
-
-        def seconds(steps: int) -> float:
-            calls = -(-steps // per_call)
-            start = time.perf_counter()
-            for _ in range(calls):
-                jax.block_until_ready(call())
-            return (time.perf_counter() - start) / (calls * per_call)
-
-        return seconds
-
-    program, compile_seconds = compile_one(one, batch)
-    names = ("one step a dispatch", f"{k} steps a dispatch")
-    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * k), batch)
-    calls = {
-        names[0]: timed(one, program, batch, 1),
-        names[1]: timed(scan_steps(one), compile_one(scan_steps(one), stacked)[0], stacked, k),
-    }
-    flops, temporary = cost_of(program)
-    cost = {
-        "flops": flops,
-        "bytes_accessed": float(
-            (program.cost_analysis() or {}).get("bytes accessed", math.nan)
-        ),  # loops once
-        "temporary_bytes": temporary,
-        "argument_bytes": program.memory_analysis().argument_size_in_bytes,
-    }
-    return Ours(calls, dict(zip(names, (1, k), strict=True)), compile_seconds, cost)
-
-
-def alternate(
-    calls: dict[str, Callable[[int], float]], per_call: dict[str, int], seconds: float, block: float
-) -> dict[str, list[float]]:
-    """Seconds per step of several programs in turns of about `block` seconds, five rounds at least.
-
-    Each call runs a number of steps and gives its seconds per step.
-    """
-    steps = {}
-    for name, call in calls.items():
-        least = per_call.get(name, 1)
-        call(least)  # compile and warm up
-        steps[name] = max(least, round(block / call(least)))
-    return in_turns(calls, steps, seconds)
-
-
 def _steps_of(twin: Twin, variant: str, steps: int) -> float:
     """Seconds that so many steps of a twin take."""
     return twin.ask(variant=variant, steps=steps)
 
 
+class _Side(NamedTuple):
+    """What one side runs, by label, and what it says of itself."""
+
+    calls: dict[str, Callable[[int], float]]
+    about: dict[str, Any]
+    close: list[Callable[[], None]]
+
+
+def _ours(name: str, size: str, envs: Mapping[str, Mapping[str, str]]) -> _Side:
+    """genjax's step under every allocator. What it says of itself is of a process that compiled."""
+    changes = CASES[name] if size == "medium" else {}
+    about = filled(name, changes, None, envs["default"])
+    steps = {one: OwnStep(name, changes, None, env) for one, env in envs.items()}
+    calls = {
+        f"{form}, {one}": partial(step.seconds, form)
+        for form in about["per_call"]
+        for one, step in steps.items()
+    }
+    return _Side(calls, about, [step.close for step in steps.values()])
+
+
+def _theirs(
+    recipe: Recipe, case: dict[str, Any], python: str, envs: Mapping[str, Mapping[str, str]]
+) -> _Side:
+    """The twin's step under every allocator, once it is known for the same function. What it says
+    of itself is of the first, which compiled for all.
+    """
+    twins = {one: Twin(python, case, env) for one, env in envs.items()}
+    first = next(iter(twins.values()))
+    difference = agreement(recipe, first)
+    about = {**first.about, "difference": difference, "failed": {}, "first_step_seconds": {}}
+    calls: dict[str, Callable[[int], float]] = {}
+    for variant in VARIANTS:
+        try:
+            for one, twin in twins.items():
+                own = partial(_steps_of, twin, variant)
+                about["first_step_seconds"].setdefault(variant, own(1))
+                calls[f"PyTorch, {variant}, {one}"] = own
+        except RuntimeError as error:
+            about["failed"][variant] = str(error)
+    return _Side(calls, about, [twin.close for twin in twins.values()])
+
+
 def measure(
     name: str, size: str, seconds: float, peak: float, python: str | None, block: float = 0.3
 ) -> dict[str, Any]:
-    """All figures of one row at one size; without an interpreter for PyTorch, genjax's alone, and a
-    word of it.
+    """All figures of one row at one size, each side under the allocator that it is fastest with;
+    without an interpreter for PyTorch, genjax's alone, and a word of it.
     """
     recipe = recipe_of(name, size)
-    spec, case = recipe.source().spec, case_of(recipe)
-    mine = ours(recipe)
-    calls, about = dict(mine.calls), {}
-    twin = Twin(python, case) if python else None
-    if twin:
-        about = {
-            **twin.about,
-            "difference": agreement(recipe, twin),
-            "failed": {},
-            "first_step_seconds": {},
+    with tempfile.TemporaryDirectory() as folder:
+        # What torch.compile kept from an earlier run would make its seconds of compilation too few.
+        kept = {"TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "torch")}
+        envs = {
+            one: {**env, **kept} for one, env in environments(str(Path(folder) / "xla")).items()
         }
-        for variant in VARIANTS:
-            own = partial(_steps_of, twin, variant)
-            try:
-                about["first_step_seconds"][variant] = own(1)
-                calls[f"PyTorch, {variant}"] = own
-            except RuntimeError as error:
-                about["failed"][variant] = str(error)
-    rounds = alternate(calls, mine.per_call, seconds, block)
-    if twin:
-        twin.close()
+        mine = _ours(name, size, envs)
+        twin = _theirs(recipe, case_of(recipe), python, envs) if python else _Side({}, {}, [])
+        per_call = {label: mine.about["per_call"][_form(label)] for label in mine.calls}
+        rounds = alternate({**mine.calls, **twin.calls}, per_call, seconds, block)
+        for close in (*mine.close, *twin.close):
+            close()
+    return _row(recipe, size, peak, mine, twin, rounds)
+
+
+def _form(label: str) -> str:
+    """How a step ran, of a label that names the allocator last."""
+    return label.rpartition(", ")[0]
+
+
+def _row(
+    recipe: Recipe,
+    size: str,
+    peak: float,
+    mine: _Side,
+    twin: _Side,
+    rounds: dict[str, list[float]],
+) -> dict[str, Any]:
+    """What is written of a row."""
 
     def best(names: Iterable[str]) -> str:
         return min(names, key=lambda one: statistics.median(rounds[one]))
 
+    spec, case = recipe.source().spec, case_of(recipe)
     fastest = best(mine.calls)
+    one_step = best([label for label in mine.calls if mine.about["per_call"][_form(label)] == 1])
     step = statistics.median(rounds[fastest])
     per_example = spec.shape[0] if spec.step else 1
     row = {
-        "recipe": name,
+        "recipe": recipe.name,
         "family": case["family"],
         "size": size,
-        "wider": CASES[name] if size == "medium" else {},
+        "wider": CASES[recipe.name] if size == "medium" else {},
         "parameters": case["parameters"],
         "batch_size": case["batch_size"],
         "best": fastest,
+        "allocator": fastest.rpartition(", ")[2],
         "steps_per_second": 1 / step,
         "unit": f"{spec.step}s" if spec.step else "examples",
         "units_per_second": case["batch_size"] * per_example / step,
-        "compile_seconds": mine.compile_seconds,
-        **mine.cost,
-        "share_of_peak": mine.cost["flops"] / step / peak,
+        "compile_seconds": mine.about["compile_seconds"],
+        **mine.about["cost"],
+        "share_of_peak": mine.about["cost"]["flops"] / step / peak,
         "ms": {
             one: {key: 1000 * v if key != "rounds" else v for key, v in summary(t).items()}
             for one, t in rounds.items()
         },
     }
-    if not twin:
+    if not twin.calls:
         return row | {"torch": {"skipped": NO_TORCH}}
-    theirs = best([one for one in calls if one not in mine.calls])
+    theirs = best(twin.calls)
     return row | {
-        "torch": about | {"best": theirs},
+        "torch": twin.about | {"best": theirs, "allocator": theirs.rpartition(", ")[2]},
         "ratio": ratio(rounds[fastest], rounds[theirs]),
-        "ratio_one_step": ratio(rounds[next(iter(mine.calls))], rounds[theirs]),
+        "best_one_step": one_step,
+        "ratio_one_step": ratio(rounds[one_step], rounds[theirs]),
     }
 
 

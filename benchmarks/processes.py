@@ -32,4 +32,4 @@ class AskedProcess:
 
     def close(self) -> None:
         """End the process."""
-        self.process.communicate(timeout=60)
+        self.process.communicate(timeout=300)

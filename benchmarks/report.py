@@ -12,6 +12,7 @@ from benchmarks.common import machine, markdown, not_measured, percent, quartile
 from benchmarks.report_results import (
     attack_text,
     makemore_parts,
+    optimiser_parts,
     published_parts,
     results_table,
 )
@@ -133,6 +134,15 @@ def nanogpt_parts(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def _how(side: dict[str, Any]) -> str:
+    """How a side of `peers` is fastest: steps a dispatch, or eager or compiled; and its allocator,
+    unless it is glibc's as it comes.
+    """
+    how = side["best"].removeprefix("PyTorch, ").partition(",")[0].partition(" ")[0]
+    allocator = side.get("allocator", "default")
+    return how if allocator == "default" else f"{how}, {allocator}"
+
+
 def peers_parts(found: dict[str, Any]) -> list[str]:
     """The part about every family beside a PyTorch twin."""
     rows, skipped, versions = [], set(), set()
@@ -150,16 +160,14 @@ def peers_parts(found: dict[str, Any]) -> list[str]:
                 f"`{row['recipe']}`",
                 row["size"],
                 f"{row['parameters']:,}",
-                f"{ms[row['best']]['median']:.2f} ({row['best'].partition(' ')[0]})",
+                f"{ms[row['best']]['median']:.2f} ({_how(row)})",
                 f"{row['steps_per_second']:,.1f}",
                 f"{row['units_per_second']:,.0f} {row['unit']}",
                 f"{row['flops'] / 1e9:.2f}",
                 f"{100 * row['share_of_peak']:.0f} %",
                 f"{row['temporary_bytes'] / 2**20:.0f}",
                 f"{row['compile_seconds']:.1f}",
-                f"{ms[torch['best']]['median']:.2f} ({torch['best'].rpartition(' ')[2]})"
-                if beside
-                else "skipped",
+                f"{ms[torch['best']]['median']:.2f} ({_how(torch)})" if beside else "skipped",
                 quartiles(row["ratio"], ".2f") if beside else "-",
                 f"{row['ratio_one_step']['median']:.2f}" if beside else "-",
             ]
@@ -172,7 +180,8 @@ def peers_parts(found: dict[str, Any]) -> list[str]:
         "row's size and a few times "
         f"wider, float32, on one resident batch ({machine(found)}). Milliseconds are medians, of "
         "one step a dispatch or as "
-        "many as the row says, whichever is faster (in brackets). FLOPs (of matrix products in "
+        "many as the row says, whichever is faster (in brackets), under glibc's allocator or, if "
+        "named there, another that is installed. FLOPs (of matrix products in "
         "loops for each trip, else as "
         "the compiler counts them) and temporary memory are of the compiled program of one step; "
         "the peak is that of a large "
@@ -188,7 +197,8 @@ def peers_parts(found: dict[str, Any]) -> list[str]:
         parts += [
             f"The twins ({'; '.join(sorted(versions))}) are the same architectures in PyTorch with "
             "as many parameters and "
-            "fused Adam, eager or by torch.compile, whichever is faster (in brackets), timed in "
+            "fused Adam, eager or by torch.compile, whichever is faster (in brackets), under the "
+            "allocator that it is fastest with, timed in "
             "turns with genjax. Before "
             "that, each had genjax's loss and norm of the gradient for the same parameters, data "
             "and noise, to a relative "
@@ -443,6 +453,9 @@ def main() -> None:
     denoising = read("denoising")
     if denoising:
         parts += denoising_parts(denoising)
+    optimisers = read("optimisers")
+    if optimisers:
+        parts += optimiser_parts(optimisers)
     parts += report_costs.parts()
     parts += report_accelerator.parts()
     compiled = read("tpus")

@@ -275,49 +275,80 @@ def width_parts(found: dict[str, Any]) -> list[str]:
 
 
 def page_parts(found: dict[str, Any]) -> list[str]:
-    """The part about pages of memory."""
+    """The part about allocators of memory and their pages."""
     rows = []
     for row in found["rows"]:
         for form, of in row["forms"].items():
-            counts = [
-                f"{of[what][pages]:,.{digits}f}"
-                for what, digits in (("ms", 1), ("faults", 0))
-                for pages in of[what]
-            ]
-            ratios = quartiles(of["huge_to_plain"], ".2f")
-            rows.append(
-                [
-                    f"`{row['recipe']}`",
-                    form,
-                    f"{row['temporary_bytes'] / 2**20:.0f}",
-                    *counts,
-                    ratios,
-                ]
-            )
+            for one in of["ms"]:
+                rows.append(
+                    [
+                        f"`{row['recipe']}` ({row['temporary_bytes'] / 2**20:.0f} MiB)",
+                        form.partition(" ")[0],
+                        one,
+                        f"{of['ms'][one]:,.2f}",
+                        quartiles(of["to_default"][one], ".2f"),
+                        f"{of['processors_to_default'][one]['median']:.2f}",
+                        f"{of['faults'][one]:,.0f}",
+                        f"{of['peak_bytes'][one] / 2**20:,.0f}",
+                    ]
+                )
     header = [
-        "recipe",
-        "dispatch",
-        "temporary MiB",
-        "ms",
-        "ms, huge",
+        "recipe (temporary memory)",
+        "steps a dispatch",
+        "allocator",
+        "ms a step",
+        "of the default's",
+        "processors' time",
         "page faults a step",
-        "page faults, huge",
+        "peak, MiB",
     ]
+    glibc = "; ".join(
+        f"{name}: {' '.join(f'`{key}={value}`' for key, value in env.items())}"
+        for name, env in found["glibc"].items()
+    )
+    left_out = [f"Left out: {name}, {why}" for name, why in found["left_out"].items()]
     return [
-        "## Pages of memory",
+        "## Allocators of memory",
         "",
         "XLA asks for temporary memory anew at every dispatch. Where that is tens of MiB, glibc "
-        "takes it from the kernel each "
-        "time, which clears every page at its first touch. A step in a process as it comes and in "
-        "one with huge pages "
-        f"(`GLIBC_TUNABLES={found['tunables']}`), in turns ({machine(found)}; Linux that gives "
-        "huge pages to those "
-        "that ask, `madvise`): medians of the times, the ratio with its quartiles, and the faults "
-        "of the last round.",
+        "takes it from the kernel each time, which clears every page at its first touch. A step "
+        "under glibc as it comes, under allocators that are preloaded, and under settings of "
+        f"glibc's ({glibc}), a process each, in turns, {found['rounds']} of them "
+        f"({machine(found)}): medians of milliseconds, the ratio to the default with its "
+        "quartiles, that of the processors' time, page faults of a step in the last turn, and the "
+        "most memory that the process had had by then.",
         "",
-        markdown([*header, "huge / as it is"], rows),
+        markdown(["allocator", "of the default's time", "worst", "peak"], _over_rows(found)),
         "",
+        "The first is the geometric mean over rows and forms, as is that of the most memory.",
+        "",
+        markdown(header, rows),
+        "",
+        *[line for text in left_out for line in (text, "")],
     ]
+
+
+def _over_rows(found: dict[str, Any]) -> list[list[str]]:
+    """Of each allocator: the mean ratio of time to the default, the largest, and that of memory."""
+    forms = [
+        (f"`{row['recipe']}`, {form.partition(' ')[0]}", of)
+        for row in found["rows"]
+        for form, of in row["forms"].items()
+    ]
+    lines = []
+    for one in forms[0][1]["ms"]:
+        ratios = {label: of["to_default"][one]["median"] for label, of in forms}
+        worst = max(ratios, key=lambda label: ratios[label])
+        peaks = [of["peak_bytes"][one] / of["peak_bytes"]["default"] for _, of in forms]
+        lines.append(
+            [
+                one,
+                f"{statistics.geometric_mean(ratios.values()):.2f}",
+                f"{ratios[worst]:.2f} ({worst})",
+                f"{statistics.geometric_mean(peaks):.2f}",
+            ]
+        )
+    return lines
 
 
 def parts() -> list[str]:

@@ -48,6 +48,43 @@ FRONT = (
 )
 
 
+def optimiser_parts(found: dict[str, Any]) -> list[str]:
+    """The part about Adam and Muon."""
+    rows = []
+    for task in found["tasks"]:
+        for algorithm, of in task["algorithms"].items():
+            final, reached = of["final"], of["steps_to_adam"]
+            spread = "" if final["sd"] is None else f" ± {final['sd']:.3f}"
+            seconds = "-" if reached is None else f"{reached * of['ms'] / 1000:.0f}"
+            rows.append(
+                [
+                    f"`{task['task']}`",
+                    algorithm,
+                    min(of["tried"], key=lambda rate: of["tried"][rate]),
+                    f"{final['mean']:.3f}{spread}",
+                    "-" if task["entropy"] is None else f"{task['entropy']:.3f}",
+                    f"{of['ms']:.1f}",
+                    "-" if reached is None else f"{reached:,}",
+                    seconds,
+                ]
+            )
+    header = ["task", "algorithm", "step size", "nats, at the end", "entropy", "ms a step"]
+    header += ["steps to AdamW's end", "seconds to it"]
+    return [
+        "## Adam and Muon",
+        "",
+        "Loss on the validation split, in nats of an example (mean and standard deviation over "
+        f"{len(found['seeds'])} seeds; {machine(found)}). The step size is the best of three for "
+        "the first seed, of each alike; all other settings are the row's. Seconds are of training "
+        "alone, without compiling and evaluating.",
+        "",
+        markdown(header, rows),
+        "",
+        "![loss against steps and seconds](results/optimisers.png)",
+        "",
+    ]
+
+
 def results_table(headlines: bool = False) -> str:
     """The zoo's results as Markdown: family, data, value, estimator, reference, time. With
     `headlines` only the rows of `FRONT`, and fewer figures about samples.

@@ -23,6 +23,7 @@ os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 if importlib.metadata.version("jax").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ.pop("GENJAX_DATA", None)  # tests make what they read
+os.environ["GENJAX_ALLOCATOR"] = "default"  # its programs run as they are started
 # Every program that a test starts would compile 2,000 modules, for 6 s.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ["MPLBACKEND"] = "agg"

@@ -1,8 +1,8 @@
 """The benchmarks compare like with like, and every part of them runs."""
 
+import dataclasses
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -273,35 +273,52 @@ def test_the_costs_of_programs_are_measured_and_reported(
         assert f"## {words}" in text
 
 
+def settings_of_two(cache: str) -> dict[str, dict[str, str]]:
+    """The allocator as it is, and one setting."""
+    from benchmarks import pages
+    from benchmarks.own_step import environments
+
+    plain = environments(cache)["default"]
+    return {"default": plain, "kept": {**plain, **pages.GLIBC["kept"]}}
+
+
 @pytest.mark.slow
-def test_pages_are_measured_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_allocators_are_measured_and_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from benchmarks import pages, report_costs
 
     monkeypatch.setattr(common, "RESULTS", tmp_path)
-    kernel = tmp_path / "enabled"
-    monkeypatch.setattr(pages, "KERNEL", kernel)
-    for text in ("always madvise [never]", "[always] madvise never"):
-        kernel.write_text(text)
-        with pytest.raises(ConfigError, match=re.escape(text)):
-            pages.main(0.02)
-    kernel.write_text("always [madvise] never")
-    monkeypatch.setattr(pages, "ROWS", ("vae",))
-    monkeypatch.setattr(
-        pages,
-        "measure",
-        partial(pages.measure, block=0.01, hidden=(4,), latent_dim=2, batch_size=8),
-    )
-    pages.main(0.02)
-    (row,) = common.read("pages")["rows"]
+    monkeypatch.setattr(pages, "settings", settings_of_two)
+    small = {"hidden": (4,), "latent_dim": 2, "batch_size": 8}
+    monkeypatch.setattr(pages, "measure", partial(pages.measure, block=0.01, **small))
+    lost = dataclasses.replace(ZOO["vae"], name="lost", data="nowhere.npy")
+    monkeypatch.setattr(pages, "ZOO", {"vae": ZOO["vae"], "lost": lost})
+    pages.main(("vae", "lost"), rounds=2)
+    found = common.read("pages")
+    (row,) = found["rows"]
+    assert list(found["left_out"]) == ["lost"]
+    assert "MALLOC_TRIM_THRESHOLD_" in row["allocators"]["kept"]
+    assert row["allocators"]["default"] == "the system's"
     assert list(row["forms"]) == ["one step a dispatch", "10 steps a dispatch"]
     for form in row["forms"].values():
-        assert all(
-            form["ms"][kind] > 0 and form["faults"][kind] >= 0 for kind in ("as it is", "huge")
-        )
-        assert form["huge_to_plain"]["median"] > 0
+        for one in ("default", "kept"):
+            assert form["ms"][one] > 0
+            assert form["faults"][one] >= 0
+            assert form["peak_bytes"][one] > 2**20
+            assert form["to_default"][one]["rounds"] == 2
+        assert form["to_default"]["default"]["median"] == 1
     text = "\n".join(report_costs.parts())
-    assert "## Pages of memory" in text
-    assert text.count("| `vae` |") == 2
+    assert "## Allocators of memory" in text
+    assert text.count("| `vae` (") == 4
+    assert "Left out: lost, " in text
+
+
+def test_a_row_that_does_not_exist_is_refused_before_anything_is_measured() -> None:
+    from benchmarks import pages
+
+    with pytest.raises(ConfigError, match="Did you mean vae"):
+        pages.main(("vea",))
 
 
 def test_a_picture_of_nothing_is_not_drawn_over_one_that_is_there(
@@ -343,6 +360,52 @@ def test_how_far_flows_are_from_the_truth_is_measured(
     wanted = report["true_log_prob"]["mean"] - report["mean"]
     assert row["mean"] == pytest.approx(wanted, abs=1e-3)
     assert row["mean"] > 10 * row["standard_error"] > 0  # it has hardly learned anything
+
+
+@pytest.mark.slow
+def test_optimisers_are_compared_and_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import optimisers
+
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(optimisers, "RESULTS", tmp_path)
+    monkeypatch.setattr(optimisers, "FACTORS", (1.0,))
+    small = ("--d-model", "4", "--n-layers", "1", "--n-heads", "2", "--dtype", "float32")
+    small += ("--n-symbols", "16", "--length", "8", "--n-train", "64", "--batch-size", "4")
+    small += ("--microbatches", "1", "--steps-per-call", "2", "--warmup-steps", "2")
+    task = optimisers.Task("gpt2-124m", 1e-2, 8, 4, small)
+    monkeypatch.setattr(optimisers, "TASKS", {"gpt2-124m": task})
+    optimisers.main((), [0], tmp_path / "runs")
+    found = common.read("optimisers")
+    assert found is not None
+    (of,) = found["tasks"]
+    for algorithm in ("adamw", "muon"):
+        (run,) = of["algorithms"][algorithm]["runs"]
+        assert run["steps"] == [4, 8]
+        assert min(run["nats"]) > of["entropy"] > 0
+        assert of["algorithms"][algorithm]["tried"] == {"0.01": run["nats"][-1]}
+    adam, muon = (of["algorithms"][name]["runs"][0]["nats"] for name in ("adamw", "muon"))
+    assert adam != muon
+    assert of["algorithms"]["adamw"]["steps_to_adam"] in (4, 8)
+    assert (tmp_path / "optimisers.png").stat().st_size > 10_000
+    text = "\n".join(report_results.optimiser_parts(found))
+    assert text.count("| `gpt2-124m` |") == 2
+
+
+def test_a_curve_is_read_from_a_log() -> None:
+    from benchmarks import optimisers
+
+    lines = [
+        {"step": 5, "speed/examples_per_second": 400.0, "vae/loss": 9.0},
+        {"step": 10, "speed/examples_per_second": 200.0, "valid/log_prob": -7.0},
+    ]
+    found = optimisers.curve(lines, 8)
+    assert found == {"steps": [10], "nats": [7.0], "ms": 30.0}
+    runs = [{"steps": [5, 10], "nats": [4.0, 1.0]}, {"steps": [5, 10], "nats": [2.0, 2.0]}]
+    assert optimisers.steps_to(3.0, runs) == 5
+    assert optimisers.steps_to(1.6, runs) == 10
+    assert optimisers.steps_to(1.0, runs) is None
 
 
 def test_makemores_transformer_reads_the_names_that_ours_reads(tmp_path: Path) -> None:

@@ -39,7 +39,10 @@ def other(hint, value):
     if value is None and int in get_args(hint):
         return 3
     if isinstance(value, tuple):
-        return (*value, "matrix=2" if get_args(hint)[0] is str else 3)
+        kind = get_args(hint)[0]
+        if kind is float:  # relative lengths of averages
+            return (*value, 0.1)
+        return (*value, "matrix=2" if kind is str else 3)
     return "another"
 
 

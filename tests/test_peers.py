@@ -39,10 +39,30 @@ def test_without_pytorch_the_report_says_what_was_skipped(
     found = json.loads((tmp_path / "peers.json").read_text())
     (row,) = found["rows"]
     assert row["torch"] == {"skipped": peers.NO_TORCH}
+    assert row["best"].endswith(f"steps a dispatch, {row['allocator']}") or "one" in row["best"]
+    assert {label.rpartition(", ")[2] for label in row["ms"]} >= {"default"}
     assert row["steps_per_second"] > 0
     assert row["flops"] > 0
     assert found["geometric_means"] == {}
     assert f"skipped: {peers.NO_TORCH}" in "\n".join(report.peers_parts(found))
+
+
+def test_each_side_counts_with_the_allocator_that_it_is_fastest_with() -> None:
+    recipe = peers.recipe_of("vae", "small")
+    cost = {"flops": 1.0}
+    forms = {"one step a dispatch": 1, "50 steps a dispatch": 50}
+    about = {"per_call": forms, "compile_seconds": 1.0, "cost": cost}
+    ours = {f"{form}, {one}": float for form in forms for one in ("default", "tcmalloc")}
+    theirs = {f"PyTorch, eager, {one}": float for one in ("default", "tcmalloc")}
+    took = dict(zip((*ours, *theirs), (4.0, 3.0, 1.0, 2.0, 5.0, 6.0), strict=True))
+    rounds = {label: [seconds] * 3 for label, seconds in took.items()}
+    mine, twin = peers._Side(ours, about, []), peers._Side(theirs, {}, [])
+    row = peers._row(recipe, "small", 1.0, mine, twin, rounds)
+    assert (row["best"], row["allocator"]) == ("50 steps a dispatch, default", "default")
+    assert row["best_one_step"] == "one step a dispatch, tcmalloc"
+    assert row["torch"] == {"best": "PyTorch, eager, default", "allocator": "default"}
+    assert row["ratio"]["median"] == 1 / 5
+    assert row["ratio_one_step"]["median"] == 3 / 5
 
 
 @pytest.mark.slow

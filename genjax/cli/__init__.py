@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal
 
 from genjax.cli.failures import streams, told
 from genjax.cli.flags import axes_of, parse_recipe
+from genjax.cli.start import restart
 from genjax.cli.terminal import numbers, print_table, say
 from genjax.errors import ConfigError, Interrupted, unknown_name
 
@@ -260,6 +261,7 @@ def _number(value: float | None) -> str:
 def _bench(args: list[str]) -> None:
     recipe, _, options = parse_recipe("bench", args, _Bench)
     from genjax.learning.sharding import parse_mesh
+    from genjax.profiling import allocators
     from genjax.profiling.measure import step_cost
     from genjax.runs.folder import environment
     from genjax.runs.stages import first_of
@@ -280,19 +282,23 @@ def _bench(args: list[str]) -> None:
             "2048 float32 product)",
         ],
         ["temporary memory", f"{cost.temporary_bytes / 2**20:.2f} MiB"],
+        ["allocator", allocators.in_use()],
     ]
     if cost.steps_of_sequences:
         figure = f"{cost.steps_of_sequences * cost.steps_per_second:.0f}"
         lines.insert(2, ["steps of sequences/s", figure])
     if cost.share_of_datasheet is not None:
         figure = f"{100 * cost.share_of_datasheet:.1f} % of bfloat16, by products"
-        lines.insert(-1, ["share of the data sheet", figure])
+        lines.insert(-2, ["share of the data sheet", figure])
     print_table(
         f"one optimiser step of {recipe.name} per dispatch, batch {cost.batch_size}, "
         f"on {machine['device']} ({machine['cores']} cores){shared}",
         ["what", "figure"],
         lines,
     )
+    line = allocators.advice(*allocators.here())
+    if line is not None:
+        say(line)
 
 
 def _compile(args: list[str]) -> None:
@@ -454,6 +460,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         with streams():
+            if argv is None:
+                restart(args)
             _run(args)
         sys.stdout.flush()
     except Interrupted as stop:

@@ -51,6 +51,11 @@ SAMPLE_FLAGS: dict[str, tuple[Any, Any, str]] = {
         "newest",
         "Of its checkpoints the newest, or the best by the figure on the validation split.",
     ),
+    "sigma_rel": (
+        float | None,
+        None,
+        "The relative length of the average of the weights, made of those that the run tracked.",
+    ),
     "out": (
         Path | None,
         None,
@@ -79,7 +84,7 @@ def sample(args: list[str]) -> None:
             for field in dataclasses.fields(samples.Decoding)
         }
     )
-    loaded = runs.load(options.run, options.which)
+    loaded = runs.load(options.run, options.which, options.sigma_rel)
     spec = loaded.model.spec
     few = spec.step is not None or (options.film and view_of(spec) != "points")
     n = options.n or (10 if few else 64)
@@ -99,6 +104,9 @@ def sample(args: list[str]) -> None:
     written = [stem.with_name(stem.name + ".npz")]
     what = _what(options)
     title = f"{loaded.recipe.name}: {what}, step {loaded.step}, seed {options.seed}"
+    if loaded.sigma_rel is not None:
+        title += f", sigma_rel {loaded.sigma_rel:g}"
+        print(_about_average(loaded.sigma_rel, loaded.off))
     log_prob = samples.true_log_prob(runs.made_source(loaded))
     show = samples.show_film if options.film else samples.show
     written += show(found, spec, stem, title, log_prob, cond)
@@ -124,7 +132,8 @@ def _read_sample(args: Sequence[str]) -> Any:
 
     run = _run_of_help(args)
     model = None if run is None else _model_of(run)
-    flags = {name.replace("_", "-"): entry for name, entry in _sample_flags(model).items()}
+    tracks = run is not None and (run / "averages").is_dir()
+    flags = {name.replace("_", "-"): entry for name, entry in _sample_flags(model, tracks).items()}
     about = (
         "Draw samples from a run: an array (.npz), and a picture (.png), text (.txt) or music "
         "(.mid) for a person."
@@ -175,8 +184,10 @@ def _model_of(run: Path) -> "Model":
     return recipe.build(kept(run)[0])
 
 
-def _sample_flags(model: "Model | None") -> dict[str, tuple[Any, Any, str]]:
-    """The flags that apply to a model; all that there are without one."""
+def _sample_flags(model: "Model | None", tracks: bool = False) -> dict[str, tuple[Any, Any, str]]:
+    """The flags that apply to a model, whose run `tracks` averages; all that there are without
+    one.
+    """
     from genjax.runs.samples import Decoding, fields_for, has_film, shows_means
     from genjax.zoo.sections import fields_of
 
@@ -185,6 +196,7 @@ def _sample_flags(model: "Model | None") -> dict[str, tuple[Any, Any, str]]:
         return flags
     applies = {"n", "seed", "out", *fields_for(model)}
     applies |= {"which"} if model.score is not None else set()
+    applies |= {"sigma_rel"} if tracks else set()
     applies |= {"cond"} if model.spec.conditional else set()
     applies |= {"means"} if shows_means(model) else set()
     applies |= {"film"} if has_film(model) else set()
@@ -200,6 +212,7 @@ def _stem(options: Any, n: int, asked: dict[str, Any], arrays: dict[str, Any]) -
         parts.append(f"cond{options.cond}")
     parts += [name for name in ("means", "film") if getattr(options, name)]
     parts += ["best"] * (options.which == "best")
+    parts += [] if options.sigma_rel is None else [f"sigma{options.sigma_rel:g}"]
     if "prompt" in asked:
         parts.append("prompt")
     parts += [f"{name}{value}" for name, value in asked.items() if name != "prompt"]
@@ -250,6 +263,11 @@ def _same(stem: Path, arrays: dict[str, Any]) -> bool:
     )
 
 
+def _about_average(sigma_rel: float, off: float) -> str:
+    """What the weights are where they are an average that was chosen after training."""
+    return f"the average of sigma_rel {sigma_rel:g}, to {100 * off:.2g} % of its profile"
+
+
 def _what(options: Any) -> str:
     if options.means:
         return "means of p(x|z)"
@@ -285,6 +303,8 @@ def evaluate(args: list[str]) -> None:
         """Examples at a time; it changes memory and speed, and the noise."""
         which: Which = "newest"
         """Of its checkpoints the newest, or the best by the figure on the validation split."""
+        sigma_rel: float | None = None
+        """The relative length of the average of the weights, made of those that the run tracked."""
         samples: bool = False
         """Give figures about samples as well, where there is a log-probability or bound."""
 
@@ -304,7 +324,7 @@ def evaluate(args: list[str]) -> None:
         if "n_bound_samples" not in parameters_of(recipe.family):
             raise ConfigError(f"{recipe.name} has no bound with samples; leave --n-samples out.")
         changes["n_bound_samples"] = options.n_samples
-    run, other = runs.load(options.run, options.which, **changes), None
+    run, other = runs.load(options.run, options.which, options.sigma_rel, **changes), None
     if options.data is not None:
         from genjax.runs.other_data import other_source
 
@@ -321,18 +341,21 @@ def evaluate(args: list[str]) -> None:
         source=other,
     )
     about = None if other is None else other.spec.name
-    path = options.run / _report_name(split, about, options.which)
+    path = options.run / _report_name(split, about, options.which, options.sigma_rel)
     write_json(path, report)
     table = _rows_of(report)
     print_table(f"{report['recipe']} on {report['data']}", ["what", "figure"], table)
     print(f"written: {path}")
 
 
-def _report_name(split: str, data: str | None, which: str = "newest") -> str:
+def _report_name(
+    split: str, data: str | None, which: str = "newest", sigma_rel: float | None = None
+) -> str:
     """A name that no report about something else has: report.json is that of the test split."""
     usual = "test" if data is None else "all"
     parts = ["report", *[data] * (data is not None), *[split] * (split != usual)]
     parts += [which] * (which != "newest")
+    parts += [] if sigma_rel is None else [f"sigma{sigma_rel:g}"]
     return "-".join(parts).replace("/", "_") + ".json"
 
 
@@ -362,6 +385,9 @@ def _rows_of(report: dict[str, Any]) -> list[list[str]]:
         truth = report["true_log_prob"]
         value = f"{truth['mean']:.3f} ± {truth['standard_error']:.3f} nats"
         rows.append(["true log-density", f"{value}, on the same examples"])
+    if "sigma_rel" in report:
+        words = _about_average(report["sigma_rel"], report["sigma_rel_off"])
+        rows.append(["weights", words])
     names = ("estimator", "split", "n", "seed", "step", "which", "seconds", "config_hash")
     return rows + [[name, str(report[name])] for name in names]
 

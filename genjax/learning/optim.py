@@ -13,6 +13,7 @@ from jax.core import Tracer
 from genjax.checks import leaves_by_name
 from genjax.errors import ConfigError, unknown_name
 from genjax.learning.labels import LABELS, Labels, base_of, labels_of
+from genjax.learning.powers import SigmaRel, track_powers
 from genjax.protocol import PyTree
 from genjax.settings import NonNegative, Positive, Rate, Whole, Within, check_fields, used
 
@@ -125,6 +126,9 @@ class Optimizer:
         decayed: the labels of the parameters that weight decay applies to; a "matrix" is what has
             more than one dimension, where the model says nothing else.
         rates: the step size of some labels as a factor of that of the others: "dynamics=0.1".
+        sigma_rels: keep averages of the weights of these relative lengths, such as 0.05 0.1, of
+            which one of any length can be made after training: `--sigma-rel` of sample and
+            evaluate, see `powers.py`.
     """
 
     algorithm: Literal["adam", "adamw", "sgd", "rmsprop", "lion", "muon"] = "adam"
@@ -140,13 +144,16 @@ class Optimizer:
     decayed: tuple[str, ...] = ("matrix", "embedding")
     rates: tuple[str, ...] = ()
     decay_fraction: Annotated[float, Within(0, 1, above=True)] = 0.2
+    sigma_rels: tuple[SigmaRel, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("decayed", "rates"):  # JSON gives lists back
+        for name in ("decayed", "rates", "sigma_rels"):  # JSON gives lists back
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         check_fields(self)
         _factors(self.rates)
+        if len(set(self.sigma_rels)) < len(self.sigma_rels):
+            raise ConfigError(f"sigma_rels are each given once; got {self.sigma_rels}.")
         self._check_size()
 
     def _check_size(self) -> None:
@@ -213,6 +220,8 @@ class Optimizer:
             parts.insert(0, optax.clip_by_global_norm(self.clip_norm))
         if used(self.ema_decay):
             parts.append(track_ema(self.ema_decay))
+        if self.sigma_rels:
+            parts.append(track_powers(self.sigma_rels))
         tx = optax.chain(*parts) if len(parts) > 1 else parts[0]
         covered = {*LABELS, *self.decayed, *factors}
         return _covering(tx, covered, labels, player) if labels else tx

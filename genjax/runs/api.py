@@ -279,16 +279,24 @@ def source_in(data: Any, spec: DataSpec | None = None) -> Source:
     return from_arrays(data, standardize="none", **taken)
 
 
-def load(folder: str | Path, which: str = "newest", model: Model | None = None) -> Run:
+def load(
+    folder: str | Path,
+    which: str = "newest",
+    model: Model | None = None,
+    sigma_rel: float | None = None,
+) -> Run:
     """A run folder as an object.
 
     Args:
         which: of its checkpoints the "newest", or the "best" by the figure on the validation split.
         model: what was trained, if it was a model of one's own (such as with an own network), which
             no folder can rebuild; its parameters are matched by name. Such a run has no `source`.
+        sigma_rel: have averages of this relative length for parameters, chosen now and made of
+            those that the run tracked (`--sigma-rels`).
 
     Raises:
-        ConfigError: if the folder is no run, or is a sweep, or needs the model.
+        ConfigError: if the folder is no run, or is a sweep, or needs the model, or the average
+            cannot be made.
         CheckpointError: if it has no checkpoint, none that is whole, or one of another model.
 
     Example:
@@ -301,9 +309,11 @@ def load(folder: str | Path, which: str = "newest", model: Model | None = None) 
         (5, 3)
     """
     if model is not None:
+        if sigma_rel is not None:
+            raise ConfigError("Averages are stored for recipes, not for a model of one's own.")
         found = weights_of(Path(folder), model, which)
         return Run(model, *found, folder=Path(folder))
-    loaded = loading.load(Path(folder), which)
+    loaded = loading.load(Path(folder), which, sigma_rel)
     return Run(loaded.model, loaded.params, loaded.state, loaded.step, loaded, folder=Path(folder))
 
 

@@ -79,6 +79,7 @@ def evaluate(
         "seed": seed,
         "step": run.step,
         "which": run.which,
+        **({} if run.sigma_rel is None else {"sigma_rel": run.sigma_rel, "sigma_rel_off": run.off}),
         "training_seed": run.recipe.schedule.seed,
         "config_hash": config_hash(to_dict(run.recipe)),
         "seconds": round(time.perf_counter() - started, 2),

@@ -19,6 +19,7 @@ from genjax.learning.memory import explained, fetched
 from genjax.learning.step import eval_params
 from genjax.protocol import Key, Model, Params, State
 from genjax.runs import samples
+from genjax.runs.averages import lengths_of, rebuilt
 from genjax.runs.best import WHICH, best_of
 from genjax.runs.folder import check_spec, read_config, read_spec
 from genjax.runs.identity import (
@@ -46,6 +47,8 @@ class Loaded(NamedTuple):
         files: the files of these data, as `identity.files_of` has them; None for a run from before
             they were kept.
         which: whose checkpoint it is, see `load`.
+        sigma_rel: the length of the average that its parameters are, see `load`.
+        off: how far the profile of that average is from what it should be, as a part of itself.
     """
 
     folder: Path
@@ -57,18 +60,25 @@ class Loaded(NamedTuple):
     step: int
     files: list[dict[str, Any]] | None = None
     which: str = "newest"
+    sigma_rel: float | None = None
+    off: float = 0.0
 
 
-def load(folder: Path, which: str = "newest", **changes: Any) -> Loaded:
+def load(
+    folder: Path, which: str = "newest", sigma_rel: float | None = None, **changes: Any
+) -> Loaded:
     """A run's model with the parameters of its newest whole checkpoint.
 
     Args:
         which: "newest", or "best": that with the best figure on the validation split.
+        sigma_rel: have averages of this relative length for parameters, made of those that the run
+            tracked (see `averages.rebuilt`), in the place of the average or weights that it is
+            otherwise evaluated with.
         **changes: builder arguments to change that do not change the parameters, such as
             `n_bound_samples`.
 
     Raises:
-        ConfigError: if the folder is no run, or is a sweep.
+        ConfigError: if the folder is no run, or is a sweep, or the average cannot be made.
         CheckpointError: if it has no checkpoint, or none that is whole; or if its settings are not
             those that the checkpoint was saved with.
     """
@@ -111,8 +121,13 @@ def load(folder: Path, which: str = "newest", **changes: Any) -> Loaded:
     model = recipe.build(on, **changes)
     if files and len(files) == 1 and data.data != MEMORY:
         data = dataclasses.replace(data, data=files[0]["path"])
-    params = eval_params(state)
-    return Loaded(folder, recipe, data, model, params, state.state, int(state.step), files, which)
+    step = int(state.step)
+    if sigma_rel is None:
+        params = eval_params(state)
+        return Loaded(folder, recipe, data, model, params, state.state, step, files, which)
+    params, off = rebuilt(folder, lengths_of(recipe, model.losses), state, sigma_rel, check)
+    found = (folder, recipe, data, model, params, state.state, step, files, which)
+    return Loaded(*found, sigma_rel, off)
 
 
 def source_of(run: Loaded) -> Source:

@@ -23,6 +23,7 @@ from genjax.learning.step import eval_params
 from genjax.profiling.room import check_training
 from genjax.protocol import Batch, Model, Training, TrainState
 from genjax.runs import samples, stages
+from genjax.runs.averages import lengths_of, snapshot_hook
 from genjax.runs.best import Best, no_gain
 from genjax.runs.folder import check_folder, keep_spec, open_folder, with_buckets_of
 from genjax.runs.identity import check_note, files_of, keep_files, note_of, read_files
@@ -142,6 +143,8 @@ def _train(
         _valid_hook(model, source, splits, best, valid_every),
         _picture_hook(model, source, splits, folder, schedule.sample_every, writers),
     ]
+    if lengths_of(recipe, model.losses):
+        hooks.append(snapshot_hook(folder, about, schedule.snapshot_every))
 
     speed = speed_of(t, source.spec, schedule.batch_size, mesh, say)
     title = f"{recipe.name} on {source.spec.name}"

@@ -53,6 +53,8 @@ class Schedule:
         sample_every: write a picture of samples; 0 only at the end.
         checkpoint_every: save a checkpoint; the end of the run is always saved.
         keep_checkpoints: how many of the newest checkpoints to keep.
+        snapshot_every: store the averages of `sigma_rels`, all of which are kept; 0 only at the
+            end.
         place: where the training data live: on the "device", on the "host" (sent batch by batch),
             or "auto": the device up to 2 GiB, and the host where several processes train.
         augment: random changes of the images that are trained on, in their order, such as
@@ -78,6 +80,7 @@ class Schedule:
     place: Literal["auto", "device", "host"] = "auto"
     augment: str = ""
     buckets: Buckets | None = None
+    snapshot_every: Whole = 500
 
     def __post_init__(self) -> None:
         check_fields(self)
