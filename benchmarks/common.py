@@ -58,14 +58,17 @@ def alternate(
 
 
 def in_turns(
-    calls: dict[str, Callable[[int], float]], counts: dict[str, int], seconds: float
+    calls: dict[str, Callable[[int], float]],
+    counts: dict[str, int],
+    seconds: float,
+    least: int = 5,
 ) -> dict[str, list[float]]:
-    """One value per round and program: what each gives for its count, a mean over so many. Five
+    """One value per round and program: what each gives for its count, a mean over so many. So many
     rounds at least.
     """
     rounds: dict[str, list[float]] = {name: [] for name in calls}
     started = time.perf_counter()
-    while time.perf_counter() - started < seconds or len(next(iter(rounds.values()))) < 5:
+    while time.perf_counter() - started < seconds or len(next(iter(rounds.values()))) < least:
         # The order turns around in every second round, so that none always runs in the wake of the
         # same other.
         order = list(calls) if len(rounds[next(iter(calls))]) % 2 == 0 else list(reversed(calls))

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report_accelerator, report_costs
+from benchmarks import report_accelerator, report_costs, report_exact
 from benchmarks.common import machine, markdown, not_measured, percent, quartiles, read
 from benchmarks.report_results import (
     attack_text,
@@ -443,6 +443,7 @@ def main() -> None:
     denoising = read("denoising")
     if denoising:
         parts += denoising_parts(denoising)
+    parts += report_exact.parts()
     parts += report_costs.parts()
     parts += report_accelerator.parts()
     parts += ["## Results of the zoo", "", results_table(), ""]
