@@ -57,7 +57,8 @@ class Args:
     the source of their reference counts, from runs in `keep`, `makemore` what makemore's
     Transformer in PyTorch reaches on our first names, `generation` cached sampling, `denoising`
     what diffusion and flow matching reach, `flows` how far flows end from densities that are
-    known, `programs` the size of compiled steps (the baseline of
+    known, and beside zuko's and flowjax's (GENJAX_ZUKO_PYTHON and GENJAX_FLOWJAX_PYTHON name their
+    interpreters), `programs` the size of compiled steps (the baseline of
     tests/test_programs.py, for this version of jax), `memory` what they need, `sampling` samplers
     by batch, `startup` from the command to the first step, `ensemble` many small models at once,
     `convolution` gradients beside flax's convolutions, `widths` a Transformer's share of the peak,
@@ -129,9 +130,10 @@ def main() -> None:
 
         denoising.main(args.keep)
     if args.part == "flows":
-        from benchmarks import flows
+        from benchmarks import flow_peers, flows
 
         flows.main(list(args.names), list(args.seeds), args.keep)
+        flow_peers.main(args.names, args.seeds)
     if args.part in ("programs", "memory", "startup", "larger"):
         importlib.import_module(f"benchmarks.{args.part}").main()
     if args.part in ("sampling", "ensemble", "convolution", "widths", "buckets", "pixels"):

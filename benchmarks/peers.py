@@ -55,6 +55,10 @@ CASES: dict[str, dict[str, Any]] = {
     "edm-mnist": {"channels": (48, 96)},
     "flow-matching": {"hidden": (1024, 1024, 1024)},
     "flow-matching-mnist": {"channels": (48, 96)},
+    "nsf-ring": {"hidden": (256, 256)},
+    "made-mnist": {"hidden": (2048, 2048)},
+    "pixelcnn-mnist": {"channels": 64},
+    "mingru-shakespeare": {"d_model": 256, "d_inner": 336},
 }
 
 

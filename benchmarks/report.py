@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report_accelerator, report_costs, tpus
+from benchmarks import report_accelerator, report_costs, report_exact, tpus
 from benchmarks.common import machine, markdown, not_measured, percent, quartiles, read
 from benchmarks.report_results import (
     attack_text,
@@ -456,6 +456,7 @@ def main() -> None:
     optimisers = read("optimisers")
     if optimisers:
         parts += optimiser_parts(optimisers)
+    parts += report_exact.parts()
     parts += report_costs.parts()
     parts += report_accelerator.parts()
     compiled = read("tpus")

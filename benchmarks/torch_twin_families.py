@@ -55,6 +55,10 @@ class Twin(nn.Module, abc.ABC):
     def settle(self) -> None:
         """After the gradient: keep what the next step begins with."""
 
+    def named(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """genjax's parameters by the names that they have here."""
+        return arrays
+
     def normalize(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.spec.kind == "continuous" else x * (2 / self.top) - 1
 
@@ -391,6 +395,9 @@ class Diffusion(Denoiser):
 
 class FlowMatching(Denoiser):
     players = ("flow",)
+
+    def named(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {f"net/{name}": value for name, value in arrays.items()}  # it has nothing else
 
     def draw(self, player: str) -> Noise:
         noise = super().draw(player)

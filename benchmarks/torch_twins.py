@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 from torch import nn  # pyright: ignore[reportMissingImports]
-from torch_twin_families import FAMILIES, RNN, FlowMatching, Twin
+from torch_twin_exact import FAMILIES as EXACT
+from torch_twin_families import FAMILIES, RNN, Twin
 
 # --- the step -------------------------------------------------------------------------------------
 
@@ -106,7 +107,7 @@ def stepper(case: dict[str, Any], variant: str) -> Callable[[], None]:
 
 
 def built(case: dict[str, Any]) -> Twin:
-    return FAMILIES[case["family"]](case).to(memory_format=torch.channels_last)
+    return (FAMILIES | EXACT)[case["family"]](case).to(memory_format=torch.channels_last)
 
 
 def batch_of(case: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -130,8 +131,7 @@ def load(twin: Twin, arrays: dict[str, np.ndarray]) -> None:
     """Put genjax's parameters into the twin; a name or a shape that does not fit is an error."""
     if isinstance(twin, RNN):
         twin.load(arrays)
-    if isinstance(twin, FlowMatching):  # whose parameters are its network's
-        arrays = {f"net/{name}": value for name, value in arrays.items()}
+    arrays = twin.named(arrays)
     modules = dict(twin.named_modules())
     for name, parameter in twin.named_parameters():
         if isinstance(twin, RNN) and name.startswith("layers."):
@@ -153,10 +153,9 @@ def load(twin: Twin, arrays: dict[str, np.ndarray]) -> None:
             turned = isinstance(modules[path], nn.ConvTranspose2d)
             value = value[::-1, ::-1] if twin.mirrored or turned else value
             value = value.transpose(2, 3, 0, 1) if turned else value.transpose(3, 2, 0, 1)
-        elif value.ndim == 2 and (
-            value.shape != parameter.shape or value.shape[0] == value.shape[1]
-        ):
-            value = value.T
+        elif value.ndim == 2:
+            square = value.shape[0] == value.shape[1] and leaf in ("weight", "kernel")
+            value = value.T if square or value.shape != parameter.shape else value
         assert value.shape == parameter.shape, (name, value.shape, tuple(parameter.shape))
         parameter.data.copy_(torch.from_numpy(np.array(value)))
 

@@ -44,6 +44,7 @@ _HOME = {
     "realnvp": "families.flows",
     "reflow": "families.compose",
     "made": "families.made",
+    "nade": "families.nade",
     "pixelcnn": "families.pixelcnn",
     "rnn": "families.rnn",
     "ssm": "families.ssm",
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
     from genjax.families.gan import gan
     from genjax.families.glow import glow
     from genjax.families.made import made
+    from genjax.families.nade import nade
     from genjax.families.pixelcnn import pixelcnn
     from genjax.families.rnn import rnn
     from genjax.families.ssm import ssm

@@ -338,7 +338,7 @@ def test_how_far_flows_are_from_the_truth_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The distance is the difference of the two means of a run's report."""
-    from benchmarks import flows
+    from benchmarks import flows, report_exact
 
     monkeypatch.setattr(common, "RESULTS", tmp_path)
 
@@ -360,6 +360,23 @@ def test_how_far_flows_are_from_the_truth_is_measured(
     wanted = report["true_log_prob"]["mean"] - report["mean"]
     assert row["mean"] == pytest.approx(wanted, abs=1e-3)
     assert row["mean"] > 10 * row["standard_error"] > 0  # it has hardly learned anything
+    assert f"| `nsf-ring` | {row['mean']:.4f} |" in "\n".join(report_exact.parts())
+
+
+@pytest.mark.slow
+def test_what_caches_gain_a_pixelcnn_is_measured_and_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import pixels, report_exact
+
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    row = ZOO["pixelcnn-digits"]
+    monkeypatch.setattr(pixels, "ZOO", {"small": replace(row, **row.tiny)})
+    monkeypatch.setattr(pixels, "BATCHES", (2,))
+    common.write("pixels", pixels.measure(0.02, ("small",)))
+    (found,) = common.read("pixels")["rows"]
+    assert found["same"] == 1.0
+    assert "| `small` | 2 | " in "\n".join(report_exact.parts())
 
 
 @pytest.mark.slow

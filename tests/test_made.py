@@ -15,10 +15,11 @@ from rows import widen
 from test_autoregressive import every, p_value
 
 from genjax.errors import ConfigError
-from genjax.families.made import Masked, draw, made, orders_of
+from genjax.families.made import made
 from genjax.nets.functional import functional
 from genjax.nets.masked import MaskedMlp
 from genjax.parts.likelihoods import Emission
+from genjax.parts.orders import Ordered, draw, orders_of
 from genjax.parts.pixels import pixel_emission
 from genjax.protocol import Batch, DataSpec
 
@@ -160,7 +161,7 @@ def pieces(variant, spec, hidden):
             spec.size, hidden, 1, cond_size=spec.cond_size, direct=direct, rngs=rngs
         )
     )
-    return Masked(spec, net, emit, orders_of(order, n_orders, 0, spec.size))
+    return Ordered(spec, net, emit, orders_of(order, n_orders, 0, spec.size))
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ SMALL = {
     "05_scale.ipynb": "SECONDS = 0.02\nHIDDEN = 64\nMEMBERS = (1, 2)\nSTEPS = (1, 2)\nRECIPES = ()",
     "06_your_own_data.ipynb": "STEPS = 20\nN = 300",
     "07_from_python.ipynb": "STEPS = 100\nSEEDS = 2",
+    "08_exact_likelihood.ipynb": "STEPS = 20\nCELLS = 8\nSIDE = 6",
 }
 SHOWS = {  # pictures
     "01_composition.ipynb": 4,
@@ -27,6 +28,7 @@ SHOWS = {  # pictures
     "05_scale.ipynb": 1,
     "06_your_own_data.ipynb": 3,
     "07_from_python.ipynb": 2,
+    "08_exact_likelihood.ipynb": 3,
 }
 
 

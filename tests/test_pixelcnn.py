@@ -2,6 +2,7 @@
 with caches of rows and without.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -27,7 +28,8 @@ CLASSES = DataSpec((3, 3, 1), "binary", n_classes=2, name="labelled images")
 COLOURS = DataSpec((3, 5, 2), "discrete", levels=3, name="images of two channels")
 TINY = {"channels": 4, "n_layers": 3, "kernel_size": 3}
 
-plain = pytest.param(False, marks=pytest.mark.slow, id="plain")
+slow = pytest.mark.slow
+plain = pytest.param(False, marks=slow, id="plain")
 both = pytest.mark.parametrize("gated", [pytest.param(True, id="gated"), plain])
 
 
@@ -89,22 +91,36 @@ def may_see(spec, gated):
     return np.asarray([[sees(at, other) for other in places(spec)] for at in places(spec)])
 
 
-@pytest.mark.slow
-@both
-def test_a_value_depends_on_every_earlier_one_and_exactly_on_no_other(gated, x64):
-    """The jacobian of the logits of every pixel and channel, exactly 0 or not."""
-    model, params = built(COLOURS, gated=gated, channels=8)  # enough that no unit is always off
-    params, x = widen(params), np.random.default_rng(0).integers(0, 3, (6, *COLOURS.shape))
+def seen(model, params, spec):
+    """[values, values] of whether the jacobian of a value's logits by another is not 0, exactly."""
+    x = np.random.default_rng(0).integers(0, spec.levels, (6, *spec.shape))
+    channels = spec.shape[-1]
 
     def logits(x):
         found = model.autoregressive.outputs(params, {"pixelcnn": {}}, x[None])
-        return channel_logits(COLOURS, 2, found, x.reshape(1, -1, 2))[0]
+        return channel_logits(spec, channels, found, x.reshape(1, -1, channels))[0]
 
     jacobian = np.asarray(quick(jax.vmap(jax.jacfwd(logits)))(jnp.asarray(x, jnp.float64)))
-    size = np.abs(jacobian).max(axis=(0, 3)).reshape(COLOURS.size, COLOURS.size)
+    return np.abs(jacobian).max(axis=(0, 3)).reshape(spec.size, spec.size) != 0
+
+
+@pytest.mark.slow
+@both
+def test_a_value_depends_on_every_earlier_one_and_exactly_on_no_other(gated, x64):
+    model, params = built(COLOURS, gated=gated, channels=8)  # enough that no unit is always off
     wanted = may_see(COLOURS, gated)
-    np.testing.assert_array_equal(size != 0, wanted)
+    np.testing.assert_array_equal(seen(model, widen(params), COLOURS), wanted)
     assert gated or (wanted.sum() < may_see(COLOURS, True).sum())  # there is a blind spot
+
+
+@slow
+def test_with_smaller_images_between_it_is_the_same(x64):
+    """One layer alone would not reach so far: what was halved does."""
+    spec = dataclasses.replace(COLOURS, shape=(4, 4, 2))
+    model, params = built(spec, channels=8, n_layers=1, scales=2)
+    np.testing.assert_array_equal(seen(model, widen(params), spec), may_see(spec, True))
+    near, params = built(spec, channels=8, n_layers=1)
+    assert seen(near, widen(params), spec).sum() < may_see(spec, True).sum()
 
 
 # --- probabilities --------------------------------------------------------------------------------
@@ -137,6 +153,17 @@ def test_samples_follow_the_probabilities(gated):
 
 
 @pytest.mark.slow
+def test_the_probabilities_of_all_images_sum_to_one_where_images_are_halved(x64):
+    spec = dataclasses.replace(CLASSES, shape=(2, 4, 1))
+    model, params = built(spec, scales=1, n_layers=1)
+    x = widen(every(spec))
+    batch = Batch(x, jnp.ones(len(x), jnp.int32))
+    p = np.exp(quick(model.log_prob)(widen(params), {"pixelcnn": {}}, batch, KEY))
+    np.testing.assert_allclose(p.sum(), 1, rtol=1e-12)
+    assert np.ptp(p) > 1e-3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("likelihood", ["categorical", "logistics"])
 def test_the_colours_of_two_pixels_sum_to_one(likelihood, x64):
     spec = DataSpec((1, 2, 3), "discrete", levels=2, cond_dim=2)
@@ -163,22 +190,39 @@ def test_sampling_with_caches_is_sampling_without(gated, size):
     assert len(np.unique(found)) == 3
 
 
-@pytest.mark.slow
-@both
-def test_the_caches_give_the_outputs_of_the_whole_network_at_every_pixel(gated, x64):
-    spec = DataSpec((4, 5, 2), "discrete", levels=3, n_classes=2)
-    model, params = built(spec, gated=gated, kernel_size=5, cond_dropout=0.5)
+@slow
+@pytest.mark.parametrize(("size", "n_layers"), [(3, 2), (5, 1)])
+def test_sampling_with_caches_is_sampling_without_where_images_are_halved(size, n_layers):
+    spec = DataSpec((4, 8, 2), "discrete", levels=3, n_classes=2)
+    options = {"kernel_size": size, "scales": 2, "n_layers": n_layers, "cond_dropout": 0.5}
+    cached, params = built(spec, **options)
+    naive, _ = built(spec, cached=False, **options)
+    cond = jnp.asarray([0, 1, 0, 1], jnp.int32)
+    found = drawn(cached, params, 4, cond)
+    np.testing.assert_array_equal(found, drawn(naive, params, 4, cond))
+    assert len(np.unique(found)) == 3
+
+
+@slow
+@pytest.mark.parametrize(
+    ("options", "width"),
+    [({}, 5), ({"gated": False}, 5), ({"scales": 1, "n_layers": 2}, 6)],
+    ids=["gated", "plain", "halved"],
+)
+def test_the_caches_give_the_outputs_of_the_whole_network_at_every_pixel(options, width, x64):
+    spec = DataSpec((4, width, 2), "discrete", levels=3, n_classes=2)
+    model, params = built(spec, kernel_size=5, cond_dropout=0.5, **options)
     own, params, state = model.autoregressive, widen(params), {"pixelcnn": {}}
-    x = jnp.asarray(np.random.default_rng(0).integers(0, 3, (3, 4, 5, 2)), jnp.float64)
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 3, (3, *spec.shape)), jnp.float64)
+    pixels = x.reshape(3, -1, 2)
     cond, dropped = jnp.asarray([0, 1, 1]), jnp.asarray([False, False, True])
     full = np.asarray(quick(own.outputs)(params, state, x, cond, dropped))
     begin, advance = quick(own.begin, static_argnums=2), quick(own.advance)
     outputs, carry = begin(params, state, 3, cond, dropped)
-    for t in range(20):
+    for t in range(pixels.shape[1]):
         np.testing.assert_allclose(outputs, full[:, t], atol=1e-11)
-        if t < 19:
-            pixel = x.reshape(3, 20, 2)[:, t]
-            outputs, carry = advance(params, state, carry, pixel, cond, dropped)
+        if t < pixels.shape[1] - 1:
+            outputs, carry = advance(params, state, carry, pixels[:, t], cond, dropped)
     other = np.asarray(quick(own.outputs)(params, state, x, 1 - cond, dropped))
     differs = (other != full).any(axis=(1, 2))
     np.testing.assert_array_equal(differs, ~np.asarray(dropped))
@@ -218,6 +262,9 @@ def test_dropout_is_of_training_only():
         (BINARY, {"kernel_size": 4}, "odd"),
         (BINARY, {"likelihood": "logistics"}, "take bernoulli"),
         (BINARY, {"n_layers": 0}, "at least 1"),
+        (BINARY, {"scales": 1}, "3 x 3 pixels, which halve 0 times: take scales=0"),
+        (DataSpec((4, 12, 1), "binary"), {"scales": 3}, "take scales=2 or less"),
+        (DataSpec((4, 4, 1), "binary"), {"scales": 1, "gated": False}, "gated=True"),
         (
             DataSpec((4, 4, 1), "discrete", levels=256, n_classes=2),
             {"cond_dropout": 0.1},

@@ -9,7 +9,7 @@ are in `nets/pixelcnn.py`, the distributions in `parts/pixels.py`, and what make
 
 import dataclasses
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
 
@@ -26,10 +26,13 @@ from genjax.settings import (
     Depth,
     Dtype,
     Rate,
+    Within,
     builder,
     guided_by,
     used,
 )
+
+Scales = Annotated[int, Within(0, 8)]
 
 
 def pixels_of(spec: DataSpec) -> DataSpec:
@@ -103,6 +106,25 @@ def check_image(spec: DataSpec, size: int) -> None:
         raise ConfigError(f"kernel_size must be odd, and at least 3; got {size}.")
 
 
+def check_scales(spec: DataSpec, scales: int, gated: bool) -> None:
+    """Refuse images that do not halve so often, and networks that do not halve them.
+
+    Raises:
+        ConfigError: with what to do.
+    """
+    if scales and not gated:
+        raise ConfigError(
+            f"scales={scales} is for gated networks: leave it at 0, or take gated=True."
+        )
+    height, width, _ = spec.shape
+    if height % 2**scales or width % 2**scales:
+        fit = max(s for s in range(scales) if height % 2**s == 0 and width % 2**s == 0)
+        raise ConfigError(
+            f"scales={scales} halves images {scales} times, and {spec.name} has {height} x {width} "
+            f"pixels, which halve {fit} times: take scales={fit} or less."
+        )
+
+
 def check_guided(likelihood: str, cond_dropout: Any) -> None:
     """Refuse guidance where outputs are no logits.
 
@@ -116,6 +138,13 @@ def check_guided(likelihood: str, cond_dropout: Any) -> None:
         )
 
 
+def module_of(gated: bool, scales: int) -> Any:
+    """What builds the network."""
+    if gated:
+        return partial(nets.pixelcnn.GatedPixelCNN, scales=scales)
+    return nets.pixelcnn.PixelCNN
+
+
 @builder
 def pixelcnn(
     spec: DataSpec,
@@ -126,6 +155,7 @@ def pixelcnn(
     channels: Count = 64,
     n_layers: Depth = 5,
     kernel_size: Count = 5,
+    scales: Scales = 0,
     dropout: Rate = 0.0,
     cached: bool = True,
     cond_dropout: CondDropout = 0.0,
@@ -139,8 +169,8 @@ def pixelcnn(
     same, negated, without dropout, and exact. Shapes: x [B, H, W, C]. `autoregressive` takes
     pixels as steps, [B, H W, C]: a prompt is the beginning of an image.
 
-    With `likelihood="logistics"` it is what PixelCNN++ says of a pixel, for any number of levels,
-    on a network without its down- and upsampling.
+    With `likelihood="logistics"` it is what PixelCNN++ says of a pixel, for any number of levels;
+    `scales` is its down- and upsampling.
 
     Example:
         >>> import jax
@@ -161,7 +191,9 @@ def pixelcnn(
         channels: the width d of the layers.
         n_layers: how many, after the first.
         kernel_size: columns of a window, an odd number; it has half as many rows. A pixel sees
-            (n_layers + 1) (kernel_size - 1) / 2 columns to each side.
+            (n_layers + 1) (kernel_size - 1) / 2 columns to each side, and more with `scales`.
+        scales: how often the image is halved on the way, and doubled again; with it there are
+            `n_layers` at each size before and after the smaller one. For gated networks.
         dropout: rate, of what a layer adds.
         cached: sample with caches of rows; without, the whole network is computed for every pixel,
             with the same result.
@@ -174,10 +206,11 @@ def pixelcnn(
             fit them or each other.
     """
     check_image(spec, kernel_size)
+    check_scales(spec, scales, gated)
     kind, steps = likelihood_of(spec, likelihood), pixels_of(spec)
     check_guided(kind, cond_dropout)
     emit = pixel_emission(steps, kind, n_components)
-    module = nets.pixelcnn.GatedPixelCNN if gated else nets.pixelcnn.PixelCNN
+    module = module_of(gated, scales)
     guided = guided_by(spec, cond_dropout)
     sizes = (channels, n_layers, kernel_size, emit.n_outputs, spec.cond_size, guided)
     net = functional(partial(module, spec.shape, *sizes), dtype)

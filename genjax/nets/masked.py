@@ -138,9 +138,11 @@ class MaskedMlp(nnx.Module):
         return found + to_outputs[jnp.arange(len(place)), place]
 
     def after(
-        self, y: Array, units: Sequence[Array], step: Array, cond: Array | None
+        self, y: Array, units: Sequence[Array], step: Array, place: Array, cond: Array | None
     ) -> list[Array]:
-        """The units once the values of rank <= step are in y: those of degree `step` are new."""
+        """The units once the values of rank <= step are in y, the last of them at `place` [n]:
+        those of degree `step` are new, so that each is computed once.
+        """
         first, found, h = self._given(cond)[0], [], y
         for index, layer in enumerate(self.layers):
             degree = np.asarray(self.degrees[index])

@@ -13,6 +13,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": jax.nn.gelu,
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
+    "sigmoid": jax.nn.sigmoid,
     "softplus": jax.nn.softplus,
     "tanh": jnp.tanh,
 }

@@ -185,6 +185,11 @@ class GatedPixelCNN(_Pixels):
 
     van den Oord 2016b, figure 2; with a residual sum in v, too. Of `size` columns each, and of
     (size + 1) / 2 rows.
+
+    With `scales` there are so many halvings, each between `n_layers` layers and `n_layers` more, to
+    which what was made of the smaller image is added (Salimans 2017, section 2.4). The pixel (I, J)
+    of a smaller image sees what (2I, 2J) of the larger one does, and is seen by that and by the
+    other three of its square, which are later: nothing sees itself.
     """
 
     def __init__(
@@ -196,24 +201,38 @@ class GatedPixelCNN(_Pixels):
         n_outputs: int,
         cond_size: int = 0,
         guided: bool = False,
+        scales: int = 0,
         *,
         rngs: nnx.Rngs,
     ) -> None:
-        super().__init__(shape, d, n_layers, n_outputs, 4 * d, cond_size, guided, rngs)
+        self.each, self.scales = n_layers, scales
+        layers = range((2 * scales + 1) * n_layers)
+        super().__init__(shape, d, len(layers), n_outputs, 4 * d, cond_size, guided, rngs)
         self.rows, self.size = size // 2 + 1, size
         c = shape[2] + 1
+        above = partial(MaskedConv, d, rows=self.rows, columns=size, sees="row", rngs=rngs)
+        beside = partial(MaskedConv, d, rows=1, columns=size, sees="here", rngs=rngs)
         self.first_v = MaskedConv(c, d, self.rows, size, "above", rngs=rngs)
         self.first_h = MaskedConv(c, d, 1, size, "before", rngs=rngs)
-        layers = range(n_layers)
-        self.vertical = nnx.List(
-            [MaskedConv(d, 2 * d, self.rows, size, "row", rngs=rngs) for _ in layers]
-        )
-        self.horizontal = nnx.List(
-            [MaskedConv(d, 2 * d, 1, size, "here", rngs=rngs) for _ in layers]
-        )
+        self.vertical = nnx.List([above(d_out=2 * d) for _ in layers])
+        self.horizontal = nnx.List([beside(d_out=2 * d) for _ in layers])
         self.across = nnx.List([nnx.Linear(2 * d, 2 * d, rngs=rngs) for _ in layers])
         self.outs = nnx.List([nnx.Linear(d, d, rngs=rngs) for _ in layers])
         self.between = nnx.Linear(d, d, rngs=rngs)
+        halvings = range(scales)
+        self.down_v = nnx.List([above(d_out=d) for _ in halvings])
+        self.down_h = nnx.List([beside(d_out=d) for _ in halvings])
+        self.down_across = nnx.List([nnx.Linear(d, d, rngs=rngs) for _ in halvings])
+        self.up_v = nnx.List([nnx.Linear(d, 4 * d, rngs=rngs) for _ in halvings])
+        self.up_h = nnx.List([nnx.Linear(d, 4 * d, rngs=rngs) for _ in halvings])
+
+    def _layers(self, scale: int) -> tuple[range, range]:
+        """The numbers of the layers of a scale, 0 being the image's own: before and after what is
+        made of the smaller image.
+        """
+        n, last = self.each, 2 * self.scales - scale
+        after = range(last * n, (last + 1) * n) if scale < self.scales else range(0)
+        return range(scale * n, (scale + 1) * n), after
 
     def __call__(
         self,
@@ -228,38 +247,136 @@ class GatedPixelCNN(_Pixels):
         x = with_one(y, places.dtype)
         v = self.first_v(x) + places
         h = self.first_h(x) + places + pointwise(self.between, v)
-        for index, (added, own) in enumerate(zip(self._added(cond, dropped), keys, strict=True)):
-            to_v, to_h = _halves(added)
+        given = [_halves(added) for added in self._added(cond, dropped)]
+
+        def layer(index: int, v: Array, h: Array) -> tuple[Array, Array]:
+            to_v, to_h = given[index]
             a = self.vertical[index](v) + spread(to_v)
             b = self.horizontal[index](h) + pointwise(self.across[index], a) + spread(to_h)
-            # The last a is all that h still needs of v.
-            v = v + gate(a) if index < self.n_layers - 1 else v
-            h = h + pointwise(self.outs[index], dropout(own, gate(b), rate))
-        return self._read(h)
+            h = h + pointwise(self.outs[index], dropout(keys[index], gate(b), rate))
+            return v + gate(a), h
+
+        def through(scale: int, v: Array, h: Array) -> tuple[Array, Array]:
+            before, after = self._layers(scale)
+            for index in before:
+                v, h = layer(index, v, h)
+            if scale < self.scales:
+                low_v = self.down_v[scale](v)[:, ::2, ::2]
+                low_h = self.down_h[scale](h)[:, ::2, ::2]
+                low_h = low_h + pointwise(self.down_across[scale], low_v)
+                low_v, low_h = through(scale + 1, low_v, low_h)
+                v = v + doubled(pointwise(self.up_v[scale], low_v))
+                h = h + doubled(pointwise(self.up_h[scale], low_h))
+            for index in after:
+                v, h = layer(index, v, h)
+            return v, h
+
+        return self._read(through(0, v, h)[1])
+
+    # One pixel at a time. A row of v is made when the row begins, a pixel of h when it comes, and
+    # those of a smaller image at the first pixel of each of its squares: they are kept until the
+    # square has ended.
 
     def empty(self, n: int) -> PyTree:
-        dtype, width, layers = self.positions[...].dtype, self.shape[1], range(self.n_layers)
+        dtype, width = self.positions[...].dtype, self.shape[1]
+        scales = range(self.scales)
+        of_layer = sorted((i, s) for s in range(self.scales + 1) for i in _both(self._layers(s)))
+
+        def zeros(*shape: int, halved: int = 0, d: int = self.d) -> Array:
+            return jnp.zeros((n, *shape, width >> halved, d), dtype)
+
         return {
-            "x": jnp.zeros((n, self.rows, width, self.shape[2] + 1), dtype),
-            "v": [jnp.zeros((n, self.rows, width, self.d), dtype) for _ in layers],
-            "from_v": [jnp.zeros((n, width, self.d), dtype)]
-            + [jnp.zeros((n, width, 2 * self.d), dtype) for _ in layers],
-            "h": [jnp.zeros((n, 1, width, self.d), dtype) for _ in layers],
+            "x": zeros(self.rows, d=self.shape[2] + 1),
+            "v": [zeros(self.rows, halved=s) for _, s in of_layer],
+            "from_v": [zeros()] + [zeros(halved=s, d=2 * self.d) for _, s in of_layer],
+            "h": [zeros(1, halved=s) for _, s in of_layer],
+            "down_v": [zeros(self.rows, halved=s) for s in scales],
+            "down_h": [zeros(1, halved=s) for s in scales],
+            "from_down": [zeros(halved=s + 1) for s in scales],
+            "low_v": [zeros(halved=s + 1) for s in scales],
+            "low_h": [zeros(halved=s + 1) for s in scales],
         }
 
     def _new_row(self, carry: PyTree, row: Array, to_v: list[Array | None]) -> PyTree:
         """The caches at the beginning of a row: all that v has to say of it is known."""
-        x = pushed(carry["x"])
-        v = self.first_v(x)[:, -1] + self.positions[...][row][None]
-        from_v, kept = [pointwise(self.between, v)], []
-        for index, added in enumerate(to_v):
-            kept.append(pushed(carry["v"][index], v))
-            a = self.vertical[index](kept[-1])[:, -1]
+        carry = {**carry, "x": pushed(carry["x"])}
+        v = self.first_v(carry["x"])[:, -1] + self.positions[...][row][None]
+        carry["from_v"][0] = pointwise(self.between, v)
+        return self._row(0, v, row, carry, to_v)[1]
+
+    def _row(
+        self, scale: int, v: Array, row: Array, carry: PyTree, to_v: list[Array | None]
+    ) -> tuple[Array, PyTree]:
+        """v of a row [n, W, d] after the layers of a scale, and what they keep of it."""
+
+        def layer(index: int, v: Array) -> Array:
+            carry["v"][index] = pushed(carry["v"][index], v)
+            carry["h"][index] = jnp.zeros_like(carry["h"][index])
+            a = self.vertical[index](carry["v"][index])[:, -1]
+            added = to_v[index]
             a = a if added is None else a + added[:, None]
-            from_v.append(pointwise(self.across[index], a))
-            v = v + gate(a)
-        h = [jnp.zeros_like(rows) for rows in carry["h"]]
-        return {"x": x, "v": kept, "from_v": from_v, "h": h}
+            carry["from_v"][index + 1] = pointwise(self.across[index], a)
+            return v + gate(a)
+
+        def smaller(carry: PyTree) -> PyTree:
+            low = self.down_v[scale](carry["down_v"][scale])[:, -1, ::2]
+            carry["from_down"][scale] = pointwise(self.down_across[scale], low)
+            low, carry = self._row(scale + 1, low, row // 2, carry, to_v)
+            carry["low_v"][scale] = low
+            return carry
+
+        before, after = self._layers(scale)
+        for index in before:
+            v = layer(index, v)
+        if scale < self.scales:
+            carry["down_v"][scale] = pushed(carry["down_v"][scale], v)
+            carry["down_h"][scale] = jnp.zeros_like(carry["down_h"][scale])
+            carry = jax.lax.cond(row % 2 == 0, smaller, unchanged, carry)
+            up = doubled(pointwise(self.up_v[scale], carry["low_v"][scale])[:, None])
+            v = v + up[:, row % 2]
+        for index in after:
+            v = layer(index, v)
+        return v, carry
+
+    def _pixel(
+        self,
+        scale: int,
+        h: Array,
+        place: tuple[Array, Array],
+        carry: PyTree,
+        to_h: list[Array | None],
+    ) -> tuple[Array, PyTree]:
+        """h of a pixel [n, d] after the layers of a scale, and what they keep of it."""
+        row, column = place
+
+        def layer(index: int, h: Array) -> Array:
+            carry["h"][index] = put(carry["h"][index], h, column)
+            b = self.horizontal[index].one(around(carry["h"][index], column, self.size))
+            b = b + carry["from_v"][index + 1][:, column]
+            added = to_h[index]
+            b = b if added is None else b + added
+            return h + self.outs[index](gate(b))
+
+        def smaller(carry: PyTree) -> PyTree:
+            half = (row // 2, column // 2)
+            low = self.down_h[scale].one(around(carry["down_h"][scale], column, self.size))
+            low = low + carry["from_down"][scale][:, half[1]]
+            low, carry = self._pixel(scale + 1, low, half, carry, to_h)
+            carry["low_h"][scale] = put(carry["low_h"][scale][:, None], low, half[1])[:, 0]
+            return carry
+
+        before, after = self._layers(scale)
+        for index in before:
+            h = layer(index, h)
+        if scale < self.scales:
+            carry["down_h"][scale] = put(carry["down_h"][scale], h, column)
+            first = (row % 2 == 0) & (column % 2 == 0)
+            carry = jax.lax.cond(first, smaller, unchanged, carry)
+            up = self.up_h[scale](carry["low_h"][scale][:, column // 2])
+            h = h + up.reshape(-1, 2, 2, self.d)[:, row % 2, column % 2]
+        for index in after:
+            h = layer(index, h)
+        return h, carry
 
     def look(
         self, carry: PyTree, position: Array, cond: Array | None, dropped: Array | None
@@ -267,21 +384,30 @@ class GatedPixelCNN(_Pixels):
         """Outputs [n, n_outputs] of the pixel `position`, and the caches after it."""
         row, column = self._place(position)
         halves = [_halves(added) for added in self._added(cond, dropped)]
+        to_v, to_h = ([pair[part] for pair in halves] for part in (0, 1))
+        # The branch, and a map of it, have lists of their own to fill.
         carry = jax.lax.cond(
-            column == 0,
-            lambda rows: self._new_row(rows, row, [to_v for to_v, _ in halves]),
-            lambda rows: rows,
-            carry,
+            column == 0, lambda rows: self._new_row(rows, row, to_v), unchanged, carry
         )
-        from_v = [values[:, column] for values in carry["from_v"]]
         h = self.first_h.one(around(carry["x"][:, -1:], column, self.size))
-        h, kept = h + self.positions[...][row, column][None] + from_v[0], []
-        for index, (_, to_h) in enumerate(halves):
-            kept.append(put(carry["h"][index], h, column))
-            b = self.horizontal[index].one(around(kept[-1], column, self.size))
-            b = b + from_v[index + 1]
-            h = h + self.outs[index](gate(b if to_h is None else b + to_h))
-        return self._read(h), {**carry, "h": kept}
+        h = h + self.positions[...][row, column][None] + carry["from_v"][0][:, column]
+        h, carry = self._pixel(0, h, (row, column), carry, to_h)
+        return self._read(h), carry
+
+
+def unchanged(carry: PyTree) -> PyTree:
+    return carry
+
+
+def doubled(x: Array) -> Array:
+    """Each pixel of [n, H, W, 4 d] as a square of four, [n, 2 H, 2 W, d]."""
+    n, height, width, d = x.shape
+    x = x.reshape(n, height, width, 2, 2, d // 4).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(n, 2 * height, 2 * width, d // 4)
+
+
+def _both(pair: tuple[range, range]) -> list[int]:
+    return [*pair[0], *pair[1]]
 
 
 def _halves(added: Array | None) -> tuple[Array | None, Array | None]:

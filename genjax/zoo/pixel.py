@@ -3,6 +3,7 @@
 import dataclasses
 
 from genjax.families.made import made
+from genjax.families.nade import nade
 from genjax.families.pixelcnn import pixelcnn
 from genjax.families.transformer import transformer
 from genjax.learning.optim import Optimizer
@@ -45,6 +46,16 @@ ROWS: tuple[Recipe, ...] = (
         optimizer=Optimizer(learning_rate=1e-3, schedule="cosine", ema_decay=0.999),
         schedule=dataclasses.replace(_MNIST_SCHEDULE, steps=10_000),
         tiny={"hidden": (8, 8)},
+    ),
+    Recipe(
+        name="nade-digits",
+        family=nade,
+        data="digits",
+        summary="NADE of digits, one hidden layer",
+        model={"hidden": 256},
+        optimizer=_DIGITS_OPTIMIZER,
+        schedule=_DIGITS_SCHEDULE,
+        tiny={"hidden": 8},
     ),
     Recipe(
         name="pixelcnn-digits",

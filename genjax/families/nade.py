@@ -1,0 +1,75 @@
+"""Neural autoregressive distribution estimators: p(x) = Π_t p(x_σ(t) | x_σ(<t)) for the values of
+an event in an order σ, each by hidden units that are a sum over the values before it.
+
+Larochelle & Murray 2011 (NADE), Uria 2014 (one network for several orders). The network is
+`nets/nade.py`, and what makes a model of it in `parts/orders.py`.
+"""
+
+from functools import partial
+from typing import Literal
+
+from genjax import nets
+from genjax.nets.functional import functional
+from genjax.parts.orders import Order, Ordered, ordered, orders_of
+from genjax.parts.pixels import check_pixels, likelihood_of, pixel_emission
+from genjax.protocol import DataSpec, Model
+from genjax.settings import Count, Depth, Dtype, Whole, builder
+
+
+@builder
+def nade(
+    spec: DataSpec,
+    *,
+    hidden: Count = 500,
+    order: Order = "raster",
+    n_orders: Depth = 1,
+    order_seed: Whole = 0,
+    activation: Literal["gelu", "relu", "sigmoid", "silu", "softplus", "tanh"] = "sigmoid",
+    likelihood: Literal["auto", "bernoulli", "categorical", "logistics"] = "auto",
+    n_components: Count = 10,
+    dtype: Dtype = "float32",
+) -> Model:
+    """A neural autoregressive distribution estimator (NADE) of events of any shape; conditional if
+    the spec has a condition.
+
+    In an order σ, p_σ(x | c) = Π_t p(x_σ(t) | x_σ(<t), c), where with y the normalised values
+
+        a_t = a_{t-1} + W_σ(t-1) y_σ(t-1),    h_t = g(a_t),    outputs_t = b_σ(t) + V_σ(t) h_t
+
+    and with K = `n_orders` of them p(x | c) = 1/K Σ_k p_k(x | c), all by the same weights. The loss
+    per example is -ln p_k(x | c) in nats, for one order that is drawn for each batch; for K = 1
+    that is -ln p(x | c), and else at least that, in expectation. `log_prob` averages over all
+    orders, and is exact. Shapes: x [B, *shape], D values an event. Of D steps, one after the other,
+    density and sample both take one pass.
+
+    Example:
+        >>> import jax
+        >>> from genjax import DataSpec, nade
+        >>> model = nade(DataSpec((3, 3, 1), "binary"), hidden=8)
+        >>> params, state = model.init(jax.random.key(0))
+        >>> model.sample(params, state, jax.random.key(1), 2).shape
+        (2, 3, 3, 1)
+
+    Args:
+        spec: binary or discrete data.
+        hidden: units, the length of a and h.
+        n_orders: K, random orders.
+        order_seed: of the random orders.
+        activation: g.
+        likelihood: of a value: "bernoulli" for binary data, and for discrete data "categorical", a
+            logit for each level, or "logistics", a mixture of discretised logistics. "auto" is
+            "categorical" up to 32 levels.
+        n_components: of that mixture.
+        dtype: of the network's arithmetic; parameters and losses stay float32.
+
+    Raises:
+        ConfigError: for data that are not binary or discrete, an order that is no permutation, and
+            settings that do not fit the data or each other.
+    """
+    check_pixels(spec, "A NADE")
+    orders = orders_of(order, n_orders, order_seed, spec.size)
+    values = DataSpec((spec.size,), spec.kind, levels=spec.levels, step="value")
+    emit = pixel_emission(values, likelihood_of(spec, likelihood), n_components)
+    sizes = (spec.size, hidden, emit.n_outputs)
+    module = partial(nets.nade.Nade, *sizes, cond_size=spec.cond_size, activation=activation)
+    return ordered(Ordered(spec, functional(module, dtype), emit, orders), "nade")
