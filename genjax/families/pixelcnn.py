@@ -9,7 +9,7 @@ are in `nets/pixelcnn.py`, the distributions in `parts/pixels.py`, and what make
 
 import dataclasses
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
 
@@ -26,10 +26,13 @@ from genjax.settings import (
     Depth,
     Dtype,
     Rate,
+    Within,
     builder,
     guided_by,
     used,
 )
+
+Columns = Annotated[int, Within(1, 1023)]  # of a window, whose mask is made as it stands
 
 
 def pixels_of(spec: DataSpec) -> DataSpec:
@@ -125,7 +128,7 @@ def pixelcnn(
     n_components: Count = 10,
     channels: Count = 64,
     n_layers: Depth = 5,
-    kernel_size: Count = 5,
+    kernel_size: Columns = 5,
     dropout: Rate = 0.0,
     cached: bool = True,
     cond_dropout: CondDropout = 0.0,

@@ -26,6 +26,8 @@ from genjax.protocol import Array, Batch, DataSpec, Key, Params, ScoreFn, State,
 from genjax.runs.folder import environment
 from genjax.runs.identity import files_of
 from genjax.runs.load import Loaded, source_of
+from genjax.settings import Count, check_setting
+from genjax.values import key_of
 from genjax.zoo.recipe import config_hash, to_dict
 
 
@@ -59,6 +61,9 @@ def evaluate(
     if split not in (*Splits._fields, "all"):
         known = ", ".join((*Splits._fields, "all"))
         raise ConfigError(f"There is no split {split!r}; there are: {known}.")
+    check_setting("n", n, Count | None)
+    check_setting("batch_size", batch_size, Count)
+    key_of(seed)
     if n is not None and n < 2:
         raise ConfigError(f"--n must be at least 2, so that there is a standard error; got {n}.")
     started, found = time.perf_counter(), {}
@@ -109,7 +114,7 @@ def _score(
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
     """The part of a report that is about log-probabilities."""
-    spec, key = run.model.spec, jax.random.key(seed)
+    spec, key = run.model.spec, key_of(seed)
     arrays = rows_of(source.load(), split)
     if n is not None:
         arrays = jax.tree.map(lambda leaf: leaf[:n], arrays)
