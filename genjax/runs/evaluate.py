@@ -61,11 +61,11 @@ def evaluate(
     if split not in (*Splits._fields, "all"):
         known = ", ".join((*Splits._fields, "all"))
         raise ConfigError(f"There is no split {split!r}; there are: {known}.")
+    if n is not None and n < 2:
+        raise ConfigError(f"--n must be at least 2, so that there is a standard error; got {n}.")
     check_setting("n", n, Count | None)
     check_setting("batch_size", batch_size, Count)
     key_of(seed)
-    if n is not None and n < 2:
-        raise ConfigError(f"--n must be at least 2, so that there is a standard error; got {n}.")
     started, found = time.perf_counter(), {}
     source = source_of(run) if source is None else source
     if run.model.score is not None:
