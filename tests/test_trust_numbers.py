@@ -301,7 +301,7 @@ def test_latents_that_are_none_are_refused():
 def test_labels_of_scores_stay_with_their_examples():
     spec = DataSpec((3,), "continuous", n_classes=3, class_names=("1", "2", "30"))
     model = vae(spec, latent_dim=1, hidden=(4,))
-    told = model._replace(bound=lambda params, state, batch, key: batch.cond * 1.0)
+    told = model._replace(bound=lambda params, state, batch, key: batch.cond.astype("f"))
     run = Run(told, *model.init(jax.random.key(0)), step=0)
     for y in ([30, 1, 2, 1], np.array([30, 1, 2, 1])):
         assert run.bound(np.zeros((4, 3)), y).nats.tolist() == [2, 0, 1, 0]
