@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import gzip
 import io
-import itertools
 import json
 import os
 import random
@@ -28,7 +27,7 @@ import numpy as np
 
 import genjax.cli
 from benchmarks.common import first_rows, read, write
-from genjax.data import open_source, write_idx
+from genjax.data import open_source
 from genjax.errors import GenjaxError
 from genjax.learning.checkpoint import Checkpoints
 from genjax.runs.load import load, source_of
@@ -121,7 +120,7 @@ def kills(n: int = 36, seed: int = 0) -> dict[str, int]:
     rng, names = random.Random(seed), first_rows()
     done = Counter[str]()
     with elsewhere() as place:
-        for name in itertools.islice(itertools.cycle(names), len(names)):
+        for name in names:
             steps = 40
             run = [sys.executable, "-m", "genjax"]
             subprocess.run([*run, *small(name, steps, f"{name}-whole")], check=True, **_SILENT)
@@ -256,6 +255,10 @@ def _originals(place: Path) -> dict[str, dict[str, Any]]:
         "n.bin": {"context": 8, "vocab_size": 20},
         "o.npy": {"kind": "tokens"},
         "p.txt.gz": {"context": 8},
+        "q.tsv": {},
+        "r.jsonl.gz": {"context": 8},
+        "s.tar.gz": {},
+        "t.ndjson": {"layout": "lines"},
     }
 
 
@@ -271,6 +274,7 @@ def _newer(place: Path, rng: np.random.Generator) -> None:
     rows = zip(*table.values(), strict=True)
     lines = [",".join(table), *(",".join(map(str, row)) for row in rows)]
     (place / "h.csv").write_text("\n".join(lines) + "\n")
+    (place / "q.tsv").write_text("\n".join(lines).replace(",", "\t") + "\n")
     pyarrow.parquet.write_table(pa.table(table), place / "i.parquet")
     midi(rng.integers(0, 2, (40, 88)), place / "j.mid")
     (place / "pictures").mkdir()
@@ -279,8 +283,12 @@ def _newer(place: Path, rng: np.random.Generator) -> None:
         Image.fromarray(pixels).save(place / "pictures" / f"{index}.png")
     shutil.make_archive(str(place / "k"), "zip", place / "pictures")
     shutil.make_archive(str(place / "l"), "tar", place / "pictures")
+    shutil.make_archive(str(place / "s"), "gztar", place / "pictures")
     texts = ("".join(rng.choice(list("abc \n"), 30)) for _ in range(40))
-    (place / "m.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    for name in ("m.jsonl", "t.ndjson"):
+        (place / name).write_text(lines)
+    (place / "r.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     rng.integers(0, 20, 800).astype("<u2").tofile(place / "n.bin")
     np.save(place / "o.npy", rng.integers(0, 9, (40, 6)))
     (place / "p.txt.gz").write_bytes(gzip.compress(b"the cat sat on the mat. " * 40))
@@ -293,9 +301,6 @@ def files(n: int = 1050, seed: int = 2) -> dict[str, int]:
     rng, found = random.Random(seed), Counter[str]()
     with elsewhere() as place:
         originals = _originals(place)
-        images = np.random.default_rng(1).integers(0, 256, (12, 28, 28)).astype(np.uint8)
-        for name in ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte.gz"):
-            write_idx(place / name, images)
         outcome(command(*small("vae", 2, "run")))
         run = load(place / "run")
         for index in range(n):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from genjax.errors import DataError
+from genjax.errors import ConfigError, DataError
 from genjax.protocol import Batch, DataSpec, Key, PyTree
 
 
@@ -31,6 +31,18 @@ def check_key(key: Key) -> None:
             f"Expected a typed PRNG key; got {found}. Make one with jax.random.key(seed), not "
             "PRNGKey(seed)."
         )
+
+
+def key_of(seed: Any) -> Key:
+    """The key of a seed.
+
+    Raises:
+        ConfigError: for what is no whole number from 0 to 2**32 - 1.
+    """
+    whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
+    if not whole or not 0 <= seed < 2**32:
+        raise ConfigError(f"seed must be a whole number from 0 to 2**32 - 1; got {seed!r:.80}.")
+    return jax.random.key(seed)
 
 
 def check_cond(spec: DataSpec, cond: PyTree | None, n: int) -> None:
@@ -114,6 +126,23 @@ def check_form(spec: DataSpec, x: Any, what: str, any_length: bool = False) -> N
         raise TypeError(
             f"{what} of {spec.name} is {spec.kind} and must be floating point; got {x.dtype}."
         )
+
+
+def as_stored(spec: DataSpec, x: np.ndarray, what: str = "x") -> np.ndarray:
+    """The same numbers in the dtype that a spec says.
+
+    Raises:
+        DataError: for what is no number, and tokens that are no whole numbers of 32 bits.
+    """
+    if x.dtype.kind != "b" and not jnp.issubdtype(x.dtype, jnp.number):
+        raise DataError(f"{what} of {spec.name} must be numbers; found an array of {x.dtype}.")
+    with np.errstate(all="ignore"):  # of what becomes infinite, which is refused by its value
+        stored = x.astype(spec.dtype)
+    if spec.kind == "tokens" and not np.array_equal(stored, x):
+        raise DataError(
+            f"{what} of {spec.name} holds tokens and must be whole numbers from 0 to {spec.top}."
+        )
+    return stored
 
 
 def known(x: Any) -> np.ndarray | None:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from program import refused
 
 import genjax.cli
 from genjax import DataSpec
-from genjax.data import arrays, fashion_mnist, open_source
-from genjax.data.labels import condition_of
+from genjax.data import arrays, fashion_mnist, open_source, rows
+from genjax.data.labels import condition_of, condition_of_each
 from genjax.errors import ConfigError, DataError
 from genjax.runs import samples
 from genjax.runs.identity import differences, files_of, read_files
@@ -169,6 +170,40 @@ def test_classes_are_asked_for_by_name():
             condition_of(digits, bad, 2)
 
 
+def test_labels_of_examples_keep_their_order_and_are_what_they_are_called():
+    """Of a list, an array and a column of a table alike; an index is understood where no class is
+    called by a number.
+    """
+    digits = DataSpec((3,), "continuous", n_classes=3, class_names=("1", "2", "30"))
+    for given in ([30, 1, 2], np.array([30, 1, 2]), np.array([[30.0], [1], [2]]), ["30", "1", "2"]):
+        assert condition_of_each(digits, given, 3).tolist() == [2, 0, 1]
+        assert condition_of(digits, given, 3).tolist() == [2, 0, 1]
+    pets = DataSpec((3,), "continuous", n_classes=3, class_names=("bird", "cat", "dog"))
+    for given in (np.array(["dog", "cat"]), np.array([b"dog", b"cat"]), np.array([2, 1])):
+        assert condition_of_each(pets, given, 2).tolist() == [2, 1]
+    assert condition_of_each(pets, "cat", 2).tolist() == [1, 1]
+    for given in (["cat", "dog"], np.array([0, 1]), []):
+        with pytest.raises(ConfigError, match=r"cond (must be|takes)"):
+            condition_of_each(pets, given, 3)
+    with pytest.raises(ConfigError, match=r"takes classes called 1, 2, 30; got '0'"):
+        condition_of_each(digits, np.array([0, 1, 2]), 3)
+
+
+def test_classes_with_commas_and_spaces_in_their_names_are_asked_for_as_they_are_shown():
+    """Of a table with a space after each comma, for example."""
+    spec = DataSpec((3,), "continuous", n_classes=4, class_names=(" bird", " cat", "a, b", "cat"))
+    for asked, index in (("bird", 0), (" bird", 0), (" cat", 1), ("cat", 3), ("a, b", 2)):
+        assert condition_of(spec, asked, 2).tolist() == [index] * 2
+    assert condition_of(spec, "bird,cat", 2).tolist() == [0, 3]
+
+
+def test_vectors_of_examples_are_one_for_all_or_one_each():
+    one, two = (DataSpec((3,), "continuous", cond_dim=size) for size in (1, 2))
+    assert condition_of_each(one, np.arange(3), 3).tolist() == [[0], [1], [2]]
+    assert condition_of_each(two, [[1, 2], [3, 4]], 2).tolist() == [[1, 2], [3, 4]]
+    assert condition_of_each(two, [1, 2], 3).tolist() == [[1, 2]] * 3
+
+
 def test_pictures_show_at_most_ten_classes():
     spec = DataSpec((4, 4, 1), "binary", n_classes=84)
     cond = samples.picture_cond(spec, samples.picture_size(spec))
@@ -202,6 +237,16 @@ def test_what_had_no_picture_has_one(tmp_path, shape):
     x = np.random.default_rng(0).uniform(size=(9, *shape)).astype(np.float32)
     (path,) = samples.show(x, spec, tmp_path / "picture", "title")
     assert path.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("shape", [(2,), (3,), (4, 4, 1)])
+def test_names_that_look_like_formulas_are_shown_as_they_are(tmp_path, shape):
+    names = ("$\\frac$", "US$ to $_", "$")
+    columns = names[: shape[0]] if len(shape) == 1 else None
+    spec = DataSpec(shape, "continuous", n_classes=3, class_names=names, columns=columns)
+    x, labels = np.random.default_rng(0).uniform(size=(6, *shape)), np.arange(6) % 3
+    written = samples.show(x.astype("f"), spec, tmp_path / "a", "$\\x$", cond=labels)
+    assert written[0].stat().st_size > 1000
 
 
 # --- what is said when training starts, and what a row keeps on other data ------------------------
@@ -276,6 +321,36 @@ def test_the_run_and_its_checkpoint_keep_what_the_data_are(trained):
     assert loaded.data.data == str(trained / "mine.npz")
 
 
+@pytest.mark.parametrize("kind", ["pictures", "parquet"])
+def test_what_is_kept_of_a_file_is_not_taken_for_another_one(tmp_path, monkeypatch, kind):
+    """One that was put in its place with its size and its time, as `cp -p` and `rsync -t` do."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(rows, "LIMIT", 64)
+    table = pytest.importorskip("pyarrow")
+    path = tmp_path / ("a.parquet" if kind == "parquet" else "a/0.bmp")
+    path.parent.mkdir(exist_ok=True)
+    means = []
+    for value in (7, 9):
+        if kind == "parquet":
+            column = table.array(np.full(30, float(value)) + np.arange(30))
+            parquet = pytest.importorskip("pyarrow.parquet")
+            plain = {"use_dictionary": False, "compression": "none"}  # of one size
+            parquet.write_table(table.table({"x": column}), path, **plain)
+        else:
+            for number in range(10):
+                picture = np.full((4, 4), value + number, np.uint8)
+                Image.fromarray(picture).save(path.with_name(f"{number}.bmp"))
+        every = [path] if kind == "parquet" else sorted(path.parent.iterdir())
+        sizes = [one.stat().st_size for one in every]
+        for one in every:
+            os.utime(one, (1e9, 1e9))
+        source = open_source(str(path if kind == "parquet" else path.parent))
+        x = source.load().train.x
+        means.append((np.sort(x[np.arange(len(x))], axis=None)[0], sizes))
+    assert means[0][1] == means[1][1]
+    assert means[1][0] - means[0][0] == pytest.approx(2)
+
+
 def test_a_known_file_is_not_hashed_again(trained, monkeypatch):
     source = open_source(str(trained / "mine.npz"))
     known = files_of(source)
@@ -284,9 +359,9 @@ def test_a_known_file_is_not_hashed_again(trained, monkeypatch):
 
 
 def test_changed_values_are_refused_by_evaluate_and_resume(there, capsys):
-    report = there / "run" / "report.json"
+    report, config = there / "run" / "report.json", there / "run" / "config.json"
     run("evaluate run --n 4")
-    kept = report.read_bytes()
+    kept, settings = report.read_bytes(), config.read_bytes()
     with np.load("mine.npz") as file:
         x = file["x"]
     saved(there, x=np.roll(x, 1, axis=2))
@@ -294,8 +369,10 @@ def test_changed_values_are_refused_by_evaluate_and_resume(there, capsys):
     assert "The data are not those that run was trained on" in said
     assert "genjax evaluate run --data PATH" in said
     assert report.read_bytes() == kept
-    again = f"train vae --data mine.npz {SHORT.replace('--steps 4', '--steps 4')} --out run"
-    assert "not those that run was trained on" in refused(again.split(), capsys)
+    for steps in ("--steps 4", "--steps 6"):
+        again = f"train vae --data mine.npz {SHORT.replace('--steps 4', steps)} --out run"
+        assert "not those that run was trained on" in refused(again.split(), capsys)
+        assert config.read_bytes() == settings
     run("sample run --n 2")  # needs no data
 
 

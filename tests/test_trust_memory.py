@@ -6,14 +6,17 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import mido
 import numpy as np
 import pytest
+from PIL import Image
 from program import program, refused
 from short_runs import tiny
 
 import genjax.cli
 from genjax.cli import failures
-from genjax.data import text
+from genjax.data import open_source, text
+from genjax.data.midi_files import roll_of
 from genjax.errors import (
     CheckpointError,
     ConfigError,
@@ -170,3 +173,23 @@ def test_lengths_that_leave_nothing_and_layouts_without_lines(tmp_path):
         lines_of(tmp_path / "a.txt", "", max_length=3)
     with pytest.raises(ConfigError, match="max_length is for lines"):
         text(str(tmp_path / "a.txt"), max_length=3)
+
+
+def test_music_that_would_be_as_long_as_no_piece_is_refused(tmp_path):
+    """A damaged time, or frames as short as none."""
+    message, note = mido.Message, {"note": 60, "velocity": 64}
+    for name, time in (("piece", 480), ("damaged", 2**27)):
+        track = mido.MidiTrack([message("note_on", **note), message("note_off", **note, time=time)])
+        mido.MidiFile(ticks_per_beat=480, tracks=[track]).save(tmp_path / f"{name}.mid")
+    assert len(roll_of(tmp_path / "piece.mid")) == 4
+    with pytest.raises(DataError, match=r"has 1,118,481 frames, and at most 1,048,576"):
+        roll_of(tmp_path / "damaged.mid")
+    for wrong in (1e-9, 1e18):
+        with pytest.raises(ConfigError, match="frames_per_quarter"):
+            open_source(tmp_path / "piece.mid", frames_per_quarter=wrong)
+
+
+def test_pictures_of_a_size_that_no_memory_holds_are_refused(tmp_path):
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    with pytest.raises(ConfigError, match="size must be"):
+        open_source(tmp_path, size=2**31 - 1)

@@ -18,6 +18,7 @@ from genjax.learning.transforms import compiled
 from genjax.parts.decoding import beam_search, sampler
 from genjax.parts.pairing import assignment, squared_distances
 from genjax.parts.rules import min_p, repetition_penalty, temperature, top_k, top_p
+from genjax.runs.api import Run
 
 LOGITS = jnp.asarray([[1.0, 2.0, 0.0], [0.5, -1.0, 0.25]])
 BEST = [1, 0]
@@ -262,6 +263,48 @@ def test_events_that_the_data_cannot_have_are_refused_where_they_are_known(case)
     player = next(iter(model.losses))
     with pytest.raises(DataError, match=message):
         model.losses[player](params, state, Batch(x), jax.random.key(1), jnp.int32(0))
+
+
+@pytest.mark.parametrize("case", [case for case in WRONG if WRONG[case][0] != "gan"])
+def test_a_run_refuses_events_that_its_data_cannot_have(case):
+    """What is compiled does not know its values: they are looked at before."""
+    name, x, message = WRONG[case]
+    spec, build = TINY[name]
+    model = build(spec)
+    run = Run(model, *model.init(jax.random.key(0)), step=0)
+    score = run.bound if model.log_prob is None else run.log_prob
+    with pytest.raises(DataError, match=message.replace("have shape", "be")):
+        score(np.asarray(x))
+    if model.latent is not None:
+        with pytest.raises(DataError, match=message.replace("have shape", "be")):
+            run.encode(np.asarray(x))
+
+
+@pytest.mark.parametrize("x", [np.full((2, 5), 0.5), np.full((2, 5), np.nan), np.full((2, 5), "a")])
+def test_tokens_of_a_run_that_are_no_whole_numbers_are_refused(x):
+    spec, build = TINY["rnn"]
+    model = build(spec)
+    with pytest.raises(DataError, match="must be"):
+        Run(model, *model.init(jax.random.key(0)), step=0).log_prob(x)
+
+
+def test_latents_that_are_none_are_refused():
+    spec, build = TINY["bits"]
+    model = build(spec)
+    run = Run(model, *model.init(jax.random.key(0)), step=0)
+    for z in (np.full((2, 1), np.nan), np.zeros((2, 3))):
+        with pytest.raises(DataError, match="z must"):
+            run.decode(z)
+
+
+@pytest.mark.slow
+def test_labels_of_scores_stay_with_their_examples():
+    spec = DataSpec((3,), "continuous", n_classes=3, class_names=("1", "2", "30"))
+    model = vae(spec, latent_dim=1, hidden=(4,))
+    told = model._replace(bound=lambda params, state, batch, key: batch.cond.astype("f"))
+    run = Run(told, *model.init(jax.random.key(0)), step=0)
+    for y in ([30, 1, 2, 1], np.array([30, 1, 2, 1])):
+        assert run.bound(np.zeros((4, 3)), y).nats.tolist() == [2, 0, 1, 0]
 
 
 def test_sequences_of_another_length_than_the_table_of_positions_are_refused():

@@ -74,6 +74,14 @@ def test_every_command_that_a_text_names_exists():
     assert {"train", "sample", "evaluate"} <= found
 
 
+@pytest.mark.parametrize("name", sorted({row.family.__name__ for row in ZOO.values()} - {*ZOO}))
+def test_a_family_that_a_text_names_leads_to_its_rows(capsys, name):
+    """Messages say "take vae, maf or flow_matching", and not every family has a row of its name."""
+    said = refused(["train", name], capsys)
+    rows = said.split("a family with: ")[1].strip().rstrip(".").split(", ")
+    assert all(ZOO[row].family.__name__ == name for row in rows)
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

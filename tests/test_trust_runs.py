@@ -29,6 +29,7 @@ from genjax.learning.loop import Feed, Hook, fit
 from genjax.protocol import Training, TrainState
 from genjax.runs import log, pictures, samples
 from genjax.runs import train as training
+from genjax.runs.folder import write_json
 
 SHORT = "--steps 4 --batch-size 8 --hidden 4 --latent-dim 2"
 QUIET = f"{SHORT} --evaluate-every 0 --sample-every 0"
@@ -295,3 +296,26 @@ def test_the_report_of_another_split_is_another_file(trained):
         report = json.loads((trained / f"report-{split}.json").read_text())
         assert report["split"] == split
     assert (trained / "report.json").read_bytes() == before
+
+
+def test_reports_about_other_things_are_kept_apart_where_their_names_are_one(tmp_path):
+    """Files of one name in two folders; data that are called like a split or a checkpoint."""
+
+    def written(split, data, sha256, which="newest"):
+        files = [{"sha256": sha256}]
+        report = {"data": data or "own", "split": split, "which": which, "files": files}
+        path = of_runs._report_path(tmp_path / of_runs._report_name(split, data, which), report)
+        write_json(path, report)
+        return path.name
+
+    (tmp_path / "report.json").write_text("{")  # damaged
+    assert written("test", None, "a") == "report.json"
+    assert written("valid", None, "a") == "report-valid.json"
+    assert written("all", "valid", "b") == "report-valid-2.json"
+    assert written("all", "t", "c") == "report-t.json"
+    assert written("all", "t", "d") == "report-t-2.json"
+    assert written("all", "t", "d") == "report-t-2.json"
+    assert written("all", "t", "c") == "report-t.json"
+    assert written("all", "best", "e") == "report-best.json"
+    assert written("test", None, "a", "best") == "report-best-2.json"
+    assert written("valid", None, "a") == "report-valid.json"

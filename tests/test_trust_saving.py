@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -13,9 +14,11 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 import genjax.cli
+from genjax.data import open_source
 from genjax.errors import (
     CheckpointError,
     ConfigError,
+    DataError,
     WriteError,
     replacing,
 )
@@ -394,6 +397,24 @@ def test_settings_that_cannot_be_read_are_not_called_damaged(tmp_path, monkeypat
     with pytest.raises(ConfigError, match="Could not read") as caught:
         read(tmp_path)
     assert "is damaged" not in str(caught.value)
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
+@pytest.mark.parametrize("ending", ["npz", "npy"])
+def test_data_that_cannot_be_read_are_not_called_damaged(tmp_path, monkeypatch, failure, ending):
+    """Nor is it advised to write them again."""
+    path = tmp_path / f"x.{ending}"
+    with path.open("wb") as file:
+        (np.savez if ending == "npz" else np.save)(file, np.zeros((60, 3)))
+
+    def fail(*args, **kwargs):
+        raise failure
+
+    monkeypatch.setattr(np, "load", fail)
+    monkeypatch.setattr(sys.modules["genjax.data.arrays"], "in_npy", fail)
+    with pytest.raises(DataError, match=r"cannot be read|more than there is memory for") as caught:
+        open_source(path)
+    assert "damaged" not in str(caught.value)
 
 
 @pytest.mark.slow

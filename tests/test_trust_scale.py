@@ -11,7 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genjax import DataSpec, diffusion, flow_matching, gan, rnn, transformer, vae, vrnn
+from genjax import (
+    DataSpec,
+    diffusion,
+    flow_matching,
+    gan,
+    glow,
+    maf,
+    nsf,
+    realnvp,
+    rnn,
+    ssm,
+    transformer,
+    vae,
+    vrnn,
+)
 from genjax.data import arrays, example_batch
 from genjax.errors import DataError
 from genjax.families._skeleton import skeleton
@@ -44,6 +58,11 @@ MODELS = {
         VECTORS,
         lambda spec: flow_matching(spec, n_likelihood_steps=4, n_steps=3, **SMALL),
     ),
+    "realnvp": (POINTS, lambda spec: realnvp(spec, n_layers=2, **SMALL)),
+    "maf": (VECTORS, lambda spec: maf(spec, n_layers=2, **SMALL)),
+    "nsf": (POINTS, lambda spec: nsf(spec, n_layers=2, bins=4, **SMALL)),
+    "glow": (IMAGES, lambda spec: glow(spec, n_levels=1, n_steps=1, channels=4)),
+    "ssm": (FRAMES, lambda spec: ssm(spec, d_model=8, n_layers=1, n_components=2)),
     "skeleton": (POINTS, skeleton),
 }
 

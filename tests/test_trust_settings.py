@@ -74,6 +74,10 @@ REFUSED = [
     "lstm --d-hidden 0",
     "vae --keep-checkpoints 0",
     "vae --microbatches 0",
+    "glow-mnist --data digits --bins 1000",
+    "nsf-ring --bins 1000",
+    "pixelcnn-digits --kernel-size 60001",
+    "maf-digits --hidden 1000000000",
 ]
 
 

@@ -13,6 +13,7 @@ from program import refused
 
 import genjax.cli
 from genjax.cli.terminal import plain
+from genjax.data import FILES, open_source
 from genjax.errors import ConfigError, DataError, regular_file, replacing
 from genjax.runs.folder import read_config, read_spec
 
@@ -292,14 +293,22 @@ def test_sampling_shows_where_the_data_were_and_does_not_open_them(theirs, capsy
     assert "the run was trained on " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("ending", ["npz", "npy", "txt", "mat"])
-def test_a_pipe_or_a_device_is_no_data(tmp_path, capsys, ending):
-    pipe = tmp_path / f"pipe.{ending}"
+def test_a_pipe_or_a_device_is_no_data(tmp_path, capsys):
+    pipe = tmp_path / "pipe.npz"
     os.mkfifo(pipe)
     assert "is a pipe; expected a file" in refused(["train", "vae", "--data", str(pipe)], capsys)
-    zero = tmp_path / f"zero.{ending}"
+    zero = tmp_path / "zero.npz"
     zero.symlink_to("/dev/zero")
     assert "is a device; expected a file" in refused(["train", "vae", "--data", str(zero)], capsys)
+
+
+@pytest.mark.parametrize("ending", FILES)
+def test_a_pipe_is_no_file_of_any_format(tmp_path, ending):
+    """A reader that opens it waits for ever."""
+    pipe = tmp_path / f"pipe{ending}"
+    os.mkfifo(pipe)
+    with pytest.raises(DataError, match="is a pipe; expected a file"):
+        open_source(pipe)
 
 
 def test_a_file_is_a_file(tmp_path):

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-from genjax.errors import ConfigError, unknown_name
+from genjax.errors import ConfigError
 
 if TYPE_CHECKING:
     from genjax.zoo.recipe import Recipe
@@ -91,10 +91,11 @@ def parse_recipe(command: str, args: list[str], options: type) -> "tuple[Recipe,
     import tyro
 
     from genjax.zoo import ZOO
+    from genjax.zoo.recipe import unknown_recipe
     from genjax.zoo.sections import SECTIONS, fields_of, replace
 
     if name not in ZOO:
-        raise unknown_name("recipe", name, ZOO)
+        raise unknown_recipe(name, ZOO)
     row = ZOO[name]
     # Another data set has other settings, so it is looked for before the flags are made.
     recipe = row.on(value_of("--data", args) or row.data)

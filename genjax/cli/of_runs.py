@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -341,22 +341,55 @@ def evaluate(args: list[str]) -> None:
         source=other,
     )
     about = None if other is None else other.spec.name
-    path = options.run / _report_name(split, about, options.which, options.sigma_rel)
+    name = _report_name(split, about, options.which, options.sigma_rel)
+    path = _report_path(options.run / name, report)
     write_json(path, report)
     table = _rows_of(report)
     print_table(f"{report['recipe']} on {report['data']}", ["what", "figure"], table)
-    print(f"written: {path}")
+    say(f"written: {path}")
 
 
 def _report_name(
     split: str, data: str | None, which: str = "newest", sigma_rel: float | None = None
 ) -> str:
-    """A name that no report about something else has: report.json is that of the test split."""
+    """What a report is called: report.json is that of the test split."""
     usual = "test" if data is None else "all"
     parts = ["report", *[data] * (data is not None), *[split] * (split != usual)]
     parts += [which] * (which != "newest")
     parts += [] if sigma_rel is None else [f"sigma{sigma_rel:g}"]
     return "-".join(parts).replace("/", "_") + ".json"
+
+
+def _report_path(path: Path, report: dict[str, Any]) -> Path:
+    """Where a report is written: over an earlier one of the same, and under a name with a number
+    where that has a report about something else, such as another file of the same name.
+    """
+    for candidate in _numbered(path):
+        if _replaceable(candidate, report):
+            if candidate != path:
+                say(f"{path} is about something else, and stays: written as {candidate}")
+            return candidate
+    raise AssertionError("there is always another number")
+
+
+def _replaceable(path: Path, report: dict[str, Any]) -> bool:
+    """Whether there is nothing, what is no report, or one about the same."""
+    from genjax.runs.folder import read_json
+
+    if not path.is_file():
+        return True
+    try:
+        there = read_json(path)
+    except ConfigError:  # which is damaged
+        return True
+    same = all(there.get(name) == report[name] for name in ("data", "split"))
+    same &= there.get("which", "newest") == report["which"]
+    return same and ("files" not in there or _hashes(there) == _hashes(report))
+
+
+def _hashes(report: dict[str, Any]) -> list[Any]:
+    files = report["files"] if isinstance(report["files"], list) else []
+    return [one.get("sha256") for one in files if isinstance(one, dict)]
 
 
 def _rows_of(report: dict[str, Any]) -> list[list[str]]:
@@ -473,7 +506,13 @@ def _unused(path: Path) -> Path:
     """The path, with a number where something is there already."""
     if not os.path.lexists(path):
         return path
-    numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
-    found = next(candidate for candidate in numbered if not os.path.lexists(candidate))
+    found = next(one for one in _numbered(path) if not os.path.lexists(one))
     say(f"{path} is there already, and stays: written as {found}")
     return found
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    """The path, and the same with numbers, from 2 on."""
+    yield path
+    for number in itertools.count(2):
+        yield path.with_name(f"{path.stem}-{number}{path.suffix}")

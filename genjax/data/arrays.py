@@ -1,5 +1,6 @@
 """A user's own arrays, from .npz and .npy files."""
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from genjax.data.source import Source, Splits
 from genjax.data.streams import by_position
 from genjax.data.tokens import STEP as TOKEN
 from genjax.data.tokens import stream_of, symbols_beside
-from genjax.errors import ConfigError, DataError, regular_file
+from genjax.errors import ConfigError, DataError, reason_of, regular_file
 from genjax.protocol import Batch
 from genjax.settings import Count, builder
 
@@ -151,9 +152,15 @@ def _read(
         raise
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file.") from None
-    except (
-        Exception
-    ) as error:  # numpy, zipfile, zlib and tokenize raise a dozen kinds at a damaged file
+    except MemoryError as error:
+        raise DataError(
+            f"{path}: is more than there is memory for ({reason_of(error)}). A .npy file of all of "
+            "x may be larger than memory: numpy.save."
+        ) from error
+    except Exception as error:  # numpy, zipfile, zlib and tokenize raise a dozen at a damaged file
+        # zipfile asks a damaged file for a place that it has not.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise DataError(f"{path}: cannot be read: {reason_of(error)}.") from error
         if "Object arrays" in str(error) or "Python objects" in str(error):
             raise DataError(
                 f"{path}: holds Python objects, which are never unpickled. Save arrays of plain "

@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from genjax.data.rows import rows_at
 from genjax.data.source import Source
 from genjax.errors import DataError, regular_file
 from genjax.protocol import Batch
-from genjax.settings import Count, builder
+from genjax.settings import Within, builder
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -43,6 +43,7 @@ _LARGEST = 1 << 28  # bytes of one packed picture, and pixels of one that is unp
 _AT_ONCE = 64  # pictures that are decoded before the next are read
 _CIFAR = {3073: 1, 3074: 2}  # bytes of an example -> of its labels, the last of which is taken
 
+Side = Annotated[int, Within(1, 2**13)]  # of a picture, several of which are in memory at a time
 Mode = Literal["auto", "grey", "rgb", "rgba"]
 Fit = Literal["crop", "pad"]
 
@@ -66,7 +67,7 @@ def image_files(
     path: str,
     *,
     conditional: bool = False,
-    size: Count | None = None,
+    size: Side | None = None,
     fit: Fit = "crop",
     mode: Mode = "auto",
     skip_bad: bool = False,
@@ -140,7 +141,8 @@ def _members(where: str, endings: Sequence[str]) -> Iterator[list[Member]]:
 
 def _stamp(path: str) -> tuple[Any, ...]:
     about = os.stat(path)
-    return (about.st_size, about.st_mtime_ns)
+    # A copy that keeps the time of its original has another ctime.
+    return (about.st_size, about.st_mtime_ns, about.st_ctime_ns)
 
 
 def _in_folder(where: str, endings: Sequence[str]) -> list[Member]:

@@ -145,9 +145,10 @@ def condition_of(spec: DataSpec, asked: Any, n: int) -> np.ndarray | None:
     """The condition of n samples that is asked for, as a model takes it.
 
     Args:
-        asked: a class by its name or number, several of them to cycle through (a list, or a text
-            with commas), the numbers of a condition vector, or an array [n] or [n, cond_dim], which
-            stays as it is. None is every class in turn, sorted.
+        asked: a class by its name or number; several of them (a list, an array, or a text with
+            commas): one for each sample in their order, or another number to cycle through; the
+            numbers of a condition vector, or an array [n, cond_dim]. None is every class in turn,
+            sorted.
 
     Raises:
         ConfigError: for a class that does not exist, or what is no number.
@@ -159,37 +160,89 @@ def condition_of(spec: DataSpec, asked: Any, n: int) -> np.ndarray | None:
     """
     if asked is None:
         return None if spec.n_classes is None else _in_turn(range(spec.n_classes), n)
-    if isinstance(asked, np.ndarray) or hasattr(asked, "dtype"):
-        return asked
     if not spec.conditional:
         raise ConfigError(f"This model of {spec.name} is unconditional: leave `cond` out.")
-    parts = asked.split(",") if isinstance(asked, str) else asked
-    parts = [parts] if isinstance(parts, int | float) else list(parts)
+    if spec.n_classes is None:
+        return _vectors_of(spec, asked, n)
+    labels = _labels_of(spec, asked)
+    return labels if len(labels) == n else _in_turn(labels.tolist(), n)
+
+
+def condition_of_each(spec: DataSpec, given: Any, n: int) -> np.ndarray | None:
+    """The condition of n examples that are there: one for all of them, or one for each in their
+    order; otherwise as `condition_of` has it.
+
+    Raises:
+        ConfigError: for none, and for another number of classes as well.
+    """
+    if spec.conditional and given is None:
+        raise ConfigError(f"This model of {spec.name} is conditional: give cond=.")
     if spec.n_classes is not None:
-        return _in_turn([_class_of(spec, part) for part in parts], n)
+        found = len(_labels_of(spec, given))
+        if found not in (1, n):
+            raise ConfigError(
+                f"cond must be one class, or a class for each of {n} examples; got {found}."
+            )
+    return condition_of(spec, given, n)
+
+
+def _labels_of(spec: DataSpec, asked: Any) -> np.ndarray:
+    """The indices of the classes that are asked for, [m], in their order."""
+    if isinstance(asked, str):
+        asked = [asked] if asked in (spec.class_names or ()) else asked.split(",")
     try:
-        vector = np.asarray([float(part) for part in parts], np.float32)
-    except ValueError:
-        vector = np.full(1, np.nan, np.float32)
-    if not np.isfinite(vector).all():
-        raise ConfigError(f"--cond takes numbers between commas; got {asked!r}.")
-    return np.tile(vector, (n, 1))
+        array: Any = np.asarray(asked)
+    except ValueError:  # lists of several lengths
+        array = np.empty((0, 0))
+    array = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
+    if array.ndim > 1 or not array.size:
+        raise ConfigError(f"cond takes a class or several of them, [n]; got {asked!r:.80}.")
+    if array.dtype.kind == "S":
+        array = np.char.decode(array, "utf-8", "replace")
+    parts = array.reshape(-1).tolist()
+    known = {part: _class_of(spec, part) for part in dict.fromkeys(parts)}
+    return np.asarray([known[part] for part in parts], np.int32)
+
+
+def _vectors_of(spec: DataSpec, asked: Any, n: int) -> np.ndarray:
+    """Condition vectors [n, cond_dim]: one for all, or an array of them."""
+    try:
+        found = np.asarray(asked.split(",") if isinstance(asked, str) else asked, np.float32)
+    except (ValueError, TypeError):
+        found = np.full(1, np.nan, np.float32)
+    if not np.isfinite(found).all():
+        raise ConfigError(f"--cond takes numbers between commas; got {asked!r:.80}.")
+    if found.ndim == 1 and spec.cond_dim == 1 and len(found) == n:
+        return found[:, None]
+    return np.tile(found.reshape(-1), (n, 1)) if found.ndim < 2 else found
 
 
 def _class_of(spec: DataSpec, part: Any) -> int:
-    """The index of a class that is asked for by its name or, where they have none, its number."""
-    names, text = spec.class_names or (), str(part).strip()
-    if text in names:
-        return names.index(text)
+    """The index of a class that is asked for by its name or, where they have none, its number. A
+    number is an index as well where no name is one.
+    """
+    names, text = spec.class_names or (), str(part)
+    text = text if text in names else text.strip()
+    if isinstance(part, float) and part.is_integer():
+        text = str(int(part))
+    for meant in (names, [name.strip() for name in names]):
+        if meant.count(text) == 1:
+            return meant.index(text)
     n = spec.n_classes or 0
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if names or number not in range(n):
+    number = None if isinstance(part, str) and names else _number(text)
+    numbered = any(_number(name) is not None for name in names)
+    if numbered or number is None or number not in range(n):
         called = f" called {_listed(names, 20)}" if names else f" 0..{n - 1}"
         raise ConfigError(f"--cond takes classes{called}; got {text!r}.")
     return int(number)
+
+
+def _number(text: str) -> float | None:
+    """The number that a text is; None for one that is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _in_turn(classes: Sequence[int], n: int) -> np.ndarray:

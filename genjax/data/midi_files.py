@@ -3,7 +3,7 @@
 import io
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -13,9 +13,11 @@ from genjax.data.own import contents_of
 from genjax.data.source import Source, Splits, cast, validate
 from genjax.errors import DataError, regular_file
 from genjax.protocol import Batch, DataSpec
-from genjax.settings import Count, Positive, builder
+from genjax.settings import Count, Within, builder
 
 ENDINGS = (".mid", ".midi")
+Frames = Annotated[float, Within(0.01, 1000)]  # of a quarter note
+_MOST = 2**20  # frames of a piece, which is some days of music
 _DRUMS = 9  # the channel whose notes are no pitches
 
 
@@ -23,7 +25,7 @@ _DRUMS = 9  # the channel whose notes are no pitches
 def midi_files(
     path: str,
     *,
-    frames_per_quarter: Positive = 4.0,
+    frames_per_quarter: Frames = 4.0,
     context: Count | None = None,
     skip_bad: bool = False,
 ) -> Source:
@@ -152,7 +154,13 @@ def roll_of(path: str | os.PathLike[str], frames_per_quarter: float = 4.0) -> np
         (key, round((begin - first) / ticks), round((end - first) / ticks))
         for key, begin, end in notes
     ]
-    roll = np.zeros((max(max(end, begin + 1) for _, begin, end in frames), KEYS), np.uint8)
+    length = max(max(end, begin + 1) for _, begin, end in frames)
+    if length > _MOST:
+        raise DataError(
+            f"{path}: has {length:,} frames, and at most {_MOST:,} of a piece are read: the file "
+            "is damaged, or --frames-per-quarter too large."
+        )
+    roll = np.zeros((length, KEYS), np.uint8)
     for key, begin, end in frames:
         roll[begin : max(end, begin + 1), key] = 1
     return roll

@@ -48,6 +48,7 @@ def table(
         ConfigError: for a column that does not exist, or settings that do not fit each other.
     """
     where = os.fspath(path)
+    regular_file(where)
     large = _is_large(where)
     read = _read(where, columns=[]) if large else _read(where)
     names, notes = _chosen(read, columns, label, condition_columns, where)
@@ -99,7 +100,8 @@ def _on_disk(where: str, names: Sequence[str], real: bool) -> Any:
 
     def stamp() -> list[int]:
         about = os.stat(where)
-        return [about.st_size, about.st_mtime_ns]
+        # A copy that keeps the time of its original has another ctime.
+        return [about.st_size, about.st_mtime_ns, about.st_ctime_ns]
 
     begun = stamp()
     text = json.dumps([os.path.abspath(where), begun, list(names), real, 1])
@@ -139,7 +141,6 @@ def _read(where: str, columns: list[str] | None = None) -> Any:
     Raises:
         DataError: for what cannot be read as one.
     """
-    regular_file(where)
     try:
         from pyarrow import ArrowException, csv, parquet
     except ModuleNotFoundError:

@@ -33,10 +33,10 @@ from genjax.parts.bijections import (
 )
 from genjax.parts.dequantization import Dequantization
 from genjax.parts.flow_density import flow_model, flow_of
-from genjax.parts.monotone import Monotone, additive, affine, spline
+from genjax.parts.monotone import Bins, Monotone, additive, affine, spline
 from genjax.parts.noise_to_data import check_events
 from genjax.protocol import Array, DataSpec, Model
-from genjax.settings import Depth, Dtype, Help, Positive, Width, Within, builder
+from genjax.settings import Depth, Dtype, Help, Positive, Width, builder
 
 Activation = Annotated[
     Literal["gelu", "relu", "silu", "softplus", "tanh"], Help("between the layers of the networks.")
@@ -48,7 +48,6 @@ Mix = Annotated[
         'permutation that stays the same, "linear" is "reverse" and then a learned product L U.'
     ),
 ]
-Bins = Annotated[int, Within(2, 500)]  # each is at least a thousandth of the interval
 
 MONOTONE: dict[str, Callable[[], Monotone]] = {"affine": affine, "additive": additive}
 

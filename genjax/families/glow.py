@@ -22,7 +22,7 @@ from genjax.parts.bijections import (
 from genjax.parts.dequantization import Dequantization
 from genjax.parts.flow_density import flow_model, flow_of
 from genjax.parts.image_bijections import split, squeezed
-from genjax.parts.monotone import Monotone, additive, affine, spline
+from genjax.parts.monotone import Bins, Monotone, additive, affine, spline
 from genjax.protocol import DataSpec, Model
 from genjax.settings import Count, Depth, Dtype, Positive, builder
 
@@ -119,7 +119,7 @@ def glow(
     n_steps: Depth = 8,
     channels: Count = 64,
     transform: Literal["affine", "additive", "spline"] = "affine",
-    bins: Count = 8,
+    bins: Bins = 8,
     tail_bound: Positive = 4.0,
     dequantized: Dequantization = Dequantization(),
     dtype: Dtype = "float32",

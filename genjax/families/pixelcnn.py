@@ -32,6 +32,7 @@ from genjax.settings import (
     used,
 )
 
+Columns = Annotated[int, Within(1, 1023)]  # of a window, whose mask is made as it stands
 Scales = Annotated[int, Within(0, 8)]
 
 
@@ -154,7 +155,7 @@ def pixelcnn(
     n_components: Count = 10,
     channels: Count = 64,
     n_layers: Depth = 5,
-    kernel_size: Count = 5,
+    kernel_size: Columns = 5,
     scales: Scales = 0,
     dropout: Rate = 0.0,
     cached: bool = True,

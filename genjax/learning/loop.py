@@ -40,6 +40,7 @@ from genjax.learning.signals import noted
 from genjax.learning.transforms import compiled, feed, repeat_steps, scan_steps
 from genjax.learning.window import Metrics, nonfinite_text
 from genjax.protocol import Batch, Key, PyTree, Training, TrainState
+from genjax.settings import Count, Whole, check_setting
 
 logger = logging.getLogger(__name__)
 DEVICE_LIMIT = 2 * 2**30  # bytes of training data that place="auto" still puts on the device
@@ -258,6 +259,7 @@ def fit(
         speed: (steps a second of training alone) -> what a line says of it; see `pace`.
 
     Raises:
+        ConfigError: for numbers of steps that cannot be meant.
         NonFiniteError: naming the step and the player; checkpoints from before it are kept.
         Interrupted: on SIGTERM or SIGINT, after the state was saved.
         CheckpointError: if a checkpoint cannot be written or read, or the log cannot be written; in
@@ -273,6 +275,10 @@ def fit(
         >>> int(fit(feed, key=jax.random.key(0), steps=2, steps_per_call=2).step)
         2
     """
+    check_setting("steps_per_call", steps_per_call, Count)  # none would never come to an end
+    for name, value in (("steps", steps), ("log_every", log_every)):
+        check_setting(name, value, Whole)
+    check_setting("checkpoint_every", checkpoint_every, Whole)
     state, window = _begin(feed, key, checkpoints, layout)
     step = first = int(state.step)
     on_restore(step)

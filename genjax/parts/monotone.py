@@ -7,18 +7,21 @@ are 0 make each the identity.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from genjax.protocol import Array
+from genjax.settings import Within
 
 # A map may stretch by e^3 at most: a flow has several, and one wild step cannot overflow.
 MAX_LOG_SCALE = 3.0
 # Of a spline's bins, as a share of the interval, and of its slopes. Durkan 2019, section 3.1.
 MIN_BIN = 1e-3
 MIN_SLOPE = 1e-3
+
+Bins = Annotated[int, Within(2, 500)]  # which have half of the interval to share at least
 
 
 class Monotone(NamedTuple):

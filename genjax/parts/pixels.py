@@ -39,7 +39,8 @@ def check_pixels(spec: DataSpec, who: str) -> None:
     if spec.kind not in _OF_KIND:
         raise ConfigError(
             f"{who} models binary or discrete data, and {spec.name} is {spec.kind}: take vae, "
-            "flow_matching or diffusion for continuous data, rnn or transformer for tokens."
+            "flow_matching or diffusion for continuous data, rnn or transformer for tokens. Whole "
+            "numbers that are stored as floats are levels with --kind discrete."
         )
 
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from genjax.data import MEMORY, Source, from_arrays, open_source
-from genjax.data.labels import condition_of
-from genjax.errors import CheckpointError, ConfigError, DataError, unknown_name
+from genjax.data.labels import condition_of, condition_of_each
+from genjax.errors import CheckpointError, ConfigError, DataError
 from genjax.evaluation.estimates import estimate, score_examples, scorer
 from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.loop import Hook, Progress, choose_feed, fit
@@ -25,12 +25,14 @@ from genjax.protocol import Batch, DataSpec, Model, Params, State, TrainState
 from genjax.runs import load as loading
 from genjax.runs import samples, shown
 from genjax.runs.evaluate import evaluate
-from genjax.runs.other_data import other_source
+from genjax.runs.other_data import brought_to, other_source
 from genjax.runs.own_model import checkpoints_of, weights_of
 from genjax.runs.train import train as train_in
 from genjax.runs.writers import Writer
+from genjax.settings import Count, check_call
+from genjax.values import as_stored, check_batch, check_cond, check_events, check_real, key_of
 from genjax.zoo import ZOO
-from genjax.zoo.recipe import Recipe
+from genjax.zoo.recipe import Recipe, Steps, unknown_recipe
 from genjax.zoo.sections import replace
 
 
@@ -150,8 +152,7 @@ class Run:
 
     def _drawn(self, n: int, cond: Any, seed: int, how: samples.Decoding) -> np.ndarray:
         found = condition_of(self.spec, cond, n)
-        key = jax.random.key(seed)
-        return samples.draw(self.model, self.params, self.state, key, n, found, how)
+        return samples.draw(self.model, self.params, self.state, key_of(seed), n, found, how)
 
     def texts(self, x: np.ndarray) -> list[str]:
         """Samples of a model of text as strings."""
@@ -181,27 +182,30 @@ class Run:
             raise ConfigError(f"This model of {self.spec.name} has no {name}; {instead}.")
         batch = self._batch(x, cond, length)
         program = scorer(score, lambda key, batch: batch)
-        nats = score_examples(program, self.params, self.state, batch, jax.random.key(seed))
+        nats = score_examples(program, self.params, self.state, batch, key_of(seed))
         error = estimate(nats).standard_error if len(nats) > 1 else float("nan")
         return Scores(nats, float(nats.mean()), error, self.model.estimator)
 
-    def _batch(self, x: Any, cond: Any, length: Any = None) -> Batch:
+    def _events(self, x: Any) -> np.ndarray:
         """Examples as the model takes them; [N, H, W] is understood for [N, H, W, 1]."""
-        array = np.asarray(x)
-        wanted = self.spec.shape
+        array, wanted = np.asarray(x), self.spec.shape
         if array.shape[1:] == wanted[:-1] and wanted[-1:] == (1,):
             array = array[..., None]
         if array.ndim != len(wanted) + 1 or array.shape[1:] != wanted:
             raise DataError(
                 f"x must be [N, {', '.join(map(str, wanted))}]; got {list(np.shape(x))}."
             )
-        found = None
-        if self.spec.conditional:
-            if cond is None:
-                raise ConfigError(f"This model of {self.spec.name} is conditional: give cond=.")
-            found = condition_of(self.spec, cond, len(array))
+        return as_stored(self.spec, array)
+
+    def _batch(self, x: Any, cond: Any, length: Any = None) -> Batch:
+        """The same with what goes with them, looked at now: inside a compiled program no value is
+        known.
+        """
+        events = self._events(x)
         lengths: Any = None if length is None else np.asarray(length, np.int32)
-        return Batch(array.astype(self.spec.dtype), found, length=lengths)
+        batch = Batch(events, condition_of_each(self.spec, cond, len(events)), length=lengths)
+        check_batch(self.spec, batch)
+        return batch
 
     def encode(self, x: Any, cond: Any = None) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of q(z | x), [N, *latent shape] each.
@@ -212,8 +216,11 @@ class Run:
         latent = self.model.latent
         if latent is None:
             raise ConfigError(f"This model of {self.spec.name} has no latent variables.")
-        batch = self._batch(x, cond)
-        mean, log_scale = jax.jit(latent.encode)(self.params, self.state, batch.x, batch.cond)
+        events = self._events(x)
+        given = condition_of_each(self.spec, cond, len(events))
+        check_events(self.spec, events)
+        check_cond(self.spec, given, len(events))
+        mean, log_scale = jax.jit(latent.encode)(self.params, self.state, events, given)
         return np.asarray(mean), np.exp(np.asarray(log_scale))
 
     def decode(self, z: Any, cond: Any = None) -> np.ndarray:
@@ -226,7 +233,9 @@ class Run:
         if latent is None or latent.decode is None:
             raise ConfigError(f"This model of {self.spec.name} has no latents that it can decode.")
         array = jnp.asarray(z, jnp.float32)
-        given = None if not self.spec.conditional else condition_of(self.spec, cond, len(array))
+        check_real(array, (None, *latent.spec.shape), "z")
+        given = condition_of_each(self.spec, cond, len(array))
+        check_cond(self.spec, given, len(array))
         return np.asarray(jax.jit(latent.decode)(self.params, self.state, array, given))
 
     def evaluate(self, split: str | None = None, data: Any = None, **how: Any) -> dict[str, Any]:
@@ -252,7 +261,7 @@ class Run:
         assert self._loaded is not None
         if isinstance(data, str | Path):
             return other_source(self._loaded, str(data))
-        return source_in(data, self.spec)
+        return brought_to(self.spec, source_in(data, self.spec), "What was given as data")
 
     def __repr__(self) -> str:
         name = "a model of one's own" if self.recipe is None else self.recipe.name
@@ -410,7 +419,7 @@ def _recipe_of(what: str | Recipe, data: Any) -> tuple[Recipe, Source | None]:
     """The recipe on the data, and their source where it is in memory."""
     if isinstance(what, str):
         if what not in ZOO:
-            raise unknown_name("recipe", what, ZOO)
+            raise unknown_recipe(what, ZOO)
         what = ZOO[what]
     if data is None:
         return what, None
@@ -425,11 +434,11 @@ def _train_model(
     out: str | Path | None,
     progress: Progress | None,
     *,
-    steps: int = 2000,
-    batch_size: int = 128,
+    steps: Steps = 2000,
+    batch_size: Count = 128,
     seed: int = 0,
     optimizer: Any = None,
-    steps_per_call: int = 50,
+    steps_per_call: Steps = 50,
     log: Callable[[dict[str, Any]], None] = lambda line: None,
     hooks: tuple[Hook, ...] = (),
 ) -> Run:
@@ -438,17 +447,20 @@ def _train_model(
 
     if data is None:
         raise ConfigError("A model of one's own needs data=: a path, an array or a Source.")
+    numbers = {"steps": steps, "batch_size": batch_size, "steps_per_call": steps_per_call}
+    check_call(_train_model, numbers)
+    key = key_of(seed)
     source = source_in(data, model.spec)
     t = training(model, optax.adam(1e-3) if optimizer is None else optimizer)
     feed = choose_feed(t, source, source.load().train, batch_size, seed)
     state = fit(
         feed,
-        key=jax.random.key(seed),
+        key=key,
         steps=steps,
         steps_per_call=steps_per_call,
         log=log,
         hooks=hooks,
-        checkpoints=None if out is None else checkpoints_of(Path(out), model),
+        checkpoints=None if out is None else checkpoints_of(Path(out), model, source),
         progress=progress,
     )
     folder = None if out is None else Path(out)

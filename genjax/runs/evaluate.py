@@ -26,6 +26,8 @@ from genjax.protocol import Array, Batch, DataSpec, Key, Params, ScoreFn, State,
 from genjax.runs.folder import environment
 from genjax.runs.identity import files_of
 from genjax.runs.load import Loaded, source_of
+from genjax.settings import Count, check_setting
+from genjax.values import key_of
 from genjax.zoo.recipe import config_hash, to_dict
 
 
@@ -61,6 +63,9 @@ def evaluate(
         raise ConfigError(f"There is no split {split!r}; there are: {known}.")
     if n is not None and n < 2:
         raise ConfigError(f"--n must be at least 2, so that there is a standard error; got {n}.")
+    check_setting("n", n, Count | None)
+    check_setting("batch_size", batch_size, Count)
+    key_of(seed)
     started, found = time.perf_counter(), {}
     source = source_of(run) if source is None else source
     if run.model.score is not None:
@@ -110,7 +115,7 @@ def _score(
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
     """The part of a report that is about log-probabilities."""
-    spec, key = run.model.spec, jax.random.key(seed)
+    spec, key = run.model.spec, key_of(seed)
     arrays = rows_of(source.load(), split)
     if n is not None:
         arrays = jax.tree.map(lambda leaf: leaf[:n], arrays)

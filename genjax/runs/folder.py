@@ -71,12 +71,19 @@ def environment() -> dict[str, Any]:
 MAY_CHANGE = ("schedule.steps", "schedule.stop_after")
 
 
-def open_folder(folder: Path, values: dict[str, Any], say: Callable[[str], None] = print) -> None:
+def open_folder(
+    folder: Path,
+    values: dict[str, Any],
+    say: Callable[[str], None] = print,
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """Make a run folder, or check that the one that is there belongs to the same settings. It may
     go on to more steps than it was to have, and end early or not.
 
     Args:
         say: what is told of settings that change.
+        check: refuses what else does not belong to the run that is there, before its settings are
+            changed.
 
     Raises:
         ConfigError: if it holds another run (the message lists the differences) or something that
@@ -92,6 +99,7 @@ def open_folder(folder: Path, values: dict[str, Any], say: Callable[[str], None]
     if old == new:
         return
     if goes_on(old, new):
+        check()
         for name in (name for name in MAY_CHANGE if old.get(name) != new.get(name)):
             say(f"{folder} goes on with {name} {new[name]}, which was {old[name]}")
         if old["schedule.steps"] != new["schedule.steps"]:

@@ -16,10 +16,19 @@ from typing import Any
 
 from genjax.data import Source
 from genjax.errors import CheckpointError, ConfigError, DataError, regular_file
-from genjax.runs.folder import MAY_CHANGE, completed, is_there, read_json, write_json
+from genjax.runs.folder import (
+    MAY_CHANGE,
+    check_spec,
+    completed,
+    is_there,
+    read_json,
+    read_spec,
+    write_json,
+)
 from genjax.spec import DataSpec
 
 FILE = "data.json"
+_OLD_DATA = "Bring the old data back, or train in another folder with --out."
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -85,6 +94,19 @@ def _told(one: Mapping[str, Any]) -> str:
     return f"{one['path']}{size}, SHA-256 {one['sha256'][:12]}"
 
 
+def check_kept(folder: Path, spec: DataSpec, files: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse data of another spec or other files than a run folder says; nothing is written.
+
+    Raises:
+        DataError: with what differs.
+    """
+    there, kept = read_spec(folder), read_files(folder)
+    if there is not None:
+        check_spec(spec, there, folder)
+    if kept is not None:
+        check_files(files, kept, folder, _OLD_DATA)
+
+
 def keep_files(folder: Path, files: Sequence[Mapping[str, Any]]) -> None:
     """Write data.json, or check that the files are still those of which it is.
 
@@ -94,8 +116,7 @@ def keep_files(folder: Path, files: Sequence[Mapping[str, Any]]) -> None:
     """
     kept = read_files(folder)
     if kept is not None:
-        advice = "Bring the old data back, or train in another folder with --out."
-        check_files(files, kept, folder, advice)
+        check_files(files, kept, folder, _OLD_DATA)
     if kept != list(files):
         write_json(folder / FILE, {"files": list(files)})
 
@@ -143,8 +164,7 @@ def check_note(note: Mapping[str, Any], about: Mapping[str, Any], folder: Path) 
     """
     check_settings(note, about["config"], DataSpec(**about["spec"]), folder)
     if "files" in note:
-        advice = "Bring the old data back, or train in another folder with --out."
-        check_files(about["files"], note["files"], folder, advice)
+        check_files(about["files"], note["files"], folder, _OLD_DATA)
 
 
 def check_settings(

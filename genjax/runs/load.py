@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
+import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,8 @@ from genjax.runs.own_model import is_own
 from genjax.runs.stages import kept
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import Recipe, from_dict
+
+logger = logging.getLogger(__name__)
 
 
 class Loaded(NamedTuple):
@@ -112,9 +114,7 @@ def load(
             f"{folder} has no checkpoint yet. Run its `genjax train` command again."
         )
     for path, reason in restored.passed_over.items():
-        print(
-            f"genjax: warning: passed over a damaged checkpoint, {path}: {reason}", file=sys.stderr
-        )
+        logger.warning("passed over a damaged checkpoint, %s: %s", path, reason)
     state, files, now = restored.state, restored.note.get("files"), read_files(folder)
     if files is None or [one["sha256"] for one in now or ()] == [one["sha256"] for one in files]:
         files = now  # which says where they were last
@@ -178,7 +178,8 @@ def sample(
     film: bool = False,
 ) -> np.ndarray:
     """n samples of a run as an array [n, *shape]; with `means` the means of p(x|z) instead, or made
-    as `how` says. `cond` is an array, or classes by name or number: see `condition_of`.
+    as `how` says. `cond` is an array as the model takes it, or classes by name or number: see
+    `condition_of`.
 
     With `film` all that a solver passes through on its way from noise to data, [n_steps + 1, n,
     *shape].
@@ -187,7 +188,8 @@ def sample(
         ConfigError: for a condition that is missing, not wanted, or out of range, or means or a
             film of a family without them.
     """
-    cond = None if cond is None else condition_of(run.model.spec, cond, n)
+    if cond is not None and not isinstance(cond, np.ndarray):
+        cond = condition_of(run.model.spec, cond, n)
     try:
         check_cond(run.model.spec, cond, n)
     except (ValueError, TypeError) as error:

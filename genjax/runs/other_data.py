@@ -1,5 +1,5 @@
-"""Other data than those that a run was trained on, for `genjax evaluate --data PATH`: opened as the
-run's own were, and brought to its spec.
+"""Other data than those that a run was trained on, for `genjax evaluate --data PATH` and
+`Run.evaluate(data=...)`: opened as the run's own were, and brought to its spec.
 """
 
 import dataclasses
@@ -31,10 +31,23 @@ def other_source(run: Loaded, path: str) -> Source:
     if "levels" in takes:
         kept |= {"kind": spec.kind, "levels": spec.levels}
     source = open_source(path, **{name: value for name, value in kept.items() if name in takes})
+    return brought_to(spec, source, path)
+
+
+def brought_to(spec: DataSpec, source: Source, where: str) -> Source:
+    """A source as events of a run's spec under their own name; classes and symbols are matched by
+    what they are called.
+
+    Args:
+        where: what the data are called in messages.
+
+    Raises:
+        DataError: for data of another spec.
+    """
     wanted = dataclasses.replace(spec, name=source.spec.name)
-    _check(source.spec, spec, path)
-    classes = _positions(source.spec.class_names, source.spec.n_classes, spec, path)
-    symbols = _symbols(source.spec, spec, path)
+    _check(source.spec, spec, where)
+    classes = _positions(source.spec.class_names, source.spec.n_classes, spec, where)
+    symbols = _symbols(source.spec, spec, where)
 
     def one(batch: Batch) -> Batch:
         x = batch.x if symbols is None else symbols[np.asarray(batch.x)]
@@ -55,7 +68,7 @@ def _check(found: DataSpec, spec: DataSpec, path: str) -> None:
     free = (*_FREE, *["vocabulary", "end"] * spec.text)
     new, old = dataclasses.asdict(found), dataclasses.asdict(spec)
     names = [name for name in new if name not in free and new[name] != old[name]]
-    if spec.n_classes is None and found.n_classes is not None:
+    if (spec.n_classes is None) != (found.n_classes is None):
         names.append("n_classes")
     if names:
         lines = "; ".join(

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 import jax
 
 from genjax.checks import by_name
+from genjax.data import Source
 from genjax.errors import CheckpointError, ConfigError, unknown_name
 from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.optim import TrackEmaState, averaged
 from genjax.protocol import DataSpec, Model, Params, PyTree, State, TrainState
 from genjax.runs.best import FOLDER, WHICH
 from genjax.runs.folder import is_there
-from genjax.runs.identity import differences, plain
+from genjax.runs.identity import check_files, differences, files_of, plain
 
 
 class Weights(NamedTuple):
@@ -30,25 +31,32 @@ class Weights(NamedTuple):
     step: int
 
 
-def checkpoints_of(folder: Path, model: Model) -> Checkpoints:
-    """Where the training of a model keeps its states; what is there must be of data like its own.
+def checkpoints_of(folder: Path, model: Model, source: Source | None = None) -> Checkpoints:
+    """Where the training of a model keeps its states; what is there must be of data like its own
+    and, to go on with them, of the same data.
+
+    Args:
+        source: what it is trained on; None to read only.
 
     Raises:
-        CheckpointError: from the reading, for states of other data.
+        CheckpointError, DataError: from the reading, for states of other data.
     """
+    files = [] if source is None else files_of(source)
 
     def check(note: dict[str, Any]) -> None:
         if note.get("spec") is None:
             return
-        lines = differences(plain(DataSpec(**note["spec"])), plain(model.spec))
-        if lines:
+        if lines := differences(plain(DataSpec(**note["spec"])), plain(model.spec)):
             raise CheckpointError(
                 f"{folder} was trained on other data than this model is of:\n  "
                 + "\n  ".join(lines)
                 + "\nGive the model of those data, or another folder."
             )
 
-    return Checkpoints(folder, about={"spec": plain(model.spec)}, check=check)
+        if files and note.get("files"):
+            check_files(files, note["files"], folder, "Give the old data, or another folder.")
+
+    return Checkpoints(folder, about={"spec": plain(model.spec), "files": files}, check=check)
 
 
 def is_own(folder: Path) -> bool:

@@ -40,8 +40,11 @@ def save(picture: "Figure", path: Path | str, dpi: int = 150) -> Path:
         CheckpointError: if the disk does not take it; what was there before stays.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
 
     path = Path(path)
+    for text in picture.findobj(Text):  # names of columns and classes are no formulas
+        text.set_parse_math(False)  # type: ignore[attr-defined]
     # A layout engine has fitted everything in already; to look for the edges again would draw it
     # all twice.
     box = None if picture.get_layout_engine() else "tight"

@@ -21,7 +21,14 @@ from genjax.learning.step import eval_params
 from genjax.profiling.room import check_training
 from genjax.protocol import Array, Batch, Key, Params, State, Training, TrainState
 from genjax.runs.folder import check_folder, environment, open_folder, with_buckets_of, write_json
-from genjax.runs.identity import check_note, files_of, keep_files, note_of, read_files
+from genjax.runs.identity import (
+    check_kept,
+    check_note,
+    files_of,
+    keep_files,
+    note_of,
+    read_files,
+)
 from genjax.runs.lock import locked
 from genjax.runs.log import logging_in
 from genjax.runs.smaller import fitting, widest
@@ -218,7 +225,7 @@ def _train_members(
     check_folder(folder)
     held.enter_context(locked(folder, say))
     files = files_of(stage.source, read_files(folder) or ())
-    open_folder(folder, settings, say)
+    open_folder(folder, settings, say, partial(check_kept, folder, stage.source.spec, files))
     keep_files(folder, files)
     about = note_of(settings, stage.source.spec, files)
     with logging_in(folder, f"{recipe.name}: {len(keys)} members") as log:

@@ -26,7 +26,14 @@ from genjax.runs import samples, stages
 from genjax.runs.averages import lengths_of, snapshot_hook
 from genjax.runs.best import Best, no_gain
 from genjax.runs.folder import check_folder, keep_spec, open_folder, with_buckets_of
-from genjax.runs.identity import check_note, files_of, keep_files, note_of, read_files
+from genjax.runs.identity import (
+    check_kept,
+    check_note,
+    files_of,
+    keep_files,
+    note_of,
+    read_files,
+)
 from genjax.runs.init_from import started_from
 from genjax.runs.lock import locked
 from genjax.runs.log import Log, logging_in
@@ -86,6 +93,9 @@ def _train(
 ) -> TrainState:
     """See `train`; the lock of the folder is `held` until the end."""
     stage, schedule = stages.opened(recipe, given), recipe.schedule
+    if writes():  # before the model may refuse the data for what they were taken for
+        for line in about_data(stage.source):
+            say(line)
     source, model = stage.source, recipe.build(stage.on)
     valid_every = 0 if model.score is None else schedule.evaluate_every
     if schedule.stop_after and not schedule.evaluate_every:
@@ -95,9 +105,6 @@ def _train(
             f"--stop-after needs a figure on the validation split, and {recipe.name} has none (a "
             "log-probability or a bound): leave it out."
         )
-    if writes():
-        for line in about_data(source):
-            say(line)
     start = None if init_from is None else started_from(init_from, model, folder)
     t = recipe.training(stage.on) if start is None else recipe.training(stage.on, start.begin)
     devices = None
@@ -122,7 +129,8 @@ def _train(
         check_folder(folder)
         held.enter_context(locked(folder, say))
         files = files_of(source, read_files(folder) or ())
-        open_folder(folder, settings, say)
+        check = functools.partial(check_kept, folder, source.spec, files)
+        open_folder(folder, settings, say, check)
         keep_spec(folder, source.spec)
         keep_files(folder, files)
         stages.keep(folder, stage)

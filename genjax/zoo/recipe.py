@@ -194,6 +194,18 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     return json.loads(json.dumps({"recipe": recipe.name, "data": recipe.data, **sections}))
 
 
+def unknown_recipe(name: str, rows: Mapping[str, Recipe]) -> ConfigError:
+    """A `ConfigError` for a name that no row has: with the rows of a family of that name, as
+    messages call it, or else the nearest ones.
+    """
+    of_family = [row.name for row in rows.values() if row.family.__name__ == name.replace("-", "_")]
+    if of_family:
+        return ConfigError(
+            f"There is no recipe called {name!r}, but a family with: {', '.join(of_family)}."
+        )
+    return unknown_name("recipe", name, rows)
+
+
 def from_dict(values: Mapping[str, Any], rows: Mapping[str, Recipe]) -> Recipe:
     """The recipe that `to_dict` wrote; families and loaders are looked up in the zoo's `rows`.
 
@@ -202,7 +214,7 @@ def from_dict(values: Mapping[str, Any], rows: Mapping[str, Recipe]) -> Recipe:
     """
     name = values.get("recipe")
     if not isinstance(name, str) or name not in rows:
-        raise unknown_name("recipe", str(name)[:80], rows)
+        raise unknown_recipe(str(name)[:80], rows)
     row = rows[name]
     try:
         if not isinstance(values["data"], str):
