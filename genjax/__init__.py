@@ -57,8 +57,8 @@ _HOME = {
     "from_arrays": "data",
     "load": "runs.api",
     "train": "runs.api",
-    "save": "runs.api",
-    "restore": "runs.api",
+    "save": "runs.states",
+    "restore": "runs.states",
     "Run": "runs.api",
     "Hook": "learning.loop",
     "choose_feed": "learning.loop",
@@ -105,7 +105,8 @@ if TYPE_CHECKING:
     from genjax.learning.weights import import_weights, parameter_names
     from genjax.parts.priors import Prior, prior_of
     from genjax.protocol import Aux, Batch, DataSpec, Model, Trained, Training, TrainState
-    from genjax.runs.api import Run, load, restore, save, train
+    from genjax.runs.api import Run, load, train
+    from genjax.runs.states import restore, save
     from genjax.zoo import ZOO
 
 

@@ -20,7 +20,7 @@ from program import arrays_in, environment
 
 import genjax
 import genjax.cli
-from genjax.cli import of_runs
+from genjax.cli import file_names
 from genjax.cli.failures import streams
 from genjax.cli.terminal import say
 from genjax.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError, WriteError
@@ -222,10 +222,10 @@ def test_cyrillic_text_in_a_terminal_that_has_none(tmp_path):
 
 def stem(folder: Path, arrays, prompt=None, cond=None, **asked) -> Path:
     options = SimpleNamespace(
-        run=folder, seed=0, cond=cond, means=False, film=False, which="newest"
+        run=folder, seed=0, cond=cond, means=False, film=False, which="newest", sigma_rel=None
     )
     asked |= {} if prompt is None else {"prompt": prompt}
-    return of_runs._stem(options, 2, asked, arrays)
+    return file_names.sample_stem(options, 2, asked, arrays)
 
 
 SETTINGS = [
@@ -304,7 +304,7 @@ def test_reports_about_other_things_are_kept_apart_where_their_names_are_one(tmp
     def written(split, data, sha256, which="newest"):
         files = [{"sha256": sha256}]
         report = {"data": data or "own", "split": split, "which": which, "files": files}
-        path = of_runs._report_path(tmp_path / of_runs._report_name(split, data, which), report)
+        path = file_names.report_path(tmp_path / file_names.report_name(split, data, which), report)
         write_json(path, report)
         return path.name
 

@@ -1,18 +1,15 @@
 """The commands about run folders: genjax sample, evaluate, export and compare."""
 
 import dataclasses
-import hashlib
-import itertools
 import math
-import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from genjax.cli.file_names import free, report_name, report_path, sample_stem, unused
 from genjax.cli.flags import group
 from genjax.cli.terminal import check_count, check_seed, counter, plain, print_table, say
-from genjax.errors import ConfigError, regular_file, replacing
+from genjax.errors import ConfigError, replacing
 
 if TYPE_CHECKING:
     from genjax.protocol import Model
@@ -96,9 +93,9 @@ def sample(args: list[str]) -> None:
     if options.film:
         arrays["film"] = found
     if options.out is not None:
-        stem = _free(options.out, arrays)
+        stem = free(options.out, arrays)
     else:
-        stem = _stem(options, n, how.asked(), arrays)
+        stem = sample_stem(options, n, how.asked(), arrays)
     with replacing(stem.with_name(stem.name + ".npz")) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)
     written = [stem.with_name(stem.name + ".npz")]
@@ -203,66 +200,6 @@ def _sample_flags(model: "Model | None", tracks: bool = False) -> dict[str, tupl
     return {name: entry for name, entry in flags.items() if name in applies}
 
 
-def _stem(options: Any, n: int, asked: dict[str, Any], arrays: dict[str, Any]) -> Path:
-    """Where samples are written: a name that says how they were made. Where it does not say all, as
-    of a prompt, and the name is taken by others, a hash of it all is added.
-    """
-    parts = [f"sample_n{n}_seed{options.seed}"]
-    if options.cond:
-        parts.append(f"cond{options.cond}")
-    parts += [name for name in ("means", "film") if getattr(options, name)]
-    parts += ["best"] * (options.which == "best")
-    parts += [] if options.sigma_rel is None else [f"sigma{options.sigma_rel:g}"]
-    if "prompt" in asked:
-        parts.append("prompt")
-    parts += [f"{name}{value}" for name, value in asked.items() if name != "prompt"]
-    name = "_".join(parts)
-    given = repr((parts, asked.get("prompt")))
-    added = "_" + hashlib.sha256(given.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    # Some file systems do not tell A from a.
-    if len(name) > 150 or not re.fullmatch(r"[a-z0-9,.=+-]*", options.cond or ""):
-        name = re.sub(r"[^\w,.=+ -]", "_", name, flags=re.ASCII)[:150] + added
-    stem = options.run / "samples" / name
-    if "prompt" in asked and not name.endswith(added) and _taken(stem) and not _same(stem, arrays):
-        return stem.with_name(name + added)
-    return stem
-
-
-def _free(stem: Path, arrays: dict[str, Any]) -> Path:
-    """A name for samples that somebody gave, with a number where something else is there."""
-    numbered = (stem.with_name(f"{stem.name}-{number}") for number in itertools.count(2))
-    for candidate in itertools.chain([stem], numbered):
-        if not _taken(candidate) or _same(candidate, arrays):
-            if candidate != stem:
-                say(f"{stem} is taken by something else, which stays: written as {candidate}")
-            return candidate
-    raise AssertionError("there is always another number")
-
-
-def _taken(stem: Path) -> bool:
-    """Whether there is a file that samples of that name would be written to."""
-    names = (stem.name + ending for ending in (".npz", ".png", ".txt", "_0.mid"))
-    return any(os.path.lexists(stem.with_name(name)) for name in names)
-
-
-def _same(stem: Path, arrays: dict[str, Any]) -> bool:
-    """Whether these very samples were written there before."""
-    import numpy as np
-
-    path = stem.with_name(stem.name + ".npz")
-    try:
-        regular_file(path)
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            there = dict(file)
-    except Exception:  # none, or anything else that somebody has put there
-        return False
-    here = {name: np.asarray(value) for name, value in arrays.items()}
-    kinds = [{name: (one.dtype, one.shape) for name, one in of.items()} for of in (here, there)]
-    return kinds[0] == kinds[1] and all(
-        here[name].tobytes() == there[name].tobytes() for name in here
-    )
-
-
 def _about_average(sigma_rel: float, off: float) -> str:
     """What the weights are where they are an average that was chosen after training."""
     return f"the average of sigma_rel {sigma_rel:g}, to {100 * off:.2g} % of its profile"
@@ -341,55 +278,12 @@ def evaluate(args: list[str]) -> None:
         source=other,
     )
     about = None if other is None else other.spec.name
-    name = _report_name(split, about, options.which, options.sigma_rel)
-    path = _report_path(options.run / name, report)
+    name = report_name(split, about, options.which, options.sigma_rel)
+    path = report_path(options.run / name, report)
     write_json(path, report)
     table = _rows_of(report)
     print_table(f"{report['recipe']} on {report['data']}", ["what", "figure"], table)
     say(f"written: {path}")
-
-
-def _report_name(
-    split: str, data: str | None, which: str = "newest", sigma_rel: float | None = None
-) -> str:
-    """What a report is called: report.json is that of the test split."""
-    usual = "test" if data is None else "all"
-    parts = ["report", *[data] * (data is not None), *[split] * (split != usual)]
-    parts += [which] * (which != "newest")
-    parts += [] if sigma_rel is None else [f"sigma{sigma_rel:g}"]
-    return "-".join(parts).replace("/", "_") + ".json"
-
-
-def _report_path(path: Path, report: dict[str, Any]) -> Path:
-    """Where a report is written: over an earlier one of the same, and under a name with a number
-    where that has a report about something else, such as another file of the same name.
-    """
-    for candidate in _numbered(path):
-        if _replaceable(candidate, report):
-            if candidate != path:
-                say(f"{path} is about something else, and stays: written as {candidate}")
-            return candidate
-    raise AssertionError("there is always another number")
-
-
-def _replaceable(path: Path, report: dict[str, Any]) -> bool:
-    """Whether there is nothing, what is no report, or one about the same."""
-    from genjax.runs.folder import read_json
-
-    if not path.is_file():
-        return True
-    try:
-        there = read_json(path)
-    except ConfigError:  # which is damaged
-        return True
-    same = all(there.get(name) == report[name] for name in ("data", "split"))
-    same &= there.get("which", "newest") == report["which"]
-    return same and ("files" not in there or _hashes(there) == _hashes(report))
-
-
-def _hashes(report: dict[str, Any]) -> list[Any]:
-    files = report["files"] if isinstance(report["files"], list) else []
-    return [one.get("sha256") for one in files if isinstance(one, dict)]
 
 
 def _rows_of(report: dict[str, Any]) -> list[list[str]]:
@@ -497,22 +391,6 @@ def compare(args: list[str]) -> None:
     if picture is None:
         print("no picture: these runs have no metric in common")
         return
-    out = _unused(options.out)
+    out = unused(options.out)
     pictures.save(picture, out)
     print(plain(f"written: {out}"))
-
-
-def _unused(path: Path) -> Path:
-    """The path, with a number where something is there already."""
-    if not os.path.lexists(path):
-        return path
-    found = next(one for one in _numbered(path) if not os.path.lexists(one))
-    say(f"{path} is there already, and stays: written as {found}")
-    return found
-
-
-def _numbered(path: Path) -> Iterator[Path]:
-    """The path, and the same with numbers, from 2 on."""
-    yield path
-    for number in itertools.count(2):
-        yield path.with_name(f"{path.stem}-{number}{path.suffix}")

@@ -16,12 +16,11 @@ import numpy as np
 
 from genjax.data import MEMORY, Source, from_arrays, open_source
 from genjax.data.labels import condition_of, condition_of_each
-from genjax.errors import CheckpointError, ConfigError, DataError
+from genjax.errors import ConfigError, DataError
 from genjax.evaluation.estimates import estimate, score_examples, scorer
-from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.loop import Hook, Progress, choose_feed, fit
 from genjax.learning.step import eval_params, training
-from genjax.protocol import Batch, DataSpec, Model, Params, State, TrainState
+from genjax.protocol import Batch, DataSpec, Model, Params, State
 from genjax.runs import load as loading
 from genjax.runs import samples, shown
 from genjax.runs.evaluate import evaluate
@@ -465,46 +464,3 @@ def _train_model(
     )
     folder = None if out is None else Path(out)
     return Run(model, eval_params(state), state.state, int(state.step), None, source, folder)
-
-
-def save(state: TrainState, folder: str | Path) -> Path:
-    """Save a training state in a folder, under its step; see `Checkpoints`.
-
-    Raises:
-        CheckpointError: if the disk does not take it.
-
-    Example:
-        >>> import jax, optax, tempfile
-        >>> import genjax
-        >>> model = genjax.vae(genjax.DataSpec((2,), "continuous"), hidden=(4,))
-        >>> t = genjax.training(model, optax.adam(1e-3))
-        >>> ts, folder = jax.jit(t.init)(jax.random.key(0)), tempfile.mkdtemp()
-        >>> genjax.save(ts, folder).name
-        '0'
-    """
-    return Checkpoints(folder).save(state)
-
-
-def restore(folder: str | Path, like: TrainState, step: int | None = None) -> TrainState:
-    """The newest state (or that of `step`) that `save` left in a folder.
-
-    Args:
-        like: a state of the same structure, or its shapes: `jax.eval_shape(t.init, key)`.
-
-    Raises:
-        CheckpointError: if there is none that is whole, or it is of another model.
-
-    Example:
-        >>> import jax, optax, tempfile
-        >>> import genjax
-        >>> model = genjax.vae(genjax.DataSpec((2,), "continuous"), hidden=(4,))
-        >>> t = genjax.training(model, optax.adam(1e-3))
-        >>> folder = tempfile.mkdtemp()
-        >>> _ = genjax.save(jax.jit(t.init)(jax.random.key(0)), folder)
-        >>> int(genjax.restore(folder, jax.eval_shape(t.init, jax.random.key(0))).step)
-        0
-    """
-    restored = Checkpoints(folder).restore(like, step)
-    if restored is None:
-        raise CheckpointError(f"There is no checkpoint in {folder}.")
-    return restored.state
