@@ -16,6 +16,11 @@ from genjax.nets.functional import Net
 from genjax.parts.dequantization import Dequantization
 from genjax.parts.flow_density import flow_model
 from genjax.protocol import Batch, DataSpec
+from genjax.runs.evaluate import evaluate
+from genjax.runs.load import load
+from genjax.runs.train import train
+from genjax.zoo import ZOO
+from genjax.zoo.sections import replace
 
 analytic_loss = normal_loss
 pytestmark = pytest.mark.usefixtures("x64")
@@ -155,3 +160,22 @@ def test_an_average_of_estimated_probabilities_is_no_bound():
         cnf(spec, hidden=(4,), n_bound_samples=2)
     assert cnf(spec, hidden=(4,), n_bound_samples=2, n_probes=0).bound is not None
     assert cnf(spec, hidden=(4,), n_probes=1).bound is not None
+
+
+# --- the solver's error ---------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("learning_rate", "said"), [(3e-2, True), (1e-5, False)])
+def test_a_value_that_is_the_solvers_error_is_said(tmp_path, learning_rate, said):
+    """Trained in one step for each solution, a field learns to be solved badly in its favour."""
+    settings = {"hidden": (16,), "n_steps": 1, "n_train": 500, "steps": 100, "batch_size": 64}
+    settings |= {"sample_every": 0, "evaluate_every": 0, "learning_rate": learning_rate}
+    recipe = replace(ZOO["cnf-ring"], **settings)
+    with jax.enable_x64(False):
+        train(recipe, tmp_path / "run")
+        lines = []
+        report = evaluate(load(tmp_path / "run"), n=100, say=lines.append)
+    assert report["solver"]["n"] == 100
+    assert (abs(report["solver"]["difference"]) > 0.1) == said
+    assert any("is the solver's error. Train with more --n-steps" in line for line in lines) == said

@@ -312,6 +312,10 @@ def _rows_of(report: dict[str, Any]) -> list[list[str]]:
         truth = report["true_log_prob"]
         value = f"{truth['mean']:.3f} ± {truth['standard_error']:.3f} nats"
         rows.append(["true log-density", f"{value}, on the same examples"])
+    if "solver" in report:
+        finer = report["solver"]
+        words = f"{-finer['difference']:+.2g} nats (n={finer['n']:,}; {finer['estimator']})"
+        rows.append(["with twice the steps", words])
     if "sigma_rel" in report:
         words = _about_average(report["sigma_rel"], report["sigma_rel_off"])
         rows.append(["weights", words])

@@ -70,6 +70,8 @@ def evaluate(
     source = source_of(run) if source is None else source
     if run.model.score is not None:
         found = _score(run, source, run.model.score, split, n, seed, batch_size, progress)
+        if run.finer is not None:
+            found["solver"] = _of_solver(run, source, split, found, seed, batch_size, say)
     if run.model.score is None or about_samples:
         sampler = quality.sampler_of(run.model, run.params, run.state)
         figures = quality.figures_of(run.data, sampler, split, n, seed, say, source)
@@ -141,6 +143,42 @@ def _score(
         prepared = source.prepare(key, arrays)
         found["true_log_prob"] = estimate(np.asarray(source.log_prob(prepared.x)))._asdict()
     return found
+
+
+SOLVED_AGAIN = 500  # examples that are solved with twice the steps, too
+SOLVER_NATS = 0.1  # a difference of more than this is said
+
+
+def _of_solver(
+    run: Loaded,
+    source: Source,
+    split: str,
+    found: dict[str, Any],
+    seed: int,
+    batch_size: int,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """What twice the solver's steps change, by the same noise: its error, about. A model that is
+    trained through a solver can learn to be wrong in its favour.
+    """
+    arrays = rows_of(source.load(), split)
+    arrays = jax.tree.map(lambda leaf: leaf[: min(SOLVED_AGAIN, found["n"])], arrays)
+
+    def mean(score: ScoreFn) -> float:
+        program, key = scorer(score, source.prepare), key_of(seed)
+        return float(score_examples(program, run.params, run.state, arrays, key, batch_size).mean())
+
+    assert run.model.score is not None
+    assert run.finer is not None
+    assert run.finer.score is not None
+    value, finer = mean(run.model.score), mean(run.finer.score)
+    if not abs(value - finer) <= SOLVER_NATS:  # nor where one is not finite
+        say(
+            f"With twice the solver's steps the same {len(arrays.x)} examples have {finer:.4g} "
+            f"nats, not {value:.4g}: what {run.folder} is said to be worth is the solver's error. "
+            "Train with more --n-steps, or with --solver adaptive."
+        )
+    return {"estimator": run.finer.estimator, "n": len(arrays.x), "difference": value - finer}
 
 
 def _steps(spec: DataSpec, params: Params, state: State, batch: Batch, key: Key) -> Array:

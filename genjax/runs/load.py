@@ -14,10 +14,11 @@ from genjax.checks import check_cond
 from genjax.data import MEMORY, SOURCES, Source
 from genjax.data.labels import condition_of
 from genjax.errors import CheckpointError, ConfigError, DataError, GenjaxError, unknown_name
+from genjax.families.cnf import cnf
 from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.memory import explained, fetched
 from genjax.learning.step import eval_params
-from genjax.protocol import Key, Model, Params, State
+from genjax.protocol import DataSpec, Key, Model, Params, State, Trained
 from genjax.runs import samples
 from genjax.runs.averages import lengths_of, rebuilt
 from genjax.runs.best import WHICH, best_of
@@ -33,6 +34,7 @@ from genjax.runs.own_model import is_own
 from genjax.runs.stages import kept
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import Recipe, from_dict
+from genjax.zoo.sections import sections_of
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class Loaded(NamedTuple):
         which: whose checkpoint it is, see `load`.
         sigma_rel: the length of the average that its parameters are, see `load`.
         off: how far the profile of that average is from what it should be, as a part of itself.
+        finer: the same model with twice the solver's steps, where the loss itself solves an ODE.
     """
 
     folder: Path
@@ -64,6 +67,24 @@ class Loaded(NamedTuple):
     which: str = "newest"
     sigma_rel: float | None = None
     off: float = 0.0
+    finer: Model | None = None
+
+
+# Families that are trained through a solver, and what its steps are called. The loss of such a
+# model falls as well where the solver errs in its favour.
+SOLVED = {cnf: "n_steps"}
+
+
+def _finer(recipe: Recipe, on: DataSpec | Trained, changes: dict[str, Any]) -> Model | None:
+    """The model with twice the solver's steps, if it has steps."""
+    name = SOLVED.get(recipe.family)
+    if name is None:
+        return None
+    settings = {key: value for key, (_, value, _) in sections_of(recipe)["model"].items()}
+    steps, solver = changes.get(name, settings[name]), changes.get("solver", settings["solver"])
+    if solver == "adaptive":
+        return None
+    return recipe.build(on, **{**changes, name: 2 * steps})
 
 
 def load(
@@ -124,10 +145,11 @@ def load(
     step = int(state.step)
     if sigma_rel is None:
         params = eval_params(state)
-        return Loaded(folder, recipe, data, model, params, state.state, step, files, which)
+        found = (folder, recipe, data, model, params, state.state, step, files, which)
+        return Loaded(*found, finer=_finer(recipe, on, changes))
     params, off = rebuilt(folder, lengths_of(recipe, model.losses), state, sigma_rel, check)
     found = (folder, recipe, data, model, params, state.state, step, files, which)
-    return Loaded(*found, sigma_rel, off)
+    return Loaded(*found, sigma_rel, off, _finer(recipe, on, changes))
 
 
 def source_of(run: Loaded) -> Source:
