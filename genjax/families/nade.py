@@ -55,7 +55,7 @@ def nade(
         hidden: units, the length of a and h.
         n_orders: K, random orders.
         order_seed: of the random orders.
-        activation: g.
+        activation: g, of the sums of what came before.
         likelihood: of a value: "bernoulli" for binary data, and for discrete data "categorical", a
             logit for each level, or "logistics", a mixture of discretised logistics. "auto" is
             "categorical" up to 32 levels.
