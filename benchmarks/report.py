@@ -173,6 +173,11 @@ def peers_parts(found: dict[str, Any]) -> list[str]:
             ]
         )
     means = found["geometric_means"]
+    allocators = "both under glibc's allocator of memory"
+    if any("allocator" in row.get("torch", {}) for row in found["rows"]):
+        allocators = (
+            "each side under the allocator that it is fastest with, glibc's or the one named"
+        )
     parts = [
         "## Every family beside a PyTorch twin",
         "",
@@ -180,8 +185,8 @@ def peers_parts(found: dict[str, Any]) -> list[str]:
         "row's size and a few times "
         f"wider, float32, on one resident batch ({machine(found)}). Milliseconds are medians, of "
         "one step a dispatch or as "
-        "many as the row says, whichever is faster (in brackets), under glibc's allocator or, if "
-        "named there, another that is installed. FLOPs (of matrix products in "
+        f"many as the row says, whichever is faster (in brackets), {allocators}. FLOPs (of matrix "
+        "products in "
         "loops for each trip, else as "
         "the compiler counts them) and temporary memory are of the compiled program of one step; "
         "the peak is that of a large "
@@ -197,8 +202,7 @@ def peers_parts(found: dict[str, Any]) -> list[str]:
         parts += [
             f"The twins ({'; '.join(sorted(versions))}) are the same architectures in PyTorch with "
             "as many parameters and "
-            "fused Adam, eager or by torch.compile, whichever is faster (in brackets), under the "
-            "allocator that it is fastest with, timed in "
+            "fused Adam, eager or by torch.compile, whichever is faster (in brackets), timed in "
             "turns with genjax. Before "
             "that, each had genjax's loss and norm of the gradient for the same parameters, data "
             "and noise, to a relative "
