@@ -101,8 +101,13 @@ def _where(holds):
 every_row = _over(ZOO, first_of_family)
 # For gates that compile programs of their own: one model is enough for a quick look.
 covering = _where(lambda row: True)
+# Families that have nothing of their own to a transform: parameters alone, one player, examples and
+# keys, as `vae` has. What scans, shards and splits a batch is shown on all others.
+PLAIN = {"rnn", "vrnn", "mingru-names", "realnvp-ring", "cnf-ring", "made-mnist", "nade-digits"}
+PLAIN |= {"pixelcnn-digits", "reflow-2d"}
+transformed = _where(lambda row: row.name not in PLAIN)
 # Streams go on from batch to batch, so that a batch cannot be split.
-splitting = _where(lambda row: row.name != "lstm-lanes")
+splitting = _where(lambda row: row.name not in {*PLAIN, "lstm-lanes"})
 # What a row made of another one learns is in the other one's latents or samples.
 memorising = _where(lambda row: row.first is None)
 # The largest singular value is estimated by vectors that the step itself moves on, and gradients
@@ -110,7 +115,7 @@ memorising = _where(lambda row: row.first is None)
 differentiable = _where(lambda row: row.name != "spectral-cgan")
 narrowing = _where(lambda row: "dtype" in inspect.signature(row.family).parameters)
 # For what a gate of the whole set has seen in another form.
-first_rows = _over(first_of_family)
+a_few = _over(("vae", "gan-ring", "glow-mnist"))
 
 
 # Losses that need not look at an example, only at its condition: a generator may be judged by the

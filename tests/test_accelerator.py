@@ -31,6 +31,7 @@ def test_a_run_goes_on_bitwise(found):
 
 
 @pytest.mark.slow
+@pytest.mark.tools
 def test_large_models_are_measured_with_their_shares():
     rows = accelerator.main(small=True, names=("scale",))["scale"]["rows"]
     assert len(rows) == 3

@@ -61,6 +61,7 @@ def test_families_without_a_case_are_reported_as_not_measured() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.tools
 @pytest.mark.parametrize("name", TINY_CASES)
 def test_a_step_by_hand_does_the_same_arithmetic(name: str) -> None:
     """Gradients of the first step and losses of three equal genjax's for the same weights, data and
@@ -95,6 +96,7 @@ def test_a_step_by_hand_does_the_same_arithmetic(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.tools
 def test_alternation_gives_one_value_a_round_and_program() -> None:
     spec = DataSpec((SIDE, SIDE, 1), "binary")
     batch = jax.jit(partial(example_batch, spec), static_argnums=1)(jax.random.key(1), 8)
@@ -109,6 +111,7 @@ def test_alternation_gives_one_value_a_round_and_program() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.tools
 def test_a_value_without_first_steps_is_the_mean_over_all_others(tmp_path: Path) -> None:
     from benchmarks import published
     from genjax.runs.load import load
@@ -138,6 +141,7 @@ def test_a_value_without_first_steps_is_the_mean_over_all_others(tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.tools
 def test_the_command_writes_tables_and_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +187,7 @@ def test_the_command_writes_tables_and_json(
 
 
 @pytest.mark.slow
+@pytest.mark.tools
 def test_convolutions_and_widths_are_measured_and_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +218,7 @@ def test_convolutions_and_widths_are_measured_and_reported(
 
 
 @pytest.mark.slow
+@pytest.mark.tools
 def test_the_costs_of_programs_are_measured_and_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,6 +289,7 @@ def settings_of_two(cache: str) -> dict[str, dict[str, str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.tools
 def test_allocators_are_measured_and_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,6 +341,7 @@ def test_a_picture_of_nothing_is_not_drawn_over_one_that_is_there(
 
 
 @pytest.mark.slow
+@pytest.mark.tools
 def test_how_far_flows_are_from_the_truth_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -364,6 +372,7 @@ def test_how_far_flows_are_from_the_truth_is_measured(
 
 
 @pytest.mark.slow
+@pytest.mark.tools
 def test_what_caches_gain_a_pixelcnn_is_measured_and_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,6 +389,7 @@ def test_what_caches_gain_a_pixelcnn_is_measured_and_reported(
 
 
 @pytest.mark.slow
+@pytest.mark.tools
 def test_optimisers_are_compared_and_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -441,6 +451,7 @@ def test_makemores_transformer_reads_the_names_that_ours_reads(tmp_path: Path) -
 
 @pytest.mark.skipif(not TORCH, reason=peers.NO_TORCH)
 @pytest.mark.slow
+@pytest.mark.tools
 def test_makemores_transformer_is_trained_and_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

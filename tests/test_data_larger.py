@@ -326,6 +326,7 @@ def test_the_peak_of_memory_is_far_below_the_file(tmp_path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.tools
 def test_the_benchmark_of_data_larger_than_memory_runs() -> None:
     found = larger.measure(size=3072 * 500, steps=100, step_ms=0.1, n_pictures=20, n_rows=50)
     assert found["training"]["place"] == "device"  # as small as it is here

@@ -123,7 +123,7 @@ def test_g2_resume_is_bitwise(name, tmp_path):
 
 
 @pytest.mark.bits
-@covering
+@rows.transformed
 def test_g3_scanned_steps_are_the_same_steps(name):
     batches = [batch(name, seed) for seed in range(3)]
     t = real(name)
@@ -201,10 +201,10 @@ def test_g4_members_with_keys_and_rates_of_their_own_equal_solo_runs(name, mode)
     assert_members(name, t, list(RATES), check_init=mode == "vmap")
 
 
-@rows.first_rows
+@rows.a_few
 @both_modes
 def test_g4_an_ensemble_equals_solo_runs(name, mode):
-    """A sweep without its rates, by the same function, so one row of each family is enough."""
+    """A sweep without its rates, by the same function, so a few rows are enough."""
     assert_members(name, ensemble(plain(name).t, mode), [RATE] * 3, check_init=mode == "vmap")
 
 
@@ -224,7 +224,7 @@ def test_g5_accumulated_gradients_equal_the_big_batch(name):
         assert differ(got[0].params, start.params)
 
 
-@covering
+@rows.transformed
 def test_g5_data_parallel_over_8_devices_equals_one(name):
     mesh = Mesh(np.asarray(jax.devices()[:8]), ("data",))
     start, *wanted = one_device(name)

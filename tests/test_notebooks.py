@@ -36,8 +36,15 @@ def test_every_notebook_has_small_settings() -> None:
     assert {path.name for path in FOLDER.glob("*.ipynb")} == set(SMALL)
 
 
+# What most users begin with; the others are for who looks closer.
+FIRST = ("06_your_own_data.ipynb", "07_from_python.ipynb")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(SMALL))
+@pytest.mark.parametrize(
+    "name",
+    [name if name in FIRST else pytest.param(name, marks=pytest.mark.tools) for name in SMALL],
+)
 def test_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # One device, and pictures in the notebook, as a reader has it; but compiled as fast as the
     # other tests.
