@@ -98,7 +98,7 @@ ROWS: tuple[Recipe, ...] = (
         },
         optimizer=_players(2e-4, b1=0.5, b2=0.999),
         schedule=Schedule(steps=6_000, batch_size=64, sample_every=1000, checkpoint_every=1000),
-        tiny={**_TINY_GAN, "channels": (4,)},
+        tiny=_TINY_GAN,
     ),
     Recipe(
         name="r3gan-mnist",
