@@ -10,7 +10,7 @@ import torch  # pyright: ignore[reportMissingImports]
 import torch_twin_nets as nets
 from torch import nn  # pyright: ignore[reportMissingImports]
 from torch.nn import functional  # pyright: ignore[reportMissingImports]
-from torch_twin_families import Noise, Twin
+from torch_twin_families import Blocks, Noise, Twin
 
 EPSILON = 1e-5  # of a norm
 
@@ -255,7 +255,7 @@ class RecurrentBlock(nn.Module):
         return x + self.feed_forward(x)
 
 
-class Recurrent(Twin):
+class Recurrent(Blocks):
     players = ("ssm",)
 
     def __init__(self, case: dict[str, Any]) -> None:
@@ -268,16 +268,6 @@ class Recurrent(Twin):
         self.blocks = nn.ModuleList([RecurrentBlock(d, inner, width) for _ in range(s.n_layers)])
         norm, dense = nn.RMSNorm(d, eps=EPSILON), nn.Linear(d, self.spec.levels)
         self.readout = nn.ModuleDict({"norm": norm, "dense": dense})
-
-    def loss(
-        self, player: str, x: torch.Tensor, cond: torch.Tensor | None, noise: Noise
-    ) -> torch.Tensor:
-        events = self.inputs["events"]
-        h = torch.cat([events.start.expand(self.n, 1, -1), events.table(x[:, :-1])], 1)
-        for block in self.blocks:
-            h = block(h)
-        logits = self.readout["dense"](self.readout["norm"](h))
-        return functional.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="sum") / self.n
 
 
 FAMILIES: dict[str, type[Twin]] = {

@@ -247,7 +247,21 @@ class RNN(Twin):
             parameter.data.copy_(torch.from_numpy(np.array(value)))
 
 
-class Transformer(Twin):
+class Blocks(Twin):
+    """A stack of blocks over tokens, from a start to the last but one."""
+
+    def loss(
+        self, player: str, x: torch.Tensor, cond: torch.Tensor | None, noise: Noise
+    ) -> torch.Tensor:
+        events = self.inputs["events"]
+        h = torch.cat([events.start.expand(self.n, 1, -1), events.table(x[:, :-1])], 1)
+        for block in self.blocks:
+            h = block(h)
+        logits = self.readout["dense"](self.readout["norm"](h))
+        return functional.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="sum") / self.n
+
+
+class Transformer(Blocks):
     players = ("transformer",)
 
     def __init__(self, case: dict[str, Any]) -> None:
@@ -266,16 +280,6 @@ class Transformer(Twin):
                     0.0,
                     0.02 / (2 * s.n_layers) ** 0.5 if "out" in name or "down" in name else 0.02,
                 )
-
-    def loss(
-        self, player: str, x: torch.Tensor, cond: torch.Tensor | None, noise: Noise
-    ) -> torch.Tensor:
-        events = self.inputs["events"]
-        h = torch.cat([events.start.expand(self.n, 1, -1), events.table(x[:, :-1])], 1)
-        for block in self.blocks:
-            h = block(h)
-        logits = self.readout["dense"](self.readout["norm"](h))
-        return functional.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="sum") / self.n
 
 
 class VRNN(Twin):

@@ -101,13 +101,8 @@ def _where(holds):
 every_row = _over(ZOO, first_of_family)
 # For gates that compile programs of their own: one model is enough for a quick look.
 covering = _where(lambda row: True)
-# Families that have nothing of their own to a transform: parameters alone, one player, examples and
-# keys, as `vae` has. What scans, shards and splits a batch is shown on all others.
-PLAIN = {"rnn", "vrnn", "mingru-names", "realnvp-ring", "cnf-ring", "made-mnist", "nade-digits"}
-PLAIN |= {"pixelcnn-digits", "reflow-2d"}
-transformed = _where(lambda row: row.name not in PLAIN)
 # Streams go on from batch to batch, so that a batch cannot be split.
-splitting = _where(lambda row: row.name not in {*PLAIN, "lstm-lanes"})
+splitting = _where(lambda row: row.name != "lstm-lanes")
 # What a row made of another one learns is in the other one's latents or samples.
 memorising = _where(lambda row: row.first is None)
 # The largest singular value is estimated by vectors that the step itself moves on, and gradients

@@ -123,7 +123,7 @@ def test_g2_resume_is_bitwise(name, tmp_path):
 
 
 @pytest.mark.bits
-@rows.transformed
+@covering
 def test_g3_scanned_steps_are_the_same_steps(name):
     batches = [batch(name, seed) for seed in range(3)]
     t = real(name)
@@ -224,7 +224,7 @@ def test_g5_accumulated_gradients_equal_the_big_batch(name):
         assert differ(got[0].params, start.params)
 
 
-@rows.transformed
+@covering
 def test_g5_data_parallel_over_8_devices_equals_one(name):
     mesh = Mesh(np.asarray(jax.devices()[:8]), ("data",))
     start, *wanted = one_device(name)

@@ -16,6 +16,7 @@ from test_autoregressive import every, p_value
 
 from genjax.errors import ConfigError
 from genjax.families.made import made
+from genjax.families.nade import nade
 from genjax.nets.functional import functional
 from genjax.nets.masked import MaskedMlp
 from genjax.parts.likelihoods import Emission
@@ -109,11 +110,16 @@ def test_the_probabilities_of_all_images_sum_to_one_for_each_class(variant, x64)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("likelihood", ["categorical", "logistics"])
-def test_levels_and_channels_sum_to_one(likelihood, x64):
+@pytest.mark.parametrize("family", [made, nade])
+def test_levels_and_channels_sum_to_one(family, likelihood, x64):
     spec = DataSpec((1, 2, 2), "discrete", levels=3, cond_dim=2)
-    model, params = built("raster", spec, likelihood=likelihood, n_components=2)
+    hidden = {made: (12, 7), nade: 7}[family]
+    model = family(spec, hidden=hidden, likelihood=likelihood, n_components=2)
+    with jax.enable_x64(False):
+        params, state = quick(model.init)(jax.random.key(0))
     x = widen(every(spec))
-    p = np.exp(quick(model.log_prob)(widen(params), STATE, Batch(x, jnp.ones((len(x), 2))), KEY))
+    batch = Batch(x, jnp.ones((len(x), 2)))
+    p = np.exp(quick(model.log_prob)(widen(grown(params)), state, batch, KEY))
     np.testing.assert_allclose(p.sum(), 1, rtol=1e-9)
 
 

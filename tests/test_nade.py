@@ -107,16 +107,6 @@ def test_several_orders_are_averaged_and_training_sees_one_of_them(x64):
     np.testing.assert_allclose(np.exp(-np.asarray(loss)), each[number], rtol=1e-12)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("likelihood", ["categorical", "logistics"])
-def test_levels_and_channels_sum_to_one(likelihood, x64):
-    spec = DataSpec((1, 2, 2), "discrete", levels=3, cond_dim=2)
-    model, params = built("raster", spec, likelihood=likelihood, n_components=2)
-    x = widen(every(spec))
-    p = np.exp(quick(model.log_prob)(widen(params), STATE, Batch(x, jnp.ones((len(x), 2))), KEY))
-    np.testing.assert_allclose(p.sum(), 1, rtol=1e-9)
-
-
 # --- samples --------------------------------------------------------------------------------------
 
 

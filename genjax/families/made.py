@@ -11,10 +11,9 @@ from typing import Literal
 
 from genjax import nets
 from genjax.nets.functional import functional
-from genjax.parts.orders import Order, Ordered, ordered, orders_of
-from genjax.parts.pixels import check_pixels, likelihood_of, pixel_emission
+from genjax.parts.orders import Ordered, Ordering, ordered
 from genjax.protocol import DataSpec, Model
-from genjax.settings import Count, Depth, Dtype, Whole, Width, builder
+from genjax.settings import Dtype, Width, builder
 
 
 @builder
@@ -22,13 +21,9 @@ def made(
     spec: DataSpec,
     *,
     hidden: tuple[Width, ...] = (500, 500),
-    order: Order = "raster",
-    n_orders: Depth = 1,
-    order_seed: Whole = 0,
     direct: bool = True,
     activation: Literal["gelu", "relu", "silu", "softplus", "tanh"] = "relu",
-    likelihood: Literal["auto", "bernoulli", "categorical", "logistics"] = "auto",
-    n_components: Count = 10,
+    ordering: Ordering = Ordering(),
     dtype: Dtype = "float32",
 ) -> Model:
     """A masked autoencoder (MADE) of events of any shape; conditional if the spec has a condition.
@@ -51,24 +46,15 @@ def made(
         spec: binary or discrete data.
         hidden: widths of the hidden layers; empty means that each value is judged by a linear
             function of those before it.
-        n_orders: K, random orders.
-        order_seed: of the random orders.
         direct: whether a value also sees those before it directly, past the hidden layers.
         activation: between layers.
-        likelihood: of a value: "bernoulli" for binary data, and for discrete data "categorical", a
-            logit for each level, or "logistics", a mixture of discretised logistics. "auto" is
-            "categorical" up to 32 levels.
-        n_components: of that mixture.
         dtype: of the network's arithmetic; parameters and losses stay float32.
 
     Raises:
         ConfigError: for data that are not binary or discrete, an order that is no permutation, and
             settings that do not fit the data or each other.
     """
-    check_pixels(spec, "A masked autoencoder")
-    orders = orders_of(order, n_orders, order_seed, spec.size)
-    values = DataSpec((spec.size,), spec.kind, levels=spec.levels, step="value")
-    emit = pixel_emission(values, likelihood_of(spec, likelihood), n_components)
+    orders, emit = ordering.of(spec, "A masked autoencoder")
     module = partial(
         nets.masked.MaskedMlp,
         spec.size,

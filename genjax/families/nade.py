@@ -10,10 +10,9 @@ from typing import Literal
 
 from genjax import nets
 from genjax.nets.functional import functional
-from genjax.parts.orders import Order, Ordered, ordered, orders_of
-from genjax.parts.pixels import check_pixels, likelihood_of, pixel_emission
+from genjax.parts.orders import Ordered, Ordering, ordered
 from genjax.protocol import DataSpec, Model
-from genjax.settings import Count, Depth, Dtype, Whole, builder
+from genjax.settings import Count, Dtype, builder
 
 
 @builder
@@ -21,12 +20,8 @@ def nade(
     spec: DataSpec,
     *,
     hidden: Count = 500,
-    order: Order = "raster",
-    n_orders: Depth = 1,
-    order_seed: Whole = 0,
     activation: Literal["gelu", "relu", "sigmoid", "silu", "softplus", "tanh"] = "sigmoid",
-    likelihood: Literal["auto", "bernoulli", "categorical", "logistics"] = "auto",
-    n_components: Count = 10,
+    ordering: Ordering = Ordering(),
     dtype: Dtype = "float32",
 ) -> Model:
     """A neural autoregressive distribution estimator (NADE) of events of any shape; conditional if
@@ -53,23 +48,14 @@ def nade(
     Args:
         spec: binary or discrete data.
         hidden: units, the length of a and h.
-        n_orders: K, random orders.
-        order_seed: of the random orders.
         activation: g, of the sums of what came before.
-        likelihood: of a value: "bernoulli" for binary data, and for discrete data "categorical", a
-            logit for each level, or "logistics", a mixture of discretised logistics. "auto" is
-            "categorical" up to 32 levels.
-        n_components: of that mixture.
         dtype: of the network's arithmetic; parameters and losses stay float32.
 
     Raises:
         ConfigError: for data that are not binary or discrete, an order that is no permutation, and
             settings that do not fit the data or each other.
     """
-    check_pixels(spec, "A NADE")
-    orders = orders_of(order, n_orders, order_seed, spec.size)
-    values = DataSpec((spec.size,), spec.kind, levels=spec.levels, step="value")
-    emit = pixel_emission(values, likelihood_of(spec, likelihood), n_components)
+    orders, emit = ordering.of(spec, "A NADE")
     sizes = (spec.size, hidden, emit.n_outputs)
     module = partial(nets.nade.Nade, *sizes, cond_size=spec.cond_size, activation=activation)
     return ordered(Ordered(spec, functional(module, dtype), emit, orders), "nade")

@@ -5,8 +5,9 @@ Uria 2014: one network for several orders, whose densities are averaged. A famil
 (`Ordered.net`); all else is the same for every one.
 """
 
+import dataclasses
 from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,9 @@ from genjax.errors import ConfigError
 from genjax.nets.functional import Net
 from genjax.parts.distributions import log_mean_exp
 from genjax.parts.likelihoods import Emission
+from genjax.parts.pixels import check_pixels, likelihood_of, pixel_emission
 from genjax.protocol import Array, Aux, Batch, DataSpec, Key, Model, Params, State
-from genjax.settings import Help, Whole
+from genjax.settings import Count, Depth, Settings, Whole
 
 
 class Ordered(NamedTuple):
@@ -44,10 +46,39 @@ class Ordered(NamedTuple):
         return jnp.asarray(np.argsort(self.orders, axis=1), jnp.int32)
 
 
-Order = Annotated[
-    Literal["raster", "random"] | tuple[Whole, ...],
-    Help('of the values: "raster", as they are stored; "random"; or a permutation of 0 to D - 1.'),
-]
+@dataclasses.dataclass(frozen=True)
+class Ordering(Settings):
+    """In which orders values come, and what the distribution of one is.
+
+    Attributes:
+        order: of the values: "raster", as they are stored; "random"; or a permutation of 0 to
+            D - 1.
+        n_orders: K, random orders.
+        order_seed: of the random orders.
+        likelihood: of a value: "bernoulli" for binary data, and for discrete data "categorical", a
+            logit for each level, or "logistics", a mixture of discretised logistics. "auto" is
+            "categorical" up to 32 levels.
+        n_components: of that mixture.
+    """
+
+    order: Literal["raster", "random"] | tuple[Whole, ...] = "raster"
+    n_orders: Depth = 1
+    order_seed: Whole = 0
+    likelihood: Literal["auto", "bernoulli", "categorical", "logistics"] = "auto"
+    n_components: Count = 10
+
+    def of(self, spec: DataSpec, who: str) -> tuple[np.ndarray, Emission]:
+        """The orders [K, D], and the distribution of a value, for data of this spec.
+
+        Raises:
+            ConfigError: for data that are not binary or discrete, an order that is no permutation,
+                and settings that do not fit the data or each other.
+        """
+        check_pixels(spec, who)
+        orders = orders_of(self.order, self.n_orders, self.order_seed, spec.size)
+        values = DataSpec((spec.size,), spec.kind, levels=spec.levels, step="value")
+        likelihood = likelihood_of(spec, self.likelihood)
+        return orders, pixel_emission(values, likelihood, self.n_components)
 
 
 class Noise(NamedTuple):
