@@ -301,9 +301,9 @@ def test_the_report_of_another_split_is_another_file(trained):
 def test_reports_about_other_things_are_kept_apart_where_their_names_are_one(tmp_path):
     """Files of one name in two folders; data that are called like a split or a checkpoint."""
 
-    def written(split, data, sha256, which="newest"):
+    def written(split, data, sha256, which="newest", n=100):
         files = [{"sha256": sha256}]
-        report = {"data": data or "own", "split": split, "which": which, "files": files}
+        report = {"data": data or "own", "split": split, "which": which, "files": files, "n": n}
         path = file_names.report_path(tmp_path / file_names.report_name(split, data, which), report)
         write_json(path, report)
         return path.name
@@ -319,3 +319,17 @@ def test_reports_about_other_things_are_kept_apart_where_their_names_are_one(tmp
     assert written("all", "best", "e") == "report-best.json"
     assert written("test", None, "a", "best") == "report-best-2.json"
     assert written("valid", None, "a") == "report-valid.json"
+
+
+def test_a_glance_at_a_few_examples_does_not_replace_the_report_of_all(tmp_path):
+    def written(n):
+        report = {"data": "own", "split": "test", "which": "newest", "n": n}
+        path = file_names.report_path(tmp_path / "report.json", report)
+        write_json(path, report)
+        return path.name
+
+    assert written(4) == "report.json"
+    assert written(360) == "report.json"
+    assert written(4) == "report-2.json"
+    assert written(8) == "report-2.json"
+    assert written(360) == "report.json"

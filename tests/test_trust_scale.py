@@ -13,6 +13,7 @@ import pytest
 
 from genjax import (
     DataSpec,
+    cnf,
     diffusion,
     flow_matching,
     gan,
@@ -61,6 +62,7 @@ MODELS = {
     "realnvp": (POINTS, lambda spec: realnvp(spec, n_layers=2, **SMALL)),
     "maf": (VECTORS, lambda spec: maf(spec, n_layers=2, **SMALL)),
     "nsf": (POINTS, lambda spec: nsf(spec, n_layers=2, bins=4, **SMALL)),
+    "cnf": (POINTS, lambda spec: cnf(spec, n_steps=4, **SMALL)),
     "glow": (IMAGES, lambda spec: glow(spec, n_levels=1, n_steps=1, channels=4)),
     "ssm": (FRAMES, lambda spec: ssm(spec, d_model=8, n_layers=1, n_components=2)),
     "skeleton": (POINTS, skeleton),

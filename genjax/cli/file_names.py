@@ -87,18 +87,19 @@ def report_name(
 
 def report_path(path: Path, report: dict[str, Any]) -> Path:
     """Where a report is written: over an earlier one of the same, and under a name with a number
-    where that has a report about something else, such as another file of the same name.
+    where that has a report about something else, such as another file of the same name, or about
+    more examples.
     """
     for candidate in _numbered(path):
         if _replaceable(candidate, report):
             if candidate != path:
-                say(f"{path} is about something else, and stays: written as {candidate}")
+                say(f"{path} is about other or more data, and stays: written as {candidate}")
             return candidate
     raise AssertionError("there is always another number")
 
 
 def _replaceable(path: Path, report: dict[str, Any]) -> bool:
-    """Whether there is nothing, what is no report, or one about the same."""
+    """Whether there is nothing, what is no report, or one about the same and of no more of it."""
     from genjax.runs.folder import read_json
 
     if not path.is_file():
@@ -109,7 +110,12 @@ def _replaceable(path: Path, report: dict[str, Any]) -> bool:
         return True
     same = all(there.get(name) == report[name] for name in ("data", "split"))
     same &= there.get("which", "newest") == report["which"]
+    same &= not _more(there.get("n"), report["n"])
     return same and ("files" not in there or _hashes(there) == _hashes(report))
+
+
+def _more(there: Any, here: int) -> bool:
+    return isinstance(there, int) and there > here
 
 
 def _hashes(report: dict[str, Any]) -> list[Any]:

@@ -161,7 +161,9 @@ def condition_of(spec: DataSpec, asked: Any, n: int) -> np.ndarray | None:
     if asked is None:
         return None if spec.n_classes is None else _in_turn(range(spec.n_classes), n)
     if not spec.conditional:
-        raise ConfigError(f"This model of {spec.name} is unconditional: leave `cond` out.")
+        raise ConfigError(
+            f"This model of {spec.name} is unconditional: leave `cond` out (--cond as a flag)."
+        )
     if spec.n_classes is None:
         return _vectors_of(spec, asked, n)
     labels = _labels_of(spec, asked)
