@@ -1,4 +1,4 @@
-"""One picture with samples of every recipe, from the run folders that `python -m benchmarks results
+"""Pictures with samples of every recipe, from the run folders that `python -m benchmarks results
 --keep FOLDER` left.
 """
 
@@ -15,36 +15,50 @@ from genjax.errors import ConfigError
 from genjax.runs import pictures, samples
 from genjax.runs.load import Loaded, load
 from genjax.runs.samples import picture_cond, picture_sampler
-from genjax.zoo import ZOO
+from genjax.zoo import ZOO, flows, pixel, ssm
 
+# A picture for the rows of some files of the zoo, and one for all others.
+EXACT = [row.name for part in (flows, pixel, ssm) for row in part.ROWS]
+PICTURES = {
+    "gallery.png": [name for name in ZOO if name not in EXACT],
+    "gallery_exact.png": EXACT,
+}
 COLUMNS = 4
 TEXTS, LINES, WIDTH = 26, 26, 38  # in a panel of text: samples, lines and characters a line
 SHOWN = {"points": 1000, "text": TEXTS, "music": 1}  # samples in a panel; 100 of other data
 
 
 def main(keep: Path) -> None:
-    """Draw results/gallery.png: a panel for each recipe that has a run of seed 0 in `keep`.
+    """Draw `PICTURES`, a panel for each recipe that has a run of seed 0 in `keep`; a picture none
+    of whose recipes has one stays as it is.
 
     Raises:
-        ConfigError: if none has.
+        ConfigError: if no recipe has a run.
     """
     folders = {name: keep / f"{name}_seed0" for name in ZOO}
     have = {name: folder for name, folder in folders.items() if (folder / "config.json").exists()}
     if not have:
         raise ConfigError(
-            f"No recipe has a run in {keep}, such as {folders['vae']}; the picture was left as it "
-            "is."
+            f"No recipe has a run in {keep}, such as {folders['vae']}; the pictures were left as "
+            "they are."
         )
-    rows = -(-len(have) // COLUMNS)
+    for file, names in PICTURES.items():
+        some = {name: have[name] for name in names if name in have}
+        if some:
+            _draw(some, RESULTS / file)
+
+
+def _draw(folders: dict[str, Path], path: Path) -> None:
+    rows = -(-len(folders) // COLUMNS)
     figure = Figure(figsize=(3.0 * COLUMNS, 3.3 * rows), layout="constrained")
-    for index, (name, folder) in enumerate(have.items()):
+    for index, (name, folder) in enumerate(folders.items()):
         axes = figure.add_subplot(rows, COLUMNS, index + 1)
         _panel(axes, load(folder))
         axes.set_title(name, fontsize=9)
         axes.set_xticks([])
         axes.set_yticks([])
-    pictures.save(figure, RESULTS / "gallery.png", dpi=110)
-    print(f"written: {RESULTS / 'gallery.png'}")
+    pictures.save(figure, path, dpi=110)
+    print(f"written: {path}")
 
 
 def _panel(axes: Any, loaded: Loaded) -> None:

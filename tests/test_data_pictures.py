@@ -280,6 +280,17 @@ def test_what_is_no_archive_of_pictures(tmp_path):
         open_source(str(tmp_path / "b.zip"))
 
 
+@pytest.mark.parametrize("name", ["../../a.png", "/etc/a.png", "b/../../a.png"])
+def test_a_path_that_leaves_the_archive_is_told(tmp_path, name):
+    with zipfile.ZipFile(tmp_path / "out.zip", "w") as archive:
+        archive.writestr(name, b"")
+    with tarfile.open(tmp_path / "out.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo(name))
+    for path in ("out.zip", "out.tar"):
+        with pytest.raises(DataError, match=rf"{path}: {name} lies outside the archive"):
+            open_source(str(tmp_path / path))
+
+
 def test_bombs_are_not_unpacked(tmp_path, monkeypatch):
     monkeypatch.setattr(MODULE, "_LARGEST", 4000)
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:

@@ -96,6 +96,13 @@ def test_what_is_no_table(tmp_path, text, message):
         open_source(str(path), columns=("a", "b") if ",b" in text and "'b'" in message else None)
 
 
+def test_a_cell_that_is_no_number_does_not_cost_its_column(tmp_path):
+    rows = ["height,name", *(f"{row},x{row}" for row in range(50)), "five,x"]
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    with pytest.raises(DataError, match="column 'height' has numbers, but row 51 is 'five'"):
+        open_source(str(tmp_path / "t.csv"))
+
+
 def test_damage_and_absence(tmp_path):
     for ending in ("csv", "parquet"):
         with pytest.raises(DataError, match="there is no such file"):

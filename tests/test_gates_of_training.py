@@ -69,12 +69,11 @@ WEIGHT = np.asarray([1, 0, 2, 0.5, 0, 1, 3, 1], np.float32)
 
 
 # Rows whose scanned steps equal single ones to rounding only, and to how much of it: in a loop, XLA
-# sums the gradient of a convolution, or of a table of tokens, in another order. Two players that
-# Adam moves by nearly the sign of a gradient pass more of it on (2e-6 to 5e-6).
+# sums the gradient of a convolution in another order. Two players that Adam moves by nearly the
+# sign of a gradient pass more of it on (2e-6 to 5e-6).
 SCANNED_TO_ROUNDING = {
     "vae-conv": 1e-6,
     "dcgan-mnist": 2e-5,
-    "gru-markov": 1e-5,
 }
 
 

@@ -177,8 +177,9 @@ def _train(args: list[str]) -> None:
 
 def _other_data(row: "Recipe", recipe: "Recipe") -> str:
     """What else changes where a recipe is trained on other data than its row's."""
-    kept = {name: value for name, value in row.data_options.items() if name in recipe.data_options}
-    lost = [name for name in row.data_options if name not in kept]
+    own = recipe.data_options
+    kept = {name: value for name, value in row.data_options.items() if own.get(name) == value}
+    lost = [name for name in row.data_options if name not in own]
     line = f"{recipe.data} in the place of {row.data}"
     if kept:
         line += f"; kept {', '.join(f'{name}={value}' for name, value in kept.items())}"

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -129,10 +130,10 @@ def _members(where: str, endings: Sequence[str]) -> Iterator[list[Member]]:
         stamp = _stamp(where)
         if zipfile.is_zipfile(where):
             with zipfile.ZipFile(where) as archive:
-                yield _in_zip(archive, endings, stamp)
+                yield _in_zip(archive, endings, stamp, where)
             return
         with tarfile.open(where) as archive:
-            yield _in_tar(archive, endings, stamp)
+            yield _in_tar(archive, endings, stamp, where)
     except FileNotFoundError:
         raise DataError(f"{where}: there is no such file or folder.") from None
     except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
@@ -167,21 +168,25 @@ def _reader(path: str) -> Callable[[], bytes]:
     return read
 
 
-def _in_zip(archive: zipfile.ZipFile, endings: Sequence[str], stamp: Any) -> list[Member]:
+def _in_zip(
+    archive: zipfile.ZipFile, endings: Sequence[str], stamp: Any, where: str
+) -> list[Member]:
     found = []
     for info in archive.infolist():
         if _wanted(info.filename, endings) and not info.is_dir():
-            _check_size(info.filename, info.file_size)
+            _check_member(info.filename, info.file_size, where)
             read = _locked(archive.read, info)
             found.append(Member(info.filename, read, (*stamp, info.CRC, info.file_size)))
     return sorted(found, key=lambda member: member.name)
 
 
-def _in_tar(archive: tarfile.TarFile, endings: Sequence[str], stamp: Any) -> list[Member]:
+def _in_tar(
+    archive: tarfile.TarFile, endings: Sequence[str], stamp: Any, where: str
+) -> list[Member]:
     found = []
     for info in archive.getmembers():
         if _wanted(info.name, endings) and info.isfile():
-            _check_size(info.name, info.size)
+            _check_member(info.name, info.size, where)
 
             def read(info: tarfile.TarInfo) -> bytes:
                 file = archive.extractfile(info)
@@ -192,13 +197,23 @@ def _in_tar(archive: tarfile.TarFile, endings: Sequence[str], stamp: Any) -> lis
 
 
 def _wanted(name: str, endings: Sequence[str]) -> bool:
-    hidden = any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts[:-1])
+    folders = [part for part in PurePosixPath(name).parts[:-1] if part != ".."]
+    hidden = any(part.startswith((".", "__MACOSX")) for part in folders)
     return name.lower().endswith(tuple(endings)) and not hidden
 
 
-def _check_size(name: str, size: int) -> None:
+def _check_member(name: str, size: int, where: str) -> None:
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts:
+        raise DataError(
+            f"{where}: {name} lies outside the archive, and is not read. Write the archive anew, "
+            "with names below one folder."
+        )
     if size > _LARGEST:
-        raise DataError(f"{name} would unpack to {size:,} bytes; at most {_LARGEST:,} are read.")
+        raise DataError(
+            f"{where}: {name} would unpack to {size:,} bytes; at most {_LARGEST:,} are read. Write "
+            "the archive without it."
+        )
 
 
 def _locked(read: Callable[[Any], bytes], info: Any) -> Callable[[], bytes]:
@@ -268,7 +283,13 @@ def _bytes(member: Member) -> bytes | str:
     try:
         return member.read()
     except Exception as error:  # zlib, zipfile and the system raise a dozen kinds
-        return f"{type(error).__name__}: {error}"
+        return _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, without the address of an object in memory."""
+    said = re.sub(r" <[\w.]+ object at 0x[0-9a-f]+>", "", str(error)).strip()
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def _picture(data: bytes | str, settings: dict[str, Any]) -> np.ndarray | str:
@@ -289,7 +310,7 @@ def _picture(data: bytes | str, settings: dict[str, Any]) -> np.ndarray | str:
             image = bring(image, square, Image.Resampling.LANCZOS)
         array = np.asarray(image, np.uint8)
     except Exception as error:  # of a file that is cut short or no picture, PIL raises many kinds
-        return f"{type(error).__name__}: {error}"
+        return _reason(error)
     return array[..., None] if array.ndim == 2 else array
 
 

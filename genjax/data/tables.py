@@ -218,6 +218,8 @@ def _chosen(
     free = [name for name in known if name not in other]
     found = tuple(name for name in free if _numeric(read.schema.field(name).type))
     left = [name for name in free if name not in found]
+    for name in left:
+        _check_text(read.column(name), name, where)
     if not found:
         texts = ", ".join(f"{name} ({read.schema.field(name).type})" for name in left[:5])
         raise DataError(f"{where}: no column has numbers; found {texts}.")
@@ -225,6 +227,21 @@ def _chosen(
     if left:
         notes.append(f"left out, as they are no numbers: {', '.join(left)}")
     return found, notes
+
+
+def _check_text(column: Any, name: str, where: str) -> None:
+    """Refuse a column of numbers, of which a few cells are none: nobody wants it left out.
+
+    Raises:
+        DataError: with the row.
+    """
+    some = [str(value) for value in column.slice(0, 10_000).to_pylist() if value is not None]
+    text = _first_text(column) if sum(map(_is_number, some)) > len(some) / 2 else None
+    if text is not None:
+        raise DataError(
+            f"{where}: the column {name!r} has numbers, but {text}. Mend it, or say which columns "
+            "are meant with --columns."
+        )
 
 
 def _numbers(read: Any, name: str, where: str, before: int = 0) -> np.ndarray:
@@ -236,9 +253,10 @@ def _numbers(read: Any, name: str, where: str, before: int = 0) -> np.ndarray:
     """
     column, kind = read.column(name), read.schema.field(name).type
     if not _numeric(kind):
+        text = _first_text(column) or "its numbers are texts"
         raise DataError(
-            f"{where}: the column {name!r} has no numbers but {kind}: {_first_text(column)}. Leave "
-            "it out of --columns, or make it the --label."
+            f"{where}: the column {name!r} has no numbers but {kind}: {text}. Leave it out of "
+            "--columns, or make it the --label."
         )
     _check_missing(column, name, where, before)
     array = column.to_numpy()
@@ -253,20 +271,21 @@ def _numbers(read: Any, name: str, where: str, before: int = 0) -> np.ndarray:
     return array
 
 
-def _first_text(column: Any) -> str:
-    """The first value that is no number, with its row."""
+def _first_text(column: Any) -> str | None:
+    """The first value that is no number, with its row; None where all are numbers, as texts."""
     for row, value in enumerate(column.to_pylist()):
         if value is not None and not _is_number(str(value)):
             return f"row {row + 1} is {str(value)[:40]!r}"
-    return "its numbers are texts"
+    return None
 
 
 def _check_missing(column: Any, name: str, where: str, before: int = 0) -> None:
     if column.null_count:
         row = column.is_null().to_pylist().index(True)
+        more = f", and {column.null_count - 1} more" if column.null_count > 1 else ""
         raise DataError(
-            f"{where}: row {before + row + 1} of column {name!r} is missing, and "
-            f"{column.null_count - 1} more. Fill them in, or leave such rows out."
+            f"{where}: row {before + row + 1} of column {name!r} is missing{more}. Fill in what is "
+            "missing, or leave such rows out."
         )
 
 
