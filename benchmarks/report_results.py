@@ -44,7 +44,6 @@ FRONT = (
     "vdm-digits",
     "flow-matching",
     "vae-flow-prior",
-    "reflow-2d",
 )
 
 

@@ -113,3 +113,21 @@ def test_a_seed_that_is_none_is_refused(seed):
     for call in (lambda: run.sample(2, seed=seed), lambda: run.bound(X[:2], seed=seed)):
         with pytest.raises(ConfigError, match="seed must be a whole number"):
             call()
+
+
+def test_only_training_states_are_saved_and_restored(tmp_path):
+    params = {"vae": np.zeros(3)}
+    for call in (genjax.save, lambda it, folder: genjax.restore(folder, it)):
+        with pytest.raises(ConfigError, match=r"Expected a training state.*got dict"):
+            call(params, tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["cvae", pytest.param("diffusion", marks=pytest.mark.slow)])
+def test_a_condition_that_data_in_memory_lack_is_said(name):
+    said = []
+    x = np.random.default_rng(0).normal(size=(60, 2))
+    small = {"steps": 2, "hidden": (4,), "batch_size": 8, "warmup_steps": 0}
+    run = genjax.train(name, x, say=said.append, **small)
+    assert not run.spec.conditional
+    assert f"no labels, so {name} is trained without a condition" in "\n".join(said)

@@ -381,7 +381,7 @@ def train(
                 "log_to is for recipes; a model of one's own takes log=, a function of a line."
             )
         return _train_model(what, data, out, progress, **settings)
-    recipe, source = _recipe_of(what, data)
+    recipe, source = _recipe_of(what, data, say)
     recipe = replace(recipe, **settings)
     _check_kept(recipe)
     if out is not None:
@@ -414,7 +414,9 @@ def _with_source(run: Run, source: Source | None) -> Run:
     return run
 
 
-def _recipe_of(what: str | Recipe, data: Any) -> tuple[Recipe, Source | None]:
+def _recipe_of(
+    what: str | Recipe, data: Any, say: Callable[[str], None]
+) -> tuple[Recipe, Source | None]:
     """The recipe on the data, and their source where it is in memory."""
     if isinstance(what, str):
         if what not in ZOO:
@@ -424,7 +426,14 @@ def _recipe_of(what: str | Recipe, data: Any) -> tuple[Recipe, Source | None]:
         return what, None
     if isinstance(data, str | Path):
         return what.on(str(data)), None
-    return dataclasses.replace(what, data=MEMORY, data_options={}), source_in(data)
+    source = source_in(data)
+    if what.data_options.get("conditional") and not source.spec.conditional:
+        say(
+            f"The data have no labels, so {what.name} is trained without a condition: "
+            "genjax.from_arrays(x, y) gives them."
+        )
+        what = replace(what, conditional=False)  # with what only a condition needs
+    return dataclasses.replace(what, data=MEMORY, data_options={}), source
 
 
 def _train_model(

@@ -1,8 +1,9 @@
 """Training states on disk for a loop of one's own: `genjax.save` and `genjax.restore`."""
 
 from pathlib import Path
+from typing import Any
 
-from genjax.errors import CheckpointError
+from genjax.errors import CheckpointError, ConfigError
 from genjax.learning.checkpoint import Checkpoints
 from genjax.protocol import TrainState
 
@@ -12,6 +13,7 @@ def save(state: TrainState, folder: str | Path) -> Path:
 
     Raises:
         CheckpointError: if the disk does not take it.
+        ConfigError: for something else than a training state.
 
     Example:
         >>> import jax, optax, tempfile
@@ -22,6 +24,7 @@ def save(state: TrainState, folder: str | Path) -> Path:
         >>> genjax.save(ts, folder).name
         '0'
     """
+    _check_state(state)
     return Checkpoints(folder).save(state)
 
 
@@ -33,6 +36,7 @@ def restore(folder: str | Path, like: TrainState, step: int | None = None) -> Tr
 
     Raises:
         CheckpointError: if there is none that is whole, or it is of another model.
+        ConfigError: for something else than a training state.
 
     Example:
         >>> import jax, optax, tempfile
@@ -44,7 +48,17 @@ def restore(folder: str | Path, like: TrainState, step: int | None = None) -> Tr
         >>> int(genjax.restore(folder, jax.eval_shape(t.init, jax.random.key(0))).step)
         0
     """
+    _check_state(like)
     restored = Checkpoints(folder).restore(like, step)
     if restored is None:
         raise CheckpointError(f"There is no checkpoint in {folder}.")
     return restored.state
+
+
+def _check_state(state: Any) -> None:
+    if not isinstance(state, TrainState):
+        raise ConfigError(
+            "Expected a training state, which `t.init` and `t.step` return (of its shapes alone: "
+            f"jax.eval_shape(t.init, key)); got {type(state).__name__}. A run folder is loaded by "
+            "genjax.load, and `genjax export` writes parameters alone."
+        )

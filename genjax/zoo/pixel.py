@@ -93,9 +93,10 @@ ROWS: tuple[Recipe, ...] = (
         family=transformer,
         data="digit_pixels",
         summary="Transformer of digits, a token for each pixel",
-        model={"d_model": 64, "n_layers": 4, "n_heads": 4, "position": "learned", "dropout": 0.3},
+        model={"d_model": 64, "n_layers": 4, "n_heads": 4, "position": "learned", "dropout": 0.1},
         optimizer=dataclasses.replace(_DIGITS_OPTIMIZER, weight_decay=0.3),
-        schedule=_DIGITS_SCHEDULE,
+        # With a dropout of 0.3, 1,000 steps left it at 91 nats, in training as well.
+        schedule=dataclasses.replace(_DIGITS_SCHEDULE, steps=4_000, evaluate_every=500),
         tiny={"d_model": 4, "n_layers": 2, "n_heads": 2, "d_hidden": 6, "dropout": 0.0},
     ),
 )
