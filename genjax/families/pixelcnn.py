@@ -120,9 +120,10 @@ def check_scales(spec: DataSpec, scales: int, gated: bool) -> None:
     height, width, _ = spec.shape
     if height % 2**scales or width % 2**scales:
         fit = max(s for s in range(scales) if height % 2**s == 0 and width % 2**s == 0)
+        most = f"{fit} or less" if fit else "0"
         raise ConfigError(
             f"scales={scales} halves images {scales} times, and {spec.name} has {height} x {width} "
-            f"pixels, which halve {fit} times: take scales={fit} or less."
+            f"pixels, which halve {fit} times: take scales={most}."
         )
 
 
