@@ -285,20 +285,28 @@ def builder(build: Callable[..., Any]) -> Callable[..., Any]:
             if name not in signature.parameters:
                 known = list(signature.parameters)[1:]
                 raise unknown_name(f"setting of {build.__name__}", name, known)
-        hints = _hints(build)
-        own = {name: value for name, value in given.items() if name in hints}
-        for name, value in own.items():
-            check_setting(name, value, hints[name])
-        for name, default in groups.items():
-            fields = {field.name for field in dataclasses.fields(default)}
-            changes = {key: value for key, value in given.items() if key in fields}
-            own[name] = dataclasses.replace(default, **changes)
-            check_fields(own[name])
-        return build(of, **own)
+        return build(of, **checked_settings(build, given))
 
     checked_build.__signature__ = signature  # type: ignore[attr-defined]
     checked_build.__doc__ = _documented(build, groups)
     return checked_build
+
+
+def checked_settings(build: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a builder takes, those of its groups as records of theirs.
+
+    Raises:
+        ConfigError: for one that is not what its annotation says.
+    """
+    check_call(build, given)
+    hints = _hints(inspect.unwrap(build))
+    own = {name: value for name, value in given.items() if name in hints}
+    for name, default in groups_of(build).items():
+        fields = {field.name for field in dataclasses.fields(default)}
+        changes = {key: value for key, value in given.items() if key in fields}
+        own[name] = dataclasses.replace(default, **changes)
+        check_fields(own[name])
+    return own
 
 
 def groups_of(build: Callable[..., Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ def found(tmp_path_factory):
     return accelerator.main(small=True, names=("right", "members", "attention", "bitwise"))
 
 
+@pytest.mark.slow
 def test_values_agree_with_the_cpus_where_the_card_is_the_cpu(found):
     row = found["right"]["gan-ring"]
     assert row["highest"] == row["default"] == 0

@@ -46,6 +46,7 @@ def test_the_best_table_of_logits_is_known_in_closed_form(x64, name):
     assert float(around.min()) - least > 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["minimax", "nonsaturating", "relativistic"])
 def test_the_best_quadratic_logit_for_two_normals_is_their_log_ratio(x64, name):
     x, step = np.linspace(

@@ -80,6 +80,7 @@ def test_every_topology_that_is_listed_exists_and_its_chip_is_known():
             assert ahead.devices_of(f"{version}:{size}")[0].device_kind in ahead.CHIPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["vae", "vae-flow-prior", pytest.param("transformer", marks=pytest.mark.slow)]
 )

@@ -94,6 +94,7 @@ def p_value(observed, expected):
 # --- a network that is no family's ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "steps"),
     [(WORDS, None), (LABELLED, None), (IMAGES, PIXELS)],
@@ -116,6 +117,7 @@ def test_a_toy_net_is_a_distribution_and_its_samples_follow_it(spec, steps, x64)
         assert p_value(same.sum(1), n * p[::-1]) < 1e-6  # it can tell
 
 
+@pytest.mark.slow
 def test_a_net_without_a_cache_gives_its_outputs_step_by_step():
     model, params, state, _ = setup(LABELLED, cond_dropout=0.5)
     batch, own = example_batch(LABELLED, KEY, 5), model.autoregressive
@@ -154,6 +156,7 @@ def test_data_that_are_no_sequences_are_modelled_as_one_and_keep_their_shape():
 # --- what the loss draws --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_loss_draws_what_its_noise_says():
     model, params, state, outputs = setup(LABELLED, rate=0.4, cond_dropout=0.3)
     batch = example_batch(LABELLED, KEY, 64)
@@ -174,6 +177,7 @@ SMALL = {
 every_family = pytest.mark.parametrize("family", SMALL, ids=lambda family: family.__name__)
 
 
+@pytest.mark.slow
 @every_family
 def test_conditions_are_left_out_where_the_noise_says(family):
     """The loss of an example does not depend on its condition exactly where the noise drops it."""
@@ -255,6 +259,7 @@ def test_twelve_layers_are_matched_by_name(family):
     assert_same(quick(values)(text), quick(values)(params))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_text_for_the_numbers_of_blocks_is_read(tmp_path):
     """As the Transformer's were before."""
     t = training(transformer(STREAM, **{**SMALL[transformer], "n_layers": 11}), optax.adam(0.1))

@@ -108,6 +108,7 @@ SLOW = ("multi-scale", "stacked", "inverse autoregressive, spline")
 SOME = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in EACH]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOME)
 def test_log_det_is_that_of_the_jacobian_and_the_inverse_undoes_it(name):
     bijection, shape = EACH[name]
@@ -172,6 +173,7 @@ def test_a_product_by_l_u_is_the_dense_one(shape):
 WEIGHT = jnp.asarray([1.0, 0.0, 2.5, 0.5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("junk", [1e30, np.nan, np.inf])
 @pytest.mark.parametrize("shape", [(D,), (3, 2, D)])
 def test_actnorm_makes_mean_0_and_variance_1_of_what_counts(shape, junk):
@@ -226,6 +228,7 @@ def jacobian(forward, x):
     return np.asarray(jit(jax.jacfwd(lambda x: forward(x[None])[0].reshape(-1)))(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("d", [2, 3, D])
 def test_coupling_keeps_the_first_half_and_two_layers_move_all(d):
     one = coupled("affine", d)
@@ -239,6 +242,7 @@ def test_coupling_keeps_the_first_half_and_two_layers_move_all(d):
     assert (np.asarray(z) != np.asarray(x)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "hidden"),
     [("affine", hidden) for hidden in ((), (3,), (16,), (16, 9), (2, 16))] + [("spline", (16,))],
@@ -261,6 +265,7 @@ def test_parameters_of_a_number_are_a_function_of_those_before_it(name, hidden):
     assert (np.diag(whole) > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", [(), (4,), (8, 8)])
 def test_every_number_sees_the_condition_the_first_too(hidden):
     net = functional(lambda rngs: ConditionerMasked(D, hidden, 2, E, rngs=rngs))
@@ -312,6 +317,7 @@ def test_the_inverse_never_feeds_the_network_what_is_not_known_yet():
 # --- loops ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_loop_over_layers_is_one_after_the_other():
     stack, c, x = stacked(layer, 3), conditions(), events((D,))
     params = parameters(stack)

@@ -81,6 +81,7 @@ def two(folder: Path) -> tuple[Checkpoints, TrainState, TrainState]:
     return checkpoints, old, new
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("members", [None, 3])
 @pytest.mark.parametrize("as_shapes", [True, False])
 def test_what_is_restored_is_what_was_saved_bit_for_bit(

@@ -49,6 +49,8 @@ from genjax.zoo import ZOO
         ("sample nowhere --guidance inf", "--guidance must be a finite number; got inf."),
         ("sample nowhere --film --means", "--film and --means are two different pictures"),
         ("train flow-matching --coupling best", "--coupling"),
+        # Refused before the run that it stands on is looked for, or trained.
+        ("train reflow-2d --first --guidance=-inf", "guidance must be finite; got -inf."),
         (
             "train flow-matching --guidance 2 --cond-dropout 0",
             "never trained without its condition",

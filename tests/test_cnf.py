@@ -43,6 +43,7 @@ def grown(size=0.3, **settings):
 # --- linear fields --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["rk4", "adaptive"])
 def test_a_linear_field_is_a_matrix_exponential_and_its_log_det_the_trace(solver):
     x, time = events((3,)), 1.5
@@ -83,6 +84,7 @@ def test_probes_are_drawn_once_a_solve(n_probes):
     assert np.std(each) > 0
 
 
+@pytest.mark.slow
 def test_the_estimate_is_unbiased_and_the_value_does_not_depend_on_it():
     exact, params, state = grown(n_probes=0)
     estimated, *_ = grown(n_probes=1)
@@ -139,6 +141,7 @@ def test_computing_again_for_less_memory_changes_no_gradient():
         assert np.asarray(a).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_classes", [None, 3])
 def test_samples_take_the_way_back_and_see_their_class(n_classes):
     spec = DataSpec((3,), "continuous", n_classes=n_classes, name="space")

@@ -71,6 +71,7 @@ def test_its_mean_is_the_elbo_in_closed_form():
     assert (np.abs(draws.mean(0) - elbo.mean(0)) < 4 * error).all()
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_second_stage_on_latents_that_it_draws():
     first = first_stage()
     second, both = both_stages(first)
@@ -84,6 +85,7 @@ def test_the_loss_is_that_of_the_second_stage_on_latents_that_it_draws():
     np.testing.assert_array_equal(both.losses["flow"](params, state, batch, KEY, 0)[0], wanted)
 
 
+@pytest.mark.slow
 def test_training_leaves_the_first_stage_as_it_is():
     first = first_stage()
     _, both = both_stages(first)
@@ -100,6 +102,7 @@ def test_training_leaves_the_first_stage_as_it_is():
     assert ((x >= 0) & (x <= SPEC.top) & (x == np.round(x))).all()
 
 
+@pytest.mark.slow
 def test_its_ways_of_sampling_end_in_events():
     _, both = both_stages(first_stage())
     params, state = both.init(jax.random.key(1))

@@ -46,6 +46,7 @@ def other(hint, value):
     return "another"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [*ZOO.values(), TWO], ids=lambda recipe: recipe.name)
 def test_json_and_back_changes_nothing(recipe):
     values = to_dict(recipe)
@@ -68,6 +69,7 @@ def test_every_default_is_written_down():
     assert values["recipe"] == "vae"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [*ZOO.values(), TWO], ids=lambda recipe: recipe.name)
 def test_every_setting_changes_the_hash_and_comes_back(recipe):
     values = to_dict(recipe)

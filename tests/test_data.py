@@ -80,6 +80,7 @@ def test_data_key_is_not_the_training_key():
     assert (jax.random.key_data(keys[0]) != jax.random.key_data(training)).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spec",
     [

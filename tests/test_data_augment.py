@@ -53,6 +53,7 @@ def test_changes_follow_each_other_and_are_a_function_of_the_key():
     assert augmentation("", SPEC) is None
 
 
+@pytest.mark.slow
 def test_training_batches_are_changed_and_no_others():
     plain = data.digits(binarize="dynamic")
     source = plain._replace(augment=augmentation("flip,crop2", plain.spec))

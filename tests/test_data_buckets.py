@@ -85,6 +85,7 @@ def test_buckets_are_those_with_the_least_padding():
     assert buckets_of(lengths, 12, 5).padded == (9,)  # no second batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [2, 4, 8])
 @pytest.mark.parametrize("batch_size", [1, 4, 7])
 def test_every_example_once_an_epoch_but_for_one_turn_of_a_bucket(most, batch_size):

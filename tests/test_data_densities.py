@@ -24,6 +24,7 @@ HALF_WIDTH = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DENSITIES)
 def test_density_is_exact(name):
     """It integrates to 1, its entropy is its own, and its samples follow it."""
@@ -63,6 +64,7 @@ def test_density_is_exact(name):
     assert_uniform(counts[expected > 0], expected[expected > 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DENSITIES)
 def test_density_sources(name):
     source = data.open_source(name, n_train=30)
@@ -81,6 +83,7 @@ def test_density_sources(name):
     assert not np.isnan(source.log_prob(np.full((1, 2), 1e4, np.float32))).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ring", "pinwheel", "checkerboard"])
 def test_score_is_finite(name):
     source = data.open_source(name)

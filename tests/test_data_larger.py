@@ -223,6 +223,7 @@ def test_no_more_is_made_ahead_than_is_said_and_the_threads_end(
 # --- what goes wrong ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_file_that_changes_while_it_is_read_is_one_message(tmp_path, monkeypatch, small) -> None:
     on_disk, _ = feeds(tmp_path, monkeypatch)
     path = tmp_path / "x.npy"

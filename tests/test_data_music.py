@@ -43,6 +43,7 @@ def written(tmp_path, content, **options):
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compressed", [False, True])
 def test_rolls_are_read_and_padded(tmp_path, compressed):
     content = three()
@@ -85,6 +86,7 @@ def odd(cell):
     return cells
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -128,6 +130,7 @@ def test_rolls_refuse(tmp_path, content, message):
         data.rolls(written(tmp_path, content))
 
 
+@pytest.mark.slow
 def test_rolls_refuse_damage(tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.mat: there is no such file"):
         data.rolls(str(tmp_path / "nowhere.mat"))
@@ -266,6 +269,7 @@ def test_midi_refuses(tmp_path):
 # --- digit rows ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("binarize", ["none", "threshold", "dynamic"])
 def test_digit_rows_are_the_digits(binarize):
     rows, digits = data.digit_rows(True, binarize), data.digits(True, binarize)
@@ -302,6 +306,7 @@ def test_digit_pixels_are_the_digits():
         np.testing.assert_array_equal(prepared.x, image.x.reshape(-1, 64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("at", "bit"), [(144, 2), (209, 3), (236, 0)])
 def test_a_file_that_crashes_its_reader_does_not_crash_this_process(tmp_path, at, bit):
     """One bit, at which scipy's reader goes by a null pointer: the process it is in ends with

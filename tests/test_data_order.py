@@ -32,6 +32,7 @@ def test_every_epoch_visits_every_example_once(n, batch_size):
         assert len({tuple(order) for order in orders}) == epochs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "batch_size"), [(3, 2), (60_000, 64)])
 def test_order_is_the_same_on_host_and_device(n, batch_size):
     steps = [0, 1, 2, 999, 123_456_789, 2**31 - 1]
@@ -83,6 +84,7 @@ def _orders(n, seeds, epochs):
     return np.asarray(jax.jit(order)(jnp.arange(seeds), jnp.arange(epochs)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 7, 10, 33])
 def test_every_example_is_equally_likely_at_every_position(n):
     orders = _orders(n, 200, 50)

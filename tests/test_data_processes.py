@@ -52,6 +52,7 @@ def test_sources(name):
     assert (splits.valid.x[:300] != splits.train.x).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_entropy_is_the_mean_code_length(name, x64):
     source = data.open_source(name)
@@ -165,6 +166,7 @@ def test_hmm_likelihood_with_zeros(x64):
     assert found[2] == -np.inf
 
 
+@pytest.mark.slow
 def test_hmm_entropy(x64, monkeypatch):
     parameters = processes.hmm_parameters(n_states=3, n_symbols=2)
     log_p = np.asarray(hmm_log_likelihood(all_sequences(2, 12), *parameters))
@@ -248,6 +250,7 @@ def test_kalman_likelihood_is_that_of_the_joint_gaussian(length, x64):
     assert entropy == pytest.approx(multivariate_normal(mean, covariance).entropy(), abs=1e-11)
 
 
+@pytest.mark.slow
 def test_likelihood_has_the_gradient_of_its_parameters(x64):
     model = random_lgssm()
     x = np.random.default_rng(3).standard_normal((2, 6, 2))

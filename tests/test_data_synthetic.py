@@ -31,6 +31,7 @@ def test_splits_are_drawn_apart_and_prepared(name):
     assert (source.fresh(0, 256).x != splits.train.x[:256]).any()
 
 
+@pytest.mark.slow
 @both
 def test_entropy_is_the_mean_code_length(name, x64):
     source = data.open_source(name, **SMALL[name], n_train=4_000)
@@ -64,6 +65,7 @@ def covariance_of(size, exponent):
     return ((phases * power.ravel()) @ phases.conj().T).real / size**2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [3, 4])
 def test_the_density_of_textures_is_a_gaussian_with_that_spectrum(x64, size):
     source = data.textures(size=size, channels=2, exponent=1.7)
@@ -81,6 +83,7 @@ def test_textures_have_pixels_of_variance_1_and_their_neighbours_are_alike():
     assert (np.abs(error) < 4.5 * products.std(axis=0) / math.sqrt(len(x))).all()
 
 
+@pytest.mark.slow
 def test_classes_are_smoother_and_smoother_and_the_density_is_their_mixture(x64):
     source = data.textures(size=4, channels=1, exponent=1.0, conditional=True)
     splits = source.load()

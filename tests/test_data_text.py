@@ -162,6 +162,7 @@ def test_line_ends_and_byte_order_mark(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["character", "byte"])
 def test_lines_are_padded_with_their_end(tmp_path, unit):
     items = [f"{'☃' * (i % 5)}\titem {i}" for i in range(50)]
@@ -395,6 +396,7 @@ def published(tmp_path, monkeypatch):
     return tmp_path, play, names
 
 
+@pytest.mark.slow
 def test_published_texts_are_read(published, monkeypatch):
     folder, play, names = published
     monkeypatch.setenv("GENJAX_DATA", str(folder))

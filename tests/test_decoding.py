@@ -166,6 +166,7 @@ def log_probs(x):
     return total
 
 
+@pytest.mark.slow
 def test_generation_is_the_loop_by_hand_with_a_key_for_each_step():
     choose, key = sampler(temperature(0.8)), jax.random.key(3)
     outputs, carry = START
@@ -289,6 +290,7 @@ def enumerate_strings(steps, end):
     return strings, nats, lengths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("end", "penalty"), [(None, 0.0), (2, 0.0), (2, 0.8), (2, -0.5)])
 def test_a_wide_beam_finds_the_best_of_all_strings(end, penalty):
     steps, width = 4, W**3

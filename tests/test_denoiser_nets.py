@@ -102,6 +102,7 @@ def test_a_dropped_condition_is_the_same_for_every_class(name):
     assert np.all(np.abs(np.asarray(after - one)).reshape(4, -1).max(1)[np.asarray(drop)] > 1e-4)
 
 
+@pytest.mark.slow
 @every_net
 def test_no_example_knows_of_another(name):
     net, apply = guided_net(name)

@@ -256,6 +256,7 @@ def test_builder_sets_how_samples_are_made():
 # --- samples and likelihoods of normal data -------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [{}, {"solver": "ancestral", "n_steps": 200}, {"noise_schedule": "linear", "grid": "log_snr"}],

@@ -117,6 +117,7 @@ def test_prior_kl_is_that_of_two_normals(x64):
 # --- discrete time --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_path
 def test_discrete_terms_are_divergences_of_posteriors(x64, name):
     """The sum over T steps, every term once, against KL(q(x_s | x_t, x0) || q(x_s | x_t, x0 =
@@ -134,6 +135,7 @@ def test_discrete_terms_are_divergences_of_posteriors(x64, name):
     np.testing.assert_allclose(nats, want, rtol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["log-SNR", pytest.param("cosine", marks=pytest.mark.slow)])
 def test_discrete_bound_decreases_to_the_continuous_one(x64, name):
     path, x0 = PATHS[name], jnp.zeros((1, 1))

@@ -83,6 +83,7 @@ def test_settings_that_do_not_exist_or_do_not_fit(spec, settings, match):
         diffusion(spec, **settings)
 
 
+@pytest.mark.slow
 def test_what_generate_refuses():
     model, params, state = guided_model()
     make = functools.partial(model.denoiser.generate, params, state, jax.random.key(0), 2)

@@ -137,6 +137,7 @@ def test_normal_kl_is_the_integral_of_its_definition(x64):
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_normal_kl_equals_the_monte_carlo_kl(x64):
     mean, log_scale, mean_2, log_scale_2 = map(
         jnp.asarray, ([0.5, -1.0], [-1.0, 0.3], [0.0, 0.5], [0.0, 0.6])

@@ -111,6 +111,7 @@ def test_several_kernels_at_once_are_one_after_the_other(x64, name):
                 np.testing.assert_allclose(a[i], b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ours", "flaxs"),
     [

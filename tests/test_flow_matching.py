@@ -171,6 +171,7 @@ def test_the_loss_is_that_of_the_noise_that_it_says_it_draws(name, x64):
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_noise_is_drawn_with_keys_that_do_not_change():
     """Whoever has an old run's key draws what that run drew."""
     spec = DataSpec((3,), "discrete", levels=5, n_classes=2)
@@ -244,6 +245,7 @@ def test_log_prob_is_the_density_and_probes_estimate_it_without_bias(name, x64):
     assert model.estimator == "ODE, rk4 in 20 steps, divergence by 2 random probes"
 
 
+@pytest.mark.slow
 def test_a_translation_takes_one_euler_step(x64):
     """Pairs (ε + m, ε): the velocity is -m everywhere, its loss is 0, and one step carries noise
     all the way.
@@ -313,6 +315,7 @@ def test_the_bound_of_discrete_data_is_below_the_probability_of_their_levels(x64
     assert model.estimator == "dequantised once, ODE, rk4 in 60 steps, exact divergence"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spec",
     [DataSpec((3,), "discrete", levels=4), DataSpec((3,), "binary")],

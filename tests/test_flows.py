@@ -122,6 +122,7 @@ def test_the_map_and_the_density_are_one_and_samples_are_of_it(x64, name):
     np.testing.assert_allclose(drawn, wanted, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["realnvp", "nsf"])
 def test_samples_have_the_mean_that_the_density_has(x64, name):
     model = FLOWS[name](PLANE)
@@ -172,6 +173,7 @@ def test_an_affine_flow_of_normal_data_reaches_their_entropy(n_layers):
 DIGITS = DataSpec((2, 2, 1), "discrete", levels=5, name="small digits")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [SPACE, DIGITS])
 def test_the_first_batch_is_standardised_but_for_what_has_no_weight(spec):
     model = nsf(spec, n_layers=1, hidden=(4,))
@@ -193,6 +195,7 @@ def test_the_first_batch_is_standardised_but_for_what_has_no_weight(spec):
     assert np.asarray(norm["log_scale"]).all()
 
 
+@pytest.mark.slow
 def test_it_is_in_the_checkpoint_and_never_made_again(tmp_path):
     arrays = Batch(np.asarray(7 + 3 * exact_sample(64)))
     source = Source(SPACE, lambda: Splits(arrays, arrays, arrays), cast(SPACE))
@@ -236,6 +239,7 @@ def uniform_over(spec):
     return flow_of(Bijection(lambda key: {}, forward, inverse))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("how", ["uniform", "variational"])
 def test_a_uniform_model_of_bytes_takes_8_bits_a_value(x64, how, k):
@@ -293,6 +297,7 @@ def test_the_bound_is_below_the_probability_and_its_weights_are_it_in_expectatio
     np.testing.assert_allclose(many.mean(0), np.log(p), atol=0.05)
 
 
+@pytest.mark.slow
 def test_rounded_samples_have_these_probabilities(x64):
     x, p, params, state = chances()
     drawn = jit(of_pairs("variational").sample, static_argnums=3)(
@@ -335,6 +340,7 @@ def test_what_is_added_may_be_learned():
 LINE = DataSpec((1,), "continuous", name="line")
 
 
+@pytest.mark.slow
 def test_one_number_is_a_flow_where_nothing_must_be_kept(x64):
     for model in (maf(LINE, **SMALL), nsf(LINE, structure="autoregressive", **SMALL)):
         params, state = grown(model, 0.5)

@@ -62,6 +62,7 @@ def warming(step):
 # --- the formula ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.999, 1.0, warming])
 def test_an_entry_follows_its_player_as_the_formula_says(decay):
     """The gradient in the formula is that of w alone: the entry is never differentiated."""
@@ -135,6 +136,7 @@ def test_parts_of_a_batch_move_it_once(parts):
     close(run(microbatch(follower(), parts), ts, batches())[0].params, wanted_of(ts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["scan_steps", "feed", "skip_nonfinite", "shard", "compiled", "all at once"]
 )
@@ -258,6 +260,7 @@ def test_an_entry_that_is_not_like_its_player_is_refused():
     assert "w: expected shape [3]; found [2]" in text
 
 
+@pytest.mark.slow
 def test_a_state_without_the_entry_is_refused():
     def loss(params, state, batch, key, step):
         return anchored().losses["net"](

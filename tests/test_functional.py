@@ -168,6 +168,7 @@ def test_init_is_a_function_of_the_key(graph_mode):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one, jitted)
 
 
+@pytest.mark.slow
 def test_init_and_apply_can_be_vmapped(graph_mode):
     net = functional(Normalised)
     keys = jax.random.split(jax.random.key(4), 3)
@@ -379,6 +380,7 @@ def as_text(tree):
     return {str(key): as_text(child) for key, child in tree.items()}
 
 
+@pytest.mark.slow
 def test_keys_of_another_kind_are_the_same_names():
     params, state = DEEP.init(jax.random.key(0))
     wanted, after = DEEP.apply(params, state, jnp.asarray(X))

@@ -116,6 +116,7 @@ def test_a_trained_discriminator_is_the_log_ratio():
 # --- linear critics -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [1.0, 10.0, 1000.0])
 def test_a_linear_wasserstein_critic_settles_where_the_penalty_balances_the_gap(x64, weight):
     # -slope·m + weight (|slope| - 1)² is least at slope = (1 + |m| / (2 weight)) m / |m|, so that
@@ -153,6 +154,7 @@ def test_a_linear_wasserstein_critic_settles_where_the_penalty_balances_the_gap(
 SLOPE = 0.5  # f'(0) of the non-saturating loss as a function of ψ θ, as in test_adversarial.py
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_a_training_step_is_two_turns_of_which_the_second_sees_the_first(weight):
     # The Jacobian of the step at the Dirac equilibrium. Turn by turn ψ' = (1 - h γ) ψ - h f' θ, θ'

@@ -98,6 +98,7 @@ def test_a_projection_discriminator_is_and_learns_the_ratio_of_normals_by_class(
         np.testing.assert_allclose(found, ratio(grid, c), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["label", "vector"])
 def test_the_auxiliary_loss_is_what_it_says(x64, kind):
     # G(z, c) = c V + b without z, D = w·x + b, and a prediction x A + a: all by hand.
@@ -138,6 +139,7 @@ def test_the_auxiliary_loss_is_what_it_says(x64, kind):
 # --- what a loss draws ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalty", [0.0, 2.0])
 def test_a_loss_is_a_function_of_its_noise(penalty):
     """What `noise` says that a loss draws gives its value: with it all is computed again."""

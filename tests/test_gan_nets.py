@@ -78,6 +78,7 @@ def test_dcgan_nets_are_their_formulas(x64):
     check(net, params, state, z, c, wanted=h)
 
 
+@pytest.mark.slow
 def test_residual_nets_are_their_formulas(x64):
     def block(x, layer):
         h = conv(leaky(conv(leaky(x), layer["one"])), layer["two"])
@@ -162,6 +163,7 @@ def test_samples_of_discrete_data_are_their_whole_numbers(kind, levels):
     assert np.any(smooth != x)
 
 
+@pytest.mark.slow
 def test_penalties_of_binary_data_are_on_the_scale_from_minus_one_to_one(x64):
     model = gan(DataSpec((2, 2), "binary"), hidden=(), r1=1.0, objective="wasserstein")
     params, state = random(model)

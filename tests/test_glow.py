@@ -79,6 +79,7 @@ def test_it_is_a_bijection_with_the_log_det_of_its_jacobian(x64, transform, n_le
     assert np.std(log_det) > 0 or transform == "additive"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3])
 def test_levels_halve_the_image_and_leave_half_of_its_channels_behind(channels):
     spec = DataSpec((16, 8, channels), "continuous", name="images")
@@ -101,6 +102,7 @@ def test_levels_halve_the_image_and_leave_half_of_its_channels_behind(channels):
     assert shapes[0].shape == (2, 16 * 8 * channels)
 
 
+@pytest.mark.slow
 def test_the_last_levels_numbers_come_first():
     """A pixel that moves changes all numbers of the levels that see it, and no density but its own
     example's; of a flow that moves nothing the order of z can be read off.
@@ -139,6 +141,7 @@ def test_the_density_integrates_to_one(x64, transform, n_classes):
 WEIGHT = jnp.asarray([1.0, 0, 2, 1, 0.5, 1, 0, 3])
 
 
+@pytest.mark.slow
 def test_the_first_batch_is_standardised_but_for_what_has_no_weight():
     model = small(SQUARE, n_steps=1)
     t = training(model, optax.sgd(0.1))

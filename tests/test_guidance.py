@@ -191,6 +191,7 @@ def test_a_solver_that_guides_in_an_interval_is_a_loop_with_an_if(x64):
 # --- classifiers and products ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_path
 def test_the_exact_classifier_at_scale_one_gives_the_conditional_denoiser(of, name):
     """Two classes, one Gaussian each: the denoiser of the mixture, guided by Bayes' rule, is that
@@ -239,6 +240,7 @@ def test_at_pure_noise_a_classifier_adds_nothing():
     np.testing.assert_array_equal(y, jnp.ones((2, D)))
 
 
+@pytest.mark.slow
 @every_path
 def test_a_product_of_gaussian_experts_is_the_product_gaussian(of, name):
     path, experts = PATHS[name], [of["narrow"], of["other"]]
@@ -307,6 +309,7 @@ def replaced_mean(rho, start, known=1.5):
     return 0.5 * rho * known * (1 - rho**2) ** 0.25 * integral
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "solver"),
     [("conditional_ot", "heun"), ("edm", "heun"), ("variance_preserving", "ddim")],

@@ -100,6 +100,7 @@ def test_decay_applies_to_the_labels_that_are_named(algorithm):
     assert (found["table"], found["codes"]) == (0, pytest.approx(0.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["adam", "adamw", "lion", "sgd"])
 def test_rates_are_factors_of_the_step_size(algorithm):
     decay = 0.5 if algorithm in ("adamw", "lion") else 0.0
@@ -125,6 +126,7 @@ def test_an_average_follows_the_scaled_steps():
     np.testing.assert_allclose(ema["table"], 0.1 * params["table"] + 0.9 * after["table"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer",
     [

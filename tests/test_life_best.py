@@ -64,6 +64,7 @@ def same(a, b):
     )
 
 
+@pytest.mark.slow
 def test_the_best_is_that_of_the_curve_and_not_the_newest(whole):
     folder, run, said = whole
     values = curve(folder)

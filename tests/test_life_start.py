@@ -115,6 +115,7 @@ def test_what_goes_on_needs_the_other_run_no_more(runs, data, tmp_path):
         trained(data, tmp_path / "run", init_from=runs[1].folder, steps=4)
 
 
+@pytest.mark.slow
 def test_entries_that_follow_begin_as_copies_of_what_was_taken(runs, tmp_path):
     first, _ = runs
     model = ZOO["vae"].build(first.spec, hidden=(8,), latent_dim=2)

@@ -72,6 +72,7 @@ def test_likelihoods_that_do_not_fit_are_refused():
         lk.likelihood_of(DataSpec((3,), "tokens", levels=4, name="words"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_element", [False, True], ids=["shared", "element"])
 @pytest.mark.parametrize("name", SPECS)
 def test_likelihood_records_say_what_the_functions_say(x64, name, per_element):
@@ -116,6 +117,7 @@ def test_likelihood_records_say_what_the_functions_say(x64, name, per_element):
     assert changed == (like.scaled and not per_element)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in SPECS if name != "gaussian"])
 @pytest.mark.parametrize("size", [0.5, 30.0])
 def test_likelihoods_of_whole_numbers_sum_to_one(x64, name, size):
@@ -216,6 +218,7 @@ def test_an_emission_is_a_distribution_that_samples_follow(kind, x64):
 # --- densities of discrete data -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "levels"), [("binary", None), ("discrete", 5)])
 def test_levels_of_dequantised_values_tile_the_normalised_scale(x64, kind, levels):
     spec = DataSpec((2,), kind, levels=levels)

@@ -34,6 +34,7 @@ def every(levels, channels):
     return jnp.asarray(list(itertools.product(range(levels), repeat=channels)), jnp.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("levels", [2, 17, 256])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 30.0, 1e4])
 def test_probabilities_sum_to_one_in_float32_for_any_outputs(levels, scale):

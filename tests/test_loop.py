@@ -178,6 +178,7 @@ def test_lines_and_hooks_come_at_the_first_boundary_at_or_after_a_multiple_of_th
     assert set(lines[1]) == {"step", "a/loss", "a/count", "b/loss", "b/count"}
 
 
+@pytest.mark.slow
 def test_progress_is_told_after_every_dispatch() -> None:
     told: list[tuple[int, int, int, dict[str, Any]]] = []
 
@@ -191,6 +192,7 @@ def test_progress_is_told_after_every_dispatch() -> None:
     assert told[2][3] == told[1][3] == lines[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("make", [device_feed, host_feed])
 def test_a_signal_saves_and_going_on_is_bitwise_equal_to_never_having_stopped(
@@ -294,6 +296,7 @@ def test_fit_works_outside_the_main_thread_where_signals_cannot_be_caught() -> N
     assert bits(found[0]) == bits(run(toy_feed())[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("column", [0, 1])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_with_its_step_and_player(

@@ -44,6 +44,7 @@ def test_loss_and_gradient_have_the_weighted_term_added():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6), found, wanted)
 
 
+@pytest.mark.slow
 def test_the_term_is_a_metric_with_parts_and_members():
     model = add_loss(MODEL, "vae", small, weight=0.5)
     keys = jax.random.split(jax.random.key(0), 3)

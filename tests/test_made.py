@@ -96,6 +96,7 @@ def test_orders_are_permutations_that_the_seed_chooses():
 # --- probabilities --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @variants
 def test_the_probabilities_of_all_images_sum_to_one_for_each_class(variant, x64):
     model, params = built(variant, CLASSES)

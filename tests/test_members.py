@@ -143,6 +143,7 @@ def loops(jaxpr):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["vmap", "map"])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_members_may_have_their_own_batches(mode, axis):

@@ -24,6 +24,7 @@ QUICK = {"xla_backend_optimization_level": 0}  # which changes no figure of memo
 
 
 # It is what `training` and jax do, not a family: parameters alone, two players, a state.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["vae", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gan-ring", "lstm-lanes"))]
 )

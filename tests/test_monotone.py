@@ -77,6 +77,7 @@ def test_the_inverse_undoes_it_and_slopes_are_derivatives(name):
     np.testing.assert_allclose(log_slope, np.log(slope), rtol=0, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_knots_go_to_knots_and_there_too_the_slopes_are_its_own():
     params = raw(50)
     spline_ = knots(params, BINS, BOUND)

@@ -36,6 +36,7 @@ def small():
 # --- Muon -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_muon_takes_and_what_is_adams():
     spec = DataSpec((4,), "tokens", levels=5, step="character")
     model = rnn(spec, d_hidden=6)
@@ -48,6 +49,7 @@ def test_what_muon_takes_and_what_is_adams():
     assert any("table" in name for name in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(4, 6), (6, 4), (3, 3, 2, 5)])
 def test_the_first_step_is_an_orthogonal_matrix_of_adams_size(shape):
     """All singular values of five Newton-Schulz iterations lie near 1 (Jordan 2024: 0.7 to 1.2),

@@ -78,6 +78,7 @@ def test_in_every_order_a_value_sees_all_before_it_and_exactly_no_other(x64):
 # --- probabilities --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["raster", "given"])
 def test_every_probability_is_the_product_of_its_conditionals_and_they_sum_to_one(variant, x64):
     model, params = built(variant, CLASSES)

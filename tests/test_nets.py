@@ -94,6 +94,7 @@ NAMES = DataSpec((5,), "tokens", levels=3, vocabulary=("\n", "a", "b"), step="ch
 ROLLS = DataSpec((4, 2), "binary", step="frame", lengths=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [NAMES, ROLLS], ids=["tokens", "vectors"])
 def test_inputs_come_one_step_late_and_single_steps_agree(spec):
     net = functional(lambda rngs: EventEmbed(spec, 6, rngs=rngs))

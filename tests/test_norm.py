@@ -116,6 +116,7 @@ def spectral(name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_spectral_normalisation_divides_by_the_largest_singular_value(x64, name):
     net, plain, params, first, state, x = spectral(name)

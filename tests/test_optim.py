@@ -94,6 +94,7 @@ def test_an_average_of_equal_values_stays_exactly_equal():
     np.testing.assert_array_equal(updates["w"], 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_track_ema_keeps_dtypes_and_passes_updates_on(dtype):
     tx = track_ema(0.9)
@@ -221,6 +222,7 @@ def test_the_first_step_of_every_algorithm_is_its_formula(algorithm, rule):
     jax.tree.map(lambda u, g: np.testing.assert_allclose(u, 0.01 * rule(g), rtol=1e-3), got, GRADS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_algorithm_goes_downhill_with_every_other_setting(algorithm):
     optimizer = Optimizer(
@@ -282,6 +284,7 @@ def rates(optimizer, steps):
     return np.asarray(jax.jit(lambda: jax.lax.scan(one, start, length=steps + 5)[1])())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warmup", [0, 4])
 @pytest.mark.parametrize("final", [0.0, 0.1])
 @pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name != "wsd"])

@@ -59,6 +59,7 @@ def runs(model, player):
     return new
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spec", "guided"), [(POINTS, False), (CLASSES, False), (CLASSES, True)])
 @pytest.mark.parametrize("family", [diffusion, flow_matching])
 def test_a_denoiser_is_called_with_what_there_is(family, spec, guided):
@@ -69,6 +70,7 @@ def test_a_denoiser_is_called_with_what_there_is(family, spec, guided):
     assert (3 + 1 + (4 if spec.conditional else 0) + guided, 8) in first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [diffusion, flow_matching])
 def test_a_class_or_a_function_that_makes_an_nnx_module(family):
     model = family(POINTS, net=Module, n_steps=2)
@@ -105,6 +107,7 @@ def test_an_encoder_and_a_decoder_of_ones_own(spec):
     runs(vae(spec, latent_dim=2, decoder=decoder, hidden=(4,)), "vae")
 
 
+@pytest.mark.slow
 def test_a_model_with_a_network_of_ones_own_is_trained_as_any_other():
     x = np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32)
     model = flow_matching(POINTS, net=Linen((3,)), n_steps=2)
@@ -172,6 +175,7 @@ def test_what_is_no_network_for_it_is_refused_as_the_model_is_built(network, mes
         diffusion(POINTS, net=network)
 
 
+@pytest.mark.slow
 def test_the_advice_on_dropout_works():
     runs(diffusion(POINTS, net=Quiet(), n_steps=2), "diffusion")
 

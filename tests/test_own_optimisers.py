@@ -35,6 +35,7 @@ def wanting_value() -> dict[str, optax.GradientTransformation]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, 2])
 def test_the_value_is_the_mean_loss_of_the_whole_batch(parts):
     t = microbatch(training(MODEL, seen()), parts)
@@ -42,6 +43,7 @@ def test_the_value_is_the_mean_loss_of_the_whole_batch(parts):
     assert float(ts.opt["vae"]) == float(metrics["vae/loss"]) != 0
 
 
+@pytest.mark.slow
 def test_every_member_is_given_its_own_loss():
     t = ensemble(training(MODEL, seen()))
     ts = jax.jit(t.init)(jax.random.split(jax.random.key(0), 3))
@@ -50,6 +52,7 @@ def test_every_member_is_given_its_own_loss():
     assert len(set(np.asarray(ts.opt["vae"]).tolist())) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plateau", "polyak"])
 def test_optimisers_that_want_the_value_take_steps_in_a_scan(name):
     t = scan_steps(skip_nonfinite(microbatch(training(MODEL, wanting_value()[name]), 2)))
@@ -86,6 +89,7 @@ def test_what_a_step_cannot_give_is_said():
         t.step(ts, example_batch(MODEL.spec, jax.random.key(1), 8))
 
 
+@pytest.mark.slow
 def test_a_step_size_that_falls_on_a_plateau_falls():
     """With a loss that never gets better (the weights do not move), the step size is halved at
     each second step.
@@ -96,6 +100,7 @@ def test_a_step_size_that_falls_on_a_plateau_falls():
     assert float(ts.opt["vae"][-1].scale) < 1
 
 
+@pytest.mark.slow
 def test_polyaks_step_is_the_loss_over_the_squared_gradient():
     batch = example_batch(MODEL.spec, jax.random.key(100), 8)
     t = training(MODEL, optax.polyak_sgd(max_learning_rate=1e9))
@@ -111,6 +116,7 @@ def test_polyaks_step_is_the_loss_over_the_squared_gradient():
         np.testing.assert_allclose(q, p - rate * g, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_schedule_free_evaluates_with_its_own_weights():
     tx = contrib.schedule_free_adamw(0.05, warmup_steps=1)
     ts = trained(tx, 5)

@@ -71,6 +71,7 @@ def _like(model, optimizer):
     return jax.eval_shape(genjax.training(model, optimizer).init, jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_loaded_is_told(tmp_path, capsys):
     folder = tmp_path / "run"
     trained(folder)

@@ -53,6 +53,7 @@ def test_forbidden_pairs_are_not_made():
         np.testing.assert_array_equal(assign(cost, allowed), least(cost, allowed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_many_pairs_cost_at_most_a_thousandth_of_the_range_more_than_the_least(dtype):
     with jax.enable_x64(dtype == np.float64):
@@ -104,6 +105,7 @@ def test_sinkhorns_plan_has_the_right_sums_and_the_closed_form_of_two(x64):
     np.testing.assert_allclose(plan_of(two, 0.3)[0, 0], 0.5 * odds / (1 + odds), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_sinkhorns_plan_goes_from_independent_to_optimal(x64):
     """For T -> ∞ it is the product of the margins, for T -> 0 the cheapest permutation; in between
     its cost grows with T.

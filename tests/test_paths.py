@@ -42,6 +42,7 @@ def sample(shape, seed=0):
 # --- the schedules --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_schedules_are_what_their_papers_write():
     t = np.linspace(0.05, 0.95, 7)
     expected = {
@@ -61,6 +62,7 @@ def test_the_schedules_are_what_their_papers_write():
         np.testing.assert_allclose(path.sigma(jnp.asarray(t)), sigma, rtol=1e-12, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONTINUOUS)
 def test_log_snr_falls_from_data_to_noise_and_its_inverse_finds_the_time(name):
     path = ALL[name]()
@@ -100,6 +102,7 @@ def test_the_ends_are_data_and_noise():
         assert float(path.sigma(jnp.zeros((), dtype))) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cosine", "linear", "variance_preserving", "log_snr", "discrete"])
 def test_the_variance_is_preserved(name):
     path = ALL[name]()
@@ -175,6 +178,7 @@ def test_everything_keeps_the_dtype_of_its_data_and_takes_times_of_both_shapes(n
 # --- conversions ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_every_prediction_is_what_it_says_and_every_conversion_goes_round(name):
     path = ALL[name]()

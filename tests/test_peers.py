@@ -21,6 +21,7 @@ def _as_benchmarks_run() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", peers.CASES)
 def test_a_case_is_plain_data_and_its_medium_size_is_wider(name: str) -> None:
     small, medium = (peers.case_of(peers.recipe_of(name, size)) for size in peers.SIZES)

@@ -110,6 +110,7 @@ def leaves(tree: Any) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 
+@pytest.mark.slow
 def test_a_tracked_length_is_what_was_tracked(whole: tuple[Path, Any]) -> None:
     folder, state = whole
     assert Checkpoints(folder / "averages").steps() == [10, 20, 30, 40, 50, 60]
@@ -152,6 +153,7 @@ def test_a_run_in_two_parts_stores_the_same_averages(
             np.testing.assert_array_equal(mine, its)
 
 
+@pytest.mark.slow
 def test_the_program_takes_a_length(
     whole: tuple[Path, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

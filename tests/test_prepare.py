@@ -145,6 +145,7 @@ ALONE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALONE)
 def test_transforms_pass_it_on_with_the_batch_of_the_first_step(name):
     wrap, given = ALONE[name]
@@ -187,6 +188,7 @@ MEMBERS_OF = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEMBERS_OF)
 @pytest.mark.parametrize("mode", ["vmap", "map"])
 def test_members_are_prepared_each_with_its_own_noise_as_solo_runs_are(name, mode):
@@ -202,6 +204,7 @@ def test_members_are_prepared_each_with_its_own_noise_as_solo_runs_are(name, mod
     assert structure(got) == structure(first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["vmap", "map"])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_members_with_batches_of_their_own_are_prepared_from_them(mode, axis):
@@ -256,6 +259,7 @@ def reference(seed=0):
     return run(T, ts, rows)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [device_feed, host_feed])
 def test_fit_prepares_a_new_run_once_from_the_batch_of_step_0(make):
     ts = trained(fed(make))
@@ -263,6 +267,7 @@ def test_fit_prepares_a_new_run_once_from_the_batch_of_step_0(make):
     assert_close(ts, reference(), 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [device_feed, host_feed])
 def test_going_on_never_repeats_it_and_is_bitwise_equal(tmp_path, make):
     """From every step that was saved, the first one among them."""

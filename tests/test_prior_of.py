@@ -118,6 +118,7 @@ def test_parameters_and_state_of_the_model_are_part_of_those_of_the_vae():
         assert linear_vae(prior=name).init(KEY)[1] == {"vae": {}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "gradient", ["pathwise", *(pytest.param(g, marks=pytest.mark.slow) for g in ("stl", "dreg"))]
 )
@@ -167,6 +168,7 @@ def test_training_moves_the_prior_to_where_the_latents_are(x64):
 # --- conditions -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "k"),
     [
@@ -267,6 +269,7 @@ def test_models_that_make_no_prior():
         prior_of(gan(DataSpec((2,), "continuous", name="points"), hidden=()))
 
 
+@pytest.mark.slow
 def test_priors_of_another_size_or_condition():
     wide = linear_vae(prior=prior_of(gaussian(d=3)))
     params, state = zeros(wide)

@@ -49,6 +49,7 @@ def naive_mixture(z, mean, log_scale):
     return scipy.special.logsumexp(parts, axis=-1) - math.log(len(mean))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(7,), (4, 5), (2, 3, 4)])
 def test_the_vamp_prior_is_the_mixture_of_its_posteriors(x64, shape):
     prior = vamp_prior(DataSpec((2,), "continuous"), 3)
@@ -78,6 +79,7 @@ def test_the_vamp_prior_keeps_its_digits_in_float32(narrow, loses):
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=loses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "narrow", [0.0, -17.0]
 )  # the expansion into matrix products, and the sum over differences

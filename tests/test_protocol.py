@@ -143,6 +143,7 @@ def test_a_spec_of_sequences_must_make_sense(fields, message):
         DataSpec(**fields)
 
 
+@pytest.mark.slow
 def test_steps_count_up_to_the_end_token_or_the_length():
     x = jnp.asarray([[1, 2, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [2, 0, 1, 0, 2]], jnp.int32)
     wanted = [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]]

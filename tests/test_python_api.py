@@ -32,6 +32,7 @@ def test_a_run_is_loaded_and_samples_as_the_command_does(run):
     np.testing.assert_array_equal(x, arrays_in(path)["x"])
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_command(run):
     report = run.evaluate(n=20)
     batch = run.source.load().test
@@ -90,6 +91,7 @@ def test_labels_in_memory_make_a_conditional_model(tmp_path):
         genjax.train("vae", other, out=tmp_path / "run", **SMALL, **QUIET)
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own():
     source = genjax.from_arrays(RNG.normal(size=(80, 2)))
     model = genjax.vae(source.spec, hidden=(4,), latent_dim=1)

@@ -217,6 +217,7 @@ def test_a_sequence_in_two_parts_is_the_whole(cell, x64):
     assert_close(after, last, rtol=1e-14)
 
 
+@pytest.mark.slow
 @every_cell
 def test_the_first_weights_and_the_first_carry(cell):
     params = net(cell, 2).init(jax.random.key(0))[0]
@@ -231,6 +232,7 @@ def test_the_first_weights_and_the_first_carry(cell):
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(start))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_forget_bias_is_how_much_of_the_past_a_new_cell_keeps(cell, x64):
     """Without anything to see, and with U = 0, the last entry of the carry is multiplied by σ(bias)

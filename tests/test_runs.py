@@ -100,6 +100,7 @@ def test_tensorboard_shows_the_same_numbers(folder: Path) -> None:
     assert all(abs(event.wall_time - time.time()) < 86400 for event in found if event.summary.value)
 
 
+@pytest.mark.slow
 def test_running_a_finished_run_again_changes_nothing_but_says_so(folder: Path) -> None:
     before = contents(folder)
     said: list[str] = []
@@ -128,6 +129,7 @@ def test_samples_are_a_function_of_the_key(loaded: Loaded) -> None:
     assert not np.equal(means, np.round(means)).all()
 
 
+@pytest.mark.slow
 def test_a_run_is_sampled_with_its_averaged_weights(folder: Path, loaded: Loaded) -> None:
     recipe = tiny("cvae")
     like = jax.eval_shape(recipe.training(loaded.model.spec).init, jax.random.key(0))
@@ -226,6 +228,7 @@ def test_an_exact_model_says_so(loaded: Loaded) -> None:
     assert evaluate(loaded._replace(model=exact), n=3)["kind"] == "exact log-probability"
 
 
+@pytest.mark.slow
 def test_another_run_in_the_folder_is_refused_with_a_readable_difference(folder: Path) -> None:
     before = contents(folder)
     with pytest.raises(ConfigError) as caught:

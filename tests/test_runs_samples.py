@@ -351,6 +351,7 @@ def test_text_is_written_as_text_and_names_its_classes(tmp_path: Path) -> None:
     assert path.read_text() == "GREEK: ab\nLATIN: bbbbbb\n"
 
 
+@pytest.mark.slow
 def test_piano_rolls_are_drawn_and_played(tmp_path: Path) -> None:
     x = (np.random.default_rng(0).random((10, 9, 88)) < 0.1).astype(np.float32)
     (picture,) = samples.show(x, ROLLS, tmp_path / "s", "title")
@@ -464,6 +465,7 @@ def test_changed_data_are_noticed(folder: Path, tmp_path: Path) -> None:
         read_spec(tmp_path)
 
 
+@pytest.mark.slow
 def test_bad_settings_end_in_one_message(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for args, message in (
         (["--prompt", "dog"], "'d'"),

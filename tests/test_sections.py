@@ -217,6 +217,7 @@ def test_a_config_from_before_some_settings_means_their_defaults():
 # --- on the command line --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "changes"),
     [

@@ -80,6 +80,7 @@ def share(tree):
 SPLIT_ROWS = ("gan-ring", "transformer", "lstm-lanes", "glow-mnist", "dcgan-mnist")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["vae", *(pytest.param(n, marks=pytest.mark.slow) for n in SPLIT_ROWS)]
 )

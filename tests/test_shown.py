@@ -31,6 +31,7 @@ def words(page):
     return [one for one in rest.split("|") if one]
 
 
+@pytest.mark.slow
 def test_a_run_is_shown_with_its_figures_and_escaped(run):
     found = words(run._repr_html_())
     about = found[1 : found.index("figure")]

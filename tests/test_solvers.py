@@ -39,6 +39,7 @@ def test_every_fixed_deterministic_solver_has_an_order():
     assert set(ORDERS) | {"adaptive"} == set(DETERMINISTIC)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "path_name", "ends", "order"),
     [
@@ -94,6 +95,7 @@ def test_the_adaptive_solver_is_exact_to_its_tolerance_and_saves_where_it_is_tol
         np.testing.assert_allclose(run(1e-4, False)(x), every[-1], atol=5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [*DETERMINISTIC[1:], *STOCHASTIC, pytest.param("adaptive", marks=pytest.mark.slow)]
 )
@@ -171,6 +173,7 @@ def test_one_step_by_hand():
     )
 
 
+@pytest.mark.slow
 def test_translations_take_one_step():
     """Noise tied to data by a translation, x0 = epsilon + c: straight lines that never cross, and
     any step is exact.
@@ -187,6 +190,7 @@ def test_translations_take_one_step():
             np.testing.assert_allclose(got, x + shift, rtol=1e-12, atol=1e-12, err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_best_denoiser_of_finite_data_flows_to_the_data():
     """E[x0 | x_t] of K points is their softmax-weighted mean, and the ODE ends in one of them:
     which, is a matter of x.

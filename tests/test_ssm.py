@@ -140,6 +140,7 @@ def test_recomputed_layers_have_the_same_loss_and_gradient(x64):
     assert_close(found[1], found[0], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_sums_of_long_segments_keep_their_digits():
     """After a step of -1e6 a difference of cumulative sums in float32 knows nothing of 1e-3."""
     log_a = jnp.full((64,), -1e-3).at[1].set(-1e6)
@@ -195,6 +196,7 @@ def test_the_gated_delta_rule_is_the_written_recurrence(gate, x64):
         np.testing.assert_allclose(wanted[-1], s @ q[-1], rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "form",
     [
@@ -294,6 +296,7 @@ def one_by_one(model, params, state, x, cond=None):
     return np.stack(found, axis=1), carry
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cell",
     [cell if cell == "mamba2" else pytest.param(cell, marks=pytest.mark.slow) for cell in CELLS],
@@ -487,6 +490,7 @@ def test_a_readout_may_be_the_table():
     assert model.sample(params, state, KEY, 2).shape == (2, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", ["mingru", pytest.param("mamba2", marks=pytest.mark.slow)])
 def test_the_range_of_the_first_timesteps_may_be_swept(cell):
     def first(dt):

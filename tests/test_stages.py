@@ -41,6 +41,7 @@ def stages(tmp_path_factory):
     return folder / "runs"
 
 
+@pytest.mark.slow
 def test_the_run_keeps_where_its_first_stage_was_and_its_settings(stages):
     config = json.loads((stages / "prior" / "config.json").read_text())
     assert config["first"]["folder"] == str(stages / "vae")

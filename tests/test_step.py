@@ -73,6 +73,7 @@ def test_the_step_counts_from_where_the_state_is():
     chex.assert_trees_all_close(got.params["gen"]["w"], params["gen"], rtol=TIGHT)
 
 
+@pytest.mark.slow
 def test_only_the_ratio_of_weights_counts():
     one, ten = (run(TRAIN, start(), batches(weight=jnp.full(B, value))) for value in (1.0, 10.0))
     assert_close(ten, one, TIGHT)
@@ -167,6 +168,7 @@ def with_sums(loss):
     return sums
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [None, jnp.ones(B)], ids=["", "weighted"])
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_loss_that_returns_its_mean_is_refused(weight, parts):

@@ -190,6 +190,7 @@ def recurrent(cell):
     return rnn(SPEC, cell=cell, d_embed=E, d_hidden=H, n_layers=LAYERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", CELLS)
 def test_recurrent_layers_have_the_logits_that_they_have_in_pytorch(x64, cell):
     state, x = rnn_state(cell), tokens()

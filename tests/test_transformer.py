@@ -161,6 +161,7 @@ def test_the_cache_of_vectors_with_a_condition():
 # --- probabilities --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["rotary", "grouped"])
 def test_the_probabilities_of_all_strings_sum_to_one(variant):
     spec = DataSpec((5,), "tokens", levels=3, step="symbol")
@@ -427,6 +428,7 @@ def test_events_of_other_kinds_come_out_as_they_go_in(spec):
     assert np.isfinite(m.log_prob(m.params, {}, Batch(x), jax.random.key(0))).all()
 
 
+@pytest.mark.slow
 def test_narrow_arithmetic_keeps_wide_parameters_and_nearly_the_loss():
     wide, narrow, batch = built(), built(dtype="bfloat16"), Batch(tokens(0, 8))
     assert {leaf.dtype for leaf in jax.tree.leaves(narrow.params)} == {jnp.dtype("float32")}

@@ -64,6 +64,7 @@ def test_attention_is_the_formula(x64, window, g, r):
     np.testing.assert_allclose(one, wanted[..., 3:4, :], atol=1e-14)
 
 
+@pytest.mark.slow
 def test_probabilities_that_are_left_out_are_those_of_the_softmax():
     """Each is 0 or p / (1 - rate), and gone from the sum of the values only."""
     q, k = (x.astype(jnp.float32) for x in (normal(0, 2, 1, 2, 4, 4), normal(1, 2, 1, 4, 4)))
@@ -93,6 +94,7 @@ def test_both_forms_of_attention_have_the_same_gradient():
         np.testing.assert_allclose(dense, fused, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_scores_that_would_overflow_do_not():
     q = jnp.full((1, 1, 1, 2, 4), 1e3)
     k, v = (
@@ -143,6 +145,7 @@ def grown(params):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turned", [False, True])
 def test_grouped_queries_are_multi_head_attention_with_repeated_keys_and_values(turned):
     """Each of 2 groups shared by 2 of 4 heads: copy the rows of W_qkv that make its keys and
@@ -168,6 +171,7 @@ def test_grouped_queries_are_multi_head_attention_with_repeated_keys_and_values(
     )
 
 
+@pytest.mark.slow
 def test_a_window_as_long_as_the_sequence_is_none():
     params = grown(attention(2, 2).init(jax.random.key(0))[0])
     x = normal(9, 2, 5, 12).astype(jnp.float32)
@@ -179,6 +183,7 @@ def test_a_window_as_long_as_the_sequence_is_none():
     assert (np.asarray(whole[:, 4]) != np.asarray(narrow[:, 4])).any()
 
 
+@pytest.mark.slow
 def test_without_positions_attention_does_not_know_the_order_of_the_past():
     """The last step sees the same whatever the order of those before it; with rotary positions it
     does not.
@@ -211,6 +216,7 @@ def test_the_derivative_of_normalisation_is_that_of_the_formula(x64):
     assert np.isfinite(everything(unit_rms, jnp.zeros((3, 7)))[1]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "bias", "epsilon"),
     [("layer", True, EPSILON), ("layer", False, 0.3), ("rms", True, 0.3)],
@@ -234,6 +240,7 @@ def test_norms_are_those_of_flax(kind, bias, epsilon):
     np.testing.assert_allclose(net.apply(params, {}, x)[0], wanted, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_dense_layer_keeps_its_longer_axis_last():
     for d_in, d_out in ((3, 5), (5, 3)):
         net = functional(lambda *, rngs, a=d_in, b=d_out: Dense(a, b, True, rngs=rngs))

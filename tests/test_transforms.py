@@ -64,6 +64,7 @@ def test_compiled_steps_are_the_same_and_donate_the_state():
 # --- Parts of a batch -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [(1,), (2,), (8,), (2, 2), (2, 4)], ids=str)
 @pytest.mark.parametrize(
     "weight", [None, np.asarray([1, 0, 2, 0.5, 0, 1, 3, 1], np.float32)], ids=["equal", "weighted"]
@@ -107,6 +108,7 @@ WEIGHTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("parts", [(2,), (4,), (8,), (2, 2)], ids=str)
 def test_a_state_advances_once_a_step_however_the_batch_is_split(parts, weights):
@@ -240,6 +242,7 @@ def test_around_members_each_skips_its_own_steps_too(name):
         assert_close(member(got.params, index), member(wanted.params, index), TIGHT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["vmap", "map"])
 def test_members_with_batches_of_their_own_skip_their_own_steps(mode):
     data = stack([batches(seed)[0] for seed in range(MEMBERS)])
@@ -255,6 +258,7 @@ def test_members_with_batches_of_their_own_skip_their_own_steps(mode):
     assert_close(jitted(scan_steps(skip_nonfinite(members)).step)(first, stacked)[0], got, TIGHT)
 
 
+@pytest.mark.slow
 def test_members_that_cannot_be_reached_are_not_stopped_together():
     fed = feed(ensemble(TRAIN, batch_axis=0), batch_at)
     with pytest.raises(ConfigError, match=r"write feed\(skip_nonfinite\(t\), batch_at\)"):

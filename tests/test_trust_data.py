@@ -312,6 +312,7 @@ def there(trained, tmp_path, monkeypatch):
     return copy
 
 
+@pytest.mark.slow
 def test_the_run_and_its_checkpoint_keep_what_the_data_are(trained):
     (one,) = json.loads((trained / "run" / "data.json").read_text())["files"]
     assert one["path"] == str(trained / "mine.npz")
@@ -358,6 +359,7 @@ def test_a_known_file_is_not_hashed_again(trained, monkeypatch):
     assert files_of(source, known) == known
 
 
+@pytest.mark.slow
 def test_changed_values_are_refused_by_evaluate_and_resume(there, capsys):
     report, config = there / "run" / "report.json", there / "run" / "config.json"
     run("evaluate run --n 4")
@@ -401,6 +403,7 @@ def test_a_file_of_the_same_name_elsewhere_is_not_taken(there, tmp_path, monkeyp
     assert report["files"][0]["path"] == str(there / "mine.npz")
 
 
+@pytest.mark.slow
 def test_missing_data_are_said_with_what_to_do(there, capsys):
     Path("mine.npz").rename("gone.npz")
     said = refused(["evaluate", "run"], capsys)
@@ -430,6 +433,7 @@ def test_other_data_are_scored_under_their_own_name(there, capsys):
     )
 
 
+@pytest.mark.slow
 def test_other_text_is_scored_by_its_symbols(there, capsys):
     Path("more.txt").write_text("a hot mat on the cat. " * 20)
     run("evaluate text --data more.txt")

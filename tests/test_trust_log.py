@@ -140,6 +140,7 @@ def test_json_that_is_written_is_json(tmp_path):
     assert (line["a/loss"], line["b/loss"]) == (None, [None, 1.0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "pipe", "unreadable"])
 def test_a_log_that_is_no_file_or_cannot_be_read_is_one_message(
     trained, tmp_path, monkeypatch, capsys, kind

@@ -84,6 +84,7 @@ def kept_exactly(logits, p):
     return kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [0.3, 0.9, 0.999, 0.999999])
 @pytest.mark.parametrize("traced", [False, True])
 def test_top_p_keeps_the_set_of_float64(p, traced):
@@ -109,6 +110,7 @@ def test_top_p_keeps_the_set_of_float64(p, traced):
     assert same.mean() > 0.995
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("one", [1, 1.0, np.float32(1), jnp.ones(())])
 def test_top_p_of_one_changes_nothing(one):
     logits = jnp.asarray([[0.0, -200.0, 3.0]])  # whose second has probability 0 in float32
@@ -254,6 +256,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", WRONG)
 def test_events_that_the_data_cannot_have_are_refused_where_they_are_known(case):
     name, x, message = WRONG[case]
@@ -307,6 +310,7 @@ def test_labels_of_scores_stay_with_their_examples():
         assert run.bound(np.zeros((4, 3)), y).nats.tolist() == [2, 0, 1, 0]
 
 
+@pytest.mark.slow
 def test_sequences_of_another_length_than_the_table_of_positions_are_refused():
     spec, build = TINY["transformer"]
     model = build(spec)

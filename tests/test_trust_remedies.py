@@ -98,6 +98,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["cvae", *[pytest.param(name, marks=pytest.mark.slow) for name in list(SMALL)[1:]]]
 )

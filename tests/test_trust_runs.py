@@ -91,6 +91,7 @@ ORDINARY = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", ORDINARY, ids=lambda error: type(error).__name__)
 def test_a_hook_that_fails_is_said_once_and_costs_nothing(tmp_path, caplog, error):
     seen: list[int] = []
@@ -110,6 +111,7 @@ def test_a_hook_that_fails_is_said_once_and_costs_nothing(tmp_path, caplog, erro
     assert "At step 1 the picture failed" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [

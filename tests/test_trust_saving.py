@@ -74,6 +74,7 @@ def run(*args: str) -> None:
 # --- 8: any path ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ODD)
 def test_checkpoints_work_under_any_path(tmp_path, monkeypatch, name):
     temporary = tmp_path / "temporary"
@@ -195,6 +196,7 @@ def nothing(path, tree, save, **kwargs):
     shutil.rmtree(Path(path) / "state")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [other_values, a_leaf_less, another_dtype, no_arrays, nothing])
 def test_what_does_not_read_back_is_no_checkpoint(tmp_path, monkeypatch, wrong):
     checkpoints, save = Checkpoints(tmp_path), ocp.save
@@ -291,6 +293,7 @@ def refuses_to_read(checkpoints: Checkpoints) -> None:
     assert listing(checkpoints.folder) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
 @pytest.mark.parametrize("which", ["", "/state", checkpoint.CHECKSUMS])
 def test_a_failed_read_is_told_apart_from_damage(tmp_path, monkeypatch, failure, which):
@@ -321,6 +324,7 @@ def test_a_failed_read_is_told_apart_from_damage(tmp_path, monkeypatch, failure,
     assert (int(restored.state.step), restored.passed_over) == (20, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
 def test_checkpoints_that_cannot_be_listed_are_not_taken_for_none(tmp_path, monkeypatch, failure):
     checkpoints = two(tmp_path)
@@ -333,6 +337,7 @@ def test_checkpoints_that_cannot_be_listed_are_not_taken_for_none(tmp_path, monk
         checkpoints.restore(like())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", [*FAILURES, ValueError("RESOURCE_EXHAUSTED: x")])
 @pytest.mark.parametrize("call", ["load", "metadata"])
 def test_orbax_failing_on_whole_files_is_no_damage(tmp_path, monkeypatch, failure, call):

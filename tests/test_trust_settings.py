@@ -81,6 +81,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("args", REFUSED)
 def test_what_cannot_be_meant_is_refused_before_anything_is_written(
     args: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -95,6 +96,7 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args",
     [
@@ -164,6 +166,7 @@ def test_every_builder_has_settings_with_bounds():
     assert {family for family, _, _ in NUMBERS} == set(ROWS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "name", "bounds"), NUMBERS, ids=[f"{family}-{name}" for family, name, _ in NUMBERS]
 )

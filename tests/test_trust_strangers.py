@@ -67,6 +67,7 @@ def test_temporary_names_cannot_be_guessed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
+@pytest.mark.slow
 def test_sampling_and_going_on_write_nothing_through_links(theirs, tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("mine")
@@ -150,6 +151,7 @@ def renamed(values):
     values["model"]["betta"] = values["model"].pop("beta")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

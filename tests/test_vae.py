@@ -50,6 +50,7 @@ def test_the_oracle_agrees_with_itself():
     np.testing.assert_allclose(p.noise * np.linalg.inv(m), np.diag(p.variance), atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("k", "prior"), [(1, "open"), (2, "normal"), (7, "normal"), (128, "open"), (128, "normal")]
 )
@@ -74,6 +75,7 @@ def test_at_the_ppca_solution_the_elbo_with_closed_form_kl_is_the_evidence_in_ex
     assert value.std(0).min() > 0.1  # one sample of ln p(x|z) is random, unlike the weight
 
 
+@pytest.mark.slow
 def test_the_loss_has_its_minimum_at_the_ppca_solution(x64):
     # The exact evidence gradient is 0 there, and with K equal weights the pathwise gradient of the
     # decoder averages to it.
@@ -172,6 +174,7 @@ def test_importance_weighted_bounds_rise_to_the_evidence():
     assert_mean(values[-1], -SPREAD / 1024, slack=10 * (SPREAD / 512) ** 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("k", "prior"), [(1, "open"), (2, "normal"), (7, "normal"), (67, "normal"), (128, "normal")]
 )
@@ -210,6 +213,7 @@ def test_the_bound_is_the_log_mean_of_weights_made_from_what_is_encoded_and_deco
         assert np.all(np.abs(a.mean(0) - b.mean(0)) < 4 * error)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_the_bound_is_finite(x64):
     p = ppca()
     params, state = linear_params(p, SHIFT, WIDEN)
@@ -243,6 +247,7 @@ def test_a_posterior_that_collapsed_to_a_point_has_a_finite_bound_and_finds_its_
     np.testing.assert_allclose(gradient[2:], -1, atol=1e-3)  # d/ds (½ e^2s - s) far below 0
 
 
+@pytest.mark.slow
 def test_the_closed_form_kl_equals_the_monte_carlo_kl(x64):
     p = ppca()
     params, state = linear_params(p, SHIFT, WIDEN)
@@ -309,6 +314,7 @@ def test_beta_weighs_the_kl_and_nothing_else(x64, n_samples):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", ["shared", "element", 0.7])
 @pytest.mark.parametrize("kind", ["continuous", "discrete"])
 def test_a_decoder_that_ignores_z_has_the_likelihood_of_its_biases(x64, kind, scale):
@@ -352,6 +358,7 @@ def test_a_bernoulli_decoder_of_zeros_gives_each_pixel_ln_half():
     assert set(params["vae"]) == {"encoder", "decoder", "prior"}  # no scale to learn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", ["mlp", "conv"])
 def test_a_categorical_decoder_of_zeros_gives_every_level_alike(net):
     spec = DataSpec((4, 4, 2), "discrete", levels=5)

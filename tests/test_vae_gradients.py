@@ -128,6 +128,7 @@ def test_for_one_sample_dreg_is_stl():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gradient", "k"), [("stl", 1), ("stl", 4), ("dreg", 1), ("dreg", 4)])
 def test_at_the_exact_posterior_the_low_variance_gradients_of_the_encoder_vanish(x64, gradient, k):
     p = ppca()

@@ -132,6 +132,7 @@ def test_labels_are_one_hot_vectors_and_make_a_difference():
     np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [3, 128])
 def test_a_linear_cvae_has_the_evidence_of_its_class(x64, k):
     # x | c = W z + m + b_c + noise. The posterior mean is gain (x - m - b_c): the encoder's rows
@@ -278,6 +279,7 @@ def test_bfloat16_arithmetic_keeps_float32_parameters_and_losses(net):
 # --- what a loss draws, and what latents are ------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 3])
 def test_a_loss_is_a_function_of_its_noise(x64, k):
     """What `noise` says that a loss draws gives its value: with it all is computed again."""
@@ -307,6 +309,7 @@ def test_a_loss_in_narrow_data_draws_what_it_draws_in_float32():
     np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["binary", "discrete", "continuous"])
 def test_a_sample_is_drawn_from_a_latent_of_the_prior(kind):
     """And `draw` gives values of the data, as `sample` does."""

@@ -17,6 +17,7 @@ KEY = jax.random.key(0)
 SHARES = {0: 0.0, 2: 0.25, 4: 0.5, 8: 1.0, 9: 1.0, 10**6: 1.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [1.0, 4.0])
 def test_the_kl_has_this_weight_and_what_is_reported_does_not_change(x64, beta):
     p = ppca()

@@ -156,6 +156,7 @@ def test_free_runs_use_the_prior_and_given_data_the_posterior(x64):
     assert_same(whole[25:], free[25:])
 
 
+@pytest.mark.slow
 def test_samples_have_the_covariance_of_the_state_space_model(x64):
     n = 40_000
     model = state_space.model(3)

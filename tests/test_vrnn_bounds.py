@@ -141,6 +141,7 @@ def test_bounds_grow_with_the_number_of_particles_towards_the_truth(how, x64):
     assert truth - means[-1][0] < 0.15 * (truth - means[0][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "resampling"), [("iwae", "systematic"), ("fivo", "systematic"), ("fivo", "multinomial")]
 )
@@ -167,6 +168,7 @@ def test_resampling_keeps_the_estimate_sharp_where_weights_would_degenerate(x64)
     assert spread["fivo"] < 0.5 * spread["iwae"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", RESAMPLING)
 def test_particles_are_chosen_in_proportion_to_their_weights(scheme, x64):
     k, n = 4, 50_000

@@ -13,6 +13,7 @@ from genjax.parts.weightings import discrete_times, edm_weight, log_normal_times
 # --- Karras's preconditioning ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PATHS)
 def test_edm_inputs_and_targets_have_unit_variance(x64, name):
     """For data of variance sigma_data², exactly: both are linear in x0 and epsilon, so variances
@@ -75,6 +76,7 @@ def test_edm_prediction_and_x0_are_inverses(x64, name):
 # --- times ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_times_have_the_laws_they_say(x64):
     n, key = 20_000, jax.random.key(6)
     for path in (PATHS["cosine"], PATHS["edm"]):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from genjax.data import loader
 from genjax.errors import ConfigError, unknown_name
-from genjax.settings import Help, OneOf, groups_of
+from genjax.settings import Help, OneOf, checked_settings, groups_of
 
 if TYPE_CHECKING:
     from genjax.zoo.recipe import Recipe
@@ -221,8 +221,8 @@ def replace(recipe: "Recipe", **changes: Any) -> "Recipe":
     what needs a condition goes back to the builder's default.
 
     Raises:
-        ConfigError: see `setting_called`; or for a value that is not what the optimiser or the
-            schedule takes.
+        ConfigError: see `setting_called`; or for a value that is not what the builder, the
+            optimiser or the schedule takes.
     """
     settings = settings_of(recipe)
     changed: dict[str, dict[str, Any]] = {}
@@ -236,6 +236,8 @@ def replace(recipe: "Recipe", **changes: Any) -> "Recipe":
             if setting.field == "model" and setting.name in OF_A_CONDITION:
                 default = parameters_of(recipe.family)[setting.name][1]
                 changed.setdefault("model", {}).setdefault(setting.name, default)
+    # The builder would say so, too, but not before the run is there that some recipes stand on.
+    checked_settings(recipe.family, changed.get("model", {}))
     # Each record is made once, with all of its changes: one of them alone may not fit the others.
     return dataclasses.replace(
         recipe,
