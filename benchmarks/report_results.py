@@ -20,6 +20,7 @@ REFERENCES = {
     "rnn-jsb": "8.91 nats per frame (Bai 2018, table 1, without the first frame)",
     "gru-jsb": "8.43 nats per frame (the same)",
     "lstm-jsb": "8.45 nats per frame (the same)",
+    "made-mnist": "-88.04 (of static binarisation; Germain 2015)",
     "vae-mnist": "-86.8 (2x200 units, K=5000, 3,280 epochs; Burda 2015, table 1)",
 }
 
@@ -38,7 +39,8 @@ FRONT = (
     "lstm-jsb",
     "transformer-shakespeare",
     "vrnn-jsb",
-    "s4d-names",
+    "mamba-shakespeare",
+    "made-mnist",
     "nsf-ring",
     "pixelcnn-digits",
     "vdm-digits",

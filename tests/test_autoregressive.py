@@ -197,6 +197,7 @@ def test_conditions_are_left_out_where_the_noise_says(family):
     assert without.noise[player](KEY, batch).dropped is None
 
 
+@pytest.mark.slow
 def test_streams_begin_afresh_where_the_noise_says():
     model = rnn(STREAM, **SMALL[rnn], lanes=32, restart=0.3)
     params, state = model.init(jax.random.key(0))

@@ -151,6 +151,7 @@ def test_squeezing_keeps_the_pixels_of_a_block_together():
 # --- products -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(D,), (3, 2, D)])
 def test_a_product_by_l_u_is_the_dense_one(shape):
     one, x = linear(D), events(shape)
@@ -290,6 +291,7 @@ def test_hidden_units_are_spread_over_all_that_may_be_seen():
     assert hidden_degrees(1, 3, 0) == [0, 0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAPS)
 def test_an_inverse_autoregressive_flow_is_the_inverse_with_the_same_weights(name):
     maf, c, x = masked(name), conditions(), events((D,))
@@ -332,6 +334,7 @@ def test_a_loop_over_layers_is_one_after_the_other():
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_every_layer_begins_with_parameters_of_its_own():
     params = stacked(layer, 3).init(jax.random.key(0))
     kernels = params["move"]["layers"][0]["kernel"]
@@ -339,6 +342,7 @@ def test_every_layer_begins_with_parameters_of_its_own():
     assert len({kernel.tobytes() for kernel in np.asarray(kernels)}) == 3
 
 
+@pytest.mark.slow
 def test_what_is_compiled_does_not_grow_with_the_layers():
     def size(n):
         stack = stacked(lambda number: layer(number % 3), n)

@@ -199,6 +199,7 @@ def test_a_changed_note_is_noticed(tmp_path: Path) -> None:
     assert_same(restored.state, old)
 
 
+@pytest.mark.slow
 def test_damaged_ones_are_set_aside_and_saved_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -291,6 +292,7 @@ def test_a_full_disk_leaves_the_older_checkpoints_whole_and_nothing_half_written
     assert_same(restored.state, big(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
 def test_whatever_the_disk_says_is_said_in_one_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int

@@ -71,6 +71,7 @@ def test_the_density_of_a_gaussian_is_its_own():
 # --- probes ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_probes", [1, 2])
 def test_probes_are_drawn_once_a_solve(n_probes):
     """Of a constant Jacobian A a vector v that stays the same gives v'Av exactly, which has few

@@ -124,6 +124,7 @@ def test_a_condition_goes_to_both_stages():
     assert both.sample(params, state, KEY, 2, jnp.asarray([0, 2])).shape == (2, *SPEC.shape)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused():
     first = first_stage()
     points = DataSpec((2,), "continuous")

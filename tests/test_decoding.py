@@ -58,6 +58,7 @@ def smallest_set(row, p):
 # --- rules ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 2, V, V + 3])
 def test_top_k_keeps_the_k_largest_and_of_equal_ones_the_first(k):
     assert support(top_k(k)) == [set(np.argsort(-row)[:k]) for row in LOGITS]

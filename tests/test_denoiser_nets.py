@@ -264,6 +264,7 @@ def test_a_block_of_the_dit_is_its_formula(x64):
     np.testing.assert_array_equal(apply(new), h)  # at first the identity
 
 
+@pytest.mark.slow
 def test_a_dit_knows_where_its_patches_are():
     """Patches in another order come out in that order only if the network does not know of
     positions.

@@ -44,6 +44,7 @@ def test_a_convolution_is_counted(groups):
     assert product_flops(f, x, kernel) == 2 * (5 * 8 * 8 * 6) * 9 * 4 / groups
 
 
+@pytest.mark.slow
 def test_a_step_costs_three_times_its_forward_pass_and_no_more_in_a_loop():
     """6 N D and the attention, as every table of model FLOPs has it (Kaplan 2020, appendix B): a
     looped or an accumulated step asks for the same products.

@@ -272,6 +272,7 @@ def test_samples_of_the_best_denoiser_have_the_law_of_the_data(how):
     assert abs(np.corrcoef(x.T)[0, 1]) < 4 / math.sqrt(4000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

@@ -89,6 +89,7 @@ def test_values_and_derivatives_are_those_of_xla(x64, size, stride, name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAIRS)
 def test_several_kernels_at_once_are_one_after_the_other(x64, name):
     ours, xlas = PAIRS[name]

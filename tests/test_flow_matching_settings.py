@@ -50,6 +50,7 @@ def test_settings_that_do_not_exist_are_refused(settings, message):
         flow_matching(CLASSES, **settings)
 
 
+@pytest.mark.slow
 def test_data_and_requests_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match=r"letters are tokens"):
         flow_matching(DataSpec((4,), "tokens", levels=3, name="letters"))

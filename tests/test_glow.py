@@ -42,6 +42,7 @@ def grown(model, size=0.2):
 # --- 1x1 convolutions -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_product_along_channels_is_a_1x1_convolution(x64):
     """ln |det| = H W ln |det W|, and L U is the dense W."""
     one, x = linear(3), events((4, 2, 3))
@@ -117,6 +118,7 @@ def test_the_last_levels_numbers_come_first():
     np.testing.assert_array_equal(z[8:], blocks[:, 2:].ravel())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("transform", "n_classes"),
     [("spline", 2), pytest.param("affine", None, marks=pytest.mark.slow)],

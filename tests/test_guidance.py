@@ -104,6 +104,7 @@ def of(x64, name):
 # --- two denoisers --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "wrapper"),
     [
@@ -323,6 +324,7 @@ def test_known_pixels_come_out_as_given_and_independent_ones_are_not_touched(x64
     )  # the solver's own error, of order 2 and 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["conditional_ot", "variance_preserving", "edm"])
 def test_the_bias_of_replacement_is_the_known_one(x64, name):
     """The law of the unknown given the known is N(rho known, 1 - rho²); the mean falls short by as
@@ -420,6 +422,7 @@ def test_rescaling_gives_the_standard_deviation_of_the_conditional(x64):
     np.testing.assert_array_equal(same, jnp.ones_like(g))  # nothing to stretch
 
 
+@pytest.mark.slow
 def test_wrappers_compose_under_jit_and_vmap(x64):
     path = PATHS["cosine"]
     cond, plain = gaussian(path, *PAIRS["narrow"]), gaussian(path, *PAIRS["wide"])

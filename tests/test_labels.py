@@ -115,6 +115,7 @@ def test_rates_are_factors_of_the_step_size(algorithm):
     assert found["blocks"][0]["bias"] == one["blocks"][0]["bias"] != 0
 
 
+@pytest.mark.slow
 def test_an_average_follows_the_scaled_steps():
     optimizer = Optimizer("sgd", 0.1, b1=0.0, ema_decay=0.9, rates=("dynamics=0", "codes=1"))
     tx, params = optimizer.build(10, LABELS, "net"), own()

@@ -127,6 +127,7 @@ def test_entries_that_follow_begin_as_copies_of_what_was_taken(runs, tmp_path):
             np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.slow
 def test_initialisation_from_data_would_overwrite_what_was_taken(runs, tmp_path):
     first, _ = runs
     model = ZOO["vae"].build(first.spec, hidden=(8,), latent_dim=2)
@@ -136,6 +137,7 @@ def test_initialisation_from_data_would_overwrite_what_was_taken(runs, tmp_path)
     assert any("initialisation from the first batch is left out" in line for line in start.lines)
 
 
+@pytest.mark.slow
 def test_what_init_from_refuses(runs, data, tmp_path, capsys, monkeypatch):
     first, _ = runs
     monkeypatch.chdir(tmp_path)

@@ -265,6 +265,7 @@ def test_an_ensemble_goes_on_bitwise_too(tmp_path: Path) -> None:
     assert lines == expected_lines
 
 
+@pytest.mark.slow
 def test_a_second_sigint_interrupts_at_once(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
 
@@ -364,6 +365,7 @@ def test_skipped_steps_are_counted_and_leave_the_rest_finite() -> None:
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state.params, state.opt)))
 
 
+@pytest.mark.slow
 def test_parameters_that_are_not_finite_are_never_saved_even_if_the_loss_is(tmp_path: Path) -> None:
     """The gradient of a flagged example is NaN and its loss is not: the loss would only tell one
     step later.

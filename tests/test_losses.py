@@ -56,6 +56,7 @@ def test_the_term_is_a_metric_with_parts_and_members():
         np.testing.assert_allclose(metrics["vae/small"][i], wanted, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_term_that_is_no_value_for_each_example_is_refused():
     def mean(params, state, batch, key):
         return batch.x.mean()

@@ -124,6 +124,7 @@ def test_levels_and_channels_sum_to_one(family, likelihood, x64):
     np.testing.assert_allclose(p.sum(), 1, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_several_orders_are_averaged_and_training_sees_one_of_them(x64):
     model, params = built("averaged")
     x, params = widen(every(BINARY)), widen(params)

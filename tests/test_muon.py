@@ -143,6 +143,7 @@ def test_a_layout_that_does_not_fit_is_refused(layout, shape):
         tx.init({"kernel": jnp.zeros(shape)})
 
 
+@pytest.mark.slow
 def test_muon_decays_what_is_named_by_the_step_size():
     params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
     zero = jax.tree.map(jnp.zeros_like, params)

@@ -78,6 +78,7 @@ def test_what_is_chosen_for_samples_is_held_to_the_same_rules():
         chosen(how, grid="fine")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", ["mlp", "unet", "dit"])
 def test_settings_become_a_net_of_the_event(net):
     spec = DataSpec((4, 4, 1), "continuous", n_classes=2)

@@ -147,6 +147,7 @@ def test_spectral_normalisation_divides_by_the_largest_singular_value(x64, name)
         assert v @ w @ u < exact
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense", "conv"])
 def test_the_gradient_goes_through_the_singular_value(x64, name):
     net, plain, params, _, state, x = spectral(name)

@@ -65,6 +65,7 @@ def test_optimisers_that_want_the_value_take_steps_in_a_scan(name):
     assert any(jax.tree.leaves(moved))
 
 
+@pytest.mark.slow
 def test_a_skipped_step_keeps_its_nan_from_the_optimiser():
     t = skip_nonfinite(training(MODEL, seen()))
     bad = BATCH._replace(x=BATCH.x * jnp.nan)

@@ -221,6 +221,7 @@ def test_members_are_a_line_each_and_nan_is_a_gap() -> None:
     assert low < 1 < 60 < high
 
 
+@pytest.mark.slow
 def test_curves_that_are_never_finite_or_constant_or_missing_are_drawn(tmp_path: Path) -> None:
     for lines in (
         [{"step": s, "a/loss": float("nan")} for s in (1, 2)],

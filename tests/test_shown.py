@@ -47,6 +47,7 @@ def test_a_run_is_shown_with_its_figures_and_escaped(run):
     assert value in words(run._repr_html_())
 
 
+@pytest.mark.slow
 def test_what_was_written_into_the_folder_is_shown_and_what_is_damaged_left_out(run):
     path = run.folder / "report.json"
     path.write_text(json.dumps(run.evaluate() | {"mean": 1.25, "standard_error": 0.5}))

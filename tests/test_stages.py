@@ -83,6 +83,7 @@ def test_a_moved_run_samples_the_same_bits_without_its_first_stage(stages, tmp_p
     assert report["data"] == "digits"
 
 
+@pytest.mark.slow
 def test_going_on_is_the_same_run(stages):
     said = []
     prior = tiny("vae-flow-prior", data=str(stages / "vae"))
@@ -104,6 +105,7 @@ def test_a_first_stage_that_changed_since_is_told(stages, tmp_path):
         train(prior, copy / "prior", say=str)
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_is_refused(stages, tmp_path):
     shutil.copytree(stages / "vae", tmp_path / "vae")
     config = json.loads((tmp_path / "vae" / "config.json").read_text())

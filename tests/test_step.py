@@ -180,6 +180,7 @@ def test_a_loss_that_returns_its_mean_is_refused(weight, parts):
         t.step(start(), batches(weight=weight)[0])
 
 
+@pytest.mark.slow
 def test_a_metric_that_is_a_sum_is_refused():
     with pytest.raises(ConfigError, match=r"The metric 'total' of 'gen' .* \[8\]; got shape \[1\]"):
         changed(with_sums).step(start(), batches()[0])

@@ -172,6 +172,7 @@ def test_the_probabilities_of_all_strings_sum_to_one(variant):
         assert np.ptp(nats) > 1
 
 
+@pytest.mark.slow
 def test_with_an_end_token_the_strings_of_all_lengths_sum_to_one():
     spec = DataSpec((5,), "tokens", levels=3, step="symbol", end=1)
     m = built(spec)

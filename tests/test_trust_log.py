@@ -70,6 +70,7 @@ JUNK = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("junk", JUNK, ids=lambda junk: repr(junk[:30]))
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
 def test_junk_costs_its_own_line_only(tmp_path, caplog, junk, end):

@@ -268,6 +268,7 @@ def test_events_that_the_data_cannot_have_are_refused_where_they_are_known(case)
         model.losses[player](params, state, Batch(x), jax.random.key(1), jnp.int32(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in WRONG if WRONG[case][0] != "gan"])
 def test_a_run_refuses_events_that_its_data_cannot_have(case):
     """What is compiled does not know its values: they are looked at before."""

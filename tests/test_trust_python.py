@@ -123,6 +123,7 @@ def test_only_training_states_are_saved_and_restored(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cvae", pytest.param("diffusion", marks=pytest.mark.slow)])
 def test_a_condition_that_data_in_memory_lack_is_said(name):
     said = []

@@ -67,6 +67,7 @@ def test_every_flag_that_a_text_names_exists():
     assert not unknown
 
 
+@pytest.mark.slow
 def test_every_command_that_a_text_names_exists():
     pattern = re.compile(r"`genjax ([a-z]+)")
     found = {name for _, text in texts() for name in pattern.findall(text)}

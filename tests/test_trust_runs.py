@@ -175,6 +175,7 @@ def text_calls(path: Path):
             yield node
 
 
+@pytest.mark.slow
 def test_text_is_utf_8_everywhere():
     found = []
     for path in sorted(Path(genjax.__file__).parent.rglob("*.py")):

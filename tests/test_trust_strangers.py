@@ -254,6 +254,7 @@ def test_bytes_that_are_no_text(theirs):
         read_config(theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["config.json", "spec.json", "data.json", "metrics.jsonl"])
 def test_a_folder_in_the_place_of_a_file(theirs, capsys, name):
     (theirs / name).unlink()

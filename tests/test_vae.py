@@ -152,6 +152,7 @@ def bounds_off_the_optimum(k, prior="normal", n=1000):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prior", ["normal", "open"])
 def test_the_elbo_is_below_the_evidence_by_the_kl_to_the_posterior(prior):
     assert_mean(bounds_off_the_optimum(1, prior), -KL)

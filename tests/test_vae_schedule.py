@@ -59,6 +59,7 @@ def test_a_step_on_the_way_is_a_step_with_that_beta(x64, gradient):
             np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_bound_knows_of_no_warm_up(x64):
     p = ppca()
     params, state = linear_params(p, SHIFT, WIDEN)
