@@ -210,6 +210,7 @@ def test_streams_begin_afresh_where_the_noise_says():
     np.testing.assert_array_equal(np.isclose(first, second, rtol=1e-6), again)
 
 
+@pytest.mark.slow
 def test_what_a_key_draws_has_not_changed():
     """Runs go on, and are repeated, with the noise that they had."""
     batch = many(LABELLED, 16)

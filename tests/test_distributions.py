@@ -277,6 +277,7 @@ def test_discretized_logistic_keeps_its_digits_far_in_the_tail(x64):
     np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("levels", LEVELS)
 def test_discretized_logistic_is_finite_with_finite_gradients_in_float32(levels):
     # Sampled levels are enough for the gradients, and always hold both edges.

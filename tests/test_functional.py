@@ -434,6 +434,7 @@ def wide_state(params, state):
     return params, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "match"),
     [

@@ -64,6 +64,7 @@ def test_a_product_along_channels_is_a_1x1_convolution(x64):
 # --- the map --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("transform", "n_levels"),
     [("affine", 2), *(pytest.param(t, 2, marks=pytest.mark.slow) for t in ("additive", "spline"))],

@@ -281,6 +281,7 @@ def test_a_second_sigint_interrupts_at_once(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.slow
 def test_a_signal_without_checkpoints_or_at_the_very_end() -> None:
     with pytest.raises(Interrupted, match=r"^SIGTERM: stopped at step 10 of 23\.$"):
         run(toy_feed(), hooks=[at(10, lambda: signal.raise_signal(signal.SIGTERM))])

@@ -76,6 +76,7 @@ def test_log_snr_falls_from_data_to_noise_and_its_inverse_finds_the_time(name):
     np.testing.assert_allclose([float(path.alpha(one)) for one in t], path.alpha(t), rtol=1e-14)
 
 
+@pytest.mark.slow
 def test_the_ends_are_data_and_noise():
     ends = {
         name: [float(paths.log_snr(make(), end)) for end in (make().end, make().start)]

@@ -178,6 +178,7 @@ def test_the_colours_of_two_pixels_sum_to_one(likelihood, x64):
 # --- caches of rows -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("size", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_sampling_with_caches_is_sampling_without(gated, size):

@@ -162,6 +162,7 @@ def test_a_guided_teacher_is_followed_where_the_condition_is_there():
     assert abs(same - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 200)
 
 
+@pytest.mark.slow
 def test_what_reflow_refuses():
     first = Trained(*conditional(0.0))
     for settings, message in (

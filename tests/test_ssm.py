@@ -82,6 +82,7 @@ def run(core, u, carry=None):
 SHORT, LONG = 4, 64  # chunks of 7 steps: one that does not divide them, one that is longer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "going_on", [pytest.param(False, marks=pytest.mark.slow), True], ids=["fresh", "carried"]
 )

@@ -375,6 +375,7 @@ def test_a_categorical_decoder_of_zeros_gives_every_level_alike(net):
     assert set(params["vae"]) == {"encoder", "decoder", "prior"}  # no scale to learn
 
 
+@pytest.mark.slow
 def test_auto_is_the_usual_likelihood_of_the_kind():
     spec, x = DataSpec((3,), "discrete", levels=4), Batch(jnp.asarray([[0.0, 3.0, 1.0]]))
     one, other = (
