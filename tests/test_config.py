@@ -36,8 +36,8 @@ def other(hint, value):
         return 2 * value or 1  # which a batch still divides into
     if isinstance(value, float):
         return value / 2 or 0.125
-    if value is None and int in get_args(hint):
-        return 3
+    if value is None and {int, float} & set(get_args(hint)):
+        return 3 if int in get_args(hint) else 0.125
     if isinstance(value, tuple):
         kind = get_args(hint)[0]
         if kind is float:  # relative lengths of averages

@@ -236,8 +236,8 @@ def replace(recipe: "Recipe", **changes: Any) -> "Recipe":
             if setting.field == "model" and setting.name in OF_A_CONDITION:
                 default = parameters_of(recipe.family)[setting.name][1]
                 changed.setdefault("model", {}).setdefault(setting.name, default)
-    # The builder would say so, too, but not before the run is there that some recipes stand on.
-    checked_settings(recipe.family, changed.get("model", {}))
+    if recipe.first is not None:  # its builder would say so, but not before that run is trained
+        checked_settings(recipe.family, changed.get("model", {}))
     # Each record is made once, with all of its changes: one of them alone may not fit the others.
     return dataclasses.replace(
         recipe,
