@@ -77,7 +77,9 @@ class Args:
     seeds: tuple[int, ...] = (0, 1, 2)
     """For `results`, `makemore`, `flows` and `optimisers`: training seeds."""
     seconds: float | None = None
-    """Seconds for each comparison; each part's own default unless given."""
+    """Seconds for each comparison, and for `pages` for each turn; each part's own default unless
+    given.
+    """
     rounds: int | None = None
     """For `pages`: turns of each allocator; 7 unless given."""
     keep: Path | None = None
@@ -143,7 +145,8 @@ def main() -> None:
     if args.part == "pages":
         from benchmarks import pages
 
-        pages.main(args.names, **({"rounds": args.rounds} if args.rounds else {}))
+        asked = {"rounds": args.rounds, "block": args.seconds}
+        pages.main(args.names, **{name: value for name, value in asked.items() if value})
     if args.part == "accelerator":
         from benchmarks import accelerator
 

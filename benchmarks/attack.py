@@ -26,13 +26,13 @@ import jax
 import numpy as np
 
 import genjax.cli
-from benchmarks.common import read, write
+from benchmarks.common import first_rows, read, write
 from genjax.data import open_source
 from genjax.errors import GenjaxError
 from genjax.learning.checkpoint import Checkpoints
 from genjax.runs.load import load, source_of
 from genjax.zoo import ZOO
-from genjax.zoo.recipe import from_dict, to_dict
+from genjax.zoo.recipe import Recipe, from_dict, to_dict
 from genjax.zoo.sections import settings_of
 
 QUIET = ["--evaluate-every", "0", "--sample-every", "0", "--plain"]
@@ -118,7 +118,7 @@ def kills(n: int = 36, seed: int = 0) -> dict[str, int]:
     begins, against training that never was: their last checkpoints, bit for bit. Every family that
     has a row whose data are on this machine.
     """
-    rng, names = random.Random(seed), _rows_here()
+    rng, names = random.Random(seed), first_rows(_here)
     done = Counter[str]()
     with elsewhere() as place:
         for name in names:
@@ -135,16 +135,13 @@ def kills(n: int = 36, seed: int = 0) -> dict[str, int]:
     return dict(done)
 
 
-def _rows_here() -> list[str]:
-    """The first row of each family that stands on data, of those whose data are here."""
-    names: dict[Any, str] = {}
-    for name, row in ZOO.items():
-        if row.first is not None or row.family in names:
-            continue
-        with contextlib.suppress(GenjaxError):  # and is looked for in the family's next row
-            row.source().load()
-            names[row.family] = name
-    return list(names.values())
+def _here(row: Recipe) -> bool:
+    """Whether a row's data are on this machine."""
+    try:
+        row.source().load()
+    except GenjaxError:
+        return False
+    return True
 
 
 _SILENT: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

@@ -14,6 +14,7 @@ import jax
 
 from genjax.runs.folder import environment, write_json
 from genjax.zoo import ZOO
+from genjax.zoo.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -24,9 +25,12 @@ def not_measured(families: Iterable[str]) -> list[str]:
     return [f"Not measured: {', '.join(lacking)}.", ""] if lacking else []
 
 
-def first_rows() -> tuple[str, ...]:
-    """The first row of each family that stands on data, in the order of the zoo."""
-    names = {row.family: row.name for row in reversed(ZOO.values()) if row.first is None}
+def first_rows(fits: Callable[[Recipe], bool] = lambda row: True) -> tuple[str, ...]:
+    """The first row of each family that stands on data, and of those that fit, in the order of the
+    zoo.
+    """
+    rows = [row for row in ZOO.values() if row.first is None and fits(row)]
+    names = {row.family: row.name for row in reversed(rows)}
     return tuple(name for name in ZOO if name in names.values())
 
 

@@ -21,7 +21,7 @@ from genjax.zoo import ZOO, scale
 
 STEPS = 10  # a dispatch, where it is not one
 ROUNDS = 7
-BLOCK = 0.3  # seconds of one turn, about
+BLOCK = 1.0  # seconds of one turn, about: in 0.3 of them fast rows scatter by a fifth
 KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _KEPT = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_MAX_": "0"}
 # Settings of glibc's, beside the allocators that are installed.
@@ -105,13 +105,14 @@ def _form(
     }
 
 
-def main(names: tuple[str, ...] = (), rounds: int = ROUNDS) -> None:
+def main(names: tuple[str, ...] = (), rounds: int = ROUNDS, block: float = BLOCK) -> None:
     """Measure and write results/pages.json, after each row: what was measured is there when a long
     run is stopped.
 
     Args:
         names: rows; those of `rows_here` unless given.
         rounds: turns of each setting.
+        block: seconds of one turn, about.
     """
     for name in names:
         if name not in ZOO:
@@ -125,7 +126,7 @@ def main(names: tuple[str, ...] = (), rounds: int = ROUNDS) -> None:
             left_out[name] = str(error)
             print(f"{name} is left out: {error}", flush=True)
         else:
-            rows.append(measure(name, rounds))
+            rows.append(measure(name, rounds, block))
             for form, of in rows[-1]["forms"].items():
                 found = ", ".join(f"{one} {ms:.1f}" for one, ms in of["ms"].items())
                 print(f"{name}, {form}: {found} ms a step", flush=True)

@@ -298,10 +298,10 @@ def test_allocators_are_measured_and_reported(
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr(pages, "settings", settings_of_two)
     small = {"hidden": (4,), "latent_dim": 2, "batch_size": 8}
-    monkeypatch.setattr(pages, "measure", partial(pages.measure, block=0.01, **small))
+    monkeypatch.setattr(pages, "measure", partial(pages.measure, **small))
     lost = dataclasses.replace(ZOO["vae"], name="lost", data="nowhere.npy")
     monkeypatch.setattr(pages, "ZOO", {"vae": ZOO["vae"], "lost": lost})
-    pages.main(("vae", "lost"), rounds=2)
+    pages.main(("vae", "lost"), rounds=2, block=0.01)
     found = common.read("pages")
     (row,) = found["rows"]
     assert list(found["left_out"]) == ["lost"]

@@ -1,5 +1,7 @@
 """Data in memory become the same source as those of a file."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -24,6 +26,21 @@ class Examples:
 
     def __getitem__(self, index):
         return self.every[index]
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "called"),
+    [
+        (("cat", "dog"), [1, 0], ("cat", "dog")),
+        (("cat", "dog"), [-1, 0], ("-1", "0")),  # which the first has no name for
+        (None, [1, 0], None),
+    ],
+)
+def test_labels_of_a_table_that_names_them_are_called_so(names, labels, called):
+    """As Hugging Face's `datasets.ClassLabel` does."""
+    table = Examples([{"image": x, "label": labels[i % 2]} for i, x in enumerate(X)])
+    table.features = {"label": SimpleNamespace(names=names), "image": object()}
+    assert from_arrays(table).spec.class_names == called
 
 
 def test_an_array_is_what_its_file_is(tmp_path):

@@ -192,20 +192,12 @@ def assert_members(name, t, rates, check_init):
 both_modes = pytest.mark.parametrize("mode", ["vmap", "map"])
 
 
-def swept(name, mode):
-    model = setup(name).model
-    return sweep(lambda rate: training(model, optimizer(rate)), mode=mode, rate=RATES)
-
-
 @covering
-def test_g4_members_with_keys_and_rates_of_their_own_equal_solo_runs(name):
-    assert_members(name, swept(name, "vmap"), list(RATES), check_init=True)
-
-
-@rows.a_few
-def test_g4_one_after_the_other_they_do_too(name):
-    """Each is then the solo step itself, in a loop, so a few rows are enough."""
-    assert_members(name, swept(name, "map"), list(RATES), check_init=False)
+@both_modes
+def test_g4_members_with_keys_and_rates_of_their_own_equal_solo_runs(name, mode):
+    model = setup(name).model
+    t = sweep(lambda rate: training(model, optimizer(rate)), mode=mode, rate=RATES)
+    assert_members(name, t, list(RATES), check_init=mode == "vmap")
 
 
 @rows.a_few

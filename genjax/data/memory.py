@@ -220,12 +220,24 @@ def _of_examples(x: Any, y: Any, key: str | None, label: str | None) -> Batch:
             )
         labels = (label,) if label is not None else _Y
         named = next((one for one in labels if one in first), None)
-        ys = y if named is None or y is not None else _field(every, named)
+        ys = y
+        if y is None and named is not None:
+            ys = _called(x, named, _field(every, named))
         return _batch(_stacked(_field(every, name)), ys)
     if isinstance(first, tuple) and len(first) == 2:
         ys = _field(every, 1) if y is None else y
         return _batch(_stacked(_field(every, 0)), ys)
     return _batch(_stacked(every), y)
+
+
+def _called(data: Any, name: str, labels: list[Any]) -> list[Any]:
+    """Labels by the names that a table of Hugging Face's has for them; numbers where it has none,
+    or where one of them has none.
+    """
+    names = getattr((getattr(data, "features", None) or {}).get(name), "names", None)
+    if not names or not all(label in range(len(names)) for label in labels):
+        return labels
+    return [names[label] for label in labels]
 
 
 def _field(every: list[Any], name: Any) -> list[Any]:
