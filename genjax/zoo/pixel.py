@@ -85,7 +85,7 @@ ROWS: tuple[Recipe, ...] = (
         model={"channels": 32, "n_layers": 7, "kernel_size": 5},
         data_options={"binarize": "dynamic"},
         optimizer=Optimizer(learning_rate=2e-3, schedule="cosine", clip_norm=1.0, ema_decay=0.999),
-        schedule=dataclasses.replace(_MNIST_SCHEDULE, steps=10_000, batch_size=64),
+        schedule=dataclasses.replace(_MNIST_SCHEDULE, steps=12_000, batch_size=32),
         tiny=_TINY_PIXELCNN,
     ),
     Recipe(
