@@ -72,8 +72,11 @@ def in_child(case: Case, topology: str, seconds: float) -> dict[str, Any]:
 
 
 def main(names: tuple[str, ...] = (), seconds: float = 600.0) -> None:
-    """Compile and write results/tpus.json; `names`, of rows, instead of all."""
-    rows = []
+    """Compile and write results/tpus.json; `names`, of rows, instead of all, in which case what was
+    found of the others stays.
+    """
+    before = (common.read("tpus") or {"rows": []})["rows"]
+    rows = [row for row in before if names and row["name"] not in names]
     for name, case in cases().items():
         if names and name not in names:
             continue
@@ -92,6 +95,8 @@ def cells(found: dict[str, Any]) -> list[str]:
     """Memory, least time and share of peak, in words."""
     fits = "" if found["memory"] <= found["capacity"] else ", does not fit"
     memory = f"{found['memory'] / 2**20:,.0f} MiB{fits}"
+    if found["optimal_seconds"] is None:
+        return [memory, "no estimate", "-"]
     share = f"{100 * found['share_of_peak']:.1f} %"
     return [memory, f"{1000 * found['optimal_seconds']:.3g} ms", share]
 
@@ -119,8 +124,9 @@ def parts(found: dict[str, Any]) -> list[str]:
         "A step at the rows' own batch, data parallel over four chips, compiled by libtpu on a "
         f"machine without a TPU ({common.machine(found)}). Nothing was run: the least time is the "
         "compiler's own estimate, and the share of the bfloat16 peak is what the products of the "
-        "step, by its jaxpr, would take of it in that time. Small rows are bound by "
-        "memory and by the time between operations.",
+        "step, by its jaxpr, would take of it in that time; above 100 % the compiler expects "
+        "more of the chip than its datasheet says. Small rows are bound by memory and by the time "
+        "between operations.",
         "",
         common.markdown(["recipe", *header], lines),
         "",

@@ -294,8 +294,9 @@ def grown(params):
 
 
 def in_chunks(model, n):
-    """The same model, its losses evaluated over n parts with the keys of `microbatch` and put
-    together again. All parts begin with the same state, and what they leave is averaged.
+    """The same model, its losses evaluated over n parts, each of every n-th example, with the keys
+    of `microbatch`, and put together again. All parts begin with the same state, and what they
+    leave is averaged.
     """
 
     def loss_of(loss):
@@ -308,10 +309,13 @@ def in_chunks(model, n):
                 over = share.reshape(n, *[1] * old.ndim).astype(old.dtype)
                 return old + (over * (new - old[None])).sum(0)
 
-            parts = jax.tree.map(lambda leaf: leaf.reshape(n, -1, *leaf.shape[1:]), batch)
+            def split(leaf):
+                return jax.numpy.stack([leaf[i::n] for i in range(n)])
+
+            parts = jax.tree.map(split, batch)
             value, states, metrics = jax.lax.map(part, (parts, jax.random.split(key, n)))
             share = parts.weight.sum(1) / batch.weight.sum()
-            value, metrics = jax.tree.map(lambda leaf: leaf.reshape(-1), (value, metrics))
+            value, metrics = jax.tree.map(lambda leaf: leaf.T.reshape(-1), (value, metrics))
             return value, Aux(jax.tree.map(joined, state, states), metrics)
 
         return whole

@@ -118,10 +118,29 @@ def test_the_report_has_a_line_for_every_step_that_was_compiled(monkeypatch, tmp
 
     monkeypatch.setattr(tpus, "in_child", found)
     tpus.main(("vae", "dit-b2"))
+    figures = figures._replace(optimal_seconds=None, share_of_peak=None)
+    tpus.main(("gpt2-124m",))
     text = "\n".join(tpus.parts(common.read("tpus")))
     assert "| `vae` | not compiled in 600 s |" in text
     assert "| `dit-b2` | 16,384 MiB, does not fit | 10 ms | 50.0 % | 16,384 MiB" in text
-    assert len(common.read("tpus")["rows"]) == 2 * len(tpus.TOPOLOGIES)
+    assert "| `gpt2-124m` | 16,384 MiB, does not fit | no estimate | - |" in text
+    assert len(common.read("tpus")["rows"]) == 3 * len(tpus.TOPOLOGIES)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "at_peak", "wanted"),
+    [
+        (0.3, 0.1, 0.3),
+        (1.3, 0.1, 1.3),
+        (-3.9998, 1e-5, 0.0002),  # four marks
+        (0.00873, 0.00944, 0.00873),  # seen on v5p: a little less than its datasheet has
+        (-2.99, 0.1, None),  # 0.01 s, or 1.01
+        (0.01, 0.1, None),
+    ],
+)
+def test_marks_for_what_has_no_time_are_taken_out_of_a_least_time(estimate, at_peak, wanted):
+    found = ahead.least_seconds(estimate, at_peak)
+    assert found == (None if wanted is None else pytest.approx(wanted))
 
 
 @libtpu

@@ -186,6 +186,24 @@ def test_sharding_composes_with_the_other_transforms():
     assert share(got.params) < 1 / 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [{"data": 8}, {"data": 2, "fsdp": 4}], ids=str)
+def test_each_device_computes_its_share_of_every_part(axes):
+    """A part that lies on one device would be computed by all, whole."""
+    spec, parts, n = DataSpec((64,), "continuous"), 4, 64
+    wide = training(vae(spec, latent_dim=64, hidden=(64, 64)), TX)
+
+    def flops(t):  # the compiler counts the body of a loop once, so of one part
+        return program(t, spec, n=n).cost_analysis()["flops"]
+
+    alone = flops(microbatch(wide, parts))
+    for t in (
+        shard(microbatch(wide, parts), make_mesh(axes)),
+        microbatch(shard(wide, make_mesh(axes)), parts),
+    ):
+        assert flops(t) < 0.4 * alone  # an eighth, and what every device does with the state
+
+
 # --- layout ---------------------------------------------------------------------------------------
 
 

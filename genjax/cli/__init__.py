@@ -26,6 +26,7 @@ from genjax.cli.terminal import numbers, print_table, say
 from genjax.errors import ConfigError, Interrupted, unknown_name
 
 if TYPE_CHECKING:
+    from genjax.profiling.ahead import Compiled
     from genjax.zoo.recipe import Recipe
 
 HELP = """\
@@ -335,16 +336,18 @@ def _compile(args: list[str]) -> None:
             ],
             ["FLOPs", f"{found.flops:.4g} (of products, by the step's jaxpr)"],
             ["bytes accessed", f"{found.bytes_accessed:.4g} (by the compiler)"],
-            [
-                "least time",
-                f"{1000 * found.optimal_seconds:.4g} ms, by the compiler's own estimate",
-            ],
-            [
-                "share of peak",
-                f"{100 * found.share_of_peak:.2f} % of the bfloat16 peak, in that time",
-            ],
+            *_least_time(found),
         ],
     )
+
+
+def _least_time(found: "Compiled") -> list[list[str]]:
+    """What the compiler says of a step's time, if it does."""
+    if found.optimal_seconds is None or found.share_of_peak is None:
+        return [["least time", "no estimate: the compiler has none for a part of this step"]]
+    least = f"{1000 * found.optimal_seconds:.4g} ms, by the compiler's own estimate"
+    share = f"{100 * found.share_of_peak:.2f} % of the bfloat16 peak, in that time"
+    return [["least time", least], ["share of peak", share]]
 
 
 def _list(args: list[str]) -> None:

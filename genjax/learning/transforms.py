@@ -96,7 +96,8 @@ def microbatch(t: Training, n: int) -> Training:
     """The same step with its gradient accumulated over n equal parts of the batch, so that memory
     falls by about n.
 
-    The update equals that of the whole batch for the same noise; each part draws its noise with its
+    A part is every n-th example, so that each of several devices has its share of every part. The
+    update equals that of the whole batch for the same noise; each part draws its noise with its
     own key. Every part begins with the state that the turn began with, and the turn leaves the mean
     of what the parts leave, weighted as they are; of what is no real number it leaves that of the
     first part that has a weight. So a decay in the state is applied once, and what all parts agree
@@ -138,7 +139,12 @@ def _accumulated(
         raise ConfigError(f"A batch of {size} does not divide into {n} equal parts.")
 
     def split(tree: PyTree) -> PyTree:
-        return jax.tree.map(lambda leaf: leaf.reshape(n, size // n, *leaf.shape[1:]), tree)
+        # Not one stretch after the other: of a batch that lies on several devices each part would
+        # be on a few of them, and would be computed by all, whole.
+        def one(leaf: Array) -> Array:
+            return leaf.reshape(size // n, n, *leaf.shape[1:]).swapaxes(0, 1)
+
+        return jax.tree.map(one, tree)
 
     def of_part(batch: Batch, weight: Array, key: Key) -> tuple[PyTree, State, Metrics]:
         return gradient(player, params, state, batch, weight, key, step)

@@ -7,7 +7,6 @@ exists there.
 """
 
 import importlib.util
-import math
 import os
 import time
 from collections.abc import Mapping
@@ -44,8 +43,9 @@ class Compiled(NamedTuple):
         memory: bytes that a step needs: arguments, results that are not stored in them, and
             temporaries.
         capacity: bytes that a device has.
-        optimal_seconds: the compiler's estimate of the least time of a step, see `least_seconds`.
-        share_of_peak: flops / optimal_seconds, of the device's bfloat16 peak.
+        optimal_seconds: the compiler's estimate of the least time of a step, see `least_seconds`;
+            None where it has none.
+        share_of_peak: flops / optimal_seconds, of the device's bfloat16 peak; None likewise.
     """
 
     device: str
@@ -55,8 +55,8 @@ class Compiled(NamedTuple):
     bytes_accessed: float
     memory: int
     capacity: int
-    optimal_seconds: float
-    share_of_peak: float
+    optimal_seconds: float | None
+    share_of_peak: float | None
 
 
 def devices_of(topology: str) -> list[Any]:
@@ -122,17 +122,19 @@ def compile_for(
         memory=program_memory(program),
         capacity=capacity,
         optimal_seconds=optimal,
-        share_of_peak=flops / optimal / peak,
+        share_of_peak=None if optimal is None else flops / optimal / peak,
     )
 
 
-def least_seconds(estimate: float, at_peak: float) -> float:
-    """The compiler's estimate of a step's time without its marks for what has no estimate.
+def least_seconds(estimate: float, at_peak: float) -> float | None:
+    """The compiler's estimate of a step's time without its marks for what has no estimate, or None
+    where it cannot be told.
 
     libtpu sums over operations, and adds -1 s for each that it has no time for, such as joining
-    arrays by their addresses (seen with 0.0.42: an LSTM with four of those has -3.9998 s). They are
-    taken out: the least of estimate, estimate + 1, ... that is no less than the products alone take
-    at the device's peak.
+    arrays by their addresses (seen with 0.0.42: an LSTM with four of those has -3.9998 s). So of an
+    estimate with marks only the part below a second is known. Where that is less than the products
+    alone take at the device's peak, the step takes longer than a second, or what has no time was
+    most of it. A tenth less is let pass: libtpu expects more of some chips than their datasheets.
 
     Args:
         estimate: seconds, by the compiler.
@@ -141,10 +143,13 @@ def least_seconds(estimate: float, at_peak: float) -> float:
     Example:
         >>> round(least_seconds(-3.9998, 1e-5), 6)
         0.0002
-        >>> least_seconds(0.3, 0.1)
-        0.3
+        >>> least_seconds(1.3, 0.1)
+        1.3
+        >>> least_seconds(-2.99, 0.1) is None
+        True
     """
-    return estimate + max(0, math.ceil(at_peak - estimate))
+    least = estimate if estimate > 0 else estimate % 1
+    return least if least >= 0.9 * at_peak else None
 
 
 def lowered_for_cuda(recipe: Recipe, on: Trained | None = None) -> int:
