@@ -362,8 +362,8 @@ def main(seconds: float = 8.0, names: tuple[str, ...] = (), sizes: tuple[str, ..
         print(f"PyTorch is skipped: {NO_TORCH}.")
     peak = matmul_peak()
     rows = []
-    for name in names or CASES:
-        for size in sizes:
+    for size in sizes:
+        for name in names or CASES:
             rows.append(measure(name, size, seconds, peak, python))
             row = rows[-1]
             beside = (
