@@ -178,12 +178,14 @@ def peers_parts(found: dict[str, Any]) -> list[str]:
         allocators = (
             "each side under the allocator that it is fastest with, glibc's or the one named"
         )
+    medium = any(row["size"] == "medium" for row in found["rows"])
+    wider = " and a few times wider" if medium else ""
     parts = [
         "## Every family beside a PyTorch twin",
         "",
         "A training step of a row's own procedure (optimiser, clipping, moving average), at the "
-        "row's size and a few times "
-        f"wider, float32, on one resident batch ({machine(found)}). Milliseconds are medians, of "
+        f"row's size{wider}, float32, on one resident batch ({machine(found)}). Milliseconds are "
+        "medians, of "
         "one step a dispatch or as "
         f"many as the row says, whichever is faster (in brackets), {allocators}. FLOPs (of matrix "
         "products in "
@@ -234,7 +236,9 @@ def peers_parts(found: dict[str, Any]) -> list[str]:
     parts += [markdown(header, rows), ""]
     if means:
         words = ", ".join(f"{name} {value:.2f}" for name, value in means.items())
-        parts += [f"Geometric means of the ratios: {words}.", ""]
+        alone = [r["ratio_one_step"]["median"] for r in found["rows"] if "ratio_one_step" in r]
+        one = f"with one step a dispatch {statistics.geometric_mean(alone):.2f}"
+        parts += [f"Geometric means of the ratios: {words}; {one}.", ""]
     return parts
 
 
