@@ -124,7 +124,9 @@ def cnf(
         hidden: widths of the hidden layers of the field's network.
         solver: of the ODE in training, density and samples, a name in
             `ode_likelihood.LIKELIHOOD_SOLVERS`.
-        n_steps: its steps; "adaptive" chooses its own.
+        n_steps: its steps; "adaptive" chooses its own, the same for all examples of a batch, so
+            that a value depends on the others as far as its tolerance goes. Too few steps are
+            learned around: the loss falls below what is possible.
         n_probes: random vectors that estimate the divergence, the same all along the way
             (Hutchinson); 0 computes it exactly, one derivative for each dimension.
 
