@@ -102,7 +102,7 @@ def reason_of(error: BaseException) -> str:
 
 def out_of_memory(error: BaseException) -> str | None:
     """What asked for more memory than there is, as numpy and jax say it; None for other errors."""
-    text = reason_of(error)
+    text = reason_of(error).rstrip(".")
     if isinstance(error, MemoryError):
         return text
     if isinstance(error, GenjaxError):  # which has said what it is
