@@ -39,7 +39,7 @@ ROWS: tuple[Recipe, ...] = (
         data="runs/flow-matching-2d",
         first="flow-matching-2d",
         summary="a straighter flow from the pairs that a flow makes itself",
-        # Twenty steps of Heun's method would make the modes half as wide as the flow's own.
+        # Twenty steps of Heun's method would halve the variance of the modes.
         model={"solver": "rk4", "n_steps": 25},
         optimizer=Optimizer(learning_rate=1e-3, schedule="cosine", ema_decay=0.999),
         schedule=Schedule(
