@@ -73,7 +73,7 @@ class Args:
     out.
     """
     names: tuple[str, ...] = ()
-    """For `results`, `peers`, `flows` and `pages`: only these recipes; all unless given."""
+    """For `results`, `peers`, `flows`, `pages`, `tpus`: only these recipes; all unless given."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """For `results`, `makemore`, `flows` and `optimisers`: training seeds."""
     seconds: float | None = None

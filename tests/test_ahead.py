@@ -18,11 +18,14 @@ from genjax.zoo import ZOO
 libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (the extra tpu)"
 )
+# A program for a chip that is not here cannot be read back from the kept ones.
+pytestmark = pytest.mark.bits
 
 
 def tiny(name, batch_size=8):
     row = ZOO[name]
-    schedule = dataclasses.replace(row.schedule, batch_size=batch_size)
+    parts = min(row.schedule.microbatches, 2)
+    schedule = dataclasses.replace(row.schedule, batch_size=batch_size, microbatches=parts)
     return dataclasses.replace(row, model={**row.model, **row.tiny}, schedule=schedule)
 
 
@@ -70,7 +73,8 @@ def test_a_loop_over_layers_counts_as_often_as_it_runs():
         )
         for scanned in (False, True)
     )
-    assert looped.flops == pytest.approx(plain.flops, rel=0.05) > 0
+    assert plain.flops > 0
+    assert looped.flops == pytest.approx(plain.flops, rel=0.05)
 
 
 @libtpu

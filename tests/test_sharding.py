@@ -187,9 +187,15 @@ def test_sharding_composes_with_the_other_transforms():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", [{"data": 8}, {"data": 2, "fsdp": 4}], ids=str)
-def test_each_device_computes_its_share_of_every_part(axes):
-    """A part that lies on one device would be computed by all, whole."""
+@pytest.mark.parametrize(
+    ("axes", "most"),
+    [({"data": 4}, 0.4), ({"data": 8}, 0.3), ({"data": 2, "fsdp": 4}, 0.18)],
+    ids=str,
+)
+def test_each_device_computes_its_share_of_every_part(axes, most):
+    """A part that lies on one device is computed by all, whole: 1, 0.57 and 0.2 of the work of one
+    device alone. A share is 1/4 or 1/8, and what every device does with the state.
+    """
     spec, parts, n = DataSpec((64,), "continuous"), 4, 64
     wide = training(vae(spec, latent_dim=64, hidden=(64, 64)), TX)
 
@@ -201,7 +207,7 @@ def test_each_device_computes_its_share_of_every_part(axes):
         shard(microbatch(wide, parts), make_mesh(axes)),
         microbatch(shard(wide, make_mesh(axes)), parts),
     ):
-        assert flops(t) < 0.4 * alone  # an eighth, and what every device does with the state
+        assert flops(t) < most * alone
 
 
 # --- layout ---------------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ def _accumulated(
 
     def split(tree: PyTree) -> PyTree:
         # Not one stretch after the other: of a batch that lies on several devices each part would
-        # be on a few of them, and would be computed by all, whole.
+        # be on a few of them, and more than these would compute it.
         def one(leaf: Array) -> Array:
             return leaf.reshape(size // n, n, *leaf.shape[1:]).swapaxes(0, 1)
 
