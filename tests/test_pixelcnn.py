@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from gates import quick
 from known_losses import zero
 from rows import widen
@@ -18,6 +19,7 @@ from test_autoregressive import every, p_value
 
 from genjax.errors import ConfigError
 from genjax.families.pixelcnn import pixelcnn
+from genjax.nets.masked import MaskedConv, window
 from genjax.parts.logistics import mixture_log_prob, mixture_of
 from genjax.parts.pixels import channel_logits
 from genjax.protocol import Batch, DataSpec
@@ -102,6 +104,22 @@ def seen(model, params, spec):
 
     jacobian = np.asarray(quick(jax.vmap(jax.jacfwd(logits)))(jnp.asarray(x, jnp.float64)))
     return np.abs(jacobian).max(axis=(0, 3)).reshape(spec.size, spec.size) != 0
+
+
+@pytest.mark.parametrize("sees", ["above", "before", "here", "row"])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 5), (3, 1), (2, 3), (3, 5)])
+def test_a_masked_convolution_is_the_sum_over_what_it_sees(rows, columns, sees, x64):
+    layer = MaskedConv(2, 3, rows, columns, sees, rngs=nnx.Rngs(0))
+    layer.bias[...] = jnp.arange(3.0)
+    rng = np.random.default_rng(0)
+    x, mask = rng.normal(size=(2, 4, 6, 2)), window(rows, columns, sees)
+    wanted = np.zeros((2, 4, 6, 3)) + np.arange(3.0)
+    kernel = np.asarray(layer.kernel[...], np.float64)
+    for row, column, i, j in np.ndindex(4, 6, rows, columns):
+        above, beside = row + i - (rows - 1), column + j - columns // 2
+        if mask[i, j] and above >= 0 and 0 <= beside < 6:
+            wanted[:, row, column] += x[:, above, beside] @ kernel[i, j]
+    np.testing.assert_allclose(layer(jnp.asarray(x)), wanted, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
-"""Convolutions of images that are as fast on a CPU as the matrix products they are. NHWC, padding
-"SAME" throughout.
+"""Convolutions of images that are as fast on a CPU as the matrix products they are. NHWC; padding
+"SAME" unless told otherwise.
 
 On a CPU, XLA computes some derivatives of a convolution 10 to 50 times slower than others: the
 weight gradient of a transposed convolution always, and every weight gradient inside a loop, which
@@ -14,7 +14,7 @@ The price is memory, as windows are laid side by side. The whole gradients of th
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,30 +26,37 @@ from genjax.protocol import Array
 _NHWC = ("NHWC", "HWIO", "NHWC")
 _LECUN = nnx.initializers.lecun_normal()
 
+# Zeros before and after the rows, and the columns, of an image.
+Padding = tuple[tuple[int, int], tuple[int, int]]
+
 
 # Traced and differentiated once for each shape: two ways of computing, and the derivatives of both,
 # are slow to trace.
-@functools.partial(jax.jit, static_argnames="stride")
-def convolve(x: Array, kernel: Array, stride: int = 1) -> Array:
-    """y[n, p, q] = Σ_ij x[n, stride p + i - before, stride q + j - before] K[i, j], where x is 0
+@functools.partial(jax.jit, static_argnames=("stride", "padding"))
+def convolve(x: Array, kernel: Array, stride: int = 1, padding: Padding | None = None) -> Array:
+    """y[n, p, q] = Σ_ij x[n, stride p + i - above, stride q + j - left] K[i, j], where x is 0
     outside of the image.
 
     Args:
         x: images [N, H, W, C].
         kernel: K [height, width, C, D].
-        stride: steps between windows; `before` is half of the padding that "SAME" of `jax.lax`
-            needs, rounded down.
+        stride: steps between windows.
+        padding: ((above, below), (left, right)), negative to cut; None for what "SAME" of
+            `jax.lax` needs, half of it before, rounded down.
 
     Returns:
-        [N, ceil(H / stride), ceil(W / stride), D], as `jax.lax.conv_general_dilated` to rounding.
+        [N, ceil(H / stride), ceil(W / stride), D] with the padding "SAME", as
+        `jax.lax.conv_general_dilated` to rounding.
     """
+    strides = (stride, stride)
+    same = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, "SAME")
+    pads = same if padding is None else padding
 
     def native(x: Array, kernel: Array) -> Array:
-        strides = (stride, stride)
-        return jax.lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=_NHWC)
+        return jax.lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=_NHWC)
 
     def products(x: Array, kernel: Array) -> Array:
-        return _convolve(x, kernel, stride)
+        return _convolve(x, kernel, stride, pads)
 
     return jax.lax.platform_dependent(x, kernel, cpu=products, default=native)
 
@@ -88,11 +95,11 @@ def double(x: Array) -> Array:
     )
 
 
-def _convolve(x: Array, kernel: Array, stride: int) -> Array:
-    sizes = kernel.shape[:2]
-    padding = jax.lax.padtype_to_pads(x.shape[1:3], sizes, (stride,) * 2, "SAME")
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    if stride == 1 or any(size % stride for size in sizes):
+def _convolve(x: Array, kernel: Array, stride: int, pads: Sequence[tuple[int, int]]) -> Array:
+    sides = [(0, 0), *pads, (0, 0)]
+    # Padding may be negative: it cuts.
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(before, after, 0) for before, after in sides])
+    if stride == 1 or any(size % stride for size in kernel.shape[:2]):
         return _windows(x, kernel, stride)
     # A block of stride x stride pixels becomes one pixel with all their channels, and the stride is
     # gone.

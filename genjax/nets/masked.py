@@ -200,11 +200,17 @@ class MaskedConv(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         (rows, columns), kernel = self.shape, self.kernel[...]
-        mask = jnp.asarray(window(rows, columns, self.sees), kernel.dtype)[..., None, None]
-        # `convolve` pads on both sides of a window: so many rows more above let it end here.
-        shift = rows // 2
-        y = convolve(jnp.pad(x, ((0, 0), (shift, 0), (0, 0), (0, 0))), kernel * mask)
-        return y[:, : x.shape[1]] + self.bias[...].reshape(1, 1, 1, -1)
+        mask = window(rows, columns, self.sees)
+        if not mask.any():
+            y = jnp.zeros((*x.shape[:-1], kernel.shape[-1]), jnp.result_type(x, kernel))
+            return y + self.bias[...].reshape(1, 1, 1, -1)
+        # Rows and columns at the end that nothing is seen of cost as much as others: without them.
+        tall, wide = (1 + np.argwhere(mask).max(axis=0)).tolist()
+        kernel = kernel[:tall, :wide] * jnp.asarray(mask[:tall, :wide, None, None], kernel.dtype)
+        left = columns // 2
+        # The window ends with the pixel's own row; what was left out of it was below or right.
+        y = convolve(x, kernel, padding=((rows - 1, tall - rows), (left, wide - 1 - left)))
+        return y + self.bias[...].reshape(1, 1, 1, -1)
 
     def one(self, x: Array) -> Array:
         """The same of a single pixel, [n, d_out], from its window [n, rows, columns, d_in]."""
