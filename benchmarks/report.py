@@ -15,6 +15,7 @@ from benchmarks.report_results import (
     optimiser_parts,
     published_parts,
     results_table,
+    steps_text,
 )
 from genjax.zoo import ZOO
 
@@ -477,4 +478,7 @@ def main() -> None:
     attack = read("attack")
     if attack is not None:
         text = _filled(text, "attack", attack_text(attack))
+    overhead = read("overhead")
+    if overhead and any("ratio" in row for row in (peers or {}).get("rows", [])):
+        text = _filled(text, "steps", steps_text(peers, overhead))
     README.write_text(text)

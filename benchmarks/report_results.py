@@ -1,10 +1,13 @@
-"""The zoo's results as a table: value, estimator, reference, time."""
+"""The zoo's results as a table: value, estimator, reference, time; and the front page's sentences
+about speed and attacks.
+"""
 
 import math
+import statistics
 import textwrap
 from typing import Any
 
-from benchmarks.common import machine, markdown
+from benchmarks.common import machine, markdown, percent
 from genjax.zoo import ZOO
 from genjax.zoo.catalogue import measured
 
@@ -250,3 +253,22 @@ def attack_text(found: dict[str, Any]) -> str:
         f"{count('arguments', 'absurd and accepted')} absurd settings accepted.",
     ]
     return textwrap.fill(" ".join(sentences), 100)
+
+
+def steps_text(peers: dict[str, Any], overhead: dict[str, Any]) -> str:
+    """What a step takes beside PyTorch and beside plain jax, at the rows' own size, in one
+    paragraph.
+    """
+    rows = [row for row in peers["rows"] if row["size"] == "small" and "ratio" in row]
+    kinds = [[row[kind]["median"] for row in rows] for kind in ("ratio", "ratio_one_step")]
+    means = [statistics.geometric_mean(ratios) for ratios in kinds]
+    spans = [f"{min(ratios):.2f} to {max(ratios):.2f}" for ratios in kinds]
+    by_hand = [case["ratio"]["median"] for case in overhead["step"]]
+    sentence = (
+        f"A step of {len(rows)} rows takes {means[0]:.2f} of PyTorch's time with as many steps a "
+        f"dispatch as the row has, {means[1]:.2f} with one (geometric means, each side under its "
+        f"best allocator; {spans[0]} and {spans[1]}; {peers['hardware']['cores']} cores with "
+        f"products at {peers['peak_gflops']:.0f} GFLOP/s; other machines in the notes), and "
+        f"{percent(min(by_hand))} to {percent(max(by_hand))} over one by hand in plain jax."
+    )
+    return textwrap.fill(sentence, 110)

@@ -8,6 +8,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from benchmarks.common import read
+from benchmarks.report_results import attack_text, steps_text
 from genjax.zoo import ZOO
 from genjax.zoo.catalogue import measured
 
@@ -70,6 +72,15 @@ def test_results_table_shows_every_family_as_measured() -> None:
     said, _, not_measured = table.partition("Not measured yet:")
     for family in set(of.values()) - families:
         assert f"`{family}`" in (said if family in {of[n] for n in measured()} else not_measured)
+
+
+def test_its_sentences_about_speed_and_attacks_are_as_measured() -> None:
+    peers, overhead, attack = read("peers"), read("overhead"), read("attack")
+    assert peers
+    assert overhead
+    assert attack
+    assert steps_text(peers, overhead) in README
+    assert attack_text(attack) in README
 
 
 def test_the_report_shows_every_recipe_as_measured() -> None:
