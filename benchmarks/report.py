@@ -479,6 +479,6 @@ def main() -> None:
     if attack is not None:
         text = _filled(text, "attack", attack_text(attack))
     overhead = read("overhead")
-    if overhead and any("ratio" in row for row in (peers or {}).get("rows", [])):
+    if overhead and peers and any("ratio" in row for row in peers["rows"]):
         text = _filled(text, "steps", steps_text(peers, overhead))
     README.write_text(text)

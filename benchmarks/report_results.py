@@ -69,13 +69,13 @@ def optimiser_parts(found: dict[str, Any]) -> list[str]:
                     algorithm,
                     min(of["tried"], key=lambda rate: of["tried"][rate]),
                     f"{final['mean']:.3f}{spread}",
-                    "-" if task["entropy"] is None else f"{task['entropy']:.3f}",
+                    "-" if task["truth"] is None else f"{task['truth']:.3f}",
                     f"{of['ms']:.1f}",
                     "-" if reached is None else f"{reached:,}",
                     seconds,
                 ]
             )
-    header = ["task", "algorithm", "step size", "nats, at the end", "entropy", "ms a step"]
+    header = ["task", "algorithm", "step size", "nats, at the end", "the truth", "ms a step"]
     header += ["steps to AdamW's end", "seconds to it"]
     return [
         "## Adam and Muon",
@@ -83,7 +83,8 @@ def optimiser_parts(found: dict[str, Any]) -> list[str]:
         "Loss on the validation split, in nats of an example (mean and standard deviation over "
         f"{len(found['seeds'])} seeds; {machine(found)}). The step size is the best of three for "
         "the first seed, of each alike; all other settings are the row's. Seconds are of training "
-        "alone, without compiling and evaluating.",
+        "alone, without compiling and evaluating; the truth is what the true distribution has on "
+        "the same examples.",
         "",
         markdown(header, rows),
         "",
