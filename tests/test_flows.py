@@ -27,6 +27,7 @@ from genjax.parts.bijections import Bijection, unmoved
 from genjax.parts.dequantization import Dequantization
 from genjax.parts.flow_density import flow_model, flow_of
 from genjax.protocol import Batch, DataSpec
+from genjax.runs.train import about_tails
 
 analytic_loss = normal_loss
 
@@ -404,3 +405,16 @@ def test_vectors_that_are_stacked_are_vectors_to_an_optimiser():
         matrices = ("kernel", "lower", "upper")
         assert label == ("matrix" if name in matrices else "vector"), name
     assert len(by_path) > 10
+
+
+def test_numbers_where_the_splines_have_ended_are_said_and_have_a_density():
+    x = np.random.default_rng(0).normal(size=(300, 2)).clip(-3, 3)
+    model = nsf(PLANE, tail_bound=4.0, **SMALL)
+    assert about_tails(model, Batch(x)) == []
+    x[0] = 1e3
+    (line,) = about_tails(model, Batch(x))
+    assert line.startswith("2 of 600 numbers lie more than 4 standard deviations from their mean")
+    assert about_tails(realnvp(PLANE, **SMALL), Batch(x)) == []
+    params, state = model.init(jax.random.key(0))
+    nats = model.log_prob(params, state, Batch(jnp.asarray(x[:4], jnp.float32)), jax.random.key(1))
+    assert bool(jnp.isfinite(nats).all())

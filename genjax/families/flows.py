@@ -256,4 +256,4 @@ def nsf(
     monotone = spline(bins, tail_bound)
     move = STRUCTURES[structure](spec, monotone, tuple(hidden), activation, dtype)
     flow = flow_of(layered(spec, move, n_layers, mix))
-    return flow_model(spec, flow, dequantized, dtype)
+    return flow_model(spec, flow, dequantized, dtype, covers=tail_bound)

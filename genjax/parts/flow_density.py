@@ -70,10 +70,13 @@ class Invertible(NamedTuple):
         forward: (params, state, x, cond=None) -> z [n, D], and ln |det dz/dx| [n], exact; so that
             ln p(x) = ln N(z; 0, I) + ln |det dz/dx|.
         inverse: (params, state, z, cond=None) -> x [n, *shape], not rounded, and ln |det dx/dz|.
+        covers: so many standard deviations from its mean a number of the data may be before the
+            first layer's splines end; None where no layer begins with such splines.
     """
 
     forward: Callable[..., tuple[Array, Array]]
     inverse: Callable[..., tuple[Array, Array]]
+    covers: float | None = None
 
 
 class FlowNoise(NamedTuple):
@@ -133,7 +136,7 @@ def rounded(spec: DataSpec, x: Array) -> Array:
     return x if spec.top is None else jnp.clip(jnp.round(x), 0, spec.top)
 
 
-def invertible(model: FlowModel) -> Invertible:
+def invertible(model: FlowModel, covers: float | None = None) -> Invertible:
     """The map with its arguments checked, in the units of the data."""
     spec, flow = model.spec, model.flow
 
@@ -148,11 +151,16 @@ def invertible(model: FlowModel) -> Invertible:
         y, log_det = flow.inverse(params[PLAYER]["map"], z, spec.embed(cond))
         return spec.denormalize(y), log_det - spec.log_volume
 
-    return Invertible(forward, inverse)
+    return Invertible(forward, inverse, covers)
 
 
 def flow_model(
-    spec: DataSpec, flow: Flow, how: Dequantization, dtype: str = "float32", words: str = ""
+    spec: DataSpec,
+    flow: Flow,
+    how: Dequantization,
+    dtype: str = "float32",
+    words: str = "",
+    covers: float | None = None,
 ) -> Model:
     """The model of such a map, with `log_prob` for continuous data and `bound` for other.
 
@@ -162,6 +170,7 @@ def flow_model(
         how: binary and discrete data become continuous.
         dtype: of the arithmetic of the network that dequantises.
         words: how the determinant is computed, for reports; nothing where it is exact.
+        covers: see `Invertible`.
 
     Raises:
         ConfigError: for dequantisation that does not fit the data.
@@ -213,6 +222,6 @@ def flow_model(
             prepare=None if flow.prepare is None else prepare,
             labels=LABELS,
             noise={PLAYER: noise_of},
-            extras=invertible(model),
+            extras=invertible(model, covers),
         )
     )

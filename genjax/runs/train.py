@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from genjax.data import Source, Splits, example_batch
@@ -20,6 +21,7 @@ from genjax.learning.loop import Feed, Hook, Progress, choose_feed, fit
 from genjax.learning.memory import fetched
 from genjax.learning.sharding import layout, make_mesh, shard
 from genjax.learning.step import eval_params
+from genjax.parts.flow_density import Invertible
 from genjax.profiling.room import check_training
 from genjax.protocol import Batch, Model, Training, TrainState
 from genjax.runs import samples, stages
@@ -112,6 +114,8 @@ def _train(
     sent = min(schedule.steps_per_call, schedule.steps) if schedule.place == "host" else 1
     check_training(t, key, source.spec, schedule.batch_size, sent, widest(recipe))
     splits = source.load()
+    for line in about_tails(model, splits.train) if writes() else []:
+        say(line)
     if several():
         mesh = mesh or {"data": jax.device_count()}
     if mesh:
@@ -235,6 +239,25 @@ def about_data(source: Source) -> list[str]:
     lines = [f"data: {'; '.join(source.notes)}"] if source.notes else []
     why = no_picture(source.spec)
     return lines if why is None else [*lines, why]
+
+
+def about_tails(model: Model, arrays: Batch) -> list[str]:
+    """Of a flow with splines, how many of the data's numbers lie where they are straight lines, if
+    there are any, in one line. The first 10,000 examples are looked at.
+    """
+    covers = model.extras.covers if isinstance(model.extras, Invertible) else None
+    if covers is None:
+        return []
+    x = np.asarray(arrays.x[:10_000], np.float64).reshape(min(len(arrays.x), 10_000), -1)
+    spread = x.std(axis=0)
+    beyond = np.abs(x - x.mean(axis=0)) > covers * spread
+    n = int(beyond[:, spread > 0].sum())
+    if not n:
+        return []
+    return [
+        f"{n:,} of {x.size:,} numbers lie more than {covers:g} standard deviations from their "
+        "mean, where the splines are straight lines: a larger tail_bound covers more of them"
+    ]
 
 
 def go_on(log: Log, step: int, steps: int, say: Callable[[str], None], ended: bool = False) -> None:
