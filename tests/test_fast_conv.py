@@ -89,15 +89,17 @@ def test_values_and_derivatives_are_those_of_xla(x64, size, stride, name):
     )
 
 
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("pads", [((2, 0), (1, 1)), ((3, -1), (0, 2)), ((-1, 4), (2, -2))])
-def test_padding_may_be_of_any_side_and_cut(pads, x64):
-    x, kernel = normal(2, 6, 7, 2), normal(3, 3, 2, 5, seed=1)
+def test_padding_may_be_of_any_side_and_cut(pads, stride, x64):
+    x, kernel = normal(2, 6, 7, 2), normal(2 + stride, 2 + stride, 2, 5, seed=1)
+    strides = (stride, stride)
 
     def xlas(x, kernel):
-        return jax.lax.conv_general_dilated(x, kernel, (1, 1), pads, dimension_numbers=NHWC)
+        return jax.lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=NHWC)
 
     def both(x, kernel):
-        functions = (partial(convolve, padding=pads), xlas)
+        functions = (partial(convolve, stride=stride, padding=pads), xlas)
         pairs = [jax.vjp(function, x, kernel) for function in functions]
         return [(y, back(jnp.cos(y))) for y, back in pairs]
 

@@ -99,7 +99,7 @@ def _convolve(x: Array, kernel: Array, stride: int, pads: Sequence[tuple[int, in
     sides = [(0, 0), *pads, (0, 0)]
     # Padding may be negative: it cuts.
     x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(before, after, 0) for before, after in sides])
-    if stride == 1 or any(size % stride for size in kernel.shape[:2]):
+    if stride == 1 or any(size % stride for size in (*kernel.shape[:2], *x.shape[1:3])):
         return _windows(x, kernel, stride)
     # A block of stride x stride pixels becomes one pixel with all their channels, and the stride is
     # gone.
