@@ -61,7 +61,7 @@ class Args:
     interpreters), `programs` the size of compiled steps (the baseline of
     tests/test_programs.py, for this version of jax), `memory` what they need, `sampling` samplers
     by batch, `startup` from the command to the first step, `ensemble` many small models at once,
-    `convolution` gradients beside flax's convolutions, `widths` a Transformer's share of the peak,
+    `convolution` gradients beside flax's convolutions, `widths` steps as shares of the peak,
     `pages` a step of every row under each allocator of memory that is here, `buckets` sequences in
     buckets of lengths, `larger` 8 GiB of images in 2 GiB of memory, and how fast data open,
     `pixels` cached

@@ -239,29 +239,33 @@ def convolution_parts(found: dict[str, Any]) -> list[str]:
 
 
 def width_parts(found: dict[str, Any]) -> list[str]:
-    """The part about a Transformer's width."""
-    rows, first = [], found["rows"][0]
+    """The part about steps by their widths."""
+    rows = []
     for row in found["rows"]:
         share = {key: 100 * value for key, value in row["share_of_peak"].items()}
-        counts = [
-            f"{row['parameters']:,}",
-            f"{row['ms']:.1f}",
-            f"{row['flops'] / 1e9:.1f}",
-            f"{row['peak_gflops']:.0f}",
-        ]
-        rows.append([str(row["width"]), *counts, f"{quartiles(share, '.0f')} %"])
+        width = row["width"] if isinstance(row["width"], list) else [row["width"]]
+        rows.append(
+            [
+                f"`{row['recipe']}`, {row['setting']} {' '.join(map(str, width))}",
+                str(row["batch_size"]),
+                f"{row['parameters']:,}",
+                f"{row['ms']:.1f}",
+                f"{row['flops'] / 1e9:.1f}",
+                f"{row['peak_gflops']:.0f}",
+                f"{quartiles(share, '.0f')} %",
+            ]
+        )
     return [
-        "## A Transformer by its width",
+        "## Steps by their widths",
         "",
-        f"A training step of `{found['recipe']}` (batches of {first['batch_size']} sequences of "
-        f"{first['steps']} steps, "
-        f"float32, {found['steps_per_dispatch']} steps a dispatch; {machine(found)}), as a share "
-        "of the rate of a large matrix "
-        "product, in turns with it.",
+        f"Training steps (float32, {found['steps_per_dispatch']} a dispatch, memory by "
+        f"{found['allocator']}; {machine(found)}), as shares of the rate of a large matrix "
+        "product, in turns with it. FLOPs are what XLA counts of one step.",
         "",
         markdown(
             [
-                "width",
+                "model",
+                "batch",
                 "parameters",
                 "ms a step",
                 "GFLOP",

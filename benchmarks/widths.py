@@ -1,5 +1,5 @@
-"""A Transformer's training step by its width, as a share of the machine's matrix-product peak,
-measured in turns with it.
+"""Training steps of an MLP, a Transformer and a U-Net by their widths, as shares of the machine's
+matrix-product peak, measured in turns with it.
 """
 
 from functools import partial
@@ -11,19 +11,24 @@ import jax.numpy as jnp
 from benchmarks.common import alternate, summary, write
 from genjax.data import example_batch
 from genjax.learning.transforms import compiled, scan_steps
+from genjax.profiling import allocators
 from genjax.profiling.measure import cost_of, stepper
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import replace
 
-NAME = "transformer"
-WIDTHS = (128, 256, 512)
+# Rows of the zoo, the setting that is their width, and its values.
+CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "vae": ("hidden", ((256, 256), (1024, 1024), (2048, 2048))),
+    "transformer": ("d_model", (128, 256, 512)),
+    "edm-mnist": ("channels", ((32, 64), (48, 96), (96, 192))),
+}
 STEPS = 4  # a dispatch
 PRODUCT = 2048  # the side of the square matrices whose product is the peak
 
 
-def measure(width: int, seconds: float) -> dict[str, Any]:
+def measure(name: str, width: Any, seconds: float) -> dict[str, Any]:
     """Milliseconds and FLOPs of a step at one width, and the peak in its rounds, in FLOP/s."""
-    recipe = replace(ZOO[NAME], d_model=width)
+    recipe = replace(ZOO[name], **{CASES[name][0]: width})
     spec, batch_size = recipe.source().spec, recipe.schedule.batch_size
     t = recipe.training(spec)
     one = jax.jit(partial(example_batch, spec), static_argnums=1)(jax.random.key(1), batch_size)
@@ -40,9 +45,10 @@ def measure(width: int, seconds: float) -> dict[str, Any]:
     peak = 2 * PRODUCT**3 / min(rounds["product"])
     rates = [STEPS * flops / second for second in rounds["step"]]
     return {
+        "recipe": name,
+        "setting": CASES[name][0],
         "width": width,
         "batch_size": batch_size,
-        "steps": spec.shape[0],
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "ms": 1000 * summary(rounds["step"])["median"] / STEPS,
         "flops": flops,
@@ -54,11 +60,13 @@ def measure(width: int, seconds: float) -> dict[str, Any]:
 def main(seconds: float = 20.0) -> None:
     """Measure and write results/widths.json; `seconds` for each width."""
     rows = []
-    for width in WIDTHS:
-        rows.append(measure(width, seconds))
-        share, ms = rows[-1]["share_of_peak"]["median"], rows[-1]["ms"]
-        print(
-            f"{NAME}, width {width}: {ms:.1f} ms a step, {100 * share:.0f} % of the peak",
-            flush=True,
-        )
-    write("widths", {"recipe": NAME, "steps_per_dispatch": STEPS, "rows": rows})
+    for name, (setting, widths) in CASES.items():
+        for width in widths:
+            rows.append(measure(name, width, seconds))
+            share, ms = rows[-1]["share_of_peak"]["median"], rows[-1]["ms"]
+            print(
+                f"{name}, {setting} {width}: {ms:.1f} ms a step, {100 * share:.0f} % of the peak",
+                flush=True,
+            )
+    about = {"allocator": allocators.in_use(), "steps_per_dispatch": STEPS}
+    write("widths", {**about, "rows": rows})

@@ -6,7 +6,7 @@ traced. `settings.py` does the same for the settings that a builder takes.
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -114,13 +114,32 @@ def check_model(model: Model) -> None:
             )
         if entry in players:
             raise ConfigError(f"{entry!r} has a loss and cannot follow {player!r} as well.")
-        if isinstance(decay, int | float) and not 0 <= decay <= 1:
+        if callable(decay):
+            _check_takes_step(entry, decay)
+        elif isinstance(decay, str | bool | None) or jnp.ndim(decay):
+            raise ConfigError(
+                f"The decay of follows[{entry!r}] is a number in [0, 1] or a function of the step; "
+                f"got {decay!r}."
+            )
+        elif not isinstance(decay, Tracer) and not 0 <= decay <= 1:
             raise ConfigError(f"The decay of follows[{entry!r}] must be in [0, 1]; got {decay}.")
     for player in model.noise:
         if player not in players:
             raise ConfigError(
                 f"noise names the player {player!r}; those with a loss are: {', '.join(players)}."
             )
+
+
+def _check_takes_step(entry: str, decay: Callable[..., Any]) -> None:
+    try:
+        inspect.signature(decay).bind("step")
+    except ValueError:  # of some callables it cannot be seen
+        return
+    except TypeError:
+        raise ConfigError(
+            f"The decay of follows[{entry!r}] takes {inspect.signature(decay)}; one that changes "
+            "is a function of the step alone."
+        ) from None
 
 
 def _check_loss(player: str, loss: LossFn) -> None:
@@ -181,7 +200,7 @@ def checked(model: Model) -> Model:
         ) -> tuple[Array, Aux]:
             n = check_arguments(batch, key)
             params, state = matched(params, state)
-            value, aux = loss_fn(params, state, batch, key, step)
+            value, aux = loss_and_aux(loss_fn(params, state, batch, key, step), player)
             check_per_example(value, aux.metrics, n, player)
             _same_kind(aux.state, state)
             return value, aux
@@ -295,7 +314,13 @@ def _checked_latent(spec: DataSpec, latent: Latent) -> Latent:
 def _same_kind(found: PyTree, wanted: PyTree) -> None:
     import chex  # late: what settings there are is asked without it
 
-    chex.assert_trees_all_equal_shapes_and_dtypes(found, wanted)
+    try:
+        chex.assert_trees_all_equal_shapes_and_dtypes(found, wanted)
+    except AssertionError as error:
+        raise ConfigError(
+            f"A state has to keep its names, shapes and dtypes; this one came back as another: "
+            f"{error}"
+        ) from None
 
 
 def _of_shape(x: Array, shape: tuple[int, ...]) -> None:
@@ -312,6 +337,26 @@ def _per_example(value: Array, n: int, what: str) -> None:
         )
 
 
+def loss_and_aux(given: Any, player: str) -> tuple[Array, Aux]:
+    """What a loss returned, if it is a loss with its Aux.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Aux):
+        return given
+    raise ConfigError(
+        f"The loss of {player!r} must return (loss, genjax.Aux(state, metrics)), the loss being of "
+        f"shape [B]; got {_kind_of(given)}."
+    )
+
+
+def _kind_of(given: Any) -> str:
+    if isinstance(given, tuple) and not hasattr(given, "_fields"):
+        return f"({', '.join(type(one).__name__ for one in given)})"
+    return type(given).__name__
+
+
 def check_per_example(value: Array, metrics: Mapping[str, Array], n: int, player: str) -> None:
     """Refuse a loss or metrics that are not one number for each of n examples.
 
@@ -321,5 +366,12 @@ def check_per_example(value: Array, metrics: Mapping[str, Array], n: int, player
         ConfigError: with the shape that was found.
     """
     _per_example(value, n, f"The loss of {player!r}")
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ConfigError(f"The loss of {player!r} must be real numbers; got {value.dtype}.")
+    if "loss" in metrics:
+        raise ConfigError(
+            f"A metric of {player!r} is called 'loss', which is what its loss itself is reported "
+            "as: give it another name."
+        )
     for name, metric in metrics.items():
         _per_example(metric, n, f"The metric {name!r} of {player!r}")

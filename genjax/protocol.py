@@ -358,6 +358,7 @@ class Training(NamedTuple):
             share.
         prepare: (TrainState, what `step` is given) -> TrainState: initialisation from the first
             batch, to be run once, before the first step. None if the model has none.
+        members: whether there are members, be they within reach or not.
 
     Example:
         >>> import jax, optax
@@ -376,6 +377,7 @@ class Training(NamedTuple):
     within: Callable[..., "Training"] | None = None
     prepare: Callable[[TrainState, Any], TrainState] | None = None
     own_batches: bool = False
+    members: bool = False
 
 
 def step_mask(spec: DataSpec, batch: Batch) -> Array:

@@ -137,6 +137,11 @@ def used(number: Any) -> bool:
     return isinstance(number, Tracer) or number != 0
 
 
+def is_number(text: str) -> bool:
+    """Whether a text is a whole number in plain digits, of a length that a size may have."""
+    return text.isascii() and text.isdecimal() and len(text) <= len(str(MOST))
+
+
 def guided_by(spec: DataSpec, cond_dropout: Any) -> bool:
     """Whether a model of such data is trained without its condition at times."""
     return spec.conditional and used(cond_dropout)
@@ -164,7 +169,7 @@ def _fault(name: str, value: Any, hint: Any) -> ConfigError | None:
     if origin is Annotated:
         return _fault(name, value, args[0]) or _limits(name, value, args[1:], args[0] is int)
     if origin is Literal:
-        return None if value in args else unknown_name(_words(name), str(value), map(str, args))
+        return None if _among(value, args) else unknown_name(_words(name), _short(value), args)
     if origin in (types.UnionType, typing.Union):
         return _fault_of_union(name, value, args)
     if origin is tuple:
@@ -178,9 +183,18 @@ def _limits(name: str, value: Any, metadata: Iterable[Any], whole: bool) -> Conf
     for limit in metadata:
         if isinstance(limit, Within) and not limit.holds(value):
             return ConfigError(f"{name} must be {limit.why_not(value, whole)}; got {value}.")
-        if isinstance(limit, OneOf) and value not in limit.names:
-            return unknown_name(_words(name), str(value), limit.names)
+        if isinstance(limit, OneOf) and not _among(value, limit.names):
+            return unknown_name(_words(name), _short(value), limit.names)
     return None
+
+
+def _among(value: Any, choices: Iterable[Any]) -> bool:
+    """Whether a value is a choice: an array is none, and cannot be compared to find out."""
+    return not hasattr(value, "shape") and value in tuple(choices)
+
+
+def _short(value: Any) -> str:
+    return f"{value!s:.80}"
 
 
 def _fault_of_union(name: str, value: Any, args: tuple[Any, ...]) -> ConfigError | None:
@@ -188,7 +202,8 @@ def _fault_of_union(name: str, value: Any, args: tuple[Any, ...]) -> ConfigError
     if None in faults:
         return None
     # Of the alternatives the one is named that the user seems to have meant: a name or a number.
-    fits = {str: Literal, int: Annotated, float: Annotated}.get(type(value))
+    kinds = {str: Literal, int: Annotated, float: Annotated, tuple: tuple, list: tuple}
+    fits = kinds.get(type(value))
     meant = [
         fault for one, fault in zip(args, faults, strict=True) if typing.get_origin(one) is fits
     ]
@@ -298,15 +313,33 @@ def checked_settings(build: Callable[..., Any], given: Mapping[str, Any]) -> dic
     Raises:
         ConfigError: for one that is not what its annotation says.
     """
-    check_call(build, given)
     hints = _hints(inspect.unwrap(build))
+    given = {name: _plain(value, hints.get(name)) for name, value in given.items()}
+    check_call(build, given)
     own = {name: value for name, value in given.items() if name in hints}
     for name, default in groups_of(build).items():
         fields = {field.name for field in dataclasses.fields(default)}
-        changes = {key: value for key, value in given.items() if key in fields}
+        kinds = _hints(type(default))
+        changes = {key: _plain(given[key], kinds[key]) for key in given if key in fields}
         own[name] = dataclasses.replace(default, **changes)
         check_fields(own[name])
     return own
+
+
+def _plain(value: Any, hint: Any) -> Any:
+    """A vector or a range as the tuple that a setting takes: of numbers, as a run folder keeps."""
+    if not _takes_tuple(hint) or isinstance(value, Tracer):
+        return value
+    if isinstance(value, range):
+        return tuple(value)
+    return tuple(value.tolist()) if getattr(value, "ndim", 0) == 1 else value
+
+
+def _takes_tuple(hint: Any) -> bool:
+    if typing.get_origin(hint) is tuple:
+        return True
+    inner = (types.UnionType, typing.Union, Annotated)
+    return typing.get_origin(hint) in inner and any(map(_takes_tuple, typing.get_args(hint)))
 
 
 def groups_of(build: Callable[..., Any]) -> dict[str, Any]:

@@ -201,20 +201,22 @@ def test_convolutions_and_widths_are_measured_and_reported(
         "compared",
         partial(convolution.compared, channels=(2, 2), latent_dim=2, batch_size=4),
     )
-    monkeypatch.setattr(widths, "WIDTHS", (8, 16))
+    cases = {"vae": ("hidden", ((8, 8),)), "transformer": ("d_model", (8, 16))}
+    monkeypatch.setattr(widths, "CASES", cases)
     monkeypatch.setattr(widths, "PRODUCT", 64)
-    monkeypatch.setattr(widths, "replace", partial(replace, n_layers=1, batch_size=2))
+    monkeypatch.setattr(widths, "replace", partial(replace, batch_size=2))
     convolution.main(0.02)
     widths.main(0.02)
     (row,) = common.read("convolution")["rows"]
     assert 0 < row["difference"] < 1e-5  # other programs, the same values to rounding
     assert all(row[form]["ms"][who] > 0 for form in ("alone", "loop") for who in ("genjax", "flax"))
-    one, other = common.read("widths")["rows"]
-    assert (one["width"], other["width"]) == (8, 16)
+    of_vae, one, other = common.read("widths")["rows"]
+    assert (of_vae["width"], one["width"], other["width"]) == ([8, 8], 8, 16)
     assert 1 < other["flops"] / one["flops"] < 4.5  # between linear and quadratic in the width
     text = "\n".join(report_costs.parts())
     assert "## Convolutions" in text
-    assert "## A Transformer by its width" in text
+    assert "## Steps by their widths" in text
+    assert "| `vae`, hidden 8 8 | 2 |" in text
 
 
 @pytest.mark.slow

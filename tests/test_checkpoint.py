@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from genjax.errors import CheckpointError
+from genjax.errors import CheckpointError, ConfigError
 from genjax.learning.checkpoint import Checkpoints, difference
 from genjax.learning.optim import track_ema
 from genjax.protocol import TrainState
@@ -383,3 +383,9 @@ def test_a_sharded_state_is_saved_whole(tmp_path: Path) -> None:
     restored = Checkpoints(tmp_path).restore(shapes(state))
     assert restored is not None
     assert_same(restored.state.params, {"net": jnp.arange(16.0).reshape(8, 2)})
+
+
+def test_none_to_keep_are_refused(tmp_path):
+    for keep in (0, -1):
+        with pytest.raises(ConfigError, match="keep must be at least 1"):
+            Checkpoints(tmp_path, keep=keep)

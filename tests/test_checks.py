@@ -5,6 +5,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from genjax.checks import (
@@ -18,6 +19,7 @@ from genjax.checks import (
     mismatch,
 )
 from genjax.errors import ConfigError
+from genjax.learning.step import training
 from genjax.protocol import Aux, Batch, DataSpec, Model
 
 SPEC = DataSpec((2,), "continuous", name="plane")
@@ -260,7 +262,7 @@ def test_a_state_that_changes_its_shape_is_refused():
         return value, aux._replace(state={"student": {"calls": jnp.zeros(4)}})
 
     model = checked(small(losses={"student": grown}))
-    with pytest.raises(AssertionError, match="calls"):
+    with pytest.raises(ConfigError, match="calls"):
         FUNCTIONS["loss"](model, *model.init(KEY))
 
 
@@ -279,3 +281,39 @@ def test_checks_cost_nothing_once_traced():
         for one in (plain, model)
     ]
     assert programs[0].count("stablehlo") == programs[1].count("stablehlo")
+
+
+def returning(value):
+    return small(losses={"student": lambda params, state, batch, key, step: value(batch, state)})
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (lambda batch, state: batch.x.sum(-1), r"must return \(loss, genjax\.Aux.*got .*Array"),
+        (lambda batch, state: (batch.x.sum(-1), {}), r"must return .*got \(\w+, dict\)"),
+        (
+            lambda batch, state: (jax.lax.complex(batch.x, batch.x)[:, 0], Aux(state, {})),
+            "must be real numbers",
+        ),
+        (
+            lambda batch, state: (batch.x[:, 0], Aux(state, {"loss": batch.x[:, 0]})),
+            "called 'loss'",
+        ),
+    ],
+    ids=["no aux", "a plain tuple", "complex", "the loss's name"],
+)
+def test_a_loss_of_another_form_is_refused(value, text):
+    model = checked(returning(value))
+    with pytest.raises(ConfigError, match=text):
+        FUNCTIONS["loss"](model, *model.init(KEY))
+    t = training(returning(value), optax.sgd(0.1))
+    ts = t.init(KEY)
+    with pytest.raises(ConfigError, match=text):
+        t.step(ts, Batch(X))
+
+
+@pytest.mark.parametrize("decay", ["0.9", None, lambda: 0.9, jnp.zeros(3)])
+def test_a_decay_that_is_neither_a_number_nor_a_function_of_the_step_is_refused(decay):
+    with pytest.raises(ConfigError, match="The decay of follows"):
+        checked(small(follows={"target": ("student", decay)}))

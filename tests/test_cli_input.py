@@ -38,6 +38,10 @@ from genjax.zoo import ZOO
         ("train vae --batch-size 5000", "batch_size=5000 is more than the 1257 examples there are"),
         ("train vae --microbatches 5", "A batch of 128 does not divide into 5 equal microbatches."),
         ("sweep vae --latent-dim 2,4", "--latent-dim cannot be swept in one program"),
+        ("sweep vae --learning-rate 1,x", "takes numbers separated by commas; got '1,x'"),
+        ("sweep vae-mnist --augment flip,wrong", "augment"),
+        ("train vae --mesh data=²", "A mesh is written as data=4,fsdp=2"),
+        ("compile vae --topology cuda --mesh data=2", "leave out --mesh"),
         (
             "sweep vae --learning-rate 1e-3,fast",
             "--learning-rate takes numbers separated by commas; got '1e-3,fast'.",

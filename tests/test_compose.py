@@ -137,3 +137,16 @@ def test_what_does_not_fit_is_refused():
     conditional = flow_matching(dataclasses.replace(points, n_classes=2), hidden=(4,))
     with pytest.raises(ConfigError, match="whose n_classes is None; its spec has 2"):
         two_stage(first, conditional)
+
+
+def test_a_second_stage_with_an_entry_of_that_name_is_refused():
+    """One that has two stages itself, say; as the first of two it is welcome."""
+    first = first_stage()
+    inner = vae(latent_spec(first.model), latent_dim=2, hidden=(4,))
+    pair = two_stage(Trained(inner, *inner.init(KEY)), flow_matching(latent_spec(inner)))
+    with pytest.raises(ConfigError, match="have an entry 'first' already"):
+        two_stage(first, pair)
+    both = two_stage(first, inner)
+    third = flow_matching(latent_spec(both), hidden=(4,), n_steps=2)
+    whole = two_stage(Trained(both, *both.init(KEY)), third)
+    assert whole.sample(*whole.init(KEY), KEY, 3).shape == (3, *SPEC.shape)

@@ -216,3 +216,14 @@ def test_rates_that_cannot_be_read_are_refused(rates):
 def test_labels_need_their_player():
     with pytest.raises(ConfigError, match=r"paths 'player/...': build\(steps, labels, player\)"):
         Optimizer().build(10, LABELS)
+
+
+def test_a_rule_for_a_label_that_no_parameter_has_is_refused():
+    params = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
+    for settings in (
+        Optimizer(rates=("dynamics=0.1",)),
+        Optimizer("adamw", weight_decay=0.1, decayed=("dynamics",)),
+    ):
+        with pytest.raises(ConfigError, match=r"No parameter of .* labelled dynamics(?s:.*)vector"):
+            settings.build(10).init(params)
+    Optimizer("adamw", weight_decay=0.1, decayed=("matrix", "dynamics")).build(10).init(params)

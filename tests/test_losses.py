@@ -71,3 +71,8 @@ def test_a_player_or_a_name_that_does_not_fit_is_refused():
     twice = add_loss(MODEL, "vae", small, name="kl")
     with pytest.raises(ConfigError, match="a metric 'kl' already"):
         step(training(twice, optax.sgd(0.1)), jax.random.key(0))
+
+
+def test_a_term_that_takes_something_else_is_refused():
+    with pytest.raises(ConfigError, match=r"takes \(params, state, batch, key, step\)"):
+        add_loss(MODEL, "vae", lambda params, state, batch, key, step: batch.x[:, 0])

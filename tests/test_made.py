@@ -14,6 +14,7 @@ from known_losses import zero
 from rows import widen
 from test_autoregressive import every, p_value
 
+from genjax.data import example_batch
 from genjax.errors import ConfigError
 from genjax.families.made import made
 from genjax.families.nade import nade
@@ -213,3 +214,24 @@ def test_sampling_unit_by_unit_is_sampling_by_whole_passes(variant):
 def test_what_does_not_fit_is_refused_with_what_to_do(spec, options, said):
     with pytest.raises(ConfigError, match=said):
         made(spec, **options)
+
+
+def test_an_order_may_be_an_array_or_a_range():
+    spec = DataSpec((3,), "discrete", levels=5)
+    rng = np.random.default_rng(0)
+    for order in (rng.permutation(3), jnp.asarray([2, 0, 1]), range(3)):
+        model = made(spec, hidden=(4,), order=order)
+        wanted = made(spec, hidden=(4,), order=tuple(int(i) for i in order))
+        params, state = model.init(jax.random.key(0))
+        batch = example_batch(spec, jax.random.key(1), 4)
+        np.testing.assert_array_equal(
+            model.log_prob(params, state, batch, jax.random.key(2)),
+            wanted.log_prob(params, state, batch, jax.random.key(2)),
+        )
+    for order, text in (
+        (range(4), "permutation"),
+        ((0.0, 1, 2), r"order\[0\] must be a whole number"),
+        (np.eye(3), "no order called"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            made(spec, hidden=(4,), order=order)

@@ -7,10 +7,12 @@ import optax
 import pytest
 from optax import contrib
 
+import genjax
 from genjax.data import example_batch
 from genjax.errors import ConfigError
 from genjax.families.vae import vae
-from genjax.learning.members import ensemble
+from genjax.learning.members import ensemble, sweep
+from genjax.learning.optim import track_ema
 from genjax.learning.step import eval_params, training
 from genjax.learning.transforms import microbatch, scan_steps, skip_nonfinite
 from genjax.protocol import DataSpec
@@ -127,3 +129,53 @@ def test_schedule_free_evaluates_with_its_own_weights():
         np.testing.assert_array_equal(x, y)
     pairs = zip(*map(jax.tree.leaves, (found, ts.params["vae"])), strict=True)
     assert any(not np.array_equal(x, y) for x, y in pairs)
+
+
+def mapped(tree):
+    """`eval_params` of each member by itself."""
+    found = [eval_params(jax.tree.map(lambda leaf: leaf[i], tree)) for i in range(3)]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *found)
+
+
+@pytest.mark.slow
+def test_members_evaluate_each_with_its_own_weights():
+    t = sweep(
+        lambda b1: training(MODEL, contrib.schedule_free_sgd(0.05, b1=b1)), b1=[0.5, 0.9, 0.7]
+    )
+    ts = jax.jit(t.init)(jax.random.split(jax.random.key(0), 3))
+    for index in range(3):
+        ts, _ = jax.jit(t.step)(ts, example_batch(MODEL.spec, jax.random.key(100 + index), 8))
+    found = eval_params(ts)
+    wanted = mapped(ts._replace(step=jnp.repeat(ts.step, 3)))
+    for x, y in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("average", ["schedule-free", "track_ema"])
+def test_an_average_of_a_part_of_the_parameters_is_of_that_part(tmp_path, average):
+    def labels(params):
+        def label(path, leaf):
+            return "a" if "encoder" in jax.tree_util.keystr(path) else "b"
+
+        return jax.tree_util.tree_map_with_path(label, params)
+
+    own = {
+        "schedule-free": contrib.schedule_free_sgd(0.05),
+        "track_ema": optax.chain(optax.sgd(0.05), track_ema(0.5)),
+    }[average]
+    tx = optax.partition({"a": own, "b": optax.sgd(0.05)}, labels)
+    x = np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
+    run = genjax.train(
+        MODEL, x, steps=4, steps_per_call=2, batch_size=8, optimizer=tx, out=tmp_path / "run"
+    )
+    restored = genjax.restore(
+        tmp_path / "run", jax.eval_shape(training(MODEL, tx).init, jax.random.key(0))
+    )
+    ours, newest = run.params["vae"], restored.params["vae"]
+    assert not np.array_equal(*(jax.tree.leaves(one["encoder"])[-1] for one in (ours, newest)))
+    for a, b in zip(*(jax.tree.leaves(one["decoder"]) for one in (ours, newest)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    loaded = genjax.load(tmp_path / "run", model=MODEL)
+    for a, b in zip(*map(jax.tree.leaves, (loaded.params, run.params)), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -147,3 +147,39 @@ def test_sequences_of_vectors_are_taken_as_the_models():
     x = np.random.default_rng(0).normal(size=(60, 5, 3))
     run = genjax.train(model, x, steps=2, steps_per_call=2, batch_size=8)
     assert run.sample(2).shape == (2, 5, 3)
+
+
+@pytest.mark.slow
+def test_other_settings_and_fewer_steps_are_refused(tmp_path):
+    trained(tmp_path)
+    common = {"steps": 6, "steps_per_call": 2, "out": tmp_path}
+    with pytest.raises(CheckpointError, match=r"other settings:\n  batch_size: there 8, now 16"):
+        genjax.train(model_of(), X, batch_size=16, **common)
+    with pytest.raises(CheckpointError, match=r"seed: there 0, now 1"):
+        genjax.train(model_of(), X, batch_size=8, seed=1, **common)
+    with pytest.raises(ConfigError, match="is at step 4 already"):
+        genjax.train(model_of(), X, batch_size=8, **common | {"steps": 2})
+    with pytest.raises(ConfigError, match="mesh is for recipes"):
+        genjax.train(model_of(), X, mesh="data=1")
+    with pytest.raises(ConfigError, match="called 'batchsize'"):
+        genjax.train(model_of(), X, batchsize=8)
+    assert genjax.train(model_of(), X, batch_size=8, **common).step == 6
+
+
+@pytest.mark.slow
+def test_a_model_with_an_entry_that_follows_is_loaded_unchecked_or_not(tmp_path):
+    def init(key):
+        return {"a": {"w": jax.numpy.zeros(3)}}, {}
+
+    def loss(params, state, batch, key, step):
+        value = jax.numpy.square(params["a"]["w"][None] - batch.x).sum(-1)
+        return value, genjax.Aux(state, {})
+
+    def sample(params, state, key, n, cond=None):
+        return jax.numpy.tile(params["a"]["w"], (n, 1))
+
+    model = genjax.Model(POINTS, init, {"a": loss}, sample, follows={"average": ("a", 0.9)})
+    run = genjax.train(model, X, steps=2, steps_per_call=2, batch_size=8, out=tmp_path)
+    found = genjax.load(tmp_path, model=model)
+    assert same(found.params, run.params)
+    assert "average" in found.params

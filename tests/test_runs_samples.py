@@ -16,6 +16,7 @@ import genjax.cli
 from genjax.errors import ConfigError, DataError
 from genjax.families.flow_matching import flow_matching
 from genjax.families.gan import gan
+from genjax.families.pixelcnn import pixelcnn
 from genjax.families.rnn import rnn
 from genjax.families.vae import vae
 from genjax.families.vrnn import vrnn
@@ -245,12 +246,24 @@ IMAGES = DataSpec((2, 2, 1), "binary", n_classes=2, name="images")
         (rnn(IDS, d_embed=2, d_hidden=2), ("prompt", *RULES, "beams", "length")),
         (rnn(ROLLS, d_embed=2, d_hidden=2), ("length",)),
         (vrnn(STREAM, d_hidden=2, hidden=(2,), latent_dim=2), ("prompt", "length")),
+        (pixelcnn(IMAGES, channels=2, n_layers=1), ()),
         (vae(IMAGES, hidden=(2,), latent_dim=1), ()),
         (gan(IMAGES, hidden=(2,)), ()),
         (flow_matching(IMAGES, hidden=(2,)), SOLVING),
         (flow_matching(IMAGES, hidden=(2,), cond_dropout=0.5), ("guidance", *SOLVING)),
     ],
-    ids=["text", "classes", "ids", "music", "latent steps", "vae", "gan", "flow", "guided flow"],
+    ids=[
+        "text",
+        "classes",
+        "ids",
+        "music",
+        "latent steps",
+        "pixels",
+        "vae",
+        "gan",
+        "flow",
+        "guided flow",
+    ],
 )
 def test_what_applies_to_a_model_is_known_before_it_is_sampled(model, fields) -> None:
     assert samples.fields_for(model) == fields

@@ -4,16 +4,21 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from short_runs import tiny
 
+from genjax.data import example_batch
 from genjax.errors import ConfigError
 from genjax.evaluation.estimates import score_examples, scorer
-from genjax.learning.optim import MOST_RATE
+from genjax.learning.members import sweep
+from genjax.learning.optim import MOST_RATE, Optimizer
+from genjax.learning.step import training
 from genjax.runs import pictures
 from genjax.runs.load import load
-from genjax.runs.sweeps import check_axes, run_sweep
+from genjax.runs.stages import opened
+from genjax.runs.sweeps import check_axes, check_values, run_sweep
 from genjax.runs.train import VALID_SEED
 from genjax.zoo import ZOO
 
@@ -79,8 +84,28 @@ def test_a_sweep_compares_its_members_on_the_validation_split(tmp_path: Path) ->
         ),
         ({"lerning_rate": [1.0]}, "--lerning-rate cannot be swept"),
         ({"learning_rate": []}, "--learning-rate has no values"),
+        ({"sigma_rels": [0.05, 0.1]}, "--sigma-rels cannot be swept"),
     ],
 )
 def test_axes_that_cannot_be_swept(axes: dict[str, list[float]], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_axes(ZOO["vae"], axes)
+
+
+def test_values_are_checked_beside_the_members_own() -> None:
+    """A share of 1 or more of each weight in a step is refused, whichever axis it comes from."""
+    recipe = ZOO["vae"]
+    stage = opened(recipe, None)
+    check_values(recipe, {"learning_rate": [1e-3, 2.0], "weight_decay": [0.0, 0.1]}, stage)
+    with pytest.raises(ConfigError, match=r"below 1; got 0\.9 \* 1\.2"):
+        check_values(recipe, {"learning_rate": [1e-3, 0.9], "weight_decay": [0.0, 1.2]}, stage)
+
+
+def test_a_member_that_is_not_clipped_is_not() -> None:
+    """0 does not clip, in a sweep as elsewhere."""
+    model = ZOO["vae-ring"].build(ZOO["vae-ring"].source().spec, hidden=(4,))
+    t = sweep(lambda c: training(model, Optimizer("sgd", clip_norm=c).build(10)), c=[0.0, 1e9])
+    batch = example_batch(model.spec, jax.random.key(1), 8)
+    ts, _ = t.step(t.init(jnp.stack([jax.random.key(0)] * 2)), batch)
+    for leaf in jax.tree.leaves(ts.params):
+        np.testing.assert_array_equal(leaf[0], leaf[1])

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from program import arrays_in, program, refused
@@ -165,3 +166,23 @@ def test_a_run_folder_called_like_a_data_set_does_not_stand_in_its_way(tmp_path,
     assert open_source("digits").spec.shape == (8, 8, 1)
     recipe = ZOO["vae"]
     assert opened(recipe).source.spec == recipe.source().spec
+
+
+@pytest.mark.slow
+def test_what_begins_with_another_run_keeps_its_own_first_stage(stages, tmp_path):
+    """And with another teacher's: only what is trained is taken."""
+    other = dataclasses.replace(tiny("vae"), schedule=dataclasses.replace(SCHEDULE, seed=7))
+    train(other, tmp_path / "vae", say=str)
+    said = []
+    recipe = tiny("vae-flow-prior", data=str(tmp_path / "vae"))
+    train(recipe, tmp_path / "prior", say=said.append, init_from=stages / "prior")
+    run, first = load(tmp_path / "prior"), load(tmp_path / "vae")
+    for got, wanted in zip(
+        *map(jax.tree.leaves, (run.params["first"]["vae"], first.params["vae"])), strict=True
+    ):
+        np.testing.assert_array_equal(got, wanted)
+    n = len(jax.tree.leaves(run.params["flow"]))
+    assert any(line.startswith(f"{n} of {n} arrays are those of") for line in said)
+    # What is frozen there is no reason to begin with that run.
+    with pytest.raises(ConfigError, match="No array of"):
+        train(tiny("vae", data=str(tmp_path / "vae")), tmp_path / "b", init_from=stages / "prior")

@@ -20,6 +20,7 @@ from toy import (
     game,
     jitted,
     keys,
+    nothing,
     reference,
     remembering,
     run,
@@ -43,7 +44,7 @@ from genjax.learning.transforms import (
     scan_steps,
     skip_nonfinite,
 )
-from genjax.protocol import Batch, DataSpec
+from genjax.protocol import Aux, Batch, DataSpec, Model
 
 
 @pytest.mark.slow
@@ -299,3 +300,34 @@ def test_skipping_changes_no_good_step_and_nothing_but_the_counter_of_a_bad_one(
         "disc/loss": 0,
         "skipped": 1,
     }
+
+
+@pytest.mark.parametrize(
+    "around", [scan_steps, lambda t: repeat_steps(t, 2)], ids=["stacked", "repeated"]
+)
+def test_members_that_take_several_steps_are_out_of_reach(around):
+    """There, one member's NaN would undo the steps of all."""
+    with pytest.raises(ConfigError, match=r"scan_steps\(skip_nonfinite\(t\)\)"):
+        skip_nonfinite(around(swept()))
+    skip_nonfinite(around(TRAIN))  # of one alone it undoes the dispatch, as it says
+
+
+def test_complex_numbers_are_looked_at():
+    """In a model all of whose parameters are complex, too."""
+
+    def init(key):
+        return {"a": {"w": jnp.ones(3, jnp.complex64)}}, {}
+
+    def loss(params, state, batch, key, step):
+        return jnp.square(params["a"]["w"].real[None] - batch.x).sum(-1), Aux(state, {})
+
+    model = Model(toy().spec, init, {"a": loss}, nothing, follows={"avg": ("a", 0.9)})
+    bad = skip_nonfinite(training(model, optax.sgd(np.inf)))
+    ts = bad.init(jax.random.key(0))
+    new, metrics = bad.step(ts, batches()[0])
+    assert float(metrics["skipped"]) == 1
+    assert_same(new.params, ts.params)
+    t = training(model, optax.sgd(0.1))
+    new, _ = t.step(t.init(jax.random.key(0)), batches()[0])
+    wanted = 0.9 * 1 + 0.1 * np.asarray(new.params["a"]["w"])
+    np.testing.assert_allclose(new.params["avg"]["w"], wanted, rtol=1e-6)

@@ -54,3 +54,12 @@ def test_all_that_does_not_fit_is_listed():
     assert "layers/1/bias: there is no array" in text
     assert "mask: an array that no parameter takes" in text
     assert "vae/nothing: not a parameter of this model" in text
+
+
+@pytest.mark.parametrize("value", [1e300, np.nan])
+def test_numbers_that_a_parameter_cannot_hold_are_refused(value):
+    given = arrays()
+    given[KERNEL] = given[KERNEL].astype(np.float64)
+    given[KERNEL][0, 1] = value
+    with pytest.raises(ConfigError, match=f"{KERNEL}: 1 of 6 numbers .* are not finite float32"):
+        import_weights(start(), given)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 from genjax.cli.failures import streams, told
 from genjax.cli.flags import axes_of, parse_recipe
 from genjax.cli.start import restart
-from genjax.cli.terminal import numbers, print_table, say
+from genjax.cli.terminal import are_numbers, numbers, print_table, say
 from genjax.errors import ConfigError, Interrupted, unknown_name
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ def _axes_in(args: Sequence[str]) -> tuple[dict[str, list[float]], list[str]]:
         taken = 1
         if not equals and index + 1 < len(args):
             value, taken = args[index + 1], 2
-        if flag.startswith("--") and "," in value and flag not in ("--data", "--out"):
+        if flag.startswith("--") and are_numbers(value) and flag not in ("--data", "--out"):
             axes[flag[2:]] = numbers(flag, value)
             index += taken
         else:
@@ -311,15 +311,20 @@ def _compile(args: list[str]) -> None:
     from genjax.profiling.ahead import compile_for, lowered_for_cuda
     from genjax.runs.stages import first_of
 
+    mesh = parse_mesh(options.mesh) if options.mesh is not None else None
     on = first_of(recipe)
     if options.topology == "cuda":
+        if mesh is not None:
+            raise ConfigError(
+                "A step is lowered for CUDA as one device runs it: leave out --mesh, or take a "
+                "topology of several chips, such as v5e:2x2."
+            )
         size = lowered_for_cuda(recipe, on)
         print(
             f"a step of {recipe.name} lowers for CUDA: {size} bytes of StableHLO (compiling it "
             "takes a GPU)"
         )
         return
-    mesh = parse_mesh(options.mesh) if options.mesh is not None else None
     found = compile_for(recipe, options.topology, mesh, on)
     fits = "fits" if found.memory <= found.capacity else "DOES NOT FIT"
     print_table(

@@ -189,13 +189,20 @@ def _discrete(
         )
     note = f"whole numbers with {top + 1} levels ({why})"
     if found is not None and top >= 8 and len(found) <= (top + 1) / 4:
-        shown = ", ".join(str(int(value)) for value in found[:8])
-        shown += ", ..." if len(found) > 8 else ""
-        note += (
-            f"; only {len(found)} of them occur ({shown}), which numbers from 0 to "
-            f"{len(found) - 1} would say more simply"
-        )
+        note += _sparse(found)
     return Values(xs, "discrete", top + 1, note)
+
+
+def _sparse(found: np.ndarray) -> str:
+    """What is said of levels of which few occur."""
+    if int(found[-1]) == len(found) - 1:
+        return f"; none is above {found[-1]}: --levels {len(found)} says that there are no more"
+    shown = ", ".join(str(int(value)) for value in found[:8])
+    shown += ", ..." if len(found) > 8 else ""
+    return (
+        f"; only {len(found)} of them occur ({shown}), which numbers from 0 to {len(found) - 1} "
+        "would say more simply"
+    )
 
 
 def _whole(x: Any) -> bool:

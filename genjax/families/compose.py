@@ -243,10 +243,11 @@ def two_stage(first: Trained, second: Model) -> Model:
         second: a model of `latent_spec(first.model)`.
 
     Raises:
-        ConfigError: for a first stage without latents, or a second of other data.
+        ConfigError: for a first stage without latents, or a second of other data, or one that has
+            an entry "first" itself.
     """
     model, wanted = first.model, latent_spec(first.model)
-    _check_stage(second.spec, wanted)
+    _check_stage(second, wanted)
     latent: Any = model.latent
     draw_noise = partial(draw_stage, wanted)
 
@@ -328,7 +329,16 @@ def _without_first(tree: Any) -> Any:
     return {name: entry for name, entry in tree.items() if name != FIRST}
 
 
-def _check_stage(found: DataSpec, wanted: DataSpec) -> None:
+def _check_stage(second: Model, wanted: DataSpec) -> None:
+    found = second.spec
+    params, state = jax.eval_shape(second.init, jax.random.key(0))
+    if FIRST in {*params, *state}:
+        raise ConfigError(
+            f"The parameters of the second stage have an entry {FIRST!r} already, which is where "
+            "the first stage is to be. Rename that player; of three stages, train the second on "
+            "the first, and give that pair as the first of the third: two_stage(Trained(pair, "
+            "params, state), third)."
+        )
     for what in ("shape", "kind", "n_classes", "cond_dim"):
         given, needed = getattr(found, what), getattr(wanted, what)
         if given != needed:

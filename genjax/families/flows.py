@@ -33,10 +33,10 @@ from genjax.parts.bijections import (
 )
 from genjax.parts.dequantization import Dequantization
 from genjax.parts.flow_density import flow_model, flow_of
-from genjax.parts.monotone import Bins, Monotone, additive, affine, spline
+from genjax.parts.monotone import Bins, Monotone, TailBound, additive, affine, spline
 from genjax.parts.noise_to_data import check_events
 from genjax.protocol import Array, DataSpec, Model
-from genjax.settings import Depth, Dtype, Help, Positive, Width, builder
+from genjax.settings import Depth, Dtype, Help, Width, builder
 
 Activation = Annotated[
     Literal["gelu", "relu", "silu", "softplus", "tanh"], Help("between the layers of the networks.")
@@ -217,7 +217,7 @@ def nsf(
     hidden: tuple[Width, ...] = (128, 128),
     activation: Activation = "gelu",
     bins: Bins = 8,
-    tail_bound: Positive = 4.0,
+    tail_bound: TailBound = 4.0,
     mix: Mix = "linear",
     dequantized: Dequantization = Dequantization(),
     dtype: Dtype = "float32",

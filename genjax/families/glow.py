@@ -22,9 +22,9 @@ from genjax.parts.bijections import (
 from genjax.parts.dequantization import Dequantization
 from genjax.parts.flow_density import flow_model, flow_of
 from genjax.parts.image_bijections import split, squeezed
-from genjax.parts.monotone import Bins, Monotone, additive, affine, spline
+from genjax.parts.monotone import Bins, Monotone, TailBound, additive, affine, spline
 from genjax.protocol import DataSpec, Model
-from genjax.settings import Count, Depth, Dtype, Positive, builder
+from genjax.settings import Count, Depth, Dtype, builder
 
 Shape = tuple[int, int, int]
 
@@ -120,7 +120,7 @@ def glow(
     channels: Count = 64,
     transform: Literal["affine", "additive", "spline"] = "affine",
     bins: Bins = 8,
-    tail_bound: Positive = 4.0,
+    tail_bound: TailBound = 4.0,
     dequantized: Dequantization = Dequantization(),
     dtype: Dtype = "float32",
 ) -> Model:

@@ -293,7 +293,7 @@ def ssm(
 
     The recurrence of a cell, of which more stands in `nets.ssm`:
 
-        s4d       s_t = e^{ΔA} s_{t-1} + A^{-1} (e^{ΔA} - 1) u_t,  y_t = Re(C s_t)   (Gu 2022)
+        s4d       s_t = e^{ΔA} s_{t-1} + A^{-1} (e^{ΔA} - 1) u_t,  y_t = 2 Re(C s_t) (Gu 2022)
         lru       s_t = λ s_{t-1} + γ B u_t,  y_t = Re(C s_t)                   (Orvieto 2023)
         mingru    s_t = (1 - z_t) s_{t-1} + z_t v_t,  y_t = s_t                    (Feng 2024)
         mamba2    s_t = a_t s_{t-1} + Δ_t u_t b_tᵀ,  y_t = s_t c_t             (Dao & Gu 2024)
@@ -329,9 +329,9 @@ def ssm(
             sees; 4 unless given, 1 for the step itself only.
         d_hidden: the width of a block's feed-forward layers, 0 for none; unless given 4 d_model for
             mingru and deltanet and none for the others, whose papers have none.
-        dt_min: the least share of its state that a unit forgets in a step at first (for mamba2 and
-            deltanet times the head's rate, 1 to 16; for s4d half of it). 1 / dt is how far it
-            looks back.
+        dt_min: the least rate at which a unit forgets at first. Of its state a step keeps e^-dt
+            in lru, e^(-dt/2) in s4d, e^(-dt r) in mamba2 and deltanet, with r the head's own
+            rate, 1 to 16, and 1 - dt in mingru; so it looks back over about 1 / dt steps.
         dt_max: the largest; the units' are log-uniform in between.
         form: how a recurrence is computed over whole sequences: step by step, by an associative
             scan, or in chunks. All give the same numbers; "auto" takes what was the fastest for the

@@ -34,6 +34,7 @@ from genjax.learning.checksums import CHECKSUMS, checksums, damage_of, files_in
 from genjax.learning.distributed import agreed, all_passed, several
 from genjax.learning.plain_path import plain_path
 from genjax.protocol import PyTree, TrainState
+from genjax.settings import Count, check_setting
 
 logger = logging.getLogger(__name__)
 READ_BACK = 2**26  # bytes of arrays that a save compares with what it was given
@@ -267,11 +268,15 @@ class Checkpoints:
         """
         Args:
             folder: where they are.
-            keep: how many of the newest to keep.
+            keep: how many of the newest to keep, at least one.
             about: what every note says beside what `save` is given.
             check: refuses the note of a checkpoint that belongs to something else, before its
                 arrays are read.
+
+        Raises:
+            ConfigError: for none to keep.
         """
+        check_setting("keep", keep, Count)
         self.folder = Path(folder).absolute()
         self.keep = keep
         self.about, self.check = dict(about or {}), check

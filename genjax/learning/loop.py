@@ -417,7 +417,7 @@ def _all_finite(state: TrainState) -> jax.Array:
     leaves = [
         leaf
         for leaf in jax.tree.leaves((state.params, state.state))
-        if jnp.issubdtype(leaf.dtype, jnp.floating)
+        if jnp.issubdtype(leaf.dtype, jnp.inexact)
     ]
     return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]).all()
 

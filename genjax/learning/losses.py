@@ -1,5 +1,6 @@
 """Terms of one's own in a loss."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -33,8 +34,9 @@ def add_loss(
         name: of the metric; the function's own unless given.
 
     Raises:
-        ConfigError: for a player that has no loss; and at the first step for a term that is not
-            [B], or that has the name of a metric that is there already.
+        ConfigError: for a player that has no loss, or a term that takes something else; and at the
+            first step for a term that is not [B], or that has the name of a metric that is there
+            already.
 
     Example:
         >>> import genjax, jax.numpy as jnp
@@ -45,6 +47,15 @@ def add_loss(
     """
     if player not in model.losses:
         raise unknown_name("player", player, model.losses)
+    try:
+        inspect.signature(term).bind("params", "state", "batch", "key")
+    except ValueError:  # of some callables it cannot be seen
+        pass
+    except TypeError:
+        raise ConfigError(
+            f"The term takes {inspect.signature(term)}; one that is added to a loss takes (params, "
+            "state, batch, key)."
+        ) from None
     before, called = model.losses[player], name or getattr(term, "__name__", "term")
 
     def loss(

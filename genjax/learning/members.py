@@ -12,6 +12,7 @@ import numpy as np
 from genjax.checks import check_key
 from genjax.errors import ConfigError
 from genjax.protocol import Array, Key, Metrics, PyTree, Training, TrainState
+from genjax.settings import Whole, check_setting
 
 Mode = Literal["vmap", "map", "auto"]
 # The members of an ensemble share the step counter, so that what depends on it alone (data order)
@@ -32,8 +33,11 @@ def ensemble(t: Training, mode: Mode = "vmap", batch_axis: int | None = None) ->
     Args:
         mode: "vmap" is one batched program, "map" runs the members one after the other in one
             program, "auto" times both.
-        batch_axis: the axis of every leaf of the batch that holds the members' own batches; None
-            shares one batch.
+        batch_axis: the axis of every leaf of the batch that holds the members' own batches, counted
+            from the first; None shares one batch.
+
+    Raises:
+        ConfigError: for a batch axis that is counted from the last.
 
     Example:
         >>> import jax, optax
@@ -47,6 +51,8 @@ def ensemble(t: Training, mode: Mode = "vmap", batch_axis: int | None = None) ->
         >>> ts.step.shape, metrics["vae/loss"].shape
         ((), (3,))
     """
+    if batch_axis is not None:
+        check_setting("batch_axis", batch_axis, Whole)
 
     def init(keys: Key) -> TrainState:
         _check_members(keys)
@@ -74,6 +80,7 @@ def ensemble(t: Training, mode: Mode = "vmap", batch_axis: int | None = None) ->
         within=within,
         prepare=None if t.prepare is None else prepare,
         own_batches=batch_axis is not None,
+        members=True,
     )
 
 
@@ -165,6 +172,7 @@ def _swept(
         rewrap=lambda wrap: within(lambda t: t.rewrap(wrap)),
         within=within,
         prepare=prepare if prepares else None,
+        members=True,
     )
 
 

@@ -68,16 +68,46 @@ def track_ema(decay: float) -> "optax.GradientTransformation":
 def averaged(opt: Any, params: PyTree) -> PyTree:
     """The average that a `track_ema` anywhere in the optimiser's state keeps, or else the weights
     that a schedule-free optimiser evaluates with (Defazio 2024); `params` where there is neither.
+
+    Of members, whose states have leading axes, each member's own. Where `optax.partition` or
+    `optax.masked` gives an optimiser a part of the parameters, its average is of that part.
     """
     from optax import contrib
 
+    def evaluated(own: jax.Array, z: Any, b1: Any) -> jax.Array:
+        if _masked(z):
+            return own
+        # Members have one value of b1 each.
+        b1 = jnp.reshape(b1, (*jnp.shape(b1), *[1] * (jnp.ndim(own) - jnp.ndim(b1))))
+        return contrib.schedule_free_eval_params(_Free(b1, z), own)
+
     kinds = (TrackEmaState, contrib.ScheduleFreeState)
     found = jax.tree.leaves(opt, is_leaf=lambda node: isinstance(node, kinds))
-    averages = [leaf for leaf in found if isinstance(leaf, TrackEmaState)]
-    if averages:
-        return averages[-1].ema
-    free = [leaf for leaf in found if isinstance(leaf, contrib.ScheduleFreeState)]
-    return contrib.schedule_free_eval_params(free[-1], params) if free else params
+    for free in (leaf for leaf in found if isinstance(leaf, contrib.ScheduleFreeState)):
+        params = jax.tree.map(functools.partial(evaluated, b1=free.b1), params, free.z)
+    for average in (leaf for leaf in found if isinstance(leaf, TrackEmaState)):
+        params = _filled(average.ema, params)
+    return params
+
+
+def _filled(average: PyTree, params: PyTree) -> PyTree:
+    """An average with the parameters themselves where the optimiser does not have them."""
+    if not any(map(_masked, jax.tree.leaves(average, is_leaf=_masked))):
+        return average
+    return jax.tree.map(lambda own, one: own if _masked(one) else one, params, average)
+
+
+def _masked(node: Any) -> bool:
+    import optax
+
+    return isinstance(node, optax.MaskedNode)
+
+
+class _Free(NamedTuple):
+    """What optax asks of a schedule-free optimiser's state, for one array."""
+
+    b1: jax.Array
+    z: jax.Array
 
 
 def scale_by_label(
@@ -217,14 +247,17 @@ class Optimizer:
         if factors:
             parts.append(scale_by_label(factors, labels, player))
         if used(self.clip_norm):
-            parts.insert(0, optax.clip_by_global_norm(self.clip_norm))
+            parts.insert(0, optax.clip_by_global_norm(_limit(self.clip_norm)))
         if used(self.ema_decay):
             parts.append(track_ema(self.ema_decay))
         if self.sigma_rels:
             parts.append(track_powers(self.sigma_rels))
         tx = optax.chain(*parts) if len(parts) > 1 else parts[0]
         covered = {*LABELS, *self.decayed, *factors}
-        return _covering(tx, covered, labels, player) if labels else tx
+        tx = _covering(tx, covered, labels, player) if labels else tx
+        decays = self.decayed != ("matrix", "embedding") and used(self.weight_decay)
+        meant = [(name,) for name in factors] + ([self.decayed] if decays else [])
+        return _meeting(tx, meant, labels, player) if meant else tx
 
     def _rule(
         self, steps: int, labels: Labels, player: str | None
@@ -287,6 +320,13 @@ class Optimizer:
         return warm * (1 - (1 - self.final_fraction) * shape)
 
 
+def _limit(clip_norm: Any) -> Any:
+    """The largest norm: none where a member of a sweep has 0, which does not clip."""
+    if not isinstance(clip_norm, Tracer):
+        return clip_norm
+    return jnp.where(clip_norm > 0, clip_norm, jnp.inf)
+
+
 def _factors(rates: Iterable[str]) -> dict[str, float]:
     """The step sizes that "label=factor" texts say.
 
@@ -322,6 +362,31 @@ def _covering(
                     f"The parameter {player}/{name} is labelled {label!r}, for which the optimiser "
                     f"has no rule. Give it a step size, as rates=('{label}=1',) does, or name it "
                     "in `decayed`, for weight decay."
+                )
+        return tx.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(tx).update)
+
+
+def _meeting(
+    tx: "optax.GradientTransformation",
+    meant: list[tuple[str, ...]],
+    labels: Labels,
+    player: str | None,
+) -> "optax.GradientTransformation":
+    """The transform, whose `init` refuses parameters of which a rule finds none: one of the labels
+    of each entry of `meant` has to be there.
+    """
+    import optax
+
+    def init(params: PyTree) -> Any:
+        there = dict.fromkeys(jax.tree.leaves(labels_of(params, labels, player)))
+        for names in meant:
+            if not set(names) & set(there):
+                raise ConfigError(
+                    f"No parameter of {player or 'this model'} is labelled {' or '.join(names)}: "
+                    "`rates` or `decayed` would change nothing. Its labels are "
+                    f"{', '.join(there)}."
                 )
         return tx.init(params)
 

@@ -28,6 +28,7 @@ from genjax.checks import (
     check_key,
     check_model,
     check_per_example,
+    loss_and_aux,
 )
 from genjax.errors import ConfigError
 from genjax.learning.optim import averaged
@@ -103,7 +104,7 @@ def training(model: Model, tx: Optimizers) -> Training:
             )
         key_model, key_train = jax.random.split(key)
         params, state = model.init(key_model)
-        params = _with_followers(model, params)
+        params = with_followers(model, params)
         opt = {player: tx.init(params[player]) for player, tx in by_player.items()}
         return TrainState(jnp.zeros((), jnp.int32), key_train, params, state, opt)
 
@@ -190,7 +191,7 @@ def _order(model: Model) -> list[str]:
     players = tuple(model.losses)
     turns = model.turns or tuple((player, 1) for player in players)
     for player, times in turns:
-        if player not in players or times < 1:
+        if player not in players or not isinstance(times, int) or times < 1:
             raise ConfigError(
                 f"A turn must name a player ({', '.join(players)}) and a count >= 1; got "
                 f"{(player, times)}."
@@ -214,7 +215,8 @@ def _gradient(
     """∂/∂params[player] of Σ_i weight_i loss_i, with the state after it and the metrics' sums."""
 
     def objective(own: PyTree) -> tuple[Array, tuple[State, Metrics]]:
-        loss, aux = model.losses[player]({**params, player: own}, state, batch, key, step)
+        given = model.losses[player]({**params, player: own}, state, batch, key, step)
+        loss, aux = loss_and_aux(given, player)
         check_per_example(loss, aux.metrics, batch.x.shape[0], player)
         metrics = {
             f"{player}/{name}": _dot(weight, value)
@@ -262,7 +264,7 @@ def _dot(weight: Array, value: Array) -> Array:
 # --- entries that follow a player -----------------------------------------------------------------
 
 
-def _with_followers(model: Model, params: Params) -> Params:
+def with_followers(model: Model, params: Params) -> Params:
     """Parameters with a copy of its player for each entry that follows one and is not there yet.
 
     Raises:
@@ -298,7 +300,7 @@ def _followed(model: Model, params: Params, step: Array) -> Params:
 
 def _average(d: Array, average: Array, value: Array) -> Array:
     """d average + (1 - d) value, where 0 and 1 and an average of equal values are exact."""
-    if not jnp.issubdtype(average.dtype, jnp.floating):
+    if not jnp.issubdtype(average.dtype, jnp.inexact):
         return jnp.where(d == 1, average, value)
     between = average + (1 - d).astype(average.dtype) * (value - average)
     return jnp.where(d == 0, value, jnp.where(d == 1, average, between))

@@ -181,7 +181,7 @@ def _running_mean(before: Array, share: Array, total: Array, mean: Array, new: A
 
 
 def _is_float(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.floating)
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)  # of complex numbers, too
 
 
 # --- several steps a dispatch ---------------------------------------------------------------------
@@ -226,6 +226,7 @@ def scan_steps(t: Training, k: None = None) -> Training:
         step=step if t.within is None else _steps_first(t.within(scan_steps, 1)),
         rewrap=lambda wrap: scan_steps(t.rewrap(wrap)),
         prepare=None if t.prepare is None else prepare,
+        members=t.members,
     )
 
 
@@ -261,6 +262,7 @@ def repeat_steps(t: Training, k: int) -> Training:
         step=step if t.within is None else _steps_first(t.within(repeat)),
         rewrap=lambda wrap: repeat(t.rewrap(wrap)),
         prepare=t.prepare,
+        members=t.members,
     )
 
 
@@ -329,7 +331,8 @@ def skip_nonfinite(t: Training) -> Training:
     undoes the whole dispatch.
 
     Raises:
-        ConfigError: around `feed` of members with batches of their own; put it inside.
+        ConfigError: around members that it cannot reach, which take several steps a dispatch or
+            are fed batches of their own; put it inside.
 
     Example:
         >>> import jax, optax
@@ -344,10 +347,11 @@ def skip_nonfinite(t: Training) -> Training:
     """
     if t.within is not None:
         return t.within(skip_nonfinite)
-    if t.own_batches:
+    if t.members:
         raise ConfigError(
-            "skip_nonfinite cannot reach the members of `feed(t, batch_at)`, which have batches of "
-            "their own: write feed(skip_nonfinite(t), batch_at)."
+            "skip_nonfinite cannot reach the members of `scan_steps(t)` and `repeat_steps(t, k)`, "
+            "nor those of `feed(t, batch_at)` that have batches of their own. Put it inside: write "
+            "feed(skip_nonfinite(t), batch_at), or scan_steps(skip_nonfinite(t))."
         )
 
     def step(ts: TrainState, batch: Any) -> tuple[TrainState, Metrics]:

@@ -48,7 +48,8 @@ def import_weights(
 
     Raises:
         ConfigError: for parameters without an array, arrays that no parameter takes, and arrays of
-            another shape or of values that a parameter cannot hold: all of them are listed.
+            another shape, of values that a parameter cannot hold, or that are not finite: all of
+            them are listed.
 
     Example:
         >>> import jax, numpy
@@ -100,4 +101,12 @@ def _unlike(name: str, source: str, array: np.ndarray, leaf: Any) -> list[str]:
         ]
     if not jnp.can_cast(array.dtype, leaf.dtype, "same_kind"):
         return [f"{name}: expected {leaf.dtype}; {source!r} has {array.dtype}"]
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return []
+    with np.errstate(over="ignore"):
+        kept = array.astype(leaf.dtype)
+    if wrong := int((~np.isfinite(kept)).sum()):
+        return [
+            f"{name}: {wrong} of {array.size} numbers of {source!r} are not finite {leaf.dtype}"
+        ]
     return []

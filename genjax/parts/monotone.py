@@ -15,6 +15,9 @@ import jax.numpy as jnp
 from genjax.protocol import Array
 from genjax.settings import Within
 
+# Where splines end. Far from 1 float32 has no room: at 1e5 neighbouring numbers are 1e-3 apart.
+TailBound = Annotated[float, Within(1e-3, 1e3)]
+
 # A map may stretch by e^3 at most: a flow has several, and one wild step cannot overflow.
 MAX_LOG_SCALE = 3.0
 # Of a spline's bins, as a share of the interval, and of its slopes. Durkan 2019, section 3.1.

@@ -4,6 +4,7 @@ Arrays go in and come out in the units of the data, whatever the networks see.
 """
 
 import dataclasses
+import inspect
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -16,9 +17,10 @@ import numpy as np
 
 from genjax.data import MEMORY, Source, from_arrays, open_source
 from genjax.data.labels import condition_of, condition_of_each
-from genjax.errors import ConfigError, DataError
+from genjax.errors import ConfigError, DataError, unknown_name
 from genjax.evaluation.estimates import estimate, score_examples, scorer
 from genjax.learning.loop import Hook, Progress, choose_feed, fit
+from genjax.learning.sharding import parse_mesh
 from genjax.learning.step import eval_params, training
 from genjax.protocol import Batch, DataSpec, Model, Params, State
 from genjax.runs import load as loading
@@ -333,7 +335,7 @@ def train(
     steps: int | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = print,
-    mesh: Mapping[str, int] | None = None,
+    mesh: Mapping[str, int] | str | None = None,
     init_from: str | Path | None = None,
     log_to: str | Iterable[str | Writer] = (),
     **settings: Any,
@@ -349,7 +351,7 @@ def train(
         steps: optimiser steps.
         progress: what is told after each dispatch.
         say: what is told of the data and of going on.
-        mesh: see `genjax train --mesh`.
+        mesh: {"data": 4} or "data=4", see `genjax train --mesh`; of recipes.
         init_from: the folder of a run whose parameters this one begins with, where names and
             shapes are the same; of recipes.
         log_to: "wandb", "trackio" or writers of one's own (`runs.writers.Writer`); of recipes.
@@ -369,6 +371,7 @@ def train(
     """
     if steps is not None:
         settings["steps"] = steps
+    mesh = parse_mesh(mesh) if isinstance(mesh, str) else mesh
     begin = None if init_from is None else Path(init_from)
     if isinstance(what, Model):
         if begin is not None:
@@ -380,6 +383,16 @@ def train(
             raise ConfigError(
                 "log_to is for recipes; a model of one's own takes log=, a function of a line."
             )
+        if mesh is not None:
+            raise ConfigError(
+                "mesh is for recipes; a model of one's own is trained over devices by "
+                "shard(training(model, tx), mesh), choose_feed(..., mesh=mesh) and fit."
+            )
+        takes = inspect.signature(_train_model).parameters.values()
+        names = [one.name for one in takes if one.kind is one.KEYWORD_ONLY]
+        for name in settings:
+            if name not in names:
+                raise unknown_name("setting of a model of one's own", name, names)
         return _train_model(what, data, out, progress, **settings)
     recipe, source = _recipe_of(what, data, say)
     recipe = replace(recipe, **settings)
@@ -461,6 +474,15 @@ def _train_model(
     source = source_in(data, model.spec)
     t = training(model, optax.adam(1e-3) if optimizer is None else optimizer)
     feed = choose_feed(t, source, source.load().train, batch_size, seed)
+    checkpoints = None
+    if out is not None:
+        settings = {"batch_size": batch_size, "seed": seed}
+        checkpoints = checkpoints_of(Path(out), model, source, settings)
+        if steps < max(checkpoints.steps(), default=0):
+            raise ConfigError(
+                f"{out} is at step {max(checkpoints.steps())} already, and training goes on to "
+                f"more steps, never to fewer; got steps={steps}. Give another folder."
+            )
     state = fit(
         feed,
         key=key,
@@ -468,7 +490,7 @@ def _train_model(
         steps_per_call=steps_per_call,
         log=log,
         hooks=hooks,
-        checkpoints=None if out is None else checkpoints_of(Path(out), model, source),
+        checkpoints=checkpoints,
         progress=progress,
     )
     folder = None if out is None else Path(out)

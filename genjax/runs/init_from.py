@@ -1,7 +1,9 @@
-"""Training that begins with the parameters of another run, matched by name and shape."""
+"""Training that begins with the parameters of another run, matched by name and shape. What this
+run keeps frozen, a first stage or a teacher, is its own and is never taken from there.
+"""
 
-import functools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,16 +63,27 @@ def started_from(origin: Path, model: Model, folder: Path) -> Start:
         "step": run.step,
         "hash": checkpoint_hash(origin, run.step),
     }
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    given = (run.params, run.state)
-    lines = _lines(origin, run.step, leaves_by_name(given[0]), leaves_by_name(shapes[0]))
+    params, _ = jax.eval_shape(model.init, jax.random.key(0))
+    own = partial(_without, _frozen(model, params))
+    given = own(run.params), own(run.state)
+    lines = _lines(origin, run.step, leaves_by_name(given[0]), leaves_by_name(own(params)))
     if model.prepare is not None:
         lines.append("initialisation from the first batch is left out, as it would overwrite them")
 
     def begin(model: Model) -> Model:
-        return model._replace(init=functools.partial(_init, model, given), prepare=None)
+        return model._replace(init=partial(_init, model, given), prepare=None)
 
     return Start(about, begin, lines)
+
+
+def _frozen(model: Model, params: Params) -> set[str]:
+    """The entries of `params` that no training changes: they have no loss, and follow no player."""
+    return set(params) - set(model.losses) - set(model.follows)
+
+
+def _without(names: set[str], tree: PyTree) -> PyTree:
+    """The other entries of params or state."""
+    return {name: entry for name, entry in tree.items() if name not in names}
 
 
 def _init(model: Model, given: tuple[Params, State], key: Key) -> tuple[Params, State]:

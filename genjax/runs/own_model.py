@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import jax
 
-from genjax.checks import by_name
+from genjax.checks import by_name, leaves_by_name
 from genjax.data import Source
 from genjax.errors import CheckpointError, ConfigError, unknown_name
 from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.optim import TrackEmaState, averaged
+from genjax.learning.step import with_followers
 from genjax.protocol import DataSpec, Model, Params, PyTree, State, TrainState
 from genjax.runs.best import FOLDER, WHICH
 from genjax.runs.folder import is_there
@@ -31,15 +32,22 @@ class Weights(NamedTuple):
     step: int
 
 
-def checkpoints_of(folder: Path, model: Model, source: Source | None = None) -> Checkpoints:
+def checkpoints_of(
+    folder: Path,
+    model: Model,
+    source: Source | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Checkpoints:
     """Where the training of a model keeps its states; what is there must be of data like its own
     and, to go on with them, of the same data.
 
     Args:
         source: what it is trained on; None to read only.
+        settings: of the training, such as the size of batches; what is there must have been trained
+            with the same.
 
     Raises:
-        CheckpointError, DataError: from the reading, for states of other data.
+        CheckpointError, DataError: from the reading, for states of other data or settings.
     """
     files = [] if source is None else files_of(source)
 
@@ -53,10 +61,24 @@ def checkpoints_of(folder: Path, model: Model, source: Source | None = None) -> 
                 + "\nGive the model of those data, or another folder."
             )
 
+        was = note.get("settings") or {}
+        lines = [
+            f"{name}: there {was[name]!r}, now {value!r}"
+            for name, value in (settings or {}).items()
+            if name in was and was[name] != value
+        ]
+        if lines:
+            raise CheckpointError(
+                f"{folder} was trained with other settings:\n  "
+                + "\n  ".join(lines)
+                + "\nGive those, or another folder."
+            )
+
         if files and note.get("files"):
             check_files(files, note["files"], folder, "Give the old data, or another folder.")
 
-    return Checkpoints(folder, about={"spec": plain(model.spec), "files": files}, check=check)
+    about = {"spec": plain(model.spec), "files": files, "settings": dict(settings or {})}
+    return Checkpoints(folder, about=about, check=check)
 
 
 def is_own(folder: Path) -> bool:
@@ -103,6 +125,7 @@ def _like(model: Model, opt: PyTree) -> TrainState:
 
     def start(key: jax.Array) -> TrainState:
         params, state = model.init(key)
+        params = with_followers(model, params)
         return TrainState(jax.numpy.zeros((), jax.numpy.int32), key, params, state, {})
 
     return jax.eval_shape(start, jax.random.key(0))._replace(opt=opt)
@@ -117,11 +140,23 @@ def _typed(node: Any, params: PyTree) -> Any:
     if isinstance(node, Mapping):
         names = set(node)
         if names == set(TrackEmaState._fields):
-            return TrackEmaState(node["count"], by_name(node["ema"], params, "The average"))
+            return TrackEmaState(node["count"], _part_of(params, node["ema"]))
         if names == set(contrib.ScheduleFreeState._fields):
-            fields = dict(node) | {"z": by_name(node["z"], params, "The average")}
+            fields = dict(node) | {"z": _part_of(params, node["z"])}
             return contrib.ScheduleFreeState(**fields)
         return {name: _typed(one, params) for name, one in node.items()}
     if isinstance(node, list | tuple):
         return [_typed(one, params) for one in node]
     return node
+
+
+def _part_of(params: PyTree, average: PyTree) -> PyTree:
+    """An average in the structure of the parameters, with optax's mark where an optimiser did not
+    have them.
+    """
+    import optax
+
+    found, wanted = leaves_by_name(average), leaves_by_name(params)
+    part = [found.get(name, optax.MaskedNode()) for name in wanted]
+    by_name(found, {name: leaf for name, leaf in wanted.items() if name in found}, "The average")
+    return jax.tree.unflatten(jax.tree.structure(params), part)

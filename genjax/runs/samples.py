@@ -98,7 +98,9 @@ def fields_for(model: Model) -> tuple[str, ...]:
     if model.denoiser is not None:
         fits |= {*SOLVING, *["guidance"] * model.denoiser.guided}
     elif model.autoregressive is not None:
-        fits |= {"length", *["guidance"] * model.autoregressive.guided}
+        # The steps of an image are its pixels: a part of one is no image.
+        of_pixels = model.spec.step is None and len(model.spec.shape) == 3
+        fits |= {*["length"] * (not of_pixels), *["guidance"] * model.autoregressive.guided}
         if view_of(model.spec) == "text" or _of_ids(model.spec):
             fits.add("prompt")
         # Without `begin`, steps have latent variables, and there are no logits to apply rules to.

@@ -120,7 +120,8 @@ def keep(folder: Path, stage: Opened) -> None:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         for name in ("config.json", "spec.json"):
-            shutil.copyfile(origin / name, part / name)
+            if (origin / name).exists():  # the earliest runs kept no spec, see `read_spec`
+                shutil.copyfile(origin / name, part / name)
         if (origin / KEPT).is_dir():
             shutil.copytree(origin / KEPT, part / KEPT)
         part.rename(folder / KEPT)

@@ -1,6 +1,7 @@
 """Sweeps over settings and seeds as one compiled program, with a table of the results."""
 
 import itertools
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -63,20 +64,20 @@ def check_axes(recipe: Recipe, axes: Mapping[str, Sequence[float]]) -> None:
 
 
 def check_values(recipe: Recipe, axes: Mapping[str, Sequence[float]], stage: Opened) -> None:
-    """Refuse values that a setting cannot have: within the program they are traced, and nobody sees
-    them.
+    """Refuse values that a setting cannot have, alone or beside a member's others: within the
+    program they are traced, and nobody sees them.
 
     Raises:
         ConfigError: from the settings and the builder.
     """
-    recipe.build(stage.on)
-    for name, values in axes.items():
-        for value in values:
-            replace(recipe, **{name: value}).build(stage.on)
+    for values in itertools.product(*axes.values()):
+        replace(recipe, **dict(zip(axes, values, strict=True))).build(stage.on)
 
 
 def _is_real(hint: Any) -> bool:
-    return hint is float or float in getattr(hint, "__args__", ())
+    if typing.get_origin(hint) in (tuple, list):
+        return False
+    return hint is float or float in typing.get_args(hint)
 
 
 class Members(NamedTuple):

@@ -99,17 +99,9 @@ def _train(
         for line in about_data(stage.source):
             say(line)
     source, model = stage.source, recipe.build(stage.on)
-    valid_every = 0 if model.score is None else schedule.evaluate_every
-    if schedule.stop_after and not schedule.evaluate_every:
-        raise ConfigError("stop_after counts evaluations: it needs evaluate_every above 0.")
-    if schedule.stop_after and not valid_every:
-        raise ConfigError(
-            f"--stop-after needs a figure on the validation split, and {recipe.name} has none (a "
-            "log-probability or a bound): leave it out."
-        )
+    valid_every = _valid_every(recipe, model)
     start = None if init_from is None else started_from(init_from, model, folder)
     t = recipe.training(stage.on) if start is None else recipe.training(stage.on, start.begin)
-    devices = None
     key = jax.random.key(schedule.seed)
     sent = min(schedule.steps_per_call, schedule.steps) if schedule.place == "host" else 1
     check_training(t, key, source.spec, schedule.batch_size, sent, widest(recipe))
@@ -118,31 +110,17 @@ def _train(
         say(line)
     if several():
         mesh = mesh or {"data": jax.device_count()}
-    if mesh:
-        devices = make_mesh(mesh)
-        t = shard(t, devices)
-        # Refuse one that does not fit now, before a run folder is made.
-        fake = functools.partial(example_batch, source.spec, n=schedule.batch_size)
-        jax.eval_shape(lambda key: t.step(t.init(key), fake(key)), jax.random.key(0))
+    devices = None if not mesh else make_mesh(mesh)
+    t = t if devices is None else _sharded(t, devices, source, schedule.batch_size)
     feed = feed_of(recipe, model, t, source, splits.train, say, devices)
     # Not before everything else fits: a folder keeps its settings for good.
     settings = to_dict(recipe) | ({} if stage.first is None else {"first": stage.first})
     settings |= {} if start is None else {"init_from": start.about}
 
-    def open_run() -> list[dict[str, Any]]:
-        check_folder(folder)
-        held.enter_context(locked(folder, say))
-        files = files_of(source, read_files(folder) or ())
-        check = functools.partial(check_kept, folder, source.spec, files)
-        open_folder(folder, settings, say, check)
-        keep_spec(folder, source.spec)
-        keep_files(folder, files)
-        stages.keep(folder, stage)
-        return files
-
     for line in start.lines if start is not None and writes() else []:
         say(line)
-    about = note_of(settings, source.spec, agreed(open_run))
+    opening = functools.partial(_open_run, folder, settings, stage, held, say)
+    about = note_of(settings, source.spec, agreed(opening))
     check_shared(folder / "config.json")
     checkpoints = Checkpoints(
         folder / "checkpoints",
@@ -194,6 +172,50 @@ def _train(
     # Until process 0 has drawn its curves: at the end jax does not wait long for the others.
     agreed(lambda: None)
     return state
+
+
+def _valid_every(recipe: Recipe, model: Model) -> int:
+    """After how many steps a model is scored on the validation split; 0 if it has no score."""
+    schedule = recipe.schedule
+    every = 0 if model.score is None else schedule.evaluate_every
+    if schedule.stop_after and not schedule.evaluate_every:
+        raise ConfigError("stop_after counts evaluations: it needs evaluate_every above 0.")
+    if schedule.stop_after and not every:
+        raise ConfigError(
+            f"--stop-after needs a figure on the validation split, and {recipe.name} has none (a "
+            "log-probability or a bound): leave it out."
+        )
+    return every
+
+
+def _sharded(t: Training, devices: Mesh, source: Source, batch_size: int) -> Training:
+    """`shard`; a mesh that does not fit is refused now, before a run folder is made."""
+    t = shard(t, devices)
+    fake = functools.partial(example_batch, source.spec, n=batch_size)
+    jax.eval_shape(lambda key: t.step(t.init(key), fake(key)), jax.random.key(0))
+    return t
+
+
+def _open_run(
+    folder: Path,
+    settings: dict[str, Any],
+    stage: stages.Opened,
+    held: ExitStack,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Lock the run folder until `held` ends, make it or hold it to these settings and data, and
+    note the files that the data are read from, which it returns.
+    """
+    source = stage.source
+    check_folder(folder)
+    held.enter_context(locked(folder, say))
+    files = files_of(source, read_files(folder) or ())
+    check = functools.partial(check_kept, folder, source.spec, files)
+    open_folder(folder, settings, say, check)
+    keep_spec(folder, source.spec)
+    keep_files(folder, files)
+    stages.keep(folder, stage)
+    return files
 
 
 def _enough(best: Best | None, schedule: Schedule, step: int) -> bool:

@@ -8,10 +8,11 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import os
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from genjax.data import Source, loader, open_source
+from genjax.data import SOURCES, Source, loader, open_source
 from genjax.errors import ConfigError, unknown_name
 from genjax.families.compose import latent_spec, two_stage
 from genjax.learning.optim import Optimizer
@@ -133,6 +134,8 @@ class Recipe:
         """The recipe on another data set, with those of its options that the other loader takes,
         too.
         """
+        bare = data.rstrip(os.sep)  # what completes names in a shell ends those of folders with it
+        data = data if not bare or bare in SOURCES else bare
         if data == self.data:
             return self
         takes = set(inspect.signature(loader(data)).parameters) - {"path"}
