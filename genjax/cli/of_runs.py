@@ -172,13 +172,10 @@ def _model_of(run: Path) -> "Model":
     Raises:
         ConfigError: if the folder is no run.
     """
-    from genjax.runs.folder import read_config
+    from genjax.runs.folder import recipe_in
     from genjax.runs.stages import kept
-    from genjax.zoo import ZOO
-    from genjax.zoo.recipe import from_dict
 
-    recipe = from_dict(read_config(run), ZOO)
-    return recipe.build(kept(run)[0])
+    return recipe_in(run).build(kept(run)[0])
 
 
 def _sample_flags(model: "Model | None", tracks: bool = False) -> dict[str, tuple[Any, Any, str]]:
@@ -251,11 +248,10 @@ def evaluate(args: list[str]) -> None:
     check_seed(options.seed)
     from genjax.runs import load as runs
     from genjax.runs.evaluate import evaluate as evaluated
-    from genjax.runs.folder import read_config, write_json
-    from genjax.zoo import ZOO
-    from genjax.zoo.recipe import from_dict, parameters_of
+    from genjax.runs.folder import recipe_in, write_json
+    from genjax.zoo.recipe import parameters_of
 
-    recipe = from_dict(read_config(options.run), ZOO)
+    recipe = recipe_in(options.run)
     changes = dict(recipe.evaluation)
     if options.n_samples is not None:
         if "n_bound_samples" not in parameters_of(recipe.family):

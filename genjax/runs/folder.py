@@ -220,6 +220,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(path)
 
 
+def recipe_in(folder: Path) -> Recipe:
+    """The recipe whose settings a run folder keeps.
+
+    Raises:
+        ConfigError: from `read_config`, and for settings that there are not (any more).
+    """
+    values = read_config(folder)
+    try:
+        return from_dict(values, ZOO)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / 'config.json'}: {error}") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file that may hold anything.
 

@@ -22,7 +22,7 @@ from genjax.protocol import DataSpec, Key, Model, Params, State, Trained
 from genjax.runs import samples
 from genjax.runs.averages import lengths_of, rebuilt
 from genjax.runs.best import WHICH, best_of
-from genjax.runs.folder import check_spec, read_config, read_spec
+from genjax.runs.folder import check_spec, read_config, read_spec, recipe_in
 from genjax.runs.identity import (
     check_files,
     check_settings,
@@ -32,8 +32,7 @@ from genjax.runs.identity import (
 )
 from genjax.runs.own_model import is_own
 from genjax.runs.stages import kept
-from genjax.zoo import ZOO
-from genjax.zoo.recipe import Recipe, from_dict
+from genjax.zoo.recipe import Recipe
 from genjax.zoo.sections import sections_of
 
 logger = logging.getLogger(__name__)
@@ -115,10 +114,10 @@ def load(
     values = read_config(folder)
     if "sweep" in values:
         raise ConfigError(
-            f"{folder} is a sweep of several members; sample and evaluate take the folder of a "
-            "single run."
+            f"{folder} is a sweep of several members, of which only the table is kept: give the "
+            "folder of a single run. `genjax train` with a member's settings makes one."
         )
-    recipe = from_dict(values, ZOO)
+    recipe = recipe_in(folder)
     on, data = kept(folder)
     t = recipe.training(on)
 

@@ -20,9 +20,8 @@ from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.checksums import CHECKSUMS
 from genjax.protocol import DataSpec, Trained
 from genjax.runs.best import ended_early
-from genjax.runs.folder import read_config, read_spec
-from genjax.zoo import ZOO
-from genjax.zoo.recipe import Recipe, from_dict
+from genjax.runs.folder import read_config, read_spec, recipe_in
+from genjax.zoo.recipe import Recipe
 
 KEPT = "first"  # the folder in a run that has the settings of its first stage
 
@@ -141,11 +140,11 @@ def kept(folder: Path, depth: int = 0) -> tuple[DataSpec | Trained, Recipe]:
     if depth > MOST:
         raise ConfigError(f"{folder} is damaged: it stands on more than {MOST} other runs.")
     values = read_config(folder)
-    recipe = from_dict(values, ZOO)
+    recipe = recipe_in(folder)
     if "first" not in values:
         return read_spec(folder) or recipe.source().spec, recipe
     if not (folder / KEPT / "config.json").is_file():
         raise ConfigError(f"{folder} is damaged: it has no {KEPT}/config.json, of its first stage.")
     on, owner = kept(folder / KEPT, depth + 1)
-    model = from_dict(read_config(folder / KEPT), ZOO).build(on)
+    model = recipe_in(folder / KEPT).build(on)
     return Trained(model, *model.init(jax.random.key(0))), owner

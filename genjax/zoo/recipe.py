@@ -242,7 +242,11 @@ def from_dict(values: Mapping[str, Any], rows: Mapping[str, Recipe]) -> Recipe:
         sections_of(found)  # refuses settings that neither the builder nor the loader has
         check_call(loader(found.data), found.data_options)
         return found
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except KeyError as error:
+        raise ConfigError(
+            f"This is not a configuration of the recipe {row.name!r}: it has no entry {error}."
+        ) from error
+    except (TypeError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"This is not a configuration of the recipe {row.name!r}: {error}."
         ) from error
