@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ from genjax.learning.checksums import CHECKSUMS, checksums, damage_of, files_in
 from genjax.learning.distributed import agreed, all_passed, several
 from genjax.learning.plain_path import plain_path
 from genjax.protocol import PyTree, TrainState
-from genjax.settings import Count, check_setting
+from genjax.settings import Within, check_setting
 
 logger = logging.getLogger(__name__)
 READ_BACK = 2**26  # bytes of arrays that a save compares with what it was given
@@ -276,7 +276,7 @@ class Checkpoints:
         Raises:
             ConfigError: for none to keep.
         """
-        check_setting("keep", keep, Count)
+        check_setting("keep", keep, Annotated[int, Within(1)])
         self.folder = Path(folder).absolute()
         self.keep = keep
         self.about, self.check = dict(about or {}), check
