@@ -242,3 +242,13 @@ def test_a_run_from_when_remat_was_yes_or_no_is_read(before, now):
     values["model"]["remat"] = before
     assert to_dict(from_dict(values, ZOO))["model"]["remat"] == now
     assert completed(values)["model"]["remat"] == now  # so that it goes on
+
+
+def test_a_folder_is_the_same_data_with_a_slash_and_without(tmp_path, monkeypatch):
+    """A data set's own name means the data set, and with a slash the folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("run", "digits"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    assert ZOO["vae"].on("run/").data == ZOO["vae"].on("run").data == "run"
+    assert ZOO["vae"].on("digits/").data == "digits/"

@@ -248,3 +248,14 @@ def test_labels_that_are_not_used_are_said_and_their_name_is_looked_for(tmp_path
     assert "kinds is not used: --conditional takes it as the condition" in source.notes
     with pytest.raises(DataError, match="expected one of kind; found x, kinds"):
         data.arrays(path, label="kind")
+
+
+def test_bytes_of_few_levels_are_told_what_would_say_so():
+    """Those that are 0, 1, 2 ... already have no other numbers to take."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 4, (40, 3)).astype(np.uint8)
+    note = "; ".join(data.from_arrays(x).notes)
+    assert "none is above 3: --levels 4 says that there are no more" in note
+    note = "; ".join(data.from_arrays(40 * x).notes)
+    assert "only 4 of them occur (0, 40, 80, 120), which numbers from 0 to 3" in note
+    assert data.from_arrays(x, levels=4).spec.levels == 4

@@ -38,7 +38,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
         ('{"recipe": "cva', r"config\.json is damaged: expected JSON"),
         ("[1]", r"config\.json is damaged: expected a JSON object, found list"),
         ('{"recipe": "cvea"}', "no recipe called 'cvea'. Did you mean cvae"),
-        ('{"recipe": "cvae"}', "not a configuration of the recipe 'cvae'"),
+        ('{"recipe": "cvae"}', r"config\.json: .* of the recipe 'cvae': it has no entry 'data'"),
         ('{"recipe": "cvae", "sweep": {}}', "is a sweep of several members"),
     ],
 )

@@ -115,6 +115,7 @@ def test_one_optimiser_serves_all_players():
         (sgd(), (("gen", 1), ("critic", 1)), "must name a player"),
         (sgd(), (("gen", 0), ("disc", 1)), "count >= 1"),
         (sgd(), (("gen", 1),), "'disc' has a loss but no turn"),
+        (sgd(), (("gen", 1.5), ("disc", 1)), "a count >= 1; got .*1.5"),
     ],
 )
 def test_players_optimisers_and_turns_must_agree(tx, turns, message):
