@@ -137,9 +137,18 @@ def used(number: Any) -> bool:
     return isinstance(number, Tracer) or number != 0
 
 
-def is_number(text: str) -> bool:
+def is_size(text: str) -> bool:
     """Whether a text is a whole number in plain digits, of a length that a size may have."""
     return text.isascii() and text.isdecimal() and len(text) <= len(str(MOST))
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a number as Python reads it."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def guided_by(spec: DataSpec, cond_dropout: Any) -> bool:

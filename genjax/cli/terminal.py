@@ -86,16 +86,11 @@ def numbers(flag: str, value: str) -> list[float]:
 
 def are_numbers(value: str) -> bool:
     """Whether a flag's value is a list between commas that has a number, such as 0.1,0.2, so that
-    it is the axis of a sweep; "flip,crop1" is not."""
-    return "," in value and any(map(_is_number, value.split(",")))
+    it is the axis of a sweep; "flip,crop1" is not.
+    """
+    from genjax.settings import is_number  # late: it imports jax
 
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    return "," in value and any(map(is_number, value.split(",")))
 
 
 def check_count(name: str, count: int | None) -> None:

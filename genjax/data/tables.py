@@ -16,7 +16,7 @@ from genjax.data.own import Reading, own_source
 from genjax.data.source import Source
 from genjax.errors import ConfigError, DataError, regular_file, unknown_name
 from genjax.protocol import Batch
-from genjax.settings import builder
+from genjax.settings import builder, is_number
 
 
 @builder
@@ -164,7 +164,7 @@ def _read(where: str, columns: list[str] | None = None) -> Any:
     _named_once(found, where)
     if found.num_rows == 0:
         raise DataError(f"{where}: the table has no rows.")
-    headless = [name for name in found.column_names if _is_number(name)]
+    headless = [name for name in found.column_names if is_number(name)]
     if len(headless) == len(found.column_names) and not where.lower().endswith(".parquet"):
         raise DataError(
             f"{where}: its first line is numbers ({', '.join(headless[:5])}), where the names of "
@@ -180,14 +180,6 @@ def _named_once(found: Any, where: str) -> Any:
             f"{where}: several columns are called {twice[0]!r}. Give each a name of its own."
         )
     return found
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _numeric(kind: Any) -> bool:
@@ -236,7 +228,7 @@ def _check_text(column: Any, name: str, where: str) -> None:
         DataError: with the row.
     """
     some = [str(value) for value in column.slice(0, 10_000).to_pylist() if value is not None]
-    text = _first_text(column) if sum(map(_is_number, some)) > len(some) / 2 else None
+    text = _first_text(column) if sum(map(is_number, some)) > len(some) / 2 else None
     if text is not None:
         raise DataError(
             f"{where}: the column {name!r} has numbers, but {text}. Mend it, or say which columns "
@@ -274,7 +266,7 @@ def _numbers(read: Any, name: str, where: str, before: int = 0) -> np.ndarray:
 def _first_text(column: Any) -> str | None:
     """The first value that is no number, with its row; None where all are numbers, as texts."""
     for row, value in enumerate(column.to_pylist()):
-        if value is not None and not _is_number(str(value)):
+        if value is not None and not is_number(str(value)):
             return f"row {row + 1} is {str(value)[:40]!r}"
     return None
 

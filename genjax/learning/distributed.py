@@ -34,7 +34,7 @@ from orbax.checkpoint import multihost
 
 from genjax import errors
 from genjax.errors import ConfigError, GenjaxError
-from genjax.settings import is_number
+from genjax.settings import is_size
 
 TIMEOUT = 300  # seconds that jax waits for all processes to start, and then ends those that did
 SHUTDOWN = 30  # seconds that a process which ends waits for the others, before jax ends them
@@ -65,7 +65,7 @@ def start(
     processes = _number("JAX_NUM_PROCESSES") if processes is None else processes
     process = _number("JAX_PROCESS_ID") if process is None else process
     port = "1" if coordinator is None else coordinator.rpartition(":")[2]
-    if not (is_number(port) and 0 < int(port) < 2**16):
+    if not (is_size(port) and 0 < int(port) < 2**16):
         raise ConfigError(
             f"A coordinator is written as host:port, such as 10.0.0.1:1234; got {coordinator!r}."
         )
@@ -118,7 +118,7 @@ def start(
 def _number(name: str) -> int | None:
     """A whole number from the environment; None if it is not set."""
     text = os.environ.get(name, "")
-    if text and not is_number(text):
+    if text and not is_size(text):
         raise ConfigError(f"${name} must be a whole number; got {text!r}.")
     return int(text) if text else None
 

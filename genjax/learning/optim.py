@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -254,10 +254,11 @@ class Optimizer:
             parts.append(track_powers(self.sigma_rels))
         tx = optax.chain(*parts) if len(parts) > 1 else parts[0]
         covered = {*LABELS, *self.decayed, *factors}
-        tx = _covering(tx, covered, labels, player) if labels else tx
         decays = self.decayed != ("matrix", "embedding") and used(self.weight_decay)
         meant = [(name,) for name in factors] + ([self.decayed] if decays else [])
-        return _meeting(tx, meant, labels, player) if meant else tx
+        if not labels and not meant:
+            return tx
+        return _checked(tx, functools.partial(_check_rules, covered, meant, labels, player))
 
     def _rule(
         self, steps: int, labels: Labels, player: str | None
@@ -349,45 +350,41 @@ def _factors(rates: Iterable[str]) -> dict[str, float]:
     return factors
 
 
-def _covering(
-    tx: "optax.GradientTransformation", covered: set[str], labels: Labels, player: str | None
+def _checked(
+    tx: "optax.GradientTransformation", check: Callable[[PyTree], None]
 ) -> "optax.GradientTransformation":
-    """The transform, whose `init` refuses parameters with a label that no rule covers."""
+    """The transform, whose `init` has the parameters checked first."""
     import optax
 
     def init(params: PyTree) -> Any:
-        for name, label in leaves_by_name(labels_of(params, labels, player)).items():
-            if label not in covered:
-                raise ConfigError(
-                    f"The parameter {player}/{name} is labelled {label!r}, for which the optimiser "
-                    f"has no rule. Give it a step size, as rates=('{label}=1',) does, or name it "
-                    "in `decayed`, for weight decay."
-                )
+        check(params)
         return tx.init(params)
 
     return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(tx).update)
 
 
-def _meeting(
-    tx: "optax.GradientTransformation",
+def _check_rules(
+    covered: set[str],
     meant: list[tuple[str, ...]],
     labels: Labels,
     player: str | None,
-) -> "optax.GradientTransformation":
-    """The transform, whose `init` refuses parameters of which a rule finds none: one of the labels
-    of each entry of `meant` has to be there.
+    params: PyTree,
+) -> None:
+    """Refuse parameters with a label that no rule covers, and rules that find no parameter: one of
+    the labels of each entry of `meant` has to be there.
     """
-    import optax
-
-    def init(params: PyTree) -> Any:
-        there = dict.fromkeys(jax.tree.leaves(labels_of(params, labels, player)))
-        for names in meant:
-            if not set(names) & set(there):
-                raise ConfigError(
-                    f"No parameter of {player or 'this model'} is labelled {' or '.join(names)}: "
-                    "`rates` or `decayed` would change nothing. Its labels are "
-                    f"{', '.join(there)}."
-                )
-        return tx.init(params)
-
-    return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(tx).update)
+    there = leaves_by_name(labels_of(params, labels, player))
+    for name, label in there.items():
+        if label not in covered:
+            raise ConfigError(
+                f"The parameter {player}/{name} is labelled {label!r}, for which the optimiser "
+                f"has no rule. Give it a step size, as rates=('{label}=1',) does, or name it "
+                "in `decayed`, for weight decay."
+            )
+    for names in meant:
+        if not set(names) & set(there.values()):
+            raise ConfigError(
+                f"No parameter of {player or 'this model'} is labelled {' or '.join(names)}: "
+                "`rates` or `decayed` would change nothing. Its labels are "
+                f"{', '.join(dict.fromkeys(there.values()))}."
+            )

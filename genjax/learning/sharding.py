@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from genjax.errors import ConfigError
 from genjax.protocol import Key, Metrics, PyTree, Training, TrainState
-from genjax.settings import is_number
+from genjax.settings import is_size
 
 AXES = {
     "member": "the members of an ensemble",
@@ -89,7 +89,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     axes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.strip().partition("=")
-        if not is_number(size) or name in axes:
+        if not is_size(size) or name in axes:
             raise ConfigError(f"A mesh is written as data=4,fsdp=2, each axis once; got {text!r}.")
         axes[name] = int(size)
     return axes

@@ -172,7 +172,7 @@ def _running_mean(before: Array, share: Array, total: Array, mean: Array, new: A
     In this form what all parts agree on stays exactly that. A part of weight 0 counts for nothing,
     its NaN neither.
     """
-    if not _is_float(new):
+    if not _is_inexact(new):
         return jnp.where(before > 0, mean, new)
     towards = (share / jnp.where(total > 0, total, 1)).astype(new.dtype)
     moved = (share > 0) & (new != mean)  # of two infinities the difference is NaN
@@ -180,8 +180,8 @@ def _running_mean(before: Array, share: Array, total: Array, mean: Array, new: A
     return jnp.where((before == 0) & (share > 0), new, later)
 
 
-def _is_float(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.inexact)  # of complex numbers, too
+def _is_inexact(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)  # real or complex
 
 
 # --- several steps a dispatch ---------------------------------------------------------------------
@@ -357,7 +357,7 @@ def skip_nonfinite(t: Training) -> Training:
     def step(ts: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         new, metrics = t.step(ts, batch)
         kept = (new.params, new.state, new.opt)
-        leaves = filter(_is_float, jax.tree.leaves((kept, metrics)))
+        leaves = filter(_is_inexact, jax.tree.leaves((kept, metrics)))
         finite = [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
         # The barrier keeps them one vector. Without, XLA puts all of its terms into the choice of
         # every leaf: a program of leaves² operations, which takes several times as long to compile.

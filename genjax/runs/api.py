@@ -478,10 +478,11 @@ def _train_model(
     if out is not None:
         settings = {"batch_size": batch_size, "seed": seed}
         checkpoints = checkpoints_of(Path(out), model, source, settings)
-        if steps < max(checkpoints.steps(), default=0):
+        done = max(checkpoints.steps(), default=0)
+        if steps < done:
             raise ConfigError(
-                f"{out} is at step {max(checkpoints.steps())} already, and training goes on to "
-                f"more steps, never to fewer; got steps={steps}. Give another folder."
+                f"{out} is at step {done} already, and training goes on to more steps, never to "
+                f"fewer; got steps={steps}. Give another folder."
             )
     state = fit(
         feed,
