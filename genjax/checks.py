@@ -240,6 +240,10 @@ def checked(model: Model) -> Model:
         params, state = matched(params, state)
         x = model.sample(params, state, key, n, cond)
         _of_shape(x, (n, *spec.shape))
+        if spec.kind == "tokens" and not jnp.issubdtype(x.dtype, jnp.integer):
+            raise ConfigError(
+                f"Samples of tokens must be whole numbers, of type int32; sample gave {x.dtype}."
+            )
         return x
 
     return model._replace(

@@ -201,22 +201,27 @@ def test_convolutions_and_widths_are_measured_and_reported(
         "compared",
         partial(convolution.compared, channels=(2, 2), latent_dim=2, batch_size=4),
     )
-    cases = {"vae": ("hidden", ((8, 8),)), "transformer": ("d_model", (8, 16))}
+    cases = {
+        "vae": widths.Case("hidden", ((8, 8),), (2, 8)),
+        "transformer": widths.Case("d_model", (8, 16), (2,)),
+    }
     monkeypatch.setattr(widths, "CASES", cases)
     monkeypatch.setattr(widths, "PRODUCT", 64)
-    monkeypatch.setattr(widths, "replace", partial(replace, batch_size=2))
     convolution.main(0.02)
     widths.main(0.02)
     (row,) = common.read("convolution")["rows"]
     assert 0 < row["difference"] < 1e-5  # other programs, the same values to rounding
     assert all(row[form]["ms"][who] > 0 for form in ("alone", "loop") for who in ("genjax", "flax"))
-    of_vae, one, other = common.read("widths")["rows"]
-    assert (of_vae["width"], one["width"], other["width"]) == ([8, 8], 8, 16)
+    of_vae, twice, one, other = common.read("widths")["rows"]
+    assert [row["width"] for row in (of_vae, twice, one, other)] == [[8, 8], [8, 8], 8, 16]
+    assert [row["batch_size"] for row in (of_vae, twice, one, other)] == [2, 8, 2, 2]
+    assert 1.5 < twice["flops"] / of_vae["flops"] < 4  # the optimiser's stay the same
     assert 1 < other["flops"] / one["flops"] < 4.5  # between linear and quadratic in the width
     text = "\n".join(report_costs.parts())
     assert "## Convolutions" in text
     assert "## Steps by their widths" in text
     assert "| `vae`, hidden 8 8 | 2 |" in text
+    assert "| `vae`, hidden 8 8 | 8 |" in text
 
 
 @pytest.mark.slow

@@ -272,6 +272,19 @@ def test_samples_of_another_shape_are_refused():
         model.sample(*model.init(KEY), KEY, 4)
 
 
+def test_samples_of_tokens_are_whole_numbers():
+    tokens = DataSpec((2,), "tokens", levels=3)
+    drawn = {"float": jnp.zeros((4, 2)), "whole": jnp.zeros((4, 2), jnp.int32)}
+    model_of = {
+        name: checked(small(spec=tokens, sample=lambda *args, x=x, **kwargs: x))
+        for name, x in drawn.items()
+    }
+    trees = model_of["whole"].init(KEY)
+    assert model_of["whole"].sample(*trees, KEY, 4).dtype == jnp.int32
+    with pytest.raises(ConfigError, match=r"must be whole numbers, .* gave float32"):
+        model_of["float"].sample(*trees, KEY, 4)
+
+
 def test_checks_cost_nothing_once_traced():
     plain = small()
     model = checked(plain)

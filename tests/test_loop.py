@@ -18,7 +18,7 @@ import pytest
 
 from genjax.checks import checked
 from genjax.data import Source, Splits, batch_indices, cast
-from genjax.errors import DataError, Interrupted, NonFiniteError
+from genjax.errors import ConfigError, DataError, Interrupted, NonFiniteError
 from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.loop import DEVICE_LIMIT, Feed, Hook, choose_feed, device_feed, fit, host_feed
 from genjax.learning.members import ensemble
@@ -248,6 +248,15 @@ def test_going_on_from_every_checkpoint_gives_the_same_run(tmp_path: Path) -> No
         state, lines = run(toy_feed(), checkpoints=Checkpoints(folder), **settings)
         assert bits(state) == bits(expected)
         assert lines == [line for line in expected_lines if line["step"] > step]
+
+
+def test_a_run_does_not_go_on_to_fewer_steps_than_it_has(tmp_path: Path) -> None:
+    feed = toy_feed()
+    run(feed, 10, checkpoints=Checkpoints(tmp_path))
+    with pytest.raises(ConfigError, match=r"to 9 steps .* at step 10.* at least 10 steps"):
+        run(feed, 9, checkpoints=Checkpoints(tmp_path))
+    state, _ = run(feed, 10, checkpoints=Checkpoints(tmp_path))
+    assert int(state.step) == 10
 
 
 @pytest.mark.slow

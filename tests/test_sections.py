@@ -260,6 +260,11 @@ def test_a_flag_of_the_command_comes_before_a_setting_of_that_name():
     assert parsed("--mode b").model == {"mode": "b"}  # `train` has no such flag
 
 
+def test_of_two_data_sets_the_last_counts_like_of_all_flags():
+    assert parsed("--data ring --data=noisy_digits --gain 3").data == "noisy_digits"
+    assert parsed("--data noisy_digits --data ring").data == "ring"
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -206,10 +206,13 @@ def _negation(flag: str) -> str:
 
 
 def value_of(flag: str, args: Sequence[str]) -> str | None:
-    """The value that the arguments give a flag; None if it is not among them."""
+    """The value that the arguments give a flag, the last one as the parser has it; None if it is
+    not among them.
+    """
+    found = None
     for index, arg in enumerate(args):
         if arg == flag and index + 1 < len(args):
-            return args[index + 1]
+            found = args[index + 1]
         if arg.startswith(flag + "="):
-            return arg.split("=", 1)[1]
-    return None
+            found = arg.split("=", 1)[1]
+    return found

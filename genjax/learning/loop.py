@@ -25,6 +25,7 @@ from genjax.data.buckets import BucketOrder, Buckets
 from genjax.data.rows import Rows
 from genjax.errors import (
     CheckpointError,
+    ConfigError,
     GenjaxError,
     Interrupted,
     NonFiniteError,
@@ -259,7 +260,8 @@ def fit(
         speed: (steps a second of training alone) -> what a line says of it; see `pace`.
 
     Raises:
-        ConfigError: for numbers of steps that cannot be meant.
+        ConfigError: for numbers of steps that cannot be meant, and for fewer steps than the newest
+            checkpoint has.
         NonFiniteError: naming the step and the player; checkpoints from before it are kept.
         Interrupted: on SIGTERM or SIGINT, after the state was saved.
         CheckpointError: if a checkpoint cannot be written or read, or the log cannot be written; in
@@ -281,6 +283,11 @@ def fit(
     check_setting("checkpoint_every", checkpoint_every, Whole)
     state, window = _begin(feed, key, checkpoints, layout)
     step = first = int(state.step)
+    if checkpoints is not None and step > steps:
+        raise ConfigError(
+            f"Training to {steps} steps cannot go on from {checkpoints.folder}, which is at step "
+            f"{step}. Ask for at least {step} steps, or give another folder for checkpoints."
+        )
     on_restore(step)
     metrics = Metrics(window, checkpoints, stop_on_nonfinite)
     programs: dict[int, Callable[..., Any]] = {}

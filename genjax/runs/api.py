@@ -478,12 +478,6 @@ def _train_model(
     if out is not None:
         settings = {"batch_size": batch_size, "seed": seed}
         checkpoints = checkpoints_of(Path(out), model, source, settings)
-        done = max(checkpoints.steps(), default=0)
-        if steps < done:
-            raise ConfigError(
-                f"{out} is at step {done} already, and training goes on to more steps, never to "
-                f"fewer; got steps={steps}. Give another folder."
-            )
     state = fit(
         feed,
         key=key,
