@@ -28,6 +28,7 @@ from genjax.protocol import (
     PyTree,
     ScoreFn,
     State,
+    without_padding,
 )
 from genjax.values import check_batch as check_batch
 from genjax.values import check_cond as check_cond
@@ -158,7 +159,8 @@ def _check_loss(player: str, loss: LossFn) -> None:
 
 def checked(model: Model) -> Model:
     """The same model with every argument checked at trace time, and every result held to the
-    contract; entries that follow a player are made by `init`.
+    contract; entries that follow a player are made by `init`, and what lies beyond the length of a
+    sequence is seen as 0.
 
     A builder ends with `return checked(Model(...))`, so that no family writes these checks itself.
     `n` of `sample` must be a Python whole number, because it is a shape.
@@ -189,19 +191,19 @@ def checked(model: Model) -> Model:
         own, other = wanted()
         return by_name(params, own, "The tree of parameters"), by_name(state, other, "The state")
 
-    def check_arguments(batch: Batch, key: Key) -> int:
+    def checked_batch(batch: Batch, key: Key) -> Batch:
         check_batch(spec, batch, model.any_length)
         check_key(key)
-        return batch.x.shape[0]
+        return without_padding(spec, batch)
 
     def loss_of(player: str, loss_fn: LossFn) -> LossFn:
         def loss(
             params: Params, state: State, batch: Batch, key: Key, step: Array
         ) -> tuple[Array, Aux]:
-            n = check_arguments(batch, key)
+            batch = checked_batch(batch, key)
             params, state = matched(params, state)
             value, aux = loss_and_aux(loss_fn(params, state, batch, key, step), player)
-            check_per_example(value, aux.metrics, n, player)
+            check_per_example(value, aux.metrics, len(batch.x), player)
             _same_kind(aux.state, state)
             return value, aux
 
@@ -212,10 +214,10 @@ def checked(model: Model) -> Model:
             return None
 
         def score(params: Params, state: State, batch: Batch, key: Key) -> Array:
-            n = check_arguments(batch, key)
+            batch = checked_batch(batch, key)
             params, state = matched(params, state)
             value = score_fn(params, state, batch, key)
-            _per_example(value, n, name)
+            _per_example(value, len(batch.x), name)
             return value
 
         return score
@@ -225,7 +227,7 @@ def checked(model: Model) -> Model:
             return None
 
         def prepare(params: Params, state: State, batch: Batch, key: Key) -> tuple[Params, State]:
-            check_arguments(batch, key)
+            batch = checked_batch(batch, key)
             params, state = matched(params, state)
             after = prepare_fn(params, state, batch, key)
             _same_kind(after, (params, state))
@@ -255,6 +257,24 @@ def checked(model: Model) -> Model:
         prepare=prepare_of(model.prepare),
         latent=None if model.latent is None else _checked_latent(spec, model.latent),
     )
+
+
+def check_whole(spec: DataSpec, family: str) -> None:
+    """Refuse what a family cannot take that sees an event as a whole.
+
+    Raises:
+        ConfigError: for tokens, and for sequences of several lengths, whose padding would count.
+    """
+    if spec.kind == "tokens":
+        raise ConfigError(
+            f"{family} models binary, discrete or continuous data; got tokens. Use a sequence "
+            "family."
+        )
+    if spec.lengths:
+        raise ConfigError(
+            f"{family} models whole events; the sequences of {spec.name} have several lengths, and "
+            "it would model their padding. Use a sequence family: rnn, vrnn, transformer or ssm."
+        )
 
 
 def _check_draws(spec: DataSpec, key: Key, n: Any, cond: PyTree | None) -> None:

@@ -393,3 +393,13 @@ def step_mask(spec: DataSpec, batch: Batch) -> Array:
     if batch.length is not None:
         return jnp.arange(t, dtype=batch.length.dtype)[None] < batch.length[:, None]
     return jnp.ones((n, t), bool)
+
+
+def without_padding(spec: DataSpec, batch: Batch) -> Batch:
+    """The batch with 0 for what lies beyond a length, which counts for nothing, whatever it is: NaN
+    would pass any weight of 0.
+    """
+    if not spec.lengths:
+        return batch
+    mask = step_mask(spec, batch).reshape(*batch.x.shape[:2], *[1] * len(spec.event))
+    return batch._replace(x=jnp.where(mask, batch.x, 0))

@@ -203,6 +203,14 @@ class DataSpec:
             return jax.nn.one_hot(cond, self.n_classes)
         return _standardized(cond, self.cond_shift, self.cond_scale)
 
+    def unembedded(self, c: jax.Array) -> jax.Array:
+        """The condition that `embed` made these vectors [..., cond_size] of."""
+        if self.n_classes is not None:
+            return jnp.argmax(c, axis=-1)
+        if self.cond_scale is None:
+            return c
+        return c * _row(self.cond_scale, c) + _row(self.cond_shift, c)
+
     def normalize(self, x: jax.Array) -> jax.Array:
         """Values as a network wants them: binary and discrete ones mapped linearly to [-1, 1],
         continuous ones standardised where the spec says how. x is [..., *shape], or the steps of a
@@ -232,6 +240,24 @@ class DataSpec:
         if self.scale is None:
             return 0.0
         return -self.size * sum(map(math.log, self.scale)) / len(self.scale)
+
+
+def as_vectors(spec: DataSpec) -> DataSpec:
+    """The same events as vectors (size,); a scale of several columns is repeated for all values."""
+
+    def repeated(numbers: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if numbers is None or len(numbers) == 1:
+            return numbers
+        return numbers * (spec.size // len(numbers))
+
+    return dataclasses.replace(
+        spec,
+        shape=(spec.size,),
+        step=None,
+        columns=None,
+        shift=repeated(spec.shift),
+        scale=repeated(spec.scale),
+    )
 
 
 def _standardized(x: Any, shift: tuple[float, ...] | None, scale: tuple[float, ...] | None) -> Any:

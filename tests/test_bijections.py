@@ -14,6 +14,7 @@ from genjax.nets.conditioners import (
     hidden_degrees,
 )
 from genjax.nets.functional import functional
+from genjax.nets.patches import to_patches
 from genjax.parts.bijections import (
     actnorm,
     autoregressive,
@@ -28,7 +29,7 @@ from genjax.parts.bijections import (
     reversed_order,
     stacked,
 )
-from genjax.parts.image_bijections import split, squeezed, to_channels
+from genjax.parts.image_bijections import split, squeezed
 from genjax.parts.monotone import additive, affine, spline
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -141,7 +142,7 @@ def test_orders_are_what_they_say():
 
 def test_squeezing_keeps_the_pixels_of_a_block_together():
     x = np.arange(4 * 4 * 2).reshape(1, 4, 4, 2)
-    y = np.asarray(to_channels(jnp.asarray(x)))
+    y = np.asarray(to_patches(jnp.asarray(x), 2))
     for i in range(2):
         for j in range(2):
             block = x[0, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]

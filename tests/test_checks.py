@@ -2,6 +2,8 @@
 `checked` one.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,12 @@ from genjax.checks import (
     mismatch,
 )
 from genjax.errors import ConfigError
+from genjax.families.gan import gan
+from genjax.families.rnn import rnn
+from genjax.families.ssm import ssm
+from genjax.families.transformer import transformer
+from genjax.families.vae import vae
+from genjax.families.vrnn import vrnn
 from genjax.learning.step import training
 from genjax.protocol import Aux, Batch, DataSpec, Model
 
@@ -330,3 +338,43 @@ def test_a_loss_of_another_form_is_refused(value, text):
 def test_a_decay_that_is_neither_a_number_nor_a_function_of_the_step_is_refused(decay):
     with pytest.raises(ConfigError, match="The decay of follows"):
         checked(small(follows={"target": ("student", decay)}))
+
+
+LENGTHS = DataSpec((6, 2), "continuous", step="frame", lengths=True)
+
+
+@pytest.mark.parametrize("build", [partial(vae, latent_dim=2), gan])
+def test_families_of_whole_events_refuse_sequences_of_several_lengths(build):
+    with pytest.raises(ConfigError, match=r"would model their padding\. Use a sequence family"):
+        build(LENGTHS, hidden=(4,))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        partial(rnn, d_hidden=4),
+        partial(transformer, d_model=8, n_layers=1, n_heads=2),
+        partial(ssm, d_model=8, n_layers=1),
+        partial(vrnn, d_hidden=4, latent_dim=2, hidden=(4,)),
+    ],
+)
+def test_padding_counts_for_nothing_whatever_it_is(build):
+    model = build(LENGTHS)
+    (player,) = model.losses
+    x = jax.random.normal(KEY, (2, 6, 2))
+    params, state = jax.jit(model.init)(KEY)
+
+    @jax.jit
+    def of(x):
+        batch = Batch(x, length=jnp.array([3, 6]))
+
+        def loss(params):
+            value, _ = model.losses[player](params, state, batch, KEY, jnp.zeros((), jnp.int32))
+            return jnp.sum(value)
+
+        return model.score(params, state, batch, KEY), jax.grad(loss)(params)
+
+    usual = of(x)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(usual))
+    spoiled = of(x.at[0, 3:].set(jnp.nan))
+    jax.tree.map(np.testing.assert_array_equal, spoiled, usual)

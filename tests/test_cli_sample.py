@@ -111,3 +111,19 @@ def test_flags_that_do_not_apply_are_refused_in_one_message(
         ("--cond 3", "unconditional: leave `cond` out"),
     ]:
         assert message in refused(["sample", str(run), *flags.split()], capsys)
+
+
+@pytest.mark.slow
+def test_what_does_not_apply_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    common = "--steps 2 --batch-size 8 --evaluate-every 0 --sample-every 0"
+    small = "--d-model 4 --n-layers 1 --n-heads 2"
+    for name, own in (("vae", "--hidden 4"), ("image-transformer-digits", small)):
+        genjax.cli.main(f"train {name} {own} {common} --out {name}".split())
+    said = refused(["sample", "vae", "--means", "--temperature", "0.5"], capsys)
+    assert "--temperature: for samples, and --means shows means" in said
+    said = refused(["sample", "image-transformer-digits", "--length", "32"], capsys)
+    assert "a part of one is no image" in said
+    assert not list(tmp_path.glob("*/samples/*.npz"))

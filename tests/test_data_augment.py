@@ -11,8 +11,11 @@ from data_checks import assert_same, rows_at
 
 import genjax.cli
 from genjax import DataSpec, data
-from genjax.data import augmentation, batch_at, prepare_at
+from genjax.data import augmentation, batch_at, open_source, prepare_at
 from genjax.errors import ConfigError
+from genjax.runs.stages import opened
+from genjax.zoo import ZOO
+from genjax.zoo.sections import replace
 
 SPEC = DataSpec((5, 6, 2), "continuous")
 IMAGE = np.arange(1, 61, dtype=np.float32).reshape(5, 6, 2)
@@ -124,3 +127,16 @@ def test_data_on_the_device_and_on_the_host_train_the_same(tmp_path, monkeypatch
         same = {name for name in one if "loss" in name or "log_prob" in name}
         assert same
         assert {name: one[name] for name in same} == {name: two[name] for name in same}
+
+
+def test_changes_of_a_sources_own_are_kept():
+    source = open_source("digits")
+
+    def own(key, batch):
+        return batch
+
+    recipe, mine = ZOO["vae"], source._replace(augment=own)
+    assert opened(recipe, mine).source.augment is own
+    assert opened(recipe, source).source.augment is None
+    with pytest.raises(ConfigError, match="has changes of its own: leave one out"):
+        opened(replace(recipe, augment="flip"), mine)

@@ -336,3 +336,12 @@ def test_the_benchmark_of_data_larger_than_memory_runs() -> None:
     assert found["pictures"]["n"] == 20
     assert found["table"]["seconds"] > 0
     assert found["import_seconds"] > 0
+
+
+def test_token_ids_in_a_mapped_array_stay_on_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "LIMIT", 100)
+    ids = RNG.integers(0, 5, (60, 6))
+    np.save(tmp_path / "ids.npy", ids)
+    source = from_arrays(np.load(tmp_path / "ids.npy", mmap_mode="r"), kind="tokens")
+    assert source.spec.levels == 5
+    assert isinstance(source.load().train.x, rows.Rows)

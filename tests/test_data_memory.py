@@ -161,3 +161,50 @@ def test_tokens_have_a_vocabulary_and_an_end():
 def test_ids_that_do_not_fit_are_told(x, options, error, message):
     with pytest.raises(error, match=message):
         from_arrays(x, **{"kind": "tokens"} | options)
+
+
+def test_labels_are_never_dropped():
+    splits = {"x_train": X[:40], "x_test": X[40:]}
+    with pytest.raises(ConfigError, match="put the labels of each split beside it, as y_train"):
+        from_arrays(splits, y=PETS)
+    rows = [{"x": x, "pet": pet} for x, pet in zip(X, PETS, strict=True)]
+    with pytest.raises(DataError, match="an example has no pett; it has x, pet"):
+        from_arrays(rows, label="pett")
+
+
+def test_binary_data_are_numbers():
+    mask = np.where(np.arange(120).reshape(60, 2) % 3 == 0, 1.0, np.nan)
+    with pytest.raises(DataError, match=r"two different numbers; found 1\.0 and nan"):
+        from_arrays(mask, kind="binary")
+
+
+def test_what_has_levels_is_discrete():
+    pixels = ((np.arange(960).reshape(60, 4, 4, 1) % 2) * 255).astype(np.uint8)
+    assert from_arrays(pixels).spec.kind == "binary"
+    spec = from_arrays(pixels, levels=256).spec
+    assert (spec.kind, spec.levels) == ("discrete", 256)
+    assert from_arrays((pixels % 4).astype(np.float32), levels=4).spec.kind == "discrete"
+    with pytest.raises(ConfigError, match="levels=4 is for discrete data, and kind='continuous'"):
+        from_arrays(X, kind="continuous", levels=4)
+
+
+def test_lengths_are_taken_as_a_file_has_them(tmp_path):
+    x, lengths = RNG.normal(size=(60, 5, 2)), np.arange(60) % 5 + 1
+    np.savez(tmp_path / "data.npz", x=x, lengths=lengths)
+    filed = arrays(str(tmp_path / "data.npz"), step="frame")
+    held = from_arrays({"x": x, "lengths": lengths}, step="frame")
+    assert held.spec.lengths
+    np.testing.assert_array_equal(held.load().train.length, filed.load().train.length)
+    parts = {"x_train": x[:40], "lengths_train": lengths[:40]}
+    parts |= {"x_test": x[40:], "lengths_test": lengths[40:]}
+    np.testing.assert_array_equal(from_arrays(parts, step="frame").load().test.length, lengths[40:])
+    with pytest.raises(ConfigError, match="put those of each split beside it, as lengths_train"):
+        from_arrays(parts, step="frame", lengths=lengths)
+    with pytest.raises(ConfigError, match="lengths, which are for sequences"):
+        from_arrays({"x": x[:, :, 0], "lengths": lengths})
+
+
+def test_labels_are_for_all_splits_or_none():
+    splits = {"x_train": X[:40], "y_train": PETS[:40], "x_test": X[40:]}
+    with pytest.raises(DataError, match="test has no labels, and other splits have"):
+        from_arrays(splits)

@@ -303,3 +303,28 @@ def test_bombs_are_not_unpacked(tmp_path, monkeypatch):
     (tmp_path / "p" / "large.png").write_bytes(stream.getvalue())
     with pytest.raises(DataError, match="100 x 100 pixels are too many"):
         open_source(str(tmp_path / "p"))
+
+
+def test_pictures_that_are_held_out_are_not_trained_on(tmp_path):
+    """Splits of which one is missing, or that something lies beside, are not merged."""
+    two = folder_of(tmp_path / "two", classes=("train", "val"))
+    with pytest.raises(DataError, match="train/, val/ are splits, and train/ or test/ is missing"):
+        open_source(two)
+    (tmp_path / "two" / "val").rename(tmp_path / "two" / "test")
+    assert [len(part.x) for part in open_source(two).load()][2] == 6
+    picture().save(tmp_path / "two" / "logo.png")
+    with pytest.raises(DataError, match=r"beside them there are pictures\. Move these away"):
+        open_source(two)
+    every = folder_of(tmp_path / "every", classes=("train", "val", "validation", "test"))
+    assert [len(part.x) for part in open_source(every).load()] == [6, 12, 6]
+    # A class may be called so.
+    vehicles = folder_of(tmp_path / "vehicles", classes=("car", "train"))
+    assert open_source(vehicles, conditional=True).spec.class_names == ("car", "train")
+
+
+def test_whole_numbers_beyond_16_bits_have_no_scale(tmp_path):
+    for index in range(3):
+        numbers = np.array([[-1000, 0], [3000, 70000]], np.int32)
+        Image.fromarray(numbers).save(tmp_path / f"{index}.tif")
+    with pytest.raises(DataError, match="from -1000 to 70000, are no 16 bits"):
+        open_source(str(tmp_path))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import genjax.cli
-from genjax.data import arrays
+from genjax.data import arrays, open_source
 from genjax.errors import ConfigError, DataError
 
 RNG = np.random.default_rng(0)
@@ -68,3 +68,19 @@ def test_a_series_is_trained_on(tmp_path, monkeypatch):
         drawn = file["x"]
     assert drawn.shape == (4, 16, 2)
     assert abs(drawn.mean() - 1000) < 100
+
+
+def test_windows_are_split_as_asked_and_have_no_lengths(tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(400, 2)))
+    usual = open_source(str(tmp_path / "x.npy"), context=8).load()
+    assert [len(part.x) for part in usual] == [157, 5, 5]
+    held = {"valid_fraction": 0.4, "test_fraction": 0.3}
+    parts = open_source(str(tmp_path / "x.npy"), context=8, **held).load()
+    assert [len(part.x) for part in parts] == [57, 20, 15]
+    x = np.random.default_rng(0).normal(size=(200, 7, 2))
+    np.savez(tmp_path / "x.npz", x=x, lengths=np.arange(200) % 7 + 1)
+    with pytest.raises(ConfigError, match="leave it out for examples with splits, labels or"):
+        open_source(str(tmp_path / "x.npz"), context=8, step="hour")
+    np.save(tmp_path / "ids.npy", np.arange(400) % 5)
+    with pytest.raises(ConfigError, match="split by position"):
+        open_source(str(tmp_path / "ids.npy"), kind="tokens", context=8, **held)

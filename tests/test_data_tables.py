@@ -215,3 +215,22 @@ def test_a_class_that_is_not_used_is_said(tmp_path):
     assert said not in open_source(str(path), label="kind", conditional=True).notes
     vector = open_source(str(path), columns=("a",), condition_columns=("b",))
     assert "b is not used: --conditional takes it as the condition" in vector.notes
+
+
+def test_a_missing_label_is_no_class(tmp_path):
+    path = tmp_path / "t.csv"
+    lines = [f"{i},{i * i},{['cat', 'dog', ''][i % 3]}" for i in range(40)]
+    path.write_text("a,b,kind\n" + "\n".join(lines) + "\n")
+    with pytest.raises(DataError, match="row 3 of column 'kind' is missing, and 12 more"):
+        open_source(str(path), label="kind", conditional=True)
+
+
+NONE = [{"columns": ()}, {"condition_columns": (), "conditional": True}]
+
+
+@pytest.mark.parametrize("chosen", NONE)
+def test_no_column_is_no_choice(tmp_path, chosen):
+    path = tmp_path / "t.csv"
+    path.write_text("a,b\n" + "1,2\n" * 9)
+    with pytest.raises(ConfigError, match="names at least one column"):
+        open_source(str(path), **chosen)

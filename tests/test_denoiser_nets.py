@@ -23,17 +23,11 @@ from denoiser_net_oracles import (
 from gates import assert_close, member, quick, stack
 
 from genjax.errors import ConfigError
-from genjax.nets.conditioned import (
-    FREQUENCIES,
-    DenoiserMlp,
-    Embedding,
-    SelfAttention,
-    from_patches,
-    to_patches,
-)
+from genjax.nets.conditioned import FREQUENCIES, DenoiserMlp, Embedding, SelfAttention
 from genjax.nets.dit import Block, DiT, positions
 from genjax.nets.functional import functional
 from genjax.nets.layers import EPSILON
+from genjax.nets.patches import from_patches, to_patches
 
 # A U-Net takes seconds to compile, however small it is.
 every_net = pytest.mark.parametrize(

@@ -67,6 +67,15 @@ def test_a_step_costs_three_times_its_forward_pass_and_no_more_in_a_loop():
 def test_peaks_go_by_the_name_of_the_device():
     assert datasheet_peak("NVIDIA H200") == 989e12
     assert datasheet_peak("NVIDIA H100 PCIe") == 756e12
+    assert datasheet_peak("NVIDIA H100 80GB HBM3") == datasheet_peak("NVIDIA H200") == 989e12
+    assert datasheet_peak("NVIDIA H200 NVL") == 835e12
+    assert datasheet_peak("NVIDIA A100-SXM4-80GB") == datasheet_peak("NVIDIA A100-PCIE-40GB")
     assert datasheet_peak("NVIDIA L40S") == 362e12
+    assert datasheet_peak("NVIDIA L40") == 181e12
+    assert datasheet_peak("NVIDIA L4") == 121e12
+    assert datasheet_peak("NVIDIA GeForce RTX 4090") == 165e12
+    # Other chips, or parts of one, whose names begin alike.
+    for other in ("RTX 4090 Laptop GPU", "H100 80GB HBM3 MIG 1g.10gb", "GB200", "H20"):
+        assert datasheet_peak(f"NVIDIA {other}") is None
     assert datasheet_peak("TPU v5 lite") == 197e12
     assert datasheet_peak("cpu") is None

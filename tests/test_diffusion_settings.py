@@ -9,6 +9,7 @@ from denoising_oracles import LABELLED, PLANE, Normal, guided_model
 
 from genjax.errors import ConfigError
 from genjax.families.diffusion import diffusion
+from genjax.parts import paths
 from genjax.protocol import DataSpec
 
 
@@ -107,3 +108,31 @@ def test_what_generate_refuses():
         )
     with pytest.raises(TypeError, match="typed PRNG key"):
         model.denoiser.generate(params, state, 0, 2, cond)
+
+
+BITS = DataSpec((2,), "binary")
+
+
+@pytest.mark.parametrize(
+    ("spec", "path", "more", "where"),
+    [
+        (PLANE, paths.conditional_ot(), {}, "start"),
+        (PLANE, paths.edm(sigma_min=0.0), {"weighting": "elbo"}, "end"),
+        (BITS, paths.edm(sigma_min=0.0), {}, "end"),
+    ],
+)
+def test_the_network_never_sees_an_infinite_log_snr(spec, path, more, where):
+    with pytest.raises(ConfigError, match=f"is infinite at its {where}, where the network"):
+        diffusion(spec, hidden=(4,), noise_schedule=path, **more)
+    ends = path._replace(start=0.999, end=0.001)
+    model = diffusion(spec, hidden=(4,), n_steps=2, noise_schedule=ends, **more)
+    x = model.sample(*model.init(jax.random.key(0)), jax.random.key(1), 3)
+    assert bool(jnp.isfinite(x).all())
+
+
+def test_a_path_that_ends_without_noise_has_samples_and_no_score():
+    path = paths.edm(sigma_min=0.0)
+    model = diffusion(PLANE, hidden=(4,), n_steps=2, noise_schedule=path, precondition="edm")
+    assert model.score is None
+    x = model.sample(*model.init(jax.random.key(0)), jax.random.key(1), 3)
+    assert bool(jnp.isfinite(x).all())

@@ -18,6 +18,7 @@ from genjax.evaluation.estimates import (
     scorer,
 )
 from genjax.protocol import Batch, DataSpec
+from genjax.runs.evaluate import _code_length
 
 
 def test_estimate_is_the_mean_and_the_sample_standard_deviation_over_root_n() -> None:
@@ -170,3 +171,8 @@ def test_values_per_step_are_a_ratio_with_its_error() -> None:
     assert abs(means.mean() - 2) < 4 * means.std() / 20
     assert abs(errors.mean() / means.std(ddof=1) - 1) < 0.15  # four of its own errors, 1/√(2 · 400)
     assert per_step(np.asarray([3.0, 5.0]), np.asarray([1, 3]))[::2] == (2.0, 4)
+
+
+def test_a_perplexity_that_no_float_holds_is_none():
+    assert _code_length("frame", Estimate(2.0, 0.1, 9))["perplexity"] == pytest.approx(math.e**2)
+    assert _code_length("frame", Estimate(5000.0, 0.1, 9))["perplexity"] is None

@@ -11,9 +11,10 @@ import genjax
 import genjax.cli
 from genjax.errors import CheckpointError, ConfigError, Interrupted
 from genjax.learning.checkpoint import Checkpoints
-from genjax.runs.best import Best
+from genjax.runs.best import Best, no_gain
 from genjax.runs.train import train as train_in
 from genjax.zoo import ZOO
+from genjax.zoo.recipe import Schedule
 from genjax.zoo.sections import replace
 
 # Noise, which a network of this size learns by heart: the validation split is at its best early.
@@ -208,3 +209,16 @@ def test_commands_take_the_best_under_names_of_their_own(whole, capsys, monkeypa
     assert one.shape == other.shape
     assert (folder / "export").is_dir()
     assert (folder / "export-best").is_dir()
+
+
+def test_evaluations_that_never_were_are_not_counted():
+    """Evaluations are at most one a dispatch: with 50 steps in one and 10 between evaluations, step
+    100 is the first after 50.
+    """
+    schedule = Schedule(steps=1000, steps_per_call=50, evaluate_every=10, stop_after=3)
+    assert not no_gain(schedule, 50, 100)
+    assert not no_gain(schedule, 50, 150)
+    assert no_gain(schedule, 50, 200)
+    seldom = Schedule(steps=1000, steps_per_call=50, evaluate_every=100, stop_after=3)
+    assert not no_gain(seldom, 100, 350)
+    assert no_gain(seldom, 100, 400)

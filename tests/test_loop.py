@@ -25,6 +25,7 @@ from genjax.learning.members import ensemble
 from genjax.learning.optim import track_ema
 from genjax.learning.step import training
 from genjax.learning.transforms import skip_nonfinite
+from genjax.learning.window import Metrics
 from genjax.protocol import Aux, Batch, DataSpec, Model, Training, TrainState
 
 SPEC = DataSpec((2,), "continuous", name="toy")
@@ -431,3 +432,14 @@ def test_a_damaged_newest_checkpoint_is_trained_again(
     assert bits(state) == bits(expected)
     assert lines == [line for line in expected_lines if line["step"] > 20]
     assert Checkpoints(tmp_path).steps() == [15, 20, 23]
+
+
+def test_what_was_skipped_is_no_part_of_a_mean() -> None:
+    metrics = Metrics({}, None, check=False)
+    loss = np.array([[4.0, 0.0], [0.0, 0.0], [2.0, 0.0]])
+    skipped = np.array([[0.0, 1.0], [1.0, 1.0], [0.0, 1.0]])
+    metrics.add(0, {"a/loss": loss, "skipped": skipped})
+    metrics.collect()
+    line = metrics.line()
+    np.testing.assert_array_equal(line["a/loss"], [3.0, np.nan])
+    assert line["skipped"] == [1.0, 3.0]

@@ -183,3 +183,16 @@ def test_the_advice_on_dropout_works():
 def test_a_name_that_is_none_is_still_a_name():
     with pytest.raises(ConfigError, match=r"(?i)net.*'mpl'.*mlp"):
         diffusion(POINTS, net="mpl")
+
+
+@pytest.mark.parametrize("encoder", [
+    linen.Dense(4, dtype=jnp.bfloat16),
+    lambda rngs: nnx.Linear(3, 4, dtype=jnp.bfloat16, rngs=rngs),
+])  # fmt: skip
+def test_whatever_a_network_computes_in_losses_are_float32(encoder):
+    model = vae(POINTS, latent_dim=2, hidden=(4,), encoder=encoder)
+    params, state = model.init(jax.random.key(0))
+    batch = example_batch(POINTS, jax.random.key(1), 2)
+    step = jnp.zeros((), jnp.int32)
+    value, aux = model.losses["vae"](params, state, batch, jax.random.key(2), step)
+    assert {leaf.dtype for leaf in (value, *aux.metrics.values())} == {jnp.dtype("float32")}

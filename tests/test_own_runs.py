@@ -183,3 +183,43 @@ def test_a_model_with_an_entry_that_follows_is_loaded_unchecked_or_not(tmp_path)
     found = genjax.load(tmp_path, model=model)
     assert same(found.params, run.params)
     assert "average" in found.params
+
+
+@pytest.mark.slow
+def test_data_are_brought_to_the_model_or_refused():
+    model = genjax.vae(genjax.DataSpec((3,), "continuous", n_classes=4), latent_dim=1, hidden=(4,))
+    x, seen = np.random.default_rng(0).normal(size=(120, 3)), []
+
+    def loss(params, state, batch, key, step):
+        jax.debug.callback(lambda cond: seen.extend(cond.tolist()), batch.cond)
+        return model.losses["vae"](params, state, batch, key, step)
+
+    small = {"steps": 2, "batch_size": 8}
+    genjax.train(
+        model._replace(losses={"vae": loss}), {"x": x, "y": np.tile([0, 2, 3], 40)}, **small
+    )
+    jax.effects_barrier()
+    assert set(seen) == {0, 2, 3}  # 2 was 1 before, and 3 was 2
+    bits = genjax.vae(genjax.DataSpec((8, 8, 1), "binary"), latent_dim=1, hidden=(4,))
+    with pytest.raises(DataError, match="is of another kind than the data of the run: kind is"):
+        genjax.train(bits, "digits", **small)
+
+
+@pytest.mark.slow
+def test_columns_are_taken_by_their_names(tmp_path):
+    path = tmp_path / "t.csv"
+    rows = np.random.default_rng(0).normal(size=(60, 2)) * [1.0, 50.0]
+    path.write_text("a,b\n" + "\n".join(f"{a},{b}" for a, b in rows) + "\n")
+    small = {"steps": 2, "batch_size": 8, "hidden": (4,), "latent_dim": 1, "say": str}
+    run = genjax.train("vae", str(path), sample_every=0, **small)
+
+    class Table(dict):  # as far as pandas' is one here
+        columns = property(lambda self: list(self))
+
+        def __getitem__(self, names):
+            return np.stack([dict.__getitem__(self, name) for name in names], axis=1)
+
+    table = Table(b=rows[:, 1], a=rows[:, 0])
+    np.testing.assert_array_equal(run.bound(table).nats, run.bound(rows).nats)
+    with pytest.raises(DataError, match="has no column b, which the run was trained on; it has a"):
+        run.bound(Table(a=rows[:, 0]))

@@ -295,3 +295,19 @@ def test_another_beginning():
     trained[0]["gauss"]["mean"] = jnp.full(2, 7.0)
     model = linear_vae(prior=prior._replace(init=lambda key: trained))
     np.testing.assert_array_equal(model.init(KEY)[0]["vae"]["prior"]["gauss"]["mean"], 7.0)
+
+
+def test_a_vector_that_is_standardised_already_is_not_so_twice():
+    """A VAE hands its prior the condition as its networks see it; the model takes it in its own
+    units.
+    """
+    prior_spec = {"cond_dim": 1, "cond_shift": (100.0,), "cond_scale": (10.0,)}
+    model = gaussian(**prior_spec)
+    params, state = model.init(KEY)
+    params["gauss"]["table"] = params["gauss"]["table"] + 1.5
+    z, c = jnp.ones((1, 2)), jnp.array([[110.0]])
+    wanted = model.log_prob(params, state, Batch(z, c), KEY)
+    seen = model.spec.embed(c)
+    np.testing.assert_allclose(seen, [[1.0]])
+    found = prior_of(model).log_prob(params, state, None, z[None], seen[None], KEY)
+    np.testing.assert_allclose(found[0], wanted, rtol=1e-6)

@@ -1,5 +1,7 @@
 """A run as an object in Python: it is what the commands have, in the units of the data."""
 
+import json
+
 import jax
 import numpy as np
 import optax
@@ -34,7 +36,7 @@ def test_a_run_is_loaded_and_samples_as_the_command_does(run):
 
 @pytest.mark.slow
 def test_scores_are_those_of_the_command(run):
-    report = run.evaluate(n=20)
+    report = run.evaluate(n=20, n_samples=1)
     batch = run.source.load().test
     x, y = batch.x[:20].astype(np.float32), batch.cond[:20]
     scores = run.bound(x, y)
@@ -128,3 +130,29 @@ def test_what_does_not_exist_is_said(run, tmp_path):
         genjax.load(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="called 'hiden'"):
         genjax.train("vae", hiden=(3,))
+
+
+@pytest.mark.slow
+def test_what_a_run_is_worth_is_what_the_command_says(tmp_path):
+    run = genjax.train("vae", out=tmp_path / "run", **SMALL, **QUIET)
+    report = run.evaluate(n=10)
+    genjax.cli.main(["evaluate", str(run.folder), "--n", "10"])
+    (path,) = run.folder.glob("report*.json")
+    written = json.loads(path.read_text())
+    assert "K=1000" in report["estimator"]  # the recipe says so
+    for name in ("mean", "standard_error", "estimator", "n", "seed"):
+        assert report[name] == written[name]
+    assert "K=3" in run.evaluate(n=10, n_samples=3)["estimator"]
+    with pytest.raises(ConfigError, match="has no bound with samples"):
+        genjax.train("gan", steps=2, **QUIET).evaluate(n_samples=3)
+
+
+@pytest.mark.slow
+def test_a_truth_of_all_classes_stands_beside_no_score_of_one():
+    small = {"steps": 2, "n_layers": 2, "hidden": (4,), "evaluate_every": 0}
+    run = genjax.train("nsf-ring", **small, **QUIET)
+    assert "true_log_prob" in run.evaluate(n=10)
+    with pytest.raises(ConfigError, match="has no bound with samples"):
+        run.evaluate(n=10, n_samples=3)  # its score is exact
+    run = genjax.train("nsf-ring", conditional=True, **small, **QUIET)
+    assert "true_log_prob" not in run.evaluate(n=10)

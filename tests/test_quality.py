@@ -6,14 +6,17 @@ import json
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import genjax
 from genjax.data import open_source
 from genjax.evaluation import judge, quality
+from genjax.protocol import Batch
 from genjax.runs import sweeps
 from genjax.runs.evaluate import evaluate
 from genjax.runs.load import load
@@ -152,9 +155,10 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
 
 
 def test_labels_are_found_where_the_recipe_does_not_use_them() -> None:
-    assert quality.labelled(ZOO["gan"]).spec.n_classes == 10
-    assert quality.labelled(ZOO["cgan"]).spec.n_classes == 10
-    assert quality.labelled(ZOO["gan-grid"]).spec.n_classes == 25
+    for name, classes in (("gan", 10), ("cgan", 10), ("gan-grid", 25)):
+        found = quality.labelled(ZOO[name])
+        assert found is not None
+        assert found.spec.n_classes == classes
 
 
 @pytest.mark.slow
@@ -223,3 +227,59 @@ def test_a_member_that_diverged_leaves_the_others_their_figures(
     assert good["mean"] == good["figures"][0]["high-quality share"]
     assert (bad["mean"], bad["members"], bad["figures"]) == (None, [None], [{}])
     assert results["estimator"] == "within 3 sd of a mode"
+
+
+def test_real_data_in_the_place_of_samples_are_other_examples() -> None:
+    def nothing(key: jax.Array, cond: np.ndarray | None, n: int) -> np.ndarray:
+        return np.zeros((n, 2), np.float32)
+
+    def real(**how: Any) -> float | None:
+        return by_name(quality.figures_of(ZOO["gan-ring"], nothing, **how))["FD[raw]"].real
+
+    of_train = real(split="train", n=100)
+    assert of_train is not None
+    assert of_train > 1e-4  # the same examples would be at 0
+    assert real(split="train") is None  # there are no others
+    assert real(split="all") is None
+    # Rows of one's own may lie in the order of classes.
+    train = Batch(np.arange(100.0)[:, None])
+    found = quality._others(train, 10, already=0)
+    assert found is not None
+    np.testing.assert_array_equal(found.x[:, 0], np.arange(0, 100, 10))
+    later = quality._others(train, 10, already=10)
+    assert later is not None
+    np.testing.assert_array_equal(later.x[:, 0], np.arange(10, 100, 9))
+
+
+@pytest.mark.slow
+def test_few_images_and_images_in_memory_are_judged_as_far_as_can_be(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("GENJAX_CACHE", str(tmp_path))
+    digits = open_source("digits", conditional=True).load().train
+    labelled = genjax.from_arrays(digits.x[:120], y=digits.cond[:120])
+    small = {"steps": 2, "batch_size": 8, "hidden": (4,), "latent_dim": 2, "sample_every": 0}
+    run = genjax.train("gan", labelled, say=str, **small)
+    report = run.evaluate()  # the data are the run's, the judge learns from their labels
+    assert report["kind"] == "class agreement"
+    assert "need 20 examples; 12 are too few." in capsys.readouterr().out
+    assert [one["name"] for one in report["figures"]][1:] == ["FD[raw]", "sliced Wasserstein"]
+    names = {one["name"] for one in run.evaluate("all")["figures"]}
+    assert {"FD[cnn-v1]", "MMD²[cnn-v1]", "recall", "FD[raw]"} <= names
+    plain = genjax.train("gan", digits.x[:120], say=str, **small)
+    assert plain.evaluate(data=digits.x[:20])["kind"] == "FD[raw]"  # no labels, no judge
+
+
+@pytest.mark.slow
+def test_a_judge_of_another_scale_is_another_judge(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("GENJAX_CACHE", str(tmp_path))
+    digits = open_source("digits", conditional=True).load().train
+    x = digits.x[:200].astype(np.float32) * 10 + 500
+    for standardize in ("event", "none"):
+        source = genjax.from_arrays(
+            x, y=digits.cond[:200], kind="continuous", standardize=standardize
+        )
+        judge.judge_of(source, 10)
+    assert len(list(tmp_path.glob("*.npz"))) == 2

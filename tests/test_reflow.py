@@ -179,3 +179,17 @@ def test_what_reflow_refuses():
 
 def test_reflow_has_its_public_name():
     assert genjax.reflow is reflow
+
+
+@pytest.mark.slow
+def test_a_reflowed_flow_can_be_reflowed_again():
+    model = flow_matching(POINTS, hidden=(4,), n_steps=2, n_likelihood_steps=2)
+    once = reflow(Trained(model, *model.init(jax.random.key(0))), n_steps=2)
+    params, state = once.init(jax.random.key(1))
+    twice = reflow(Trained(once, params, state), n_steps=2)
+    both, state = twice.init(jax.random.key(2))
+    assert_same(both, {"flow": params["flow"], "teacher": params["flow"]})
+    x = twice.sample(both, state, jax.random.key(3), 3)
+    # It begins as the flow that it is made of.
+    np.testing.assert_array_equal(x, once.sample(params, state, jax.random.key(3), 3))
+    assert bool(jnp.isfinite(twice.log_prob(both, state, Batch(x), jax.random.key(4))).all())

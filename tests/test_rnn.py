@@ -5,6 +5,7 @@ and what is sampled.
 import functools
 import itertools
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,13 @@ from rows import grown, widen
 from genjax.data import example_batch
 from genjax.errors import ConfigError
 from genjax.families.rnn import rnn
+from genjax.families.ssm import ssm
+from genjax.families.transformer import transformer
 from genjax.parts.likelihoods import emission
 from genjax.protocol import Batch, DataSpec
+from genjax.runs.stages import opened
+from genjax.zoo import ZOO
+from genjax.zoo.sections import replace
 
 TINY = {"d_embed": 5, "d_hidden": 6}
 WORDS = DataSpec((4,), "tokens", levels=3, step="character", end=2, name="words")
@@ -367,3 +373,28 @@ def test_a_batch_that_does_not_fill_the_lanes():
         ConfigError, match="carries the state of 2 streams, so a batch must hold 2 examples; got 3"
     ):
         model.losses["rnn"](params, state, example_batch(WINDOW, KEY, 3), KEY, 0)
+
+
+def test_streams_are_of_batches_that_go_on_from_each_other():
+    """A state is not carried on into a sequence of its own: by itself, where a row is put on other
+    data, and else refused.
+    """
+    assert ZOO["lstm"].on("markov").model["lanes"] == 0
+    assert ZOO["lstm"].on("shakespeare").model == ZOO["lstm"].model
+    with pytest.raises(ConfigError, match=r"do not go on from each other\. Say --lanes 0"):
+        opened(replace(ZOO["lstm"], order="shuffle"))
+
+
+@pytest.mark.parametrize("build", [
+    partial(rnn, d_hidden=8),
+    partial(transformer, d_model=8, n_layers=1, n_heads=2),
+    partial(ssm, d_model=8, n_layers=1),
+])  # fmt: skip
+def test_narrow_arithmetic_begins_after_the_scale(build):
+    """bfloat16 has no 999 and 1001 apart, which are two standard deviations here."""
+    spec = DataSpec((8, 1), "continuous", step="hour", shift=(1000.0,), scale=(1.0,))
+    model = build(spec, dtype="bfloat16")
+    params, state = model.init(jax.random.key(0))
+    x = jnp.full((1, 8, 1), 999.0)
+    one, other = (model.autoregressive.outputs(params, state, y) for y in (x, x + 2))
+    assert bool((jnp.abs(one - other)[:, 1:].max(-1) > 0).all())

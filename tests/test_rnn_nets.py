@@ -284,3 +284,26 @@ def test_a_cell_that_does_not_exist():
         ConfigError, match="a gate that keeps the past, as lstm and gru have; got 1"
     ):
         cell_of("vanilla", 1.0)
+
+
+def test_one_bias_is_that_of_all_gates_and_others_are_one_for_each():
+    def step(a, u, carry):
+        gate, new = jnp.split(a + u, 2, -1)
+        return (jax.nn.sigmoid(gate) * jnp.tanh(new),)
+
+    assert Cell(step, 2).bias == (0.0, 0.0)
+    with pytest.raises(ConfigError, match="2 gates has as many biases, or one for all; got 3"):
+        Cell(step, 2, bias=(0.0, 0.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("step", "text"),
+    [
+        (lambda a, u, carry: (a + u,), r"it gave \[\(1, 4\)\]"),
+        (lambda a, u, carry: jnp.split(a + u, 2, -1)[0], "it gave"),
+        (lambda a, u, carry: (carry[1],), "IndexError"),
+    ],
+)
+def test_a_cell_whose_step_is_not_what_it_says_is_refused(step, text):
+    with pytest.raises(ConfigError, match=f"n_gates=2 and n_carry=1 must .*{text}"):
+        functional(functools.partial(RecurrentLayer, Cell(step, 2), D_IN, 2))

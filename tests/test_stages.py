@@ -8,10 +8,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from program import arrays_in, program, refused
 
+import genjax
 from genjax.data import is_run, open_source
-from genjax.errors import ConfigError
+from genjax.errors import ConfigError, DataError
 from genjax.learning.optim import Optimizer
 from genjax.runs.load import load
 from genjax.runs.stages import opened
@@ -186,3 +188,24 @@ def test_what_begins_with_another_run_keeps_its_own_first_stage(stages, tmp_path
     # What is frozen there is no reason to begin with that run.
     with pytest.raises(ConfigError, match="No array of"):
         train(tiny("vae", data=str(tmp_path / "vae")), tmp_path / "b", init_from=stages / "prior")
+
+
+@pytest.mark.slow
+def test_runs_whose_folder_of_data_is_gone_still_sample(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "photos").mkdir()
+    for index in range(20):
+        pixels = np.random.default_rng(index).integers(0, 256, (4, 4)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{index}.png")
+    small = {"steps": 2, "batch_size": 4, "hidden": (4,), "latent_dim": 2, "sample_every": 0}
+    run = genjax.train("vae", "photos", out="elsewhere/run", say=str, **small)
+    few = {"steps": 2, "batch_size": 4, "hidden": (4,), "sample_every": 0, "evaluate_every": 0}
+    second = genjax.train("flow-matching-2d", "elsewhere/run", out="second", say=str, **few)
+    wanted = run.sample(3), second.sample(3)
+    (tmp_path / "photos").rename(tmp_path / "away")
+    (tmp_path / "elsewhere").rename(tmp_path / "there")
+    np.testing.assert_array_equal(genjax.load("there/run").sample(3), wanted[0])
+    np.testing.assert_array_equal(genjax.load("second").sample(3), wanted[1])
+    with pytest.raises(DataError, match="photos"):
+        genjax.load("there/run").evaluate()

@@ -12,6 +12,7 @@ import scipy.special
 from flax import nnx
 from gates import quick
 
+from genjax.families.transformer import transformer
 from genjax.nets.attention import (
     ACTIVATIONS,
     Attention,
@@ -24,6 +25,7 @@ from genjax.nets.attention import (
 )
 from genjax.nets.functional import functional
 from genjax.nets.layers import EPSILON, Dense, Norm, unit_rms
+from genjax.protocol import Batch, DataSpec
 
 
 def normal(seed, *shape):
@@ -276,3 +278,16 @@ def test_swiglu_is_its_formula():
     np.testing.assert_allclose(
         net.apply(params, {}, x)[0], (a / (1 + np.exp(-a)) * b) @ down.T, rtol=2e-4, atol=1e-5
     )
+
+
+def test_learned_positions_take_the_beginning_of_a_sequence():
+    """As padded batches of shorter sequences are cut."""
+    spec = DataSpec((6,), "tokens", levels=5, step="token", lengths=True)
+    model = transformer(spec, d_model=8, n_layers=1, n_heads=2, position="learned")
+    params, state = model.init(jax.random.key(0))
+    x, length = jax.random.randint(jax.random.key(1), (3, 6), 0, 5), jnp.array([2, 4, 1])
+    whole = model.log_prob(params, state, Batch(x, length=length), jax.random.key(2))
+    cut = model.log_prob(params, state, Batch(x[:, :4], length=length), jax.random.key(2))
+    np.testing.assert_allclose(cut, whole, rtol=1e-5)
+    with pytest.raises(ValueError, match="steps"):
+        model.log_prob(params, state, Batch(jnp.tile(x, 2), length=length), jax.random.key(2))

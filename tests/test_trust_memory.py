@@ -3,6 +3,7 @@
 import errno
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from genjax.errors import (
     out_of_memory,
 )
 from genjax.learning.memory import explained, largest
+from genjax.profiling import room
 from genjax.runs.smaller import fitting, smaller
 from genjax.runs.train import about_data
 from genjax.zoo import ZOO
@@ -193,3 +195,19 @@ def test_pictures_of_a_size_that_no_memory_holds_are_refused(tmp_path):
     Image.new("L", (4, 4)).save(tmp_path / "a.png")
     with pytest.raises(ConfigError, match="size must be"):
         open_source(tmp_path, size=2**31 - 1)
+
+
+def test_a_program_has_to_fit_on_one_device_of_several(monkeypatch):
+    limit = {"bytes_limit": 80 * 2**30}
+    card = SimpleNamespace(platform="gpu", device_kind="X", memory_stats=lambda: limit)
+    monkeypatch.setattr(room, "jax", SimpleNamespace(local_devices=lambda: [card] * 8))
+
+    def needs(gib):
+        sizes = {"temp_size_in_bytes": 0, "output_size_in_bytes": 0, "alias_size_in_bytes": 0}
+        found = SimpleNamespace(argument_size_in_bytes=gib * 2**30, **sizes)
+        return SimpleNamespace(memory_analysis=lambda: found)
+
+    room.check_program(needs(79), "A step")
+    with pytest.raises(MemoryExhausted, match=r"needs 100.0 GiB .* the device \(X\) has 80.0 GiB"):
+        room.check_program(needs(100), "A step")
+    assert room.capacity() == (640 * 2**30, "8 devices (X)")

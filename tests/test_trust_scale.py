@@ -40,6 +40,7 @@ SMALL = {"hidden": (8,)}
 
 MODELS = {
     "vae": (POINTS, lambda spec: vae(spec, latent_dim=2, n_bound_samples=3, **SMALL)),
+    "vae-frames": (FRAMES, lambda spec: vae(spec, latent_dim=2, **SMALL)),
     "vae-scale": (POINTS, lambda spec: vae(spec, latent_dim=2, scale="element", **SMALL)),
     "vae-conv": (IMAGES, lambda spec: vae(spec, latent_dim=2, net="conv", channels=(4,))),
     "cvae": (VECTORS, lambda spec: vae(spec, latent_dim=2, **SMALL)),

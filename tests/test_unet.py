@@ -11,10 +11,11 @@ from flax import nnx
 from gates import quick
 
 from genjax.errors import ConfigError
-from genjax.nets.conditioned import Embedding, SelfAttention, from_patches, modulate, to_patches
+from genjax.nets.conditioned import Embedding, SelfAttention, modulate
 from genjax.nets.fast_conv import Conv
 from genjax.nets.functional import functional
 from genjax.nets.layers import EPSILON
+from genjax.nets.patches import from_patches, to_patches
 from genjax.nets.unet import AdaptiveGroupNorm, ResidualBlock, UNet, group_norm, n_groups
 
 

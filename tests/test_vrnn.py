@@ -276,3 +276,17 @@ def test_prompts_that_do_not_fit():
         generate(prompt=jnp.zeros((2, 4, 3)), prompt_length=5)
     with pytest.raises(ConfigError, match="The length must be at least 1; got 0"):
         generate(length=0)
+
+
+def test_columns_of_the_data_are_none_of_the_latents():
+    spec = DataSpec((4, 2), "continuous", step="hour", columns=("a", "b"))
+    model = vrnn(spec, latent_dim=2, d_hidden=4, hidden=(4,))
+    assert model.latent.spec.columns is None
+
+
+def test_a_prompt_may_be_lists():
+    spec = DataSpec((5,), "tokens", levels=3, step="token")
+    model = vrnn(spec, latent_dim=2, d_hidden=4, hidden=(4,))
+    params, state = model.init(jax.random.key(0))
+    found = model.autoregressive.generate(params, state, jax.random.key(1), 1, prompt=[[1, 2]])
+    np.testing.assert_array_equal(found[0, :2], [1, 2])

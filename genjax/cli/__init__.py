@@ -186,6 +186,8 @@ def _other_data(row: "Recipe", recipe: "Recipe") -> str:
         line += f"; kept {', '.join(f'{name}={value}' for name, value in kept.items())}"
     if lost:
         line += f"; left out, as these data have no such option: {', '.join(lost)}"
+    if row.model.get("lanes") and recipe.model.get("lanes") == 0:
+        line += "; lanes=0, as they are no streams"
     return line
 
 

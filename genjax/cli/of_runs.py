@@ -247,17 +247,12 @@ def evaluate(args: list[str]) -> None:
         check_count(name, getattr(options, name))
     check_seed(options.seed)
     from genjax.runs import load as runs
+    from genjax.runs.evaluate import as_evaluated
     from genjax.runs.evaluate import evaluate as evaluated
-    from genjax.runs.folder import recipe_in, write_json
-    from genjax.zoo.recipe import parameters_of
+    from genjax.runs.folder import write_json
 
-    recipe = recipe_in(options.run)
-    changes = dict(recipe.evaluation)
-    if options.n_samples is not None:
-        if "n_bound_samples" not in parameters_of(recipe.family):
-            raise ConfigError(f"{recipe.name} has no bound with samples; leave --n-samples out.")
-        changes["n_bound_samples"] = options.n_samples
-    run, other = runs.load(options.run, options.which, options.sigma_rel, **changes), None
+    loaded = runs.load(options.run, options.which, options.sigma_rel)
+    run, other = as_evaluated(loaded, options.n_samples), None
     if options.data is not None:
         from genjax.runs.other_data import other_source
 
@@ -296,7 +291,8 @@ def _rows_of(report: dict[str, Any]) -> list[list[str]]:
             f"{bound}{per['nats']:.4f} ± {per['standard_error']:.4f} nats, {per['bits']:.4f} bits"
         )
         counted = f"(n={per['n']:,} {per['step']}s)"
-        rows.append([f"per {per['step']}", f"{code}, perplexity {per['perplexity']:.3f} {counted}"])
+        e = "" if per["perplexity"] is None else f", perplexity {per['perplexity']:.3f}"
+        rows.append([f"per {per['step']}", f"{code}{e} {counted}"])
     for figure in report.get("figures", []):
         error = "" if figure["standard_error"] is None else f" ± {figure['standard_error']:.2g}"
         real = "" if figure["real"] is None else f"; real data {figure['real']:.4g}"

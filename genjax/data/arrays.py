@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from genjax.data.kinds import Channels, with_channels
-from genjax.data.own import Reading, own_source
+from genjax.data.own import HELD_OUT, Reading, own_source
 from genjax.data.rows import Rows, in_npy
 from genjax.data.series import STEP, as_sequences, windows_of
 from genjax.data.source import Source, Splits
@@ -73,13 +73,14 @@ def arrays(
     if tokens:
         return _tokens(read, conditional, step, context, reading, where)
     if context is not None:
-        if list(read) != ["all"] or conditional:
+        if list(read) != ["all"] or conditional or read["all"].length is not None:
             raise ConfigError(
                 "--context cuts one long series without labels into windows; leave it out for "
-                "examples with splits or labels."
+                "examples with splits, labels or lengths."
             )
         series = np.asarray(read["all"].x)
-        read, step = windows_of(series, context, where), step or STEP
+        held_out = reading.valid_fraction, reading.test_fraction
+        read, step = windows_of(series, context, where, *held_out), step or STEP
     as_sequences(read, step, where)
     if step is None:
         xs = with_channels([batch.x for batch in read.values()], channels, where)
@@ -115,6 +116,11 @@ def _tokens(
         raise DataError(
             f"{where}: token ids are sequences [N, T], or one long stream [T] with --context 64 "
             f"and without labels and splits; found {found}."
+        )
+    if (reading.valid_fraction, reading.test_fraction) != HELD_OUT:
+        raise ConfigError(
+            "One long stream of tokens is split by position, the last 10 % for the test: leave "
+            "--valid-fraction and --test-fraction out."
         )
     parts = by_position(read["all"].x)
     return stream_of(

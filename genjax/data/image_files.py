@@ -76,10 +76,10 @@ def image_files(
 ) -> Source:
     """Pictures in a folder, a zip or a tar; their classes are the names of the folders they are in.
 
-    Folders called train, test and valid at the top are the splits. Pictures are turned as their
-    EXIF data say, palettes and 16-bit greys become 8 bits, and what is transparent lies on white
-    unless `mode` is "rgba". CIFAR's binary files (data_batch_1.bin ..., test_batch.bin) are read,
-    too.
+    Folders called train and test at the top, and valid if there is one, are the splits. Pictures
+    are turned as their EXIF data say, palettes and 16-bit greys become 8 bits, and what is
+    transparent lies on white unless `mode` is "rgba". CIFAR's binary files (data_batch_1.bin ...,
+    test_batch.bin) are read, too.
 
     What was decoded is kept in the cache folder; beyond 512 MiB it stays there, and rows of it are
     read as they are asked for.
@@ -320,6 +320,11 @@ def _in_eight_bits(image: Any) -> Any:
 
     if image.mode.startswith(("I;16", "I")):
         grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError(
+                f"its whole numbers, from {grey.min()} to {grey.max()}, are no 16 bits and have no "
+                "scale; save them as .npy"
+            )
         # Pictures of 16 bits; fewer are what they are.
         return Image.fromarray((grey // 257 if grey.max() > 255 else grey).astype(np.uint8))
     if image.mode == "F":
@@ -364,7 +369,7 @@ def _by_split(names: list[str], x: Any, conditional: bool, where: str) -> dict[s
     depth = _shared(paths)
     tops = [path[depth] if len(path) > depth else "" for path in paths]
     splits = {top: _SPLITS.get(top.lower()) for top in tops}
-    own = None not in splits.values() and {"train", "test"} <= set(splits.values())
+    own = _are_splits(splits, where)
     labels = [path[-1] if len(path) > depth + own else "" for path in paths]
     if conditional and len({*labels}) < 2:
         raise DataError(
@@ -376,10 +381,35 @@ def _by_split(names: list[str], x: Any, conditional: bool, where: str) -> dict[s
     if not own:
         return {"all": Batch(x, y)}
     read = {}
-    for top, split in splits.items():
-        index = np.flatnonzero(np.asarray(tops) == top)
-        read[str(split)] = Batch(rows_at(x, index), None if y is None else y[index])
+    of_each = np.asarray([splits[top] for top in tops])
+    for split in sorted(set(of_each)):
+        index = np.flatnonzero(of_each == split)
+        read[split] = Batch(rows_at(x, index), None if y is None else y[index])
     return read
+
+
+def _are_splits(splits: dict[str, str | None], where: str) -> bool:
+    """Whether the folders at the top, with the splits that they are called like, are splits.
+
+    Raises:
+        DataError: for some that are and others that are missing, or are none: pictures that were
+            held out must not be trained on.
+    """
+    found = {split for split in splits.values() if split is not None}
+    if len(found) < 2:
+        return False  # a class may be called so
+    called = ", ".join(f"{top}/" for top, split in splits.items() if split is not None)
+    if not {"train", "test"} <= found:
+        raise DataError(
+            f"{where}: {called} are splits, and train/ or test/ is missing. Rename one, or give "
+            "the folder of those alone that are to be split anew."
+        )
+    if None in splits.values():
+        other = ", ".join(top or "pictures" for top, split in splits.items() if split is None)
+        raise DataError(
+            f"{where}: {called} are splits, and beside them there are {other}. Move these away."
+        )
+    return True
 
 
 def _shared(paths: list[tuple[str, ...]]) -> int:

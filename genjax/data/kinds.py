@@ -77,7 +77,7 @@ def values_of(
 
     Two different values are binary: 0 and 1, or what is taken as such. bool is binary, uint8 has
     256 levels, other whole numbers max + 1, and floats are real numbers, unless `kind` says
-    otherwise; floats that are whole numbers may be declared discrete.
+    otherwise; floats that are whole numbers may be declared discrete. What has `levels` is.
 
     Args:
         levels: how many levels discrete values have; found in the data unless given.
@@ -86,11 +86,20 @@ def values_of(
     Raises:
         DataError: for values that do not fit what is declared, or splits that differ in dtype or
             range.
+        ConfigError: for levels of what is declared to have none.
     """
     _same_dtype(xs, where)
     floating = xs[0].dtype.kind == "f"
     found = _few(xs)
-    decided, why = _kind_of(xs, found, floating) if kind == "auto" else (kind, "as declared")
+    decided, why = kind, "as declared"
+    if kind == "auto" and levels is None:
+        decided, why = _kind_of(xs, found, floating)
+    elif kind == "auto":
+        decided = "discrete"
+    if levels is not None and decided != "discrete":
+        raise ConfigError(
+            f"levels={levels} is for discrete data, and kind={kind!r} was given: leave one out."
+        )
     if decided == "continuous":
         if own_splits:
             _same_spread(xs, where)
@@ -150,6 +159,11 @@ def _binary(xs: list[np.ndarray], found: np.ndarray | None, why: str, where: str
     if found is None or len(found) > 2:
         some = "more than 256" if found is None else str(len(found))
         raise DataError(f"{where}: binary data have two different values; found {some}.")
+    if found.dtype.kind == "f" and not np.isfinite(found).all():
+        raise DataError(
+            f"{where}: binary data have two different numbers; found {found[0]} and {found[-1]}. "
+            "Put 0 in the place of what is missing."
+        )
     if bool(np.isin(found, (0, 1)).all()):
         return Values(xs, "binary", None, f"binary ({why})")
     if len(found) < 2:

@@ -8,6 +8,7 @@ import numpy as np
 from genjax.data.kinds import Channels, with_channels
 from genjax.data.own import Reading, contents_of, own_source
 from genjax.data.rows import of_mapped
+from genjax.data.series import as_sequences
 from genjax.data.source import Source
 from genjax.data.tokens import STEP as TOKEN
 from genjax.data.tokens import Symbols, symbols_of
@@ -76,13 +77,18 @@ def from_arrays(
     """
     read = _read(x, y, key, label)
     if lengths is not None:
-        if list(read) != ["all"]:
-            raise ConfigError("lengths are for data without splits of their own.")
+        if list(read) != ["all"] or read["all"].length is not None:
+            raise ConfigError(
+                "lengths= is for data without splits and lengths of their own: put those of each "
+                "split beside it, as lengths_train and lengths_test."
+            )
         read = {"all": read["all"]._replace(length=np.asarray(lengths))}
-    symbols = _symbols(reading, vocabulary, end, lengths)
+    several = any(batch.length is not None for batch in read.values())
+    symbols = _symbols(reading, vocabulary, end, several)
     if symbols is not None:
         _check_ids(read)
         step = step or TOKEN
+    as_sequences(read, step, WHERE)
     if step is None:
         xs = with_channels([batch.x for batch in read.values()], channels, WHERE)
         pairs = zip(read.items(), xs, strict=True)
@@ -103,7 +109,7 @@ def from_arrays(
 
 
 def _symbols(
-    reading: Reading, vocabulary: Sequence[str] | None, end: int | None, lengths: Any
+    reading: Reading, vocabulary: Sequence[str] | None, end: int | None, lengths: bool
 ) -> Symbols | None:
     """What is known of tokens; None for data of another kind.
 
@@ -115,7 +121,7 @@ def _symbols(
             if value is not None:
                 raise ConfigError(f"{name} is for token ids: say kind='tokens' as well.")
         return None
-    if end is not None and lengths is not None:
+    if end is not None and lengths:
         raise ConfigError("Sequences have an end token or lengths, not both: leave one out.")
     if vocabulary is None:
         return Symbols(None, None, None)
@@ -181,17 +187,30 @@ def _of_mapping(
     stems = (key,) if key is not None else _X
     for stem in stems:
         if stem in x:
-            return {"all": _batch(x[stem], _label_in(x, "", label) if y is None else y)}
+            batch = _batch(x[stem], _label_in(x, "", label) if y is None else y)
+            return {"all": _with_lengths(batch, x, "")}
         if f"{stem}_train" in x and f"{stem}_test" in x:
+            if y is not None:
+                raise ConfigError(
+                    "y is for data without splits of their own: put the labels of each split "
+                    "beside it, as y_train and y_test."
+                )
             splits = [split for split in ("train", "valid", "test") if f"{stem}_{split}" in x]
-            return {
-                split: _batch(x[f"{stem}_{split}"], _label_in(x, f"_{split}", label))
-                for split in splits
-            }
+            found = {}
+            for split in splits:
+                batch = _batch(x[f"{stem}_{split}"], _label_in(x, f"_{split}", label))
+                found[split] = _with_lengths(batch, x, f"_{split}")
+            return found
     raise DataError(
         f"{WHERE}: expected one of {', '.join(map(str, stems))}, or the same with _train and "
         f"_test; found {', '.join(map(str, x)) or 'nothing'}. key= says which one x is."
     )
+
+
+def _with_lengths(batch: Batch, x: Mapping[str, Any], suffix: str) -> Batch:
+    """The batch with the lengths that the mapping has for it, as a file's are taken."""
+    name = f"lengths{suffix}"
+    return batch._replace(length=np.asarray(x[name])) if name in x else batch
 
 
 def _label_in(x: Mapping[str, Any], suffix: str, label: str | None) -> Any:
@@ -220,6 +239,9 @@ def _of_examples(x: Any, y: Any, key: str | None, label: str | None) -> Batch:
             )
         labels = (label,) if label is not None else _Y
         named = next((one for one in labels if one in first), None)
+        if named is None and label is not None:
+            has = ", ".join(map(str, first))
+            raise DataError(f"{WHERE}: an example has no {label}; it has {has}.")
         ys = y
         if y is None and named is not None:
             ys = _called(x, named, _field(every, named))

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import numpy as np
 
+from genjax.data.lines import sizes, split_rows
 from genjax.data.music import KEYS, LOWEST
-from genjax.data.order import permutation
 from genjax.data.own import contents_of
 from genjax.data.source import Source, Splits, cast, validate
 from genjax.errors import DataError, regular_file
@@ -91,17 +91,12 @@ def _source(
     for row, piece in zip(x, pieces, strict=True):
         row[: len(piece)] = piece
     length: Any = np.asarray([len(piece) for piece in pieces], np.int32)
-    held = max(1, round(len(pieces) / 10))
-    order = permutation(len(pieces), seed=0)
-    rows = np.split(order, [len(pieces) - 2 * held, len(pieces) - held])
+    rows = split_rows(len(pieces), max(1, round(len(pieces) / 10)))
     splits = Splits(*(Batch(x[part], length=length[part]) for part in rows))
     name = Path(where).resolve().name.split(".")[0]
     spec = DataSpec((longest, KEYS), "binary", step="frame", lengths=True, name=name)
     validate(splits, spec, where)
-    sizes = " / ".join(
-        f"{len(part):,} {split}" for part, split in zip(rows, Splits._fields, strict=True)
-    )
-    about = f"{sizes} pieces of up to {longest} frames, from {n_files} MIDI files in {where}"
+    about = f"{sizes(rows)} pieces of up to {longest} frames, from {n_files} MIDI files in {where}"
     notes = [about, f"a frame is 1/{per_quarter:g} of a quarter note, in beats of any tempo"]
     if bad:
         notes.append(f"left out {bad} files that cannot be read")

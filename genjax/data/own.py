@@ -10,6 +10,7 @@ import numpy as np
 
 from genjax.data.kinds import Standardize, Values, scale_of, values_of
 from genjax.data.labels import Condition, labels_of
+from genjax.data.lines import sizes
 from genjax.data.order import permutation
 from genjax.data.rows import Chunks, Rows, rows_at
 from genjax.data.source import Source, Splits, cast, stored_dtype, validate
@@ -19,6 +20,7 @@ from genjax.protocol import Batch, DataSpec
 from genjax.settings import Rate, Settings, Within, check_fields
 
 Levels = Annotated[int, Within(2, 2**24)]
+HELD_OUT = (0.1, 0.1)  # shares of the validation and the test set, unless told otherwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +36,18 @@ class Reading(Settings):
             all ("event"), of each column ("element"), nothing ("none"); "auto" is "event" for
             images and "element" for all else.
         condition: what labels are: "classes", a "vector", or what they look like.
-        valid_fraction: the share of the validation set where none is given, drawn in a fixed order.
-        test_fraction: the share of the test set where no split is given, drawn in a fixed order.
+        valid_fraction: the share of the validation set where none is given, drawn in a fixed order;
+            of the windows of one series the part before the test's.
+        test_fraction: the share of the test set where no split is given, drawn in a fixed order; of
+            the windows of one series the last part.
     """
 
     kind: Literal["auto", "binary", "discrete", "continuous", "tokens"] = "auto"
     levels: Levels | None = None
     standardize: Standardize = "auto"
     condition: Condition = "auto"
-    valid_fraction: Rate = 0.1
-    test_fraction: Rate = 0.1
+    valid_fraction: Rate = HELD_OUT[0]
+    test_fraction: Rate = HELD_OUT[1]
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -98,6 +102,7 @@ def own_source(
     scaled = _scaled_by(values.xs[0], parts[0].length, step)
     known, conds, found = _described(scaled, values.kind, parts, reading, where)
     lengths = [batch.length for batch in parts]
+    _for_all("lengths", lengths, where)
     spec = DataSpec(
         xs[0].shape[1:],
         values.kind,
@@ -115,8 +120,7 @@ def own_source(
         for x, cond, length in zip(values.xs, conds, lengths, strict=True)
     ]
     splits = _compact(batches, spec, where)
-    sizes = " / ".join(f"{len(x):,} {split}" for x, split in zip(xs, Splits._fields, strict=True))
-    about = f"{sizes} examples of shape {list(spec.shape)}, from {where}"
+    about = f"{sizes(xs)} examples of shape {list(spec.shape)}, from {where}"
     return Source(
         spec,
         lambda: splits,
@@ -253,6 +257,7 @@ def _described(
     given = [batch.cond for batch in parts if batch.cond is not None]
     if not given:
         return known, [None] * 3, notes
+    _for_all("labels", [batch.cond for batch in parts], where)
     labels = labels_of(given, where, reading.condition)
     known |= {name: getattr(labels, name) for name in ("n_classes", "cond_dim", "class_names")}
     notes.append(labels.note)
@@ -260,6 +265,16 @@ def _described(
         scale = scale_of(labels.conds[0], "none" if standardize == "none" else "element", where)
         known |= {"cond_shift": scale.shift, "cond_scale": scale.scale}
     return known, labels.conds, notes
+
+
+def _for_all(what: str, parts: Sequence[Any], where: str) -> None:
+    """Refuse what some splits have, and others have not."""
+    without = [n for n, part in zip(Splits._fields, parts, strict=True) if part is None]
+    if 0 < len(without) < len(parts):
+        raise DataError(
+            f"{where}: {' and '.join(without)} has no {what}, and other splits have. Give them to "
+            "all, or to none."
+        )
 
 
 def _compact(batches: list[Batch], spec: DataSpec, where: str) -> Splits:

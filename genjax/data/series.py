@@ -10,23 +10,27 @@ from genjax.protocol import Batch
 STEP = "frame"  # what a step is called where nobody says
 
 
-def windows_of(x: np.ndarray, context: int, where: str) -> dict[str, Batch]:
+def windows_of(
+    x: np.ndarray, context: int, where: str, valid_fraction: float = 0.1, test_fraction: float = 0.1
+) -> dict[str, Batch]:
     """Windows [N, context, *event] of a series [T, *event], split by position: 80 % training, 10 %
-    validation, and the last 10 % test. Those of training overlap by three quarters, the others do
-    not.
+    validation, and the last 10 % test unless told otherwise. Those of training overlap by three
+    quarters, the others do not.
 
     Raises:
         DataError: for a series that is too short.
     """
-    at = round(len(x) * 0.8), round(len(x) * 0.9)
+    at = round(len(x) * (1 - valid_fraction - test_fraction)), round(len(x) * (1 - test_fraction))
     parts = np.split(x, at)
     strides = max(1, context // 4), context, context
     found = {}
     for split, part, stride in zip(("train", "valid", "test"), parts, strides, strict=True):
         if len(part) < context:
+            most = min(map(len, parts))
+            advice = f"Take a --context of at most {most}." if most else "Hold out a larger part."
             raise DataError(
                 f"{where}: the {split} part of the series has {len(part)} steps, and a window has "
-                f"{context}. Take a --context of at most {len(parts[2])}."
+                f"{context}. {advice}"
             )
         starts = range(0, len(part) - context + 1, stride)
         found[split] = Batch(np.stack([part[begin : begin + context] for begin in starts]))

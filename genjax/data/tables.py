@@ -198,6 +198,9 @@ def _chosen(
 ) -> tuple[tuple[str, ...], list[str]]:
     """The columns of x, and what is said of them."""
     known = read.column_names
+    for flag, chosen in (("--columns", columns), ("--condition-columns", condition_columns)):
+        if chosen is not None and not chosen:
+            raise ConfigError(f"{flag} names at least one column, or is left out.")
     other = [*([label] if label else []), *(condition_columns or ())]
     for name in [*(columns or ()), *other]:
         if name not in known:
@@ -273,12 +276,17 @@ def _first_text(column: Any) -> str | None:
 
 def _check_missing(column: Any, name: str, where: str, before: int = 0) -> None:
     if column.null_count:
-        row = column.is_null().to_pylist().index(True)
-        more = f", and {column.null_count - 1} more" if column.null_count > 1 else ""
-        raise DataError(
-            f"{where}: row {before + row + 1} of column {name!r} is missing{more}. Fill in what is "
-            "missing, or leave such rows out."
-        )
+        row = before + column.is_null().to_pylist().index(True)
+        raise _missing(row, column.null_count, name, where)
+
+
+def _missing(row: int, count: int, name: str, where: str) -> DataError:
+    """What is said of values that are missing, the first of them in a row from 0."""
+    more = f", and {count - 1} more" if count > 1 else ""
+    return DataError(
+        f"{where}: row {row + 1} of column {name!r} is missing{more}. Fill in what is missing, or "
+        "leave such rows out."
+    )
 
 
 def _condition(
@@ -297,4 +305,7 @@ def _condition(
     _check_missing(column, str(label), where)
     if _numeric(read.schema.field(label).type):
         return _numbers(read, str(label), where)
-    return np.asarray([str(value) for value in column.to_pylist()])
+    found = [str(value) for value in column.to_pylist()]
+    if "" in found:  # as a table of text has what is missing
+        raise _missing(found.index(""), found.count(""), str(label), where)
+    return np.asarray(found)

@@ -160,7 +160,7 @@ def _held(part: np.ndarray, known: int | None, flag: str, where: str) -> int:
     """The largest id."""
     rows, top = max(1, _CHUNK // max(1, part[:1].size)), 0
     for begin in range(0, len(part), rows):
-        chunk = part[begin : begin + rows]
+        chunk = np.asarray(part[begin : begin + rows])  # of what lies on the disk, too
         low, high = int(chunk.min()), int(chunk.max())
         top = max(top, high)
         limit = 2**31 if known is None else known

@@ -75,7 +75,10 @@ def judge_of(
     net = functional(partial(ConvClassifier, shape, CHANNELS, FEATURES, spec.n_classes or 0))
     settings = [VERSION, steps, spec.shape, spec.kind, spec.levels, spec.n_classes]
     digest = hashlib.sha256(json.dumps(settings).encode())
-    for array in (splits.train.x, splits.train.cond):
+    # What the net sees depends on the scale, too; data without one keep the name that they had.
+    for array in (splits.train.x, splits.train.cond, spec.shift, spec.scale):
+        if array is None:
+            continue
         digest.update(np.ascontiguousarray(array).tobytes())
     path = cache_folder() / f"cnn-v{VERSION}-{digest.hexdigest()[:16]}.npz"
     params = _read(path, jax.eval_shape(net.init, jax.random.key(0))[0])

@@ -37,8 +37,8 @@ class Figure(NamedTuple):
         name: "FD[raw]", "modes covered", ...
         value: of n samples against n_reference examples of a split.
         standard_error: where the estimator has one.
-        real: the same figure with as many examples of the training split in the place of samples:
-            what is possible.
+        real: the same figure with as many other examples of the training split in the place of
+            samples: what is possible. None where there are not as many.
         unit: "share", "squared feature distance", ...
         estimator: how it was computed, in words.
     """
@@ -53,20 +53,19 @@ class Figure(NamedTuple):
     n_reference: int
 
 
-def labelled(recipe: Recipe) -> Source | None:
-    """The recipe's data with their labels, whether the recipe uses them or not; None where there
-    are none.
+def labelled(recipe: Recipe, trained_on: Source | None = None) -> Source | None:
+    """The recipe's data with their labels, whether the recipe uses them or not; `trained_on` where
+    they were in memory or are no longer there. None where there are no labels.
     """
-    source = recipe.source()
-    if source.spec.n_classes:
-        return source
-    if "conditional" not in inspect.signature(loader(recipe.data)).parameters:
-        return None
     try:
-        source = open_source(recipe.data, **{**recipe.data_options, "conditional": True})
-    except GenjaxError:  # a file without labels
-        return None
-    return source if source.spec.n_classes else None
+        found = recipe.source()
+        if not found.spec.n_classes:
+            if "conditional" not in inspect.signature(loader(recipe.data)).parameters:
+                return None
+            found = open_source(recipe.data, **{**recipe.data_options, "conditional": True})
+    except GenjaxError:  # or a file without labels
+        found = trained_on
+    return found if found is not None and found.spec.n_classes else None
 
 
 class Sampler(Protocol):
@@ -95,13 +94,21 @@ def sampler_of(model: Model, params: Params, state: State, chunk: int = 500) -> 
 
 
 class _Sets(NamedTuple):
-    """What figures compare, each [n, ...]: examples of the split, samples, and examples of the
-    training split in the place of samples.
+    """What figures compare, each [n, ...]: examples of the split, samples, and other examples of
+    the training split in the place of samples, where there are as many.
     """
 
     data: np.ndarray
     samples: np.ndarray
-    real: np.ndarray
+    real: np.ndarray | None
+
+    def map(self, f: Callable[[np.ndarray], np.ndarray]) -> "_Sets":
+        """f of each."""
+        return _Sets(f(self.data), f(self.samples), None if self.real is None else f(self.real))
+
+
+# Fewer examples are too few for a figure over features: ten blocks of two for the MMD.
+LEAST = 20
 
 
 def figures_of(
@@ -112,6 +119,7 @@ def figures_of(
     seed: int = 0,
     say: Callable[[str], None] = lambda text: None,
     source: Source | None = None,
+    trained_on: Source | None = None,
 ) -> list[Figure]:
     """Every figure that fits the data, the most telling one first; samples have the conditions of
     the reference examples.
@@ -119,13 +127,15 @@ def figures_of(
     Points with known modes: share of high quality, modes covered. Images with labels: class
     agreement (of a conditional model), and Fréchet distance, kernel MMD, precision, recall, density
     and coverage over the features of the judge. All data: Fréchet distance and sliced Wasserstein
-    distance over raw values.
+    distance over raw values. Of fewer than 20 images those over features are left out, which is
+    said.
 
     Args:
         recipe: whose `source` has the data.
         split: what samples are compared with.
         n: how many examples of it, the first ones, and as many samples; None means all.
         source: other data to compare with than the recipe's.
+        trained_on: what the judge learns of where the recipe's data cannot be opened.
 
     Raises:
         ConfigError: for sequences, which none of the figures fits.
@@ -142,17 +152,22 @@ def figures_of(
     size = len(arrays.x) if n is None else min(n, len(arrays.x))
     reference = source.prepare(key_data, _first_rows(arrays, size))
     cond = None if reference.cond is None else np.asarray(reference.cond)
+    others = _others(splits.train, size, already=size if split in ("train", "all") else 0)
     sets = _Sets(
         data=np.asarray(reference.x),
         samples=sampler(key_sample, cond, size),
-        real=np.asarray(source.prepare(key_real, _first_rows(splits.train, size)).x),
+        real=None if others is None else np.asarray(source.prepare(key_real, others).x),
     )
     found = _of_modes(source, sets)
-    if view_of(source.spec) == "image" and (with_labels := labelled(recipe)) is not None:
+    with_labels = labelled(recipe, trained_on) if view_of(source.spec) == "image" else None
+    asked = cond if source.spec.n_classes else None
+    if with_labels is not None and size < LEAST:
+        more = "; a larger --n, or none, has more" * (size < len(arrays.x))
+        say(f"Figures over features need {LEAST} examples; {size} are too few{more}.")
+    if with_labels is not None and (size >= LEAST or asked is not None):
         judge = judge_of(with_labels, say=say)
-        if source.spec.n_classes and cond is not None:
-            found.append(_agreement(judge, sets, cond))
-        found += _of_features(judge, sets)
+        found += [] if asked is None else [_agreement(judge, sets, asked)]
+        found += _of_features(judge, sets) if size >= LEAST else []
     return found + _of_values(source.spec, sets)
 
 
@@ -160,12 +175,23 @@ def _first_rows(batch: Batch, n: int) -> Batch:
     return jax.tree.map(lambda leaf: leaf[:n], batch)
 
 
+def _others(train: Batch, n: int, already: int) -> Batch | None:
+    """n examples of the training split beside its first ones, which are the reference already, and
+    from all over it, as data of one's own may lie in the order of classes; None if it has fewer.
+    """
+    left = len(train.x) - already
+    if left < n:
+        return None
+    rows = already + np.arange(n) * left // n
+    return jax.tree.map(lambda leaf: leaf[rows], train)
+
+
 def _figure(
     name: str, unit: str, estimator: str, compare: Callable[[np.ndarray], Any], sets: _Sets
 ) -> Figure:
     """One figure, of the samples and of real data in their place."""
-    value, real = compare(sets.samples), compare(sets.real)
-    return _stated(name, unit, estimator, value, _number(real), sets)
+    real = None if sets.real is None else _number(compare(sets.real))
+    return _stated(name, unit, estimator, compare(sets.samples), real, sets)
 
 
 def _stated(
@@ -209,7 +235,7 @@ def _agreement(judge: Judge, sets: _Sets, wanted: np.ndarray) -> Figure:
 
 def _of_features(judge: Judge, sets: _Sets) -> list[Figure]:
     """Distances between the judge's features of samples and of data."""
-    seen = _Sets(*map(judge.features, sets))
+    seen = sets.map(judge.features)
 
     def distance(features: np.ndarray) -> float:
         return frechet_distance(seen.data, features)
@@ -221,12 +247,12 @@ def _of_features(judge: Judge, sets: _Sets) -> list[Figure]:
     kernel = f"unbiased, cubic kernel, features of {judge.name}"
     neighbours = f"5 nearest neighbours, features of {judge.name}"
     four = precision_recall_density_coverage(seen.data, seen.samples)
-    four_real = precision_recall_density_coverage(seen.data, seen.real)
+    real = None if seen.real is None else precision_recall_density_coverage(seen.data, seen.real)
     return [
         _figure(f"FD[{judge.name}]", "squared", gaussians, distance, seen),
         _figure(f"MMD²[{judge.name}]", "squared", kernel, discrepancy, seen),
         *(
-            _stated(name, "share", neighbours, getattr(four, name), getattr(four_real, name), seen)
+            _stated(name, "share", neighbours, getattr(four, name), getattr(real, name, None), seen)
             for name in four._fields
         ),
     ]
@@ -236,9 +262,9 @@ def _of_values(spec: DataSpec, sets: _Sets) -> list[Figure]:
     """Distances between raw values, or standardised ones where the spec has a scale."""
     values, called = "raw values", "raw"
     if spec.scale is not None:
-        sets = _Sets(*(np.asarray(spec.normalize(jnp.asarray(x))) for x in sets))
+        sets = sets.map(lambda x: np.asarray(spec.normalize(jnp.asarray(x))))
         values, called = "standardised values", "standardised"
-    flat = _Sets(*(x.reshape(len(x), -1) for x in sets))
+    flat = sets.map(lambda x: x.reshape(len(x), -1))
 
     def distance(x: np.ndarray) -> float:
         return frechet_distance(flat.data, x)

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from genjax.checks import checked
 from genjax.errors import ConfigError
@@ -64,6 +65,7 @@ from genjax.parts.weightings import (
 )
 from genjax.protocol import Array, Aux, Batch, DataSpec, Key, Metrics, Model, Params, State
 from genjax.settings import CondDropout, Dtype, Finite, Often, Positive, builder, guided_by
+from genjax.values import known
 
 SCHEDULES: dict[str, Callable[[], Path]] = {"cosine": cosine, "linear": linear, "edm": edm}
 
@@ -267,6 +269,29 @@ def path_named(spec: DataSpec, noise_schedule: str | Path) -> Path:
     return ending_at_values(SCHEDULES[noise_schedule](), spec)
 
 
+def no_noise(noise_schedule: str | Path, spec: DataSpec, whole: bool) -> bool:
+    """Whether a path of one's own ends where there is no noise: samples need none, a score does.
+
+    Raises:
+        ConfigError: for a log-SNR that is infinite where the network sees it: where samples begin,
+            and, of a bound that is trained for, or of values that are rounded, where they end.
+    """
+    if not isinstance(noise_schedule, Path):
+        return False
+    infinite = []
+    for name in ("start", "end"):
+        value = known(log_snr(noise_schedule, getattr(noise_schedule, name)))
+        if value is not None and not np.isfinite(value):
+            infinite.append(name)
+    for name in infinite:
+        if name == "start" or whole or spec.kind != "continuous":
+            raise ConfigError(
+                f"The log-SNR of this path is infinite at its {name}, where the network would see "
+                f"it. Cut it off a little before: path._replace({name}=...)."
+            )
+    return "end" in infinite
+
+
 def regression_on(
     times: str, weighting: str, n_times: int | None, p_mean: Any, p_std: Any
 ) -> tuple[Times, Weighting]:
@@ -365,8 +390,9 @@ def diffusion(
         spec: the data; binary, discrete or continuous, and no sequences.
         noise_schedule: "cosine" and "linear" (in beta) preserve the variance, "edm" adds noise of
             sd t; "learned" is a monotone function with learned ends (Kingma 2021); in Python any
-            `paths.Path`. The named ones end, or begin to learn where to end, where the noise just
-            leaves the values of discrete data apart (`bounds.log_snr_of_values`).
+            `paths.Path` that begins with a finite log-SNR. The named ones end, or begin to learn
+            where to end, where the noise just leaves the values of discrete data apart
+            (`bounds.log_snr_of_values`).
         n_times: discrete time: train on, and bound, a chain of so many steps; None is continuous
             time.
         prediction: what the network predicts; "v" unless given.
@@ -433,7 +459,8 @@ def diffusion(
         nats = ode_density(way, likelihood, "log_snr", params, x0, batch.cond, key)
         return nats + spec.log_volume
 
-    exact = spec.kind == "continuous"
+    silent = no_noise(noise_schedule, spec, own.whole)
+    exact = spec.kind == "continuous" and not silent
     words = f"probability-flow ODE, {likelihood.in_words}"
     return checked(
         Model(
@@ -442,7 +469,7 @@ def diffusion(
             losses={"diffusion": loss},
             sample=sample_with(record),
             log_prob=log_prob if exact else None,
-            bound=bound,
+            bound=None if silent else bound,
             estimator=words if exact else bound_in_words(n_bound_samples, n_times),
             noise={"diffusion": noise},
             denoiser=record,

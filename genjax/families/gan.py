@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from genjax import nets
-from genjax.checks import check_cond, checked
+from genjax.checks import check_cond, check_whole, checked
 from genjax.errors import ConfigError
 from genjax.nets.functional import Net, functional
 from genjax.nets.own import Call, Network, batch_statistics, given_only, judging, own_net
@@ -299,10 +299,7 @@ def _check_norms(
 
 
 def _check_data(spec: DataSpec, generator_cond: str, discriminator_cond: str) -> None:
-    if spec.kind == "tokens":
-        raise ConfigError(
-            "A GAN models binary, discrete or continuous data; got tokens. Use a sequence family."
-        )
+    check_whole(spec, "A GAN")
     if not spec.conditional and (generator_cond, discriminator_cond) != ("concat", "concat"):
         raise ConfigError(
             f"generator_cond={generator_cond!r} and discriminator_cond={discriminator_cond!r} say "

@@ -162,7 +162,7 @@ def rnn(
     return autoregressive(
         spec,
         emit,
-        sequence_net(spec, functional(module, dtype), chosen, dropout),
+        sequence_net(spec, functional(module, dtype, nets.sequence.EVENTS), chosen, dropout),
         player="rnn",
         cond_dropout=cond_dropout,
         lanes=lanes,

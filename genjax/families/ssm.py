@@ -366,7 +366,7 @@ def ssm(
     feed = partial(nets.attention.FeedForward, d_model, width, "gelu", "rms", False, std)
     readout = partial(nets.attention.Readout, d_model, emit.n_outputs, tie_weights, "rms", False)
     layers = Layers(
-        inputs=functional(inputs, dtype),
+        inputs=functional(inputs, dtype, nets.sequence.EVENTS),
         project=functional(project, dtype),
         core=functional(core),  # states and gates stay wide
         out=functional(out, dtype),

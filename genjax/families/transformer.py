@@ -315,7 +315,9 @@ def transformer(
     of = nets.attention
     heads = (d_model, n_heads, kv, norm, bias, window, turned, std)
     layers = Layers(
-        inputs=functional(partial(of.Inputs, spec, d_model, learned, guided), dtype),
+        inputs=functional(
+            partial(of.Inputs, spec, d_model, learned, guided), dtype, nets.sequence.EVENTS
+        ),
         attention=made(of.Attention, *heads, base=rope_base),
         feed_forward=made(of.FeedForward, d_model, width, activation, norm, bias, std),
         readout=made(of.Readout, d_model, emit.n_outputs, tie_weights, norm, bias),

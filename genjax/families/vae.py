@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from genjax import nets
-from genjax.checks import check_cond, checked
+from genjax.checks import check_cond, check_whole, checked
 from genjax.errors import ConfigError
 from genjax.nets.functional import Net, functional
 from genjax.nets.own import Call, Network, given_only, own_net, separate
@@ -33,6 +33,7 @@ from genjax.protocol import (
     State,
 )
 from genjax.settings import Count, Dtype, NonNegative, Often, Positive, Whole, builder, used
+from genjax.spec import as_vectors
 
 # The floor of the log-scale of q(z|x): at e^-15 its KL to N(0, 1) is already 14.5 nats for each
 # dimension of z.
@@ -441,14 +442,14 @@ def vae(
         >>> model.latent.reconstruct(params, state, batch.x).shape
         (4, 8, 8, 1)
     """
-    if spec.kind == "tokens":
-        raise ConfigError(
-            "A VAE models binary, discrete or continuous data; got tokens. Use a sequence family."
-        )
+    check_whole(spec, "A VAE")
     if isinstance(prior, str):
         prior = normal_prior(latent_dim) if prior == "normal" else vamp_prior(spec, n_pseudo_inputs)
     prior = _checked_prior(prior, n_samples=n_samples, n_bound_samples=n_bound_samples)
     like = likelihood_of(spec, likelihood, scale == "element")
+    # ln p sees events as vectors, see `log_likelihood`.
+    of_vectors = likelihood_of(as_vectors(spec), likelihood, scale == "element")
+    like = like._replace(log_prob=of_vectors.log_prob)
     widths = (tuple(hidden), tuple(channels))
     nets = _nets(spec, net, widths, latent_dim, like.n_outputs, activation, dtype)
     nets = _own_nets(spec, nets, (encoder, decoder), latent_dim, like.n_outputs, dtype)

@@ -18,7 +18,7 @@ from genjax.errors import ConfigError
 from genjax.nets.cells import Cell, cell_of, gate_labels
 from genjax.nets.functional import Net, functional
 from genjax.parts.autoregressive import check_sequences
-from genjax.parts.decoding import check_length, check_prompt, prompted, settled
+from genjax.parts.decoding import check_length, checked_prompt, prompted, settled
 from genjax.parts.distributions import normal_sample, softplus
 from genjax.parts.likelihoods import Emission, emission
 from genjax.parts.particles import (
@@ -281,7 +281,7 @@ def generate(
     n_steps = model.spec.shape[0] if length is None else length
     check_length(n_steps)
     if prompt is not None:
-        check_prompt(model.spec, n, prompt, prompt_length)
+        prompt = checked_prompt(model.spec, n, prompt, prompt_length)
     given, fixed = prompted(n, n_steps, prompt, prompt_length)
     p, c = params["vrnn"], model.spec.embed(cond)
     own, apply = sequential(model, p), partial(model.net.apply, p, {})
@@ -329,6 +329,7 @@ def latents_of(spec: DataSpec, latent_dim: int) -> DataSpec:
         name=f"latents of {spec.name}",
         shift=None,
         scale=None,
+        columns=None,
     )
 
 
@@ -417,7 +418,7 @@ def vrnn(
     chosen = RESAMPLING[resampling]
     model = VrnnModel(
         spec=spec,
-        net=functional(module, dtype),
+        net=functional(module, dtype, nets.sequence.EVENTS),
         emit=emit,
         objective=Estimate(objective, n_samples, chosen),
         beta=beta,

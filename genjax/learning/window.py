@@ -44,15 +44,24 @@ class Metrics:
 
     def line(self) -> dict[str, Any]:
         """What the window comes to, as far as it was read; a new one begins."""
-        found = {name: _window_value(name, values) for name, values in self.window.items()}
+        taken = 1 - np.asarray(self.window.get("skipped", 0.0), np.float64)
+        found = {name: _window_value(name, values, taken) for name, values in self.window.items()}
         self.window.clear()
         return found
 
 
-def _window_value(name: str, values: list[Any]) -> Any:
-    # Counts add up; everything else is averaged.
-    total = np.asarray(values, np.float64)
-    return (total.sum(axis=0) if name == "skipped" else total.mean(axis=0)).tolist()
+def _window_value(name: str, values: list[Any], taken: np.ndarray) -> Any:
+    """Counts add up; everything else is averaged over the steps that were `taken`, NaN if none was:
+    skipped ones have 0 there.
+    """
+    every = np.asarray(values, np.float64)
+    if name == "skipped":
+        return every.sum(axis=0).tolist()
+    if taken.shape != every.shape:  # nothing is skipped, or one value stands for all members
+        return every.mean(axis=0).tolist()
+    count = taken.sum(axis=0)
+    mean = np.where(taken > 0, every, 0).sum(axis=0) / np.where(count > 0, count, np.nan)
+    return mean.tolist()
 
 
 def _check_finite(

@@ -255,12 +255,13 @@ class Inputs(nnx.Module):
         if self.positions is None:
             return h
         table = self.positions[...]
-        if len(table) != x.shape[1]:  # one step would be added to every row of it
+        if x.shape[1] > len(table):
             raise ConfigError(
                 f"A model with a learned vector for each of {len(table)} positions takes sequences "
-                f"of {len(table)} steps; got {x.shape[1]}. Pad them, or take position='rotary'."
+                f"of up to {len(table)} steps; got {x.shape[1]}. Cut them, or take "
+                "position='rotary'."
             )
-        return h + table[None]
+        return h + table[None, : x.shape[1]]
 
     def initial(self, n: int, c: Array | None, dropped: Array | None) -> Array:
         """The input of position 0, [n, d]."""

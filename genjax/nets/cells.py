@@ -25,12 +25,13 @@ class Cell:
         n_biased: how many of the last gates have a bias of their own in u.
         summed: whether `step` sees a and u as their sum a + u only, which has a faster way back
             (see `over_time`).
-        bias: the initial b of each gate.
+        bias: the initial b of each gate; (b,) is for all.
         keeper: which gate keeps the past when it is open, of those that `bias` lists; None where
             there is none.
 
     Raises:
-        ConfigError: for a `summed` cell with gates that have a bias of their own in u.
+        ConfigError: for a `summed` cell with gates that have a bias of their own in u, and for
+            another number of biases than gates.
     """
 
     step: Callable[[Array, Array, Carry], Carry]
@@ -46,6 +47,13 @@ class Cell:
             raise ConfigError(
                 "a cell that sees a + u has one bias: with summed, n_biased must be 0; got "
                 f"{self.n_biased}."
+            )
+        if len(self.bias) == 1:
+            object.__setattr__(self, "bias", self.bias * self.n_gates)
+        if len(self.bias) != self.n_gates:
+            raise ConfigError(
+                f"a cell of {self.n_gates} gates has as many biases, or one for all; got "
+                f"{len(self.bias)}."
             )
 
 
@@ -83,6 +91,29 @@ CELLS = {
     "lstm": Cell(lstm_step, 4, n_carry=2, summed=True, bias=(0.0, 1.0, 0.0, 0.0), keeper=1),
     "gru": Cell(gru_step, 3, n_biased=1, bias=(0.0, 0.0, 0.0), keeper=1),
 }
+
+
+def check_step(cell: Cell, d: int) -> None:
+    """Try the step of a cell of one's own on shapes of d units.
+
+    Raises:
+        ConfigError: if it does not take and give what the cell says.
+    """
+    if any(cell.step is own.step for own in CELLS.values()):
+        return
+    one = jax.ShapeDtypeStruct((1, d), jnp.float32)
+    gates = jax.ShapeDtypeStruct((1, cell.n_gates * d), jnp.float32)
+    wanted = (
+        f"The step of a cell of n_gates={cell.n_gates} and n_carry={cell.n_carry} must make of "
+        f"a, u [B, {cell.n_gates} d] and a carry, {cell.n_carry} x [B, d], such a carry"
+    )
+    try:
+        found = jax.eval_shape(cell.step, gates, gates, (one,) * cell.n_carry)
+    except Exception as error:  # whatever somebody's function raises
+        raise ConfigError(f"{wanted}; it raised {error!r:.200}") from error
+    shapes = [jnp.shape(leaf) for leaf in found] if isinstance(found, tuple) else found
+    if shapes != [one.shape] * cell.n_carry:
+        raise ConfigError(f"{wanted}; for B = 1, d = {d} it gave {shapes!r:.200}.")
 
 
 def cell_of(cell: str | Cell, forget_bias: float | None = None) -> Cell:

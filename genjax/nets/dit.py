@@ -10,15 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from genjax.errors import ConfigError
-from genjax.nets.conditioned import (
-    Embedding,
-    SelfAttention,
-    from_patches,
-    modulate,
-    to_patches,
-    zero_linear,
-)
+from genjax.nets.conditioned import Embedding, SelfAttention, modulate, zero_linear
 from genjax.nets.layers import Dense, unit_rms, wide
+from genjax.nets.patches import from_patches, to_patches
 from genjax.nets.remat import rematerialised
 from genjax.protocol import Array
 

@@ -95,6 +95,12 @@ def double(x: Array) -> Array:
     )
 
 
+def halve(x: Array) -> Array:
+    """Images [n, 2 H, 2 W, C] -> [n, H, W, C], the mean of every 2x2 pixels."""
+    n, height, width, d = x.shape
+    return x.reshape(n, height // 2, 2, width // 2, 2, d).mean(axis=(2, 4))
+
+
 def _convolve(x: Array, kernel: Array, stride: int, pads: Sequence[tuple[int, int]]) -> Array:
     sides = [(0, 0), *pads, (0, 0)]
     # Padding may be negative: it cuts.

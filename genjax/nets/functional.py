@@ -4,7 +4,8 @@ plain dicts out.
 
 import contextlib
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -72,7 +73,9 @@ def _refuse(module: "nnx.Module", name: str) -> None:
             )
 
 
-def functional(build: "Callable[..., nnx.Module]", dtype: str | None = None) -> Net:
+def functional(
+    build: "Callable[..., nnx.Module]", dtype: str | None = None, wide: Collection[str] = ()
+) -> Net:
     """Turn `build(*, rngs) -> nnx.Module` into a `Net`.
 
     Whether a call trains or evaluates is a call argument of the module; nothing of NNX leaves this
@@ -83,6 +86,8 @@ def functional(build: "Callable[..., nnx.Module]", dtype: str | None = None) -> 
         dtype: compute in this dtype, such as "bfloat16": parameters and floating-point arguments
             are cast on the way in and outputs to float32 on the way out, so parameters, statistics
             and losses stay float32. None changes nothing.
+        wide: positional arguments of the module's methods, by name, that are not cast: what the
+            module brings to a scale of its own first, before which narrow numbers are too coarse.
 
     Raises:
         ConfigError: for a module that stores rngs, shares a variable by reference, or (at the first
@@ -136,8 +141,13 @@ def functional(build: "Callable[..., nnx.Module]", dtype: str | None = None) -> 
         given = params = _matched(params, wanted_params, f"The tree of parameters of {name}")
         own = _matched(state, wanted_state, f"The state of {name}")
         if dtype is not None and dtype != "float32":
-            given, args, kwargs = _cast((params, args, kwargs), dtype)
+            given = _cast(params, dtype)
         module = nnx.merge(graphdef, given, own)
+        if given is not params:
+            names = [*inspect.signature(getattr(module, method)).parameters] if wide else []
+            whole = [index for index, called in enumerate(names) if called in wide]
+            args = [a if i in whole else _cast(a, dtype) for i, a in enumerate(args)]
+            kwargs = _cast(kwargs, dtype)
         # Statistics stay float32 in narrow arithmetic, so a normalisation layer mixes the two.
         with (
             jax.numpy_dtype_promotion("standard")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from genjax.nets.conv import check_image
-from genjax.nets.fast_conv import Conv, ConvTranspose, double
+from genjax.nets.fast_conv import Conv, ConvTranspose, double, halve
 from genjax.nets.mlp import flatten_with
 from genjax.nets.norm import BatchNorm, Plain, Spectral
 from genjax.protocol import Array
@@ -265,8 +265,7 @@ class ResidualFeatures(nnx.Module):
         x = self.first(_with_maps(x, cond if self.concat else None), train)
         for block in self.blocks:
             x = block(x, None, train)
-            n, height, width, depth = x.shape
-            x = x.reshape(n, height // 2, 2, width // 2, 2, depth).mean(axis=(2, 4))
+            x = halve(x)
         return _leaky(x).reshape(x.shape[0], -1)
 
 

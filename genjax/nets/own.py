@@ -154,7 +154,7 @@ def _net_of(network: Any, name: str, call: Call, dtype: str) -> Net:
     if inspect.isclass(network) and issubclass(network, linen.Module):
         raise ConfigError(f"{name} is a class: give an object of it, {name}(...).")
     if isinstance(network, linen.Module):
-        return _linen(network, name, call)
+        return _in_float32(_linen(network, name, call))
     if isinstance(network, nnx.Module):
         raise ConfigError(
             f"{name} is a module that has its weights already, and a model makes its own from a "
@@ -166,7 +166,21 @@ def _net_of(network: Any, name: str, call: Call, dtype: str) -> Net:
             f"nnx.Module, or a function (rngs) -> nnx.Module; got {network!r:.80}."
         )
     build: Any = functools.partial(network)
-    return functional(build, dtype)
+    return _in_float32(functional(build, dtype))
+
+
+def _in_float32(net: Net) -> Net:
+    """The network with results of at least 32 bits, whatever it computes in, so that losses are."""
+
+    def wide(leaf: Any) -> Any:
+        narrow = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
+        return leaf.astype(jnp.float32) if narrow else leaf
+
+    def apply(params: Params, state: State, *args: Any, **kwargs: Any) -> tuple[Any, State]:
+        y, state = net.apply(params, state, *args, **kwargs)
+        return jax.tree.map(wide, y), state
+
+    return Net(net.init, apply)
 
 
 def _linen(module: Any, name: str, call: Call) -> Net:

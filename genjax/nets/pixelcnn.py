@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from genjax.nets.masked import MaskedConv
+from genjax.nets.patches import from_patches
 from genjax.nets.sequence import dropout
 from genjax.protocol import Array, Key, PyTree
 
@@ -265,8 +266,8 @@ class GatedPixelCNN(_Pixels):
                 low_h = self.down_h[scale](h)[:, ::2, ::2]
                 low_h = low_h + pointwise(self.down_across[scale], low_v)
                 low_v, low_h = through(scale + 1, low_v, low_h)
-                v = v + doubled(pointwise(self.up_v[scale], low_v))
-                h = h + doubled(pointwise(self.up_h[scale], low_h))
+                v = v + from_patches(pointwise(self.up_v[scale], low_v), 2)
+                h = h + from_patches(pointwise(self.up_h[scale], low_h), 2)
             for index in after:
                 v, h = layer(index, v, h)
             return v, h
@@ -332,7 +333,7 @@ class GatedPixelCNN(_Pixels):
             carry["down_v"][scale] = pushed(carry["down_v"][scale], v)
             carry["down_h"][scale] = jnp.zeros_like(carry["down_h"][scale])
             carry = jax.lax.cond(row % 2 == 0, smaller, unchanged, carry)
-            up = doubled(pointwise(self.up_v[scale], carry["low_v"][scale])[:, None])
+            up = from_patches(pointwise(self.up_v[scale], carry["low_v"][scale])[:, None], 2)
             v = v + up[:, row % 2]
         for index in after:
             v = layer(index, v)
@@ -397,13 +398,6 @@ class GatedPixelCNN(_Pixels):
 
 def unchanged(carry: PyTree) -> PyTree:
     return carry
-
-
-def doubled(x: Array) -> Array:
-    """Each pixel of [n, H, W, 4 d] as a square of four, [n, 2 H, 2 W, d]."""
-    n, height, width, d = x.shape
-    x = x.reshape(n, height, width, 2, 2, d // 4).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(n, 2 * height, 2 * width, d // 4)
 
 
 def _both(pair: tuple[range, range]) -> list[int]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from genjax.nets.cells import Carry, Cell, cell_of
+from genjax.nets.cells import Carry, Cell, cell_of, check_step
 from genjax.nets.remat import rematerialised
 from genjax.nets.sequence import EventEmbed, dropout
 from genjax.protocol import Array, DataSpec, Key
@@ -69,6 +69,7 @@ class RecurrentLayer(nnx.Module):
     def __init__(
         self, cell: Cell, d_in: int, d: int, remat: str = "none", *, rngs: nnx.Rngs
     ) -> None:
+        check_step(cell, d)
         self.cell, self.remat = cell, remat
         self.inputs = nnx.Linear(d_in, cell.n_gates * d, rngs=rngs)
         bias = jnp.concatenate([jnp.full(d, value, jnp.float32) for value in cell.bias])

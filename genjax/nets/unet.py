@@ -11,9 +11,10 @@ import numpy as np
 from flax import nnx
 
 from genjax.errors import ConfigError
-from genjax.nets.conditioned import Embedding, SelfAttention, from_patches, to_patches, zero_linear
-from genjax.nets.fast_conv import Conv, double
+from genjax.nets.conditioned import Embedding, SelfAttention, zero_linear
+from genjax.nets.fast_conv import Conv, double, halve
 from genjax.nets.layers import EPSILON, wide
+from genjax.nets.patches import from_patches, to_patches
 from genjax.nets.remat import rematerialised
 from genjax.protocol import Array
 
@@ -166,12 +167,6 @@ class UNet(nnx.Module):
             for block in self.up[level]:
                 h = rematerialised(block, self.remat)(h, e)
         return from_patches(self.last(jax.nn.silu(self.last_norm(h, e))), self.patch)
-
-
-def halve(x: Array) -> Array:
-    """Images [n, 2 H, 2 W, C] -> [n, H, W, C], the mean of every 2x2 pixels."""
-    n, height, width, d = x.shape
-    return x.reshape(n, height // 2, 2, width // 2, 2, d).mean(axis=(2, 4))
 
 
 def check_sizes(

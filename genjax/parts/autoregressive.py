@@ -33,6 +33,7 @@ from genjax.protocol import (
     PyTree,
     State,
     step_mask,
+    without_padding,
 )
 from genjax.settings import guided_by
 
@@ -318,6 +319,7 @@ def outputs_of(
 def step_log_prob(model: SequenceModel, params: Params, state: State, batch: Batch) -> Array:
     """ln p(x_t | x_<t, c) [B, T] in nats, 0 where padded."""
     check_batch(model.spec, batch, any_length=model.spec.step is not None)
+    batch = without_padding(model.spec, batch)
     found = outputs_of(model, params, batch)
     return step_nats(model, in_steps(model, batch), found)
 
@@ -334,7 +336,8 @@ def stream(
     after them.
     """
     check_batch(model.spec, batch, any_length=model.spec.step is not None)
-    windows, p, batch = model.net.windows, params[model.player], in_steps(model, batch)
+    batch = in_steps(model, without_padding(model.spec, batch))
+    windows, p = model.net.windows, params[model.player]
     assert windows is not None, "the record has no `stream` without windows"
     if carry is None:
         carry = windows.start(p, batch.x.shape[0], batch.x.dtype)

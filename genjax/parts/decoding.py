@@ -110,9 +110,8 @@ def check_prompt(
     check_values(spec, prompt, "The prompt", np.broadcast_to(kept, (n, whole)))
 
 
-def _checked_prompt(
-    spec: DataSpec, n: int, prompt: Any, prompt_length: Array | int | None
-) -> Array:
+def checked_prompt(spec: DataSpec, n: int, prompt: Any, prompt_length: Array | int | None) -> Array:
+    """A prompt, an array or lists of numbers, as an array; see `check_prompt`."""
     # Before jax makes int32 of what is larger than that.
     given = prompt if hasattr(prompt, "dtype") else np.asarray(prompt)
     if prompt_length is not None and given.ndim > 1:
@@ -300,7 +299,7 @@ def make_generate(
         steps = spec.shape[0] if length is None else length
         check_length(steps, context)
         if prompt is not None:
-            prompt = _checked_prompt(spec, n, prompt, prompt_length)
+            prompt = checked_prompt(spec, n, prompt, prompt_length)
         if guidance is not None:
             check_guidance(spec, guided)
             require(np.isfinite, "guidance", "a finite number", guidance)

@@ -4,33 +4,21 @@ Dinh 2017, sections 3.6 and 4 (squeezing, multi-scale), Kingma & Dhariwal 2018.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax.numpy as jnp
 
 from genjax.nets.functional import Net
+from genjax.nets.patches import from_patches, to_patches
 from genjax.parts.bijections import Bijection, Moved, prepared, rearranged
 from genjax.parts.distributions import sum_event
 from genjax.parts.monotone import Monotone
 from genjax.protocol import Array, Key, Params
 
 
-def to_channels(x: Array) -> Array:
-    """[n, H, W, C] -> [n, H/2, W/2, 4 C]: each block of 2x2 pixels becomes one pixel."""
-    n, height, width, depth = x.shape
-    blocks = x.reshape(n, height // 2, 2, width // 2, 2, depth)
-    return blocks.transpose(0, 1, 3, 2, 4, 5).reshape(n, height // 2, width // 2, 4 * depth)
-
-
-def to_pixels(x: Array) -> Array:
-    """The inverse of `to_channels`."""
-    n, height, width, depth = x.shape
-    blocks = x.reshape(n, height, width, 2, 2, depth // 4)
-    return blocks.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * height, 2 * width, depth // 4)
-
-
 def squeezed() -> Bijection:
     """Blocks of 2x2 pixels as pixels with four times the channels."""
-    return rearranged(to_channels, to_pixels)
+    return rearranged(partial(to_patches, size=2), partial(from_patches, size=2))
 
 
 def split(rest: Bijection, net: Net, monotone: Monotone, shape: tuple[int, int, int]) -> Bijection:

@@ -223,7 +223,7 @@ def prior_of(model: Model) -> Prior:
                 f"for has one of size {size}. Build both for the same condition, or the prior "
                 "without."
             )
-        return cond if spec.n_classes is None else jnp.argmax(cond, axis=-1)
+        return spec.unembedded(cond)
 
     def log_prob(
         params: Any, state: Any, posterior: Posterior, z: Array, cond: Array | None, key: Key

@@ -3,6 +3,7 @@ of the one that the other comes to is comparable between machines and frameworks
 """
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,30 +19,37 @@ CHIPS = {
     "TPU v5": (459e12, 95 * 2**30),
     "TPU v6 lite": (918e12, 32 * 2**30),
 }
-# bfloat16 FLOP/s of dense products on the tensor cores, by a part of the name that jax gives; the
-# first that matches. From NVIDIA's data sheets of each card, where figures "with sparsity" are
-# twice as large.
-GPUS = (
-    ("B200", 2250e12),
-    ("GH200", 989e12),
-    ("H200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
-    ("L40S", 362e12),
-    ("L4", 121e12),
-    ("A10G", 70e12),
-    ("RTX 4090", 165e12),
-    ("RTX 3090", 71e12),
-)
+# bfloat16 FLOP/s of dense products on the tensor cores, by the name of the card. From NVIDIA's data
+# sheets of each card, where figures "with sparsity" are twice as large.
+GPUS = {
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H200 NVL": 835e12,
+    "H100": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "A100": 312e12,
+    "A100 PCIe": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+# What else stands in a name and changes nothing: makers, sockets, memory.
+_BESIDE = re.compile(r"NVIDIA|Tesla|GeForce|SXM\d?|HBM\d?\w?|\d+GB")
 
 
 def datasheet_peak(device_kind: str) -> float | None:
-    """bfloat16 FLOP/s of a device by its name in jax, or None for one that is not known."""
+    """bfloat16 FLOP/s of a device by its name in jax; None for one that is not known, as are laptop
+    versions and parts of a card.
+    """
     if device_kind in CHIPS:
         return CHIPS[device_kind][0]
-    return next((peak for name, peak in GPUS if name in device_kind), None)
+    words = device_kind.replace("-", " ").replace("PCIE", "PCIe").split()
+    return GPUS.get(" ".join(word for word in words if not _BESIDE.fullmatch(word)))
 
 
 def product_flops(f: Callable[..., Any], *args: Any) -> float:

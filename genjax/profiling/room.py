@@ -34,17 +34,19 @@ def machine_memory() -> int | None:
     return min((size for size in found if size > 0), default=None)
 
 
-def capacity() -> tuple[int | None, str]:
-    """The bytes that arrays may take on all devices together, and what has them."""
-    devices = jax.local_devices()
-    device = devices[0]
+def capacity(devices: int | None = None) -> tuple[int | None, str]:
+    """The bytes that arrays may take on so many devices together, all unless given, and what has
+    them. Those of a CPU share one memory.
+    """
+    local = jax.local_devices()
+    device, count = local[0], devices or len(local)
     if device.platform == "cpu":
         return machine_memory(), "this machine"
     with suppress(Exception):  # not every backend has it
         each = (device.memory_stats() or {}).get("bytes_limit")
         if each:
-            several = f"{len(devices)} devices" if len(devices) > 1 else "the device"
-            return each * len(devices), f"{several} ({device.device_kind})"
+            several = f"{count} devices" if count > 1 else "the device"
+            return each * count, f"{several} ({device.device_kind})"
     return None, "the device"
 
 
@@ -94,7 +96,7 @@ def check_program(program: Any, what: str) -> None:
     Raises:
         MemoryExhausted: with what it needs, and what there is.
     """
-    needed, (there, where) = program_memory(program), capacity()
+    needed, (there, where) = program_memory(program), capacity(devices=1)
     if there is not None and needed > there:
         raise MemoryExhausted(
             f"{what} needs {in_words(needed)} of memory, and {where} has {in_words(there)}."

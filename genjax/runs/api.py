@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from genjax.data import MEMORY, Source, from_arrays, open_source
+from genjax.data import MEMORY, Source, batch_indices
 from genjax.data.labels import condition_of, condition_of_each
 from genjax.errors import ConfigError, DataError, unknown_name
 from genjax.evaluation.estimates import estimate, score_examples, scorer
@@ -25,8 +25,8 @@ from genjax.learning.step import eval_params, training
 from genjax.protocol import Batch, DataSpec, Model, Params, State
 from genjax.runs import load as loading
 from genjax.runs import samples, shown
-from genjax.runs.evaluate import evaluate
-from genjax.runs.other_data import brought_to, other_source
+from genjax.runs.evaluate import as_evaluated, evaluate
+from genjax.runs.other_data import brought_to, in_order, other_source, source_for, source_in
 from genjax.runs.own_model import checkpoints_of, weights_of
 from genjax.runs.train import train as train_in
 from genjax.runs.writers import Writer
@@ -188,8 +188,10 @@ class Run:
         return Scores(nats, float(nats.mean()), error, self.model.estimator)
 
     def _events(self, x: Any) -> np.ndarray:
-        """Examples as the model takes them; [N, H, W] is understood for [N, H, W, 1]."""
-        array, wanted = np.asarray(x), self.spec.shape
+        """Examples as the model takes them; [N, H, W] is understood for [N, H, W, 1], and the
+        columns of a table are taken by their names.
+        """
+        array, wanted = np.asarray(in_order(x, self.spec.columns)), self.spec.shape
         if array.shape[1:] == wanted[:-1] and wanted[-1:] == (1,):
             array = array[..., None]
         if array.ndim != len(wanted) + 1 or array.shape[1:] != wanted:
@@ -239,12 +241,15 @@ class Run:
         check_cond(self.spec, given, len(array))
         return np.asarray(jax.jit(latent.decode)(self.params, self.state, array, given))
 
-    def evaluate(self, split: str | None = None, data: Any = None, **how: Any) -> dict[str, Any]:
+    def evaluate(
+        self, split: str | None = None, data: Any = None, n_samples: int | None = None, **how: Any
+    ) -> dict[str, Any]:
         """What the run is worth on a split, as `genjax evaluate` has it: a dictionary.
 
         Args:
             split: "test" unless given, or "all" of other `data`.
             data: other data of the same kind: a path, or what `from_arrays` takes.
+            n_samples: K of a bound with samples; what the recipe evaluates with unless given.
             how: see `runs.evaluate.evaluate`: n, seed, batch_size, about_samples.
 
         Raises:
@@ -254,7 +259,9 @@ class Run:
             raise ConfigError("Only runs of recipes are evaluated; use log_prob or bound.")
         source = self.source if data is None else self._other(data)
         usual = "test" if data is None else "all"
-        report = evaluate(self._loaded, split or usual, source=source, **how)
+        loaded = as_evaluated(self._loaded, n_samples)
+        own = self._source if data is not None else source
+        report = evaluate(loaded, split or usual, source=source, trained_on=own, **how)
         self._figures += shown.figures_of(report)
         return report
 
@@ -273,20 +280,6 @@ class Run:
         """What a notebook shows."""
         how = (self.params, self.step, self._loaded, self.folder, self._figures)
         return shown.page_of(self.spec, *how)
-
-
-def source_in(data: Any, spec: DataSpec | None = None) -> Source:
-    """The source of a path, a name, or of data in memory; with a spec, of values of its kind."""
-    if isinstance(data, Source):
-        return data
-    if isinstance(data, str | Path):
-        return open_source(str(data))
-    if spec is None:
-        return from_arrays(data)
-    taken: dict[str, Any] = {"kind": spec.kind, "levels": spec.levels, "step": spec.step}
-    if spec.kind == "tokens":
-        taken |= {"vocabulary": spec.vocabulary, "end": spec.end}
-    return from_arrays(data, standardize="none", **taken)
 
 
 def load(
@@ -446,7 +439,10 @@ def _recipe_of(
             "genjax.from_arrays(x, y) gives them."
         )
         what = replace(what, conditional=False)  # with what only a condition needs
-    return dataclasses.replace(what, data=MEMORY, data_options={}), source
+    if source.order is batch_indices and (own := what.apart(())) is not what:
+        say(f"The data are no streams, so {what.name} is trained with lanes=0.")
+        what = own
+    return dataclasses.replace(what, data=MEMORY, data_options={}, loaded_by=None), source
 
 
 def _train_model(
@@ -471,7 +467,7 @@ def _train_model(
     numbers = {"steps": steps, "batch_size": batch_size, "steps_per_call": steps_per_call}
     check_call(_train_model, numbers)
     key = key_of(seed)
-    source = source_in(data, model.spec)
+    source = source_for(model.spec, data)
     t = training(model, optax.adam(1e-3) if optimizer is None else optimizer)
     feed = choose_feed(t, source, source.load().train, batch_size, seed)
     checkpoints = None

@@ -66,11 +66,12 @@ class Best:
 
 def no_gain(schedule: Schedule, best: int, step: int) -> bool:
     """Whether a run whose best state is of step `best` (0 without one) ends at a step: as many
-    evaluations as `stop_after` says, one at each multiple of `evaluate_every`, brought no gain.
+    evaluations as `stop_after` says, one at each multiple of `evaluate_every`, but at most one in
+    `steps_per_call` steps, brought no gain. It waits longer where dispatches are shorter than that.
     """
     if not schedule.stop_after or not schedule.evaluate_every:
         return False
-    every = schedule.evaluate_every
+    every = max(schedule.evaluate_every, schedule.steps_per_call)
     return step // every - best // every >= schedule.stop_after
 
 

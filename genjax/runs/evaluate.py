@@ -25,10 +25,31 @@ from genjax.evaluation.estimates import (
 from genjax.protocol import Array, Batch, DataSpec, Key, Params, ScoreFn, State, step_mask
 from genjax.runs.folder import environment
 from genjax.runs.identity import files_of
-from genjax.runs.load import Loaded, source_of
+from genjax.runs.load import Loaded, changed, source_of
 from genjax.settings import Count, check_setting
 from genjax.values import key_of
-from genjax.zoo.recipe import config_hash, to_dict
+from genjax.zoo.recipe import config_hash, parameters_of, to_dict
+
+
+def as_evaluated(run: Loaded, n_samples: int | None = None) -> Loaded:
+    """A run with what its recipe says for evaluation, such as more samples in a bound.
+
+    Args:
+        n_samples: K of an importance-weighted bound, in the place of the recipe's.
+
+    Raises:
+        ConfigError: if the model has no bound with samples.
+    """
+    changes = dict(run.recipe.evaluation)
+    if n_samples is not None:
+        check_setting("n_samples", n_samples, Count)
+        exact = run.model.score_name == "log_prob"
+        if exact or "n_bound_samples" not in parameters_of(run.recipe.family):
+            raise ConfigError(
+                f"{run.recipe.name} has no bound with samples; leave --n-samples out."
+            )
+        changes["n_bound_samples"] = n_samples
+    return changed(run, **changes)
 
 
 def evaluate(
@@ -41,6 +62,7 @@ def evaluate(
     about_samples: bool = False,
     say: Callable[[str], None] = print,
     source: Source | None = None,
+    trained_on: Source | None = None,
 ) -> dict[str, Any]:
     """What a run is worth on a split, as the dictionary that goes into report.json.
 
@@ -53,6 +75,8 @@ def evaluate(
         about_samples: give figures about samples beside a log-probability or bound, too.
         source: other data of the run's spec, see `other_source`; its own unless given, which are
             compared with what they were in training.
+        trained_on: the run's own data, where they are in memory: what judges samples learns of
+            them.
 
     Raises:
         ConfigError: if the split does not exist, or n is too small.
@@ -67,14 +91,15 @@ def evaluate(
     check_setting("batch_size", batch_size, Count)
     key_of(seed)
     started, found = time.perf_counter(), {}
-    source = source_of(run) if source is None else source
+    if source is None:
+        source = trained_on = source_of(run)
     if run.model.score is not None:
         found = _score(run, source, run.model.score, split, n, seed, batch_size, progress)
         if run.finer is not None:
             found["solver"] = _of_solver(run, source, split, found, seed, batch_size, say)
     if run.model.score is None or about_samples:
         sampler = quality.sampler_of(run.model, run.params, run.state)
-        figures = quality.figures_of(run.data, sampler, split, n, seed, say, source)
+        figures = quality.figures_of(run.data, sampler, split, n, seed, say, source, trained_on)
         found = _headline(figures[0]) | found | {"figures": [one._asdict() for one in figures]}
     return {
         "recipe": run.recipe.name,
@@ -139,7 +164,7 @@ def _score(
         found["per_step"] = _code_length(spec.step, per_step(-values, steps))
     if spec.kind in ("discrete", "binary") and not spec.lengths:
         found["bits_per_dim"] = bits_per_dim(result.mean, spec)
-    if source.log_prob is not None:
+    if source.log_prob is not None and not spec.conditional:  # it is of all classes together
         prepared = source.prepare(key, arrays)
         found["true_log_prob"] = estimate(np.asarray(source.log_prob(prepared.x)))._asdict()
     return found
@@ -193,6 +218,7 @@ def _code_length(step: str, nats: Estimate) -> dict[str, Any]:
         "nats": nats.mean,
         "standard_error": nats.standard_error,
         "bits": nats.mean / math.log(2),
-        "perplexity": math.exp(nats.mean),
+        # Of wide steps it is no number that float64 has.
+        "perplexity": math.exp(nats.mean) if nats.mean < 700 else None,
         "n": nats.n,
     }

@@ -47,6 +47,7 @@ class Loaded(NamedTuple):
         recipe: what was trained.
         data: the recipe whose `source` has its data: its own or, for a run on another run, that of
             the first stage. A file stands in it with its absolute path.
+        on: what the model was built on: the spec of the data, or the first stage.
         files: the files of these data, as `identity.files_of` has them; None for a run from before
             they were kept.
         which: whose checkpoint it is, see `load`.
@@ -58,6 +59,7 @@ class Loaded(NamedTuple):
     folder: Path
     recipe: Recipe
     data: Recipe
+    on: DataSpec | Trained
     model: Model
     params: Params
     state: State
@@ -86,9 +88,15 @@ def _finer(recipe: Recipe, on: DataSpec | Trained, changes: dict[str, Any]) -> M
     return recipe.build(on, **{**changes, name: 2 * steps})
 
 
-def load(
-    folder: Path, which: str = "newest", sigma_rel: float | None = None, **changes: Any
-) -> Loaded:
+def changed(run: Loaded, **changes: Any) -> Loaded:
+    """The run with a model built with other arguments that do not change the parameters, such as
+    `n_bound_samples`.
+    """
+    model = run.recipe.build(run.on, **changes)
+    return run._replace(model=model, finer=_finer(run.recipe, run.on, changes))
+
+
+def load(folder: Path, which: str = "newest", sigma_rel: float | None = None) -> Loaded:
     """A run's model with the parameters of its newest whole checkpoint.
 
     Args:
@@ -96,8 +104,6 @@ def load(
         sigma_rel: have averages of this relative length for parameters, made of those that the run
             tracked (see `averages.rebuilt`), in the place of the average or weights that it is
             otherwise evaluated with.
-        **changes: builder arguments to change that do not change the parameters, such as
-            `n_bound_samples`.
 
     Raises:
         ConfigError: if the folder is no run, or is a sweep, or the average cannot be made.
@@ -138,17 +144,14 @@ def load(
     state, files, now = restored.state, restored.note.get("files"), read_files(folder)
     if files is None or [one["sha256"] for one in now or ()] == [one["sha256"] for one in files]:
         files = now  # which says where they were last
-    model = recipe.build(on, **changes)
     if files and len(files) == 1 and data.data != MEMORY:
         data = dataclasses.replace(data, data=files[0]["path"])
-    step = int(state.step)
-    if sigma_rel is None:
-        params = eval_params(state)
-        found = (folder, recipe, data, model, params, state.state, step, files, which)
-        return Loaded(*found, finer=_finer(recipe, on, changes))
-    params, off = rebuilt(folder, lengths_of(recipe, model.losses), state, sigma_rel, check)
-    found = (folder, recipe, data, model, params, state.state, step, files, which)
-    return Loaded(*found, sigma_rel, off, _finer(recipe, on, changes))
+    params, off = eval_params(state), 0.0
+    model = recipe.build(on)
+    if sigma_rel is not None:
+        params, off = rebuilt(folder, lengths_of(recipe, model.losses), state, sigma_rel, check)
+    found = (folder, recipe, data, on, model, params, state.state, int(state.step), files, which)
+    return Loaded(*found, sigma_rel, off, _finer(recipe, on, {}))
 
 
 def source_of(run: Loaded) -> Source:
@@ -220,6 +223,11 @@ def sample(
         if latent is None or latent.sample_mean is None:
             raise ConfigError(
                 f"{run.recipe.name} has no means of p(x|z) to show; sample without --means."
+            )
+        if asked := (how or samples.Decoding()).asked():
+            raise ConfigError(
+                f"{samples.as_flags(asked)}: for samples, and --means shows means of p(x|z) in "
+                "their place. Leave one of them out."
             )
         drawn = latent.sample_mean
     else:

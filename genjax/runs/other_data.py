@@ -1,14 +1,17 @@
-"""Other data than those that a run was trained on, for `genjax evaluate --data PATH` and
-`Run.evaluate(data=...)`: opened as the run's own were, and brought to its spec.
+"""Data that a spec is there for already: other ones than a run was trained on, for `genjax evaluate
+--data PATH` and `Run.evaluate(data=...)`, opened as the run's own were; and those for a model of
+one's own. They are brought to the spec, or refused.
 """
 
 import dataclasses
 import inspect
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from genjax.data import Source, Splits, cast, loader, open_source
+from genjax.data import Source, Splits, cast, from_arrays, loader, open_source
 from genjax.errors import DataError
 from genjax.protocol import Batch, DataSpec
 from genjax.runs.load import Loaded
@@ -32,6 +35,53 @@ def other_source(run: Loaded, path: str) -> Source:
         kept |= {"kind": spec.kind, "levels": spec.levels}
     source = open_source(path, **{name: value for name, value in kept.items() if name in takes})
     return brought_to(spec, source, path)
+
+
+def in_order(x: Any, columns: Sequence[str] | None) -> Any:
+    """A table with the columns that a run was trained on, in their order; what is no table, and
+    data of a run without columns, as they are.
+
+    Raises:
+        DataError: with the columns that are missing.
+    """
+    arrow = hasattr(x, "column_names")
+    if columns is None or not (arrow or hasattr(x, "columns")):
+        return x
+    found = list(x.column_names if arrow else x.columns)
+    missing = [name for name in columns if name not in found]
+    if missing:
+        raise DataError(
+            f"The table has no column {', '.join(missing)}, which the run was trained on; it has "
+            f"{', '.join(map(str, found))}."
+        )
+    return x.select(list(columns)) if arrow else x[list(columns)]
+
+
+def source_in(data: Any, spec: DataSpec | None = None) -> Source:
+    """The source of a path, a name, or of data in memory; with a spec, of values of its kind."""
+    if isinstance(data, Source):
+        return data
+    if isinstance(data, str | Path):
+        return open_source(str(data))
+    if spec is None:
+        return from_arrays(data)
+    taken: dict[str, Any] = {"kind": spec.kind, "levels": spec.levels, "step": spec.step}
+    if spec.kind == "tokens":
+        taken |= {"vocabulary": spec.vocabulary, "end": spec.end}
+    return from_arrays(in_order(data, spec.columns), standardize="none", **taken)
+
+
+def source_for(spec: DataSpec, data: Any) -> Source:
+    """Data for a model of one's own, as events of its spec. Where the model has no names of classes
+    and the data have as many, they are taken in their order.
+
+    Raises:
+        DataError: for data of another spec.
+    """
+    source = source_in(data, spec)
+    if spec.class_names is None and spec.n_classes == source.spec.n_classes:
+        spec = dataclasses.replace(spec, class_names=source.spec.class_names)
+    return brought_to(spec, source, "What was given as data")
 
 
 def brought_to(spec: DataSpec, source: Source, where: str) -> Source:
@@ -67,6 +117,9 @@ def _check(found: DataSpec, spec: DataSpec, path: str) -> None:
     """Refuse what cannot be brought to the spec."""
     free = (*_FREE, *["vocabulary", "end"] * spec.text)
     new, old = dataclasses.asdict(found), dataclasses.asdict(spec)
+    # Steps may be called otherwise, and an array has no names of columns.
+    free += ("step",) * (found.step is not None and spec.step is not None)
+    free += ("columns",) * (found.columns is None or spec.columns is None)
     names = [name for name in new if name not in free and new[name] != old[name]]
     if (spec.n_classes is None) != (found.n_classes is None):
         names.append("n_classes")

@@ -5,7 +5,7 @@ is asked for them.
 import csv
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,9 +98,8 @@ def fields_for(model: Model) -> tuple[str, ...]:
     if model.denoiser is not None:
         fits |= {*SOLVING, *["guidance"] * model.denoiser.guided}
     elif model.autoregressive is not None:
-        # The steps of an image are its pixels: a part of one is no image.
-        of_pixels = model.spec.step is None and len(model.spec.shape) == 3
-        fits |= {*["length"] * (not of_pixels), *["guidance"] * model.autoregressive.guided}
+        fits |= {*["length"] * (not _of_pixels(model.spec))}
+        fits |= {*["guidance"] * model.autoregressive.guided}
         if view_of(model.spec) == "text" or _of_ids(model.spec):
             fits.add("prompt")
         # Without `begin`, steps have latent variables, and there are no logits to apply rules to.
@@ -146,7 +145,8 @@ def draw(
             else "make a sequence step by step"
         )
         raise ConfigError(
-            f"{_flags(asked)}: for models that {way}, which this one of {model.spec.name} does not."
+            f"{as_flags(asked)}: for models that {way}, which this one of {model.spec.name} does "
+            "not."
         )
     _check_steps(model, how)
     if how.beams is not None:
@@ -166,7 +166,8 @@ def film(
     return _solved(model, params, state, key, n, cond, how, every=True)
 
 
-def _flags(names: Any) -> str:
+def as_flags(names: Iterable[str]) -> str:
+    """Fields of `Decoding` as they are called on the command line."""
     return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
@@ -189,8 +190,8 @@ def _solved(
     asked, takes = how.asked(), (*SOLVING, "guidance")
     if wrong := [name for name in asked if name not in takes]:
         raise ConfigError(
-            f"{_flags(wrong)}: for models that make a sequence step by step; this one of "
-            f"{model.spec.name} goes from noise to data and takes {_flags(takes)}."
+            f"{as_flags(wrong)}: for models that make a sequence step by step; this one of "
+            f"{model.spec.name} goes from noise to data and takes {as_flags(takes)}."
         )
     generate = partial(model.denoiser.generate, every=every, **asked)
     return fetched(jax.jit(generate, static_argnums=3)(params, state, key, n, cond))
@@ -206,24 +207,29 @@ def _check_steps(model: Model, how: Decoding) -> None:
     assert record is not None
     if wrong := [name for name in asked if name in SOLVING]:
         raise ConfigError(
-            f"{_flags(wrong)}: for models that go from noise to data (diffusion, flow matching); "
+            f"{as_flags(wrong)}: for models that go from noise to data (diffusion, flow matching); "
             f"this one of {spec.name} makes a sequence step by step."
         )
     if how.beams and set(asked) - {"beams", "length"}:
         raise ConfigError(
-            f"{_flags(asked)}: --beams finds the most probable sequences and goes with --length "
+            f"{as_flags(asked)}: --beams finds the most probable sequences and goes with --length "
             "only."
         )
     of_tokens = [name for name in asked if name in (*RULES, "beams")]
     if of_tokens and spec.kind != "tokens":
         raise ConfigError(
-            f"{_flags(of_tokens)}: rules and beams are for tokens; {spec.name} is {spec.kind}."
+            f"{as_flags(of_tokens)}: rules and beams are for tokens; {spec.name} is {spec.kind}."
         )
     of_logits = [name for name in asked if name in (*RULES, "beams", "guidance")]
     if of_logits and record.begin is None:
         raise ConfigError(
-            f"{_flags(of_logits)}: this model of {spec.name} has latent variables and takes no "
+            f"{as_flags(of_logits)}: this model of {spec.name} has latent variables and takes no "
             "rules, no beams and no guidance."
+        )
+    if how.length is not None and _of_pixels(spec):
+        raise ConfigError(
+            f"--length: the steps of {spec.name} are the pixels of an image, and a part of one is "
+            "no image."
         )
     if how.prompt is not None and view_of(spec) != "text" and not _of_ids(spec):
         raise ConfigError(
@@ -265,6 +271,11 @@ def _stepwise(
         )
     prompt, counts = _padded_prompt(np.tile(given[None], (n, 1)), length)
     return fetched(program(params, state, key, cond=cond, prompt=prompt, prompt_length=counts))
+
+
+def _of_pixels(spec: DataSpec) -> bool:
+    """Whether the steps are the pixels of an image, of which a part is no image."""
+    return view_of(spec) == "pixels" or (spec.step is None and len(spec.shape) == 3)
 
 
 def _of_ids(spec: DataSpec) -> bool:

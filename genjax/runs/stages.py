@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from genjax.data import Source, augmentation, is_run
+from genjax.data import Source, augmentation, batch_indices, is_run
 from genjax.errors import ConfigError, writing
 from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.checksums import CHECKSUMS
@@ -22,6 +22,7 @@ from genjax.protocol import DataSpec, Trained
 from genjax.runs.best import ended_early
 from genjax.runs.folder import read_config, read_spec, recipe_in
 from genjax.zoo.recipe import Recipe
+from genjax.zoo.sections import sections_of
 
 KEPT = "first"  # the folder in a run that has the settings of its first stage
 
@@ -46,13 +47,15 @@ def opened(recipe: Recipe, source: Source | None = None) -> Opened:
     """The data that a recipe names, or the run; or a source that is given.
 
     Raises:
-        ConfigError: for a run that is not there, is not finished, or is a sweep, and for an
-            `augment` that does not fit the data.
+        ConfigError: for a run that is not there, is not finished, or is a sweep, for an `augment`
+            that does not fit the data, and for `lanes` of batches that do not go on from each
+            other.
         CheckpointError: for one without a whole checkpoint.
         DataError: see `Recipe.source`.
     """
     if source is not None or not is_run(recipe.data):
         source = _augmented(source or recipe.source(), recipe)
+        _check_streams(recipe, source)
         return Opened(source.spec, source, recipe)
     folder = Path(recipe.data)
     if not (folder / "config.json").is_file():
@@ -74,8 +77,24 @@ def opened(recipe: Recipe, source: Source | None = None) -> Opened:
 
 
 def _augmented(source: Source, recipe: Recipe) -> Source:
-    """The source with the random changes of the training set that a recipe asks for."""
-    return source._replace(augment=augmentation(recipe.schedule.augment, source.spec))
+    """The source with the random changes of the training set that a recipe asks for, or its own."""
+    asked = augmentation(recipe.schedule.augment, source.spec)
+    if asked is not None and source.augment is not None:
+        raise ConfigError(
+            f"augment={recipe.schedule.augment!r}, and the source of {source.spec.name} has "
+            "changes of its own: leave one out."
+        )
+    return source if asked is None else source._replace(augment=asked)
+
+
+def _check_streams(recipe: Recipe, source: Source) -> None:
+    """Refuse to carry a state on from a batch to the next where the batches are not such."""
+    _, lanes, _ = sections_of(recipe)["model"].get("lanes", (None, 0, ""))
+    if lanes and source.order is batch_indices:
+        raise ConfigError(
+            f"lanes={lanes} carries a state on from batch to batch, and the batches of "
+            f"{source.spec.name} do not go on from each other. Say --lanes 0 (in Python lanes=0)."
+        )
 
 
 def first_of(recipe: Recipe) -> Trained | None:

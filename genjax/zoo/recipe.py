@@ -9,11 +9,19 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, Literal
 
-from genjax.data import SOURCES, Source, loader, open_source
-from genjax.errors import ConfigError, unknown_name
+from genjax.data import (
+    SOURCES,
+    Source,
+    image_files,
+    loader,
+    midi_files,
+    open_source,
+    run_folder,
+)
+from genjax.errors import ConfigError, GenjaxError, unknown_name
 from genjax.families.compose import latent_spec, two_stage
 from genjax.learning.optim import Optimizer
 from genjax.protocol import DataSpec, Model, Trained, Training
@@ -110,6 +118,7 @@ class Recipe:
             bound.
         tiny: builder arguments that make the model small enough for the tests' conformance gates.
         first: the row that makes the run which `data` names, for messages and --first.
+        loaded_by: of a run whose data are not there any more, what made the source of them.
     """
 
     name: str
@@ -123,6 +132,7 @@ class Recipe:
     evaluation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tiny: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     first: str | None = None
+    loaded_by: str | None = None
 
     def source(self) -> Source:
         """The data set; opening it reads no file of the zoo's own data sets, `source().load()`
@@ -140,7 +150,21 @@ class Recipe:
             return self
         takes = set(inspect.signature(loader(data)).parameters) - {"path"}
         kept = {name: value for name, value in self.data_options.items() if name in takes}
-        return dataclasses.replace(self, data=data, data_options=kept)
+        return dataclasses.replace(self.apart(takes), data=data, data_options=kept, loaded_by=None)
+
+    def apart(self, takes: Collection[str]) -> "Recipe":
+        """The recipe for data whose loader has these options: with sequences of their own where
+        they cannot be read as streams.
+        """
+        streams = self.data_options.get("order") == "stream" and "order" not in takes
+        if not streams or "lanes" not in parameters_of(self.family):
+            return self
+        return dataclasses.replace(self, model={**self.model, "lanes": 0})
+
+    @property
+    def loader(self) -> Callable[..., Source]:
+        """What makes the source of the data."""
+        return LOADERS[self.loaded_by] if self.loaded_by else loader(self.data)
 
     @property
     def composed(self) -> bool:
@@ -231,16 +255,19 @@ def from_dict(values: Mapping[str, Any], rows: Mapping[str, Recipe]) -> Recipe:
             optimizer = {player: Optimizer(**fields) for player, fields in by_player.items()}
         else:
             optimizer = Optimizer(**optimizer)
+        gone = _gone(values)
+        make = LOADERS[gone] if gone else loader(values["data"])
         found = dataclasses.replace(
             row,
             data=values["data"],
+            loaded_by=gone,
             model=as_now(_as_tuples(values["model"])),
-            data_options=_before(values["data"]) | _as_tuples(values["data_options"]),
+            data_options=_before(make) | _as_tuples(values["data_options"]),
             optimizer=optimizer,
             schedule=Schedule(**{"buckets": 1, **values["schedule"]}),  # 1 before there were any
         )
         sections_of(found)  # refuses settings that neither the builder nor the loader has
-        check_call(loader(found.data), found.data_options)
+        check_call(make, found.data_options)
         return found
     except KeyError as error:
         raise ConfigError(
@@ -261,9 +288,30 @@ def as_now(model: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _before(data: str) -> dict[str, Any]:
+# What reads folders, which nothing tells from others once they are not there any more.
+LOADERS = {"run_folder": run_folder, "image_files": image_files, "midi_files": midi_files}
+
+
+def _gone(values: Mapping[str, Any]) -> str | None:
+    """Which of `LOADERS` made the source of a run whose folder of data is not there any more, by
+    its options; None for data that are there, and for files, whose names tell.
+    """
+    try:
+        loader(values["data"])
+    except GenjaxError:
+        if "first" in values:
+            return "run_folder"
+        for name, make in LOADERS.items():
+            takes = set(inspect.signature(make).parameters) - {"path"}
+            if takes and set(values["data_options"]) <= takes:
+                return name
+        raise
+    return None
+
+
+def _before(make: Callable[..., Source]) -> dict[str, Any]:
     """What loaders did before they had an option for it, for runs of that time."""
-    takes = inspect.signature(loader(data)).parameters
+    takes = inspect.signature(make).parameters
     return {"standardize": "none"} if "standardize" in takes else {}
 
 

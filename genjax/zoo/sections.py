@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from genjax.data import loader
 from genjax.errors import ConfigError, unknown_name
 from genjax.settings import Help, OneOf, checked_settings, groups_of
 
@@ -172,7 +171,7 @@ def sections_of(recipe: "Recipe") -> dict[str, Fields]:
         optimizer = fields_of(recipe.optimizer)
     return {
         "model": _of_function(recipe.family, recipe.model),
-        "data_options": _of_function(loader(recipe.data), recipe.data_options),
+        "data_options": _of_function(recipe.loader, recipe.data_options),
         "optimizer": optimizer,
         "schedule": fields_of(recipe.schedule),
     }
