@@ -208,3 +208,9 @@ def test_labels_are_for_all_splits_or_none():
     splits = {"x_train": X[:40], "y_train": PETS[:40], "x_test": X[40:]}
     with pytest.raises(DataError, match="test has no labels, and other splits have"):
         from_arrays(splits)
+
+
+def test_the_same_examples_in_other_splits_are_other_data():
+    one, other = (from_arrays(X, test_fraction=part).contents for part in (0.1, 0.3))
+    assert one == from_arrays(X).contents
+    assert one != other

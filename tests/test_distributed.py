@@ -281,6 +281,7 @@ def test_flags_that_do_not_fit(
     )
     for wrong, text in {
         ("localhost", 2, 0): "written as host:port, such as 10.0.0.1:1234; got 'localhost'",
+        ("1234", 2, 0): "written as host:port, such as 10.0.0.1:1234; got '1234'",
         ("localhost:1", 0, 0): "at least 1 process; got --processes 0",
         ("localhost:1", 2, 2): "numbered from 0 to 1; got --process 2",
     }.items():

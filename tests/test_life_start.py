@@ -207,6 +207,12 @@ def test_runs_of_one_name_are_told_apart_and_bad_folders_are_named(runs, tmp_pat
     found = compare.read([a, tmp_path / "x" / "a"])
     assert [run.name for run in found] == [f"{a.parent.name}/a", "x/a"]
     assert compare.differing(found) == []
+    data = tmp_path / "x" / "a" / "data.json"
+    values = json.loads(data.read_text())
+    values["files"] = [{**one, "sha256": 64 * "0"} for one in values["files"]]
+    data.write_text(json.dumps(values))
+    ((name, *_),) = compare.differing(compare.read([a, tmp_path / "x" / "a"]))
+    assert name == "SHA-256 of the data"
     for args, message in (
         ([str(a)], "two run folders or more"),
         ([str(a), str(a)], "is given twice"),

@@ -223,3 +223,22 @@ def test_columns_are_taken_by_their_names(tmp_path):
     np.testing.assert_array_equal(run.bound(table).nats, run.bound(rows).nats)
     with pytest.raises(DataError, match="has no column b, which the run was trained on; it has a"):
         run.bound(Table(a=rows[:, 0]))
+
+
+@pytest.mark.slow
+def test_a_folder_is_of_one_model_and_of_one_set_of_data(tmp_path):
+    small = {"steps": 2, "batch_size": 8}
+    run = genjax.train(
+        "vae", X, out=tmp_path / "a", say=str, hidden=(4,), latent_dim=1, sample_every=0, **small
+    )
+    with pytest.raises(ConfigError, match="is the run of a recipe: give a model of one's own"):
+        genjax.train(run.model, X, out=tmp_path / "a", **small)
+    said, model = [], genjax.vae(DataSpec((2,), "continuous"), hidden=(4,), latent_dim=1)
+    genjax.train(model, "ring", out=tmp_path / "b", say=said.append, **small)
+    assert not said
+    genjax.train(model, "ring", out=tmp_path / "b", say=said.append, **small)
+    assert "all 2 steps were done before" in said[-1]
+    genjax.train(model, "ring", out=tmp_path / "b", say=said.append, **small | {"steps": 4})
+    assert "whether losses and optimizer are those of before cannot be seen" in said[-1]
+    with pytest.raises(CheckpointError, match="was trained on ring, and these data are moons"):
+        genjax.train(model, "moons", out=tmp_path / "b", **small | {"steps": 6})

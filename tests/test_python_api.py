@@ -156,3 +156,22 @@ def test_a_truth_of_all_classes_stands_beside_no_score_of_one():
         run.evaluate(n=10, n_samples=3)  # its score is exact
     run = genjax.train("nsf-ring", conditional=True, **small, **QUIET)
     assert "true_log_prob" not in run.evaluate(n=10)
+
+
+@pytest.mark.slow
+def test_evaluation_keeps_what_was_set_otherwise():
+    small = {"steps": 2, "hidden": (4,), "evaluate_every": 0, **QUIET}
+    fine = genjax.train("flow-matching-2d", n_likelihood_steps=7, **small)
+    assert "7 steps" in fine.evaluate(n=4)["estimator"]
+    run = genjax.train("vae", n_bound_samples=9, latent_dim=2, **small)
+    assert "K=9" in run.evaluate(n=4)["estimator"]
+
+
+@pytest.mark.slow
+def test_a_second_stage_says_whether_its_bound_has_samples(tmp_path):
+    genjax.train("vae", out=tmp_path / "first", **SMALL, **QUIET)
+    small = {"steps": 2, "hidden": (4,), "evaluate_every": 0, **QUIET}
+    run = genjax.train("realnvp-ring", tmp_path / "first", n_layers=2, **small)
+    assert run.evaluate(n=4)["kind"].startswith("lower bound")
+    with pytest.raises(ConfigError, match="has no bound with samples"):
+        run.evaluate(n=4, n_samples=3)

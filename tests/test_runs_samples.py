@@ -18,6 +18,7 @@ from genjax.families.flow_matching import flow_matching
 from genjax.families.gan import gan
 from genjax.families.pixelcnn import pixelcnn
 from genjax.families.rnn import rnn
+from genjax.families.transformer import transformer
 from genjax.families.vae import vae
 from genjax.families.vrnn import vrnn
 from genjax.protocol import DataSpec
@@ -73,6 +74,14 @@ def test_a_prompt_is_kept_and_what_follows_depends_on_it() -> None:
 
 
 @pytest.mark.slow
+def test_a_prompt_that_fills_all_there_is_to_be_is_no_sample() -> None:
+    model = transformer(STREAM, d_model=4, n_layers=1, n_heads=2)
+    params, state = model.init(jax.random.key(0))
+    how = Decoding(prompt="ab" * 20, length=30)  # beyond the context, where windows go on
+    with pytest.raises(ConfigError, match="40 characters, and only 30 fit"):
+        samples.draw(model, params, state, jax.random.key(0), 1, None, how)
+
+
 def test_where_tokens_are_no_text_a_prompt_is_ids() -> None:
     model = rnn(IDS, d_embed=2, d_hidden=2)
     params, state = model.init(jax.random.key(0))

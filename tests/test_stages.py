@@ -138,6 +138,8 @@ def test_the_command_says_what_is_missing(tmp_path, monkeypatch, capsys):
     assert "vae-flow-prior stands on runs/vae, which is not there. `genjax train vae` makes" in said
     assert "--first" in said
     assert "leave --first out" in refused(["train", "vae", "--first"], capsys)
+    said = refused(["train", "vae-flow-prior", "--data", "digits", "--first"], capsys)
+    assert "on digits stands on no other run" in said
     for command in ("bench", "compile"):
         assert "stands on runs/vae, which is not there" in refused([command, name], capsys)
     assert not Path("runs").exists()

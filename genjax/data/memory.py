@@ -1,12 +1,13 @@
 """Data that are in memory: arrays, dicts of them, and whatever has a length and examples."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from genjax.data.kinds import Channels, with_channels
-from genjax.data.own import Reading, contents_of, own_source
+from genjax.data.own import HELD_OUT, Reading, contents_of, own_source
 from genjax.data.rows import of_mapped
 from genjax.data.series import as_sequences
 from genjax.data.source import Source
@@ -105,7 +106,17 @@ def from_arrays(
         symbols=symbols,
         end=end,
     )
-    return source._replace(contents=(WHERE, contents_of(read)))
+    return source._replace(contents=(WHERE, _identity(read, reading)))
+
+
+def _identity(read: dict[str, Batch], reading: Reading) -> str:
+    """The SHA-256 of the arrays and, where they are split otherwise than usual, of how: the same
+    examples in other splits are other data.
+    """
+    found, held_out = contents_of(read), (reading.valid_fraction, reading.test_fraction)
+    if held_out == HELD_OUT:
+        return found
+    return hashlib.sha256(f"{found} {held_out}".encode()).hexdigest()
 
 
 def _symbols(

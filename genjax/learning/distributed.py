@@ -64,8 +64,8 @@ def start(
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     processes = _number("JAX_NUM_PROCESSES") if processes is None else processes
     process = _number("JAX_PROCESS_ID") if process is None else process
-    port = "1" if coordinator is None else coordinator.rpartition(":")[2]
-    if not (is_size(port) and 0 < int(port) < 2**16):
+    host, _, port = ("host", ":", "1") if coordinator is None else coordinator.rpartition(":")
+    if not (host and is_size(port) and 0 < int(port) < 2**16):
         raise ConfigError(
             f"A coordinator is written as host:port, such as 10.0.0.1:1234; got {coordinator!r}."
         )

@@ -386,7 +386,7 @@ def train(
         for name in settings:
             if name not in names:
                 raise unknown_name("setting of a model of one's own", name, names)
-        return _train_model(what, data, out, progress, **settings)
+        return _train_model(what, data, out, progress, say, **settings)
     recipe, source = _recipe_of(what, data, say)
     recipe = replace(recipe, **settings)
     _check_kept(recipe)
@@ -450,6 +450,7 @@ def _train_model(
     data: Any,
     out: str | Path | None,
     progress: Progress | None,
+    say: Callable[[str], None],
     *,
     steps: Steps = 2000,
     batch_size: Count = 128,
@@ -474,12 +475,23 @@ def _train_model(
     if out is not None:
         settings = {"batch_size": batch_size, "seed": seed}
         checkpoints = checkpoints_of(Path(out), model, source, settings)
+
+    def on_restore(step: int) -> None:
+        if step and step >= steps:
+            say(f"all {step} steps were done before in {out}; nothing is left to train")
+        elif step:
+            say(
+                f"going on from step {step} of {steps} in {out}; whether losses and optimizer are "
+                "those of before cannot be seen"
+            )
+
     state = fit(
         feed,
         key=key,
         steps=steps,
         steps_per_call=steps_per_call,
         log=log,
+        on_restore=on_restore,
         hooks=hooks,
         checkpoints=checkpoints,
         progress=progress,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from genjax.errors import ConfigError, reading, regular_file
 from genjax.runs import pictures
 from genjax.runs.folder import completed, is_there, read_config, read_json
+from genjax.runs.identity import read_files
 from genjax.runs.json_text import metrics_in
 from genjax.zoo.recipe import flatten
 
@@ -59,6 +60,8 @@ def one(folder: Path, name: str) -> Compared:
         ConfigError: for a folder that is no run, or a file in it that is damaged.
     """
     settings = flatten(completed(read_config(folder)))
+    if hashes := [str(_get(file, "sha256"))[:12] for file in read_files(folder) or ()]:
+        settings["SHA-256 of the data"] = hashes
     paths = sorted(folder.glob("report*.json"))
     log, lines = folder / "metrics.jsonl", []
     if is_there(log):

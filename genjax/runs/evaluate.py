@@ -22,17 +22,31 @@ from genjax.evaluation.estimates import (
     score_examples,
     scorer,
 )
-from genjax.protocol import Array, Batch, DataSpec, Key, Params, ScoreFn, State, step_mask
+from genjax.families.compose import latent_spec
+from genjax.protocol import (
+    Array,
+    Batch,
+    DataSpec,
+    Key,
+    Params,
+    ScoreFn,
+    State,
+    Trained,
+    step_mask,
+)
 from genjax.runs.folder import environment
 from genjax.runs.identity import files_of
 from genjax.runs.load import Loaded, changed, source_of
 from genjax.settings import Count, check_setting
 from genjax.values import key_of
+from genjax.zoo import ZOO
 from genjax.zoo.recipe import config_hash, parameters_of, to_dict
+from genjax.zoo.sections import sections_of
 
 
 def as_evaluated(run: Loaded, n_samples: int | None = None) -> Loaded:
-    """A run with what its recipe says for evaluation, such as more samples in a bound.
+    """A run with what its recipe says for evaluation, such as more samples in a bound, but for what
+    was set otherwise when it was trained.
 
     Args:
         n_samples: K of an importance-weighted bound, in the place of the recipe's.
@@ -40,10 +54,17 @@ def as_evaluated(run: Loaded, n_samples: int | None = None) -> Loaded:
     Raises:
         ConfigError: if the model has no bound with samples.
     """
-    changes = dict(run.recipe.evaluation)
+    recipe = run.recipe
+    changes, row = dict(recipe.evaluation), ZOO.get(recipe.name)
+    if row is not None:
+        now, own = (sections_of(one)["model"] for one in (recipe, row))
+        changes = {name: value for name, value in changes.items() if now[name][1] == own[name][1]}
     if n_samples is not None:
         check_setting("n_samples", n_samples, Count)
-        exact = run.model.score_name == "log_prob"
+        model = run.model
+        if isinstance(run.on, Trained) and not recipe.composed:  # of the two, the second has them
+            model = recipe.family(latent_spec(run.on.model), **recipe.model)
+        exact = model.score_name == "log_prob"
         if exact or "n_bound_samples" not in parameters_of(run.recipe.family):
             raise ConfigError(
                 f"{run.recipe.name} has no bound with samples; leave --n-samples out."

@@ -48,8 +48,12 @@ def checkpoints_of(
 
     Raises:
         CheckpointError, DataError: from the reading, for states of other data or settings.
+        ConfigError: for the folder of a recipe's run, to train in.
     """
+    if source is not None and is_there(folder / "config.json"):
+        raise ConfigError(f"{folder} is the run of a recipe: give a model of one's own another.")
     files = [] if source is None else files_of(source)
+    data = None if source is None else source.spec.name
 
     def check(note: dict[str, Any]) -> None:
         if note.get("spec") is None:
@@ -76,8 +80,14 @@ def checkpoints_of(
 
         if files and note.get("files"):
             check_files(files, note["files"], folder, "Give the old data, or another folder.")
+        elif data is not None and note.get("data", data) != data:
+            raise CheckpointError(
+                f"{folder} was trained on {note['data']}, and these data are {data}. Give the old "
+                "data, or another folder."
+            )
 
     about = {"spec": plain(model.spec), "files": files, "settings": dict(settings or {})}
+    about |= {"data": data}
     return Checkpoints(folder, about=about, check=check)
 
 

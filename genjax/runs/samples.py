@@ -256,6 +256,11 @@ def _stepwise(
     generate = partial(record.generate, n=n, **options)
     given = None if how.prompt is None else _prompt(spec, how.prompt)
     length = how.length or spec.shape[0]
+    if given is not None and len(given) > length:
+        raise ConfigError(
+            f"The prompt has {len(given)} {spec.step}s, and only {length} fit. Shorten it, or give "
+            "--length."
+        )
     if record.context is not None and length > record.context and _endless_text(spec):
         text = np.zeros((n, 0), np.int32) if given is None else np.tile(given[None], (n, 1))
         window = jax.jit(partial(generate, length=record.context))
@@ -264,11 +269,6 @@ def _stepwise(
     program = jax.jit(partial(generate, length=how.length))
     if given is None:
         return fetched(program(params, state, key, cond=cond))
-    if len(given) > length:
-        raise ConfigError(
-            f"The prompt has {len(given)} {spec.step}s, and only {length} fit. Shorten it, or give "
-            "--length."
-        )
     prompt, counts = _padded_prompt(np.tile(given[None], (n, 1)), length)
     return fetched(program(params, state, key, cond=cond, prompt=prompt, prompt_length=counts))
 
