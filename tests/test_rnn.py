@@ -380,6 +380,9 @@ def test_streams_are_of_batches_that_go_on_from_each_other():
     data, and else refused.
     """
     assert ZOO["lstm"].on("markov").model["lanes"] == 0
+    # Nor is a file of sequences cut into windows of the row's stream.
+    assert ZOO["lstm"].on("mine.npz").data_options == {}
+    assert ZOO["lstm"].on("mine.bin").data_options["context"] == 64
     assert ZOO["lstm"].on("shakespeare").model == ZOO["lstm"].model
     with pytest.raises(ConfigError, match=r"do not go on from each other\. Say --lanes 0"):
         opened(replace(ZOO["lstm"], order="shuffle"))

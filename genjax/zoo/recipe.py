@@ -142,13 +142,17 @@ class Recipe:
 
     def on(self, data: str) -> "Recipe":
         """The recipe on another data set, with those of its options that the other loader takes,
-        too.
+        too. What cuts windows only where it is asked to is asked by the user: a row's `context` is
+        of its own stream, and would cut examples up.
         """
         bare = data.rstrip(os.sep)  # what completes names in a shell ends those of folders with it
         data = data if not bare or bare in SOURCES else bare
         if data == self.data:
             return self
-        takes = set(inspect.signature(loader(data)).parameters) - {"path"}
+        options = inspect.signature(loader(data)).parameters
+        takes = {name for name in options if name != "path"}
+        if "context" in takes and options["context"].default is None:
+            takes.remove("context")
         kept = {name: value for name, value in self.data_options.items() if name in takes}
         return dataclasses.replace(self.apart(takes), data=data, data_options=kept, loaded_by=None)
 
