@@ -282,12 +282,12 @@ def _bench(args: list[str]) -> None:
         ["steps/s", f"{cost.steps_per_second:.1f} ({cost.milliseconds:.3f} ms, median)"],
         ["examples/s", f"{cost.examples_per_second:.0f}"],
         ["compile", f"{cost.compile_seconds:.2f} s"],
-        ["FLOPs per step", f"{cost.flops:.4g} (from the compiled program, of one device)"],
+        ["FLOPs per step", f"{cost.flops:.4g} (of one device)"],
         ["of products", f"{cost.product_flops:.4g} (as the step asks for them, of all devices)"],
         [
             "share of peak",
-            f"{100 * cost.share_of_peak:.1f} % of {cost.peak_gflops:.0f} GFLOP/s (a 2048 x "
-            "2048 float32 product)",
+            f"{100 * cost.share_of_peak:.1f} % of {cost.peak_gflops:.0f} GFLOP/s (a "
+            f"{cost.product} product)",
         ],
         ["temporary memory", f"{cost.temporary_bytes / 2**20:.2f} MiB"],
         ["allocator", allocators.in_use()],

@@ -19,6 +19,11 @@ SMALLER = {
     "compile": _STEP,
 }
 
+_FITTING = (
+    "Where it is installed, it must be of jax's own version, and the driver (`nvidia-smi`) no "
+    "older than its CUDA"
+)
+
 
 def told(error: Exception, command: str) -> str | None:
     """What to say of an error that a user can meet; None for a defect, which keeps its traceback.
@@ -47,12 +52,19 @@ def _no_backend(error: Exception) -> str | None:
     at, trace = "", error.__traceback__
     while trace is not None:  # an unknown plug-in ends in an assertion without a word
         at, trace = trace.tb_frame.f_code.co_filename, trace.tb_next
-    if not asked or not ("backend" in reason or at.endswith("xla_bridge.py")):
+    of_jax = "backend" in reason or at.endswith("xla_bridge.py")
+    if not (of_jax if asked else "Unable to initialize backend" in reason):
         return None
+    said = f"{': ' * bool(reason)}{reason[:300]}"
+    if not asked:
+        return (
+            f"jax has a plug-in for an accelerator that does not start{said}. {_FITTING}, or go on "
+            "without it: JAX_PLATFORMS=cpu."
+        )
     return (
-        f"JAX_PLATFORMS={asked} asks for what jax does not find here{': ' * bool(reason)}"
-        f"{reason[:160]}. Unset it to use what there is, or install the plug-in: pip install "
-        "'genjax-zoo[tpu]' or 'genjax-zoo[cuda]'."
+        f"JAX_PLATFORMS={asked} asks for what jax does not find here{said}. Unset it to use what "
+        "there is, or install the plug-in: pip install 'genjax-zoo[tpu]' or 'genjax-zoo[cuda]'. "
+        f"{_FITTING}."
     )
 
 

@@ -18,6 +18,7 @@ from flax import nnx
 
 from genjax.errors import ConfigError
 from genjax.nets.layers import EPSILON, Dense, Norm, wide
+from genjax.nets.platforms import has_cudnn_attention, platform
 from genjax.nets.sequence import EventEmbed, dropout
 from genjax.protocol import Array, DataSpec, Key
 
@@ -114,11 +115,17 @@ def dense_attention(
 
 
 def fused_attention(q: Array, k: Array, v: Array, window: int | None = None) -> Array:
-    """The same by `jax.nn.dot_product_attention`, for accelerators."""
+    """The same by `jax.nn.dot_product_attention`, for accelerators: where cuDNN's kernel takes the
+    numbers (Dao 2022: it never holds the scores [T, T]) by that, elsewhere by XLA's products.
+    """
     b, g, r, t, h = q.shape
     q, k, v = (x.reshape(b, -1, t, h).swapaxes(1, 2) for x in (q, k, v))
     local = None if window is None else (window - 1, 0)
-    y = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local)
+    narrow = q.dtype in (jnp.bfloat16, jnp.float16) and h % 8 == 0 and h <= 128
+    by = "cudnn" if narrow and has_cudnn_attention() else "xla"
+    y = jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, local_window_size=local, implementation=by
+    )
     return y.swapaxes(1, 2).reshape(b, g, r, t, h)
 
 
@@ -174,7 +181,7 @@ class Attention(nnx.Module):
         if key is not None:  # the fused form cannot leave out weights
             return self.joined(dense_attention(q, k, v, self.window, key, rate))
         # The fused form computes its softmax in float32, whatever comes in.
-        fused = jax.default_backend() != "cpu" and q.dtype != jnp.float64
+        fused = platform() != "cpu" and q.dtype != jnp.float64
         return self.joined((fused_attention if fused else dense_attention)(q, k, v, self.window))
 
     def step(

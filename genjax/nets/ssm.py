@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from genjax.nets.layers import Dense, Norm
+from genjax.nets.platforms import platform
 from genjax.nets.scans import (
     Form,
     Number,
@@ -133,7 +134,7 @@ class Core(nnx.Module):
     def chosen(self) -> Form:
         if self.form != "auto":
             return self.form
-        backend = "cpu" if jax.default_backend() == "cpu" else "other"
+        backend = "cpu" if platform() == "cpu" else "other"
         return FASTEST[backend][self.name]
 
     @abc.abstractmethod

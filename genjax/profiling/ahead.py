@@ -3,7 +3,7 @@ fast could it be?
 
 libtpu (the extra `tpu`) compiles for a topology by name on a machine without a TPU. For CUDA, whose
 compiler needs the device, a step is lowered to StableHLO, which shows that every operation in it
-exists there.
+exists there (but for cuDNN's attention, which takes a card to ask for).
 """
 
 import importlib.util
@@ -16,6 +16,7 @@ import jax
 
 from genjax.errors import ConfigError
 from genjax.learning.sharding import make_mesh, shard
+from genjax.nets.platforms import traced_for
 from genjax.profiling.devices import CHIPS, product_flops
 from genjax.profiling.measure import placed, step_shapes, training_of
 from genjax.profiling.room import program_memory
@@ -101,14 +102,15 @@ def compile_for(
     devices = devices_of(topology)
     axes = dict(mesh or {"data": len(devices)})
     where = make_mesh(axes, devices)
-    t, spec = training_of(recipe, on)
-    shapes = step_shapes(t, spec, recipe.schedule.batch_size)
-    flops = product_flops(t.step, *shapes) / where.size
-    t = shard(t, where)
-    state, batch = placed(*shapes, where)
-    begin = time.perf_counter()
-    program = jax.jit(t.step, donate_argnums=0).lower(state, batch).compile()
-    seconds = time.perf_counter() - begin
+    with traced_for("tpu"):
+        t, spec = training_of(recipe, on)
+        shapes = step_shapes(t, spec, recipe.schedule.batch_size)
+        flops = product_flops(t.step, *shapes) / where.size
+        t = shard(t, where)
+        state, batch = placed(*shapes, where)
+        begin = time.perf_counter()
+        program = jax.jit(t.step, donate_argnums=0).lower(state, batch).compile()
+        seconds = time.perf_counter() - begin
     found: Any = program.cost_analysis()
     kind = devices[0].device_kind
     peak, capacity = CHIPS[kind]
@@ -154,7 +156,8 @@ def least_seconds(estimate: float, at_peak: float) -> float | None:
 
 def lowered_for_cuda(recipe: Recipe, on: Trained | None = None) -> int:
     """Lower one optimiser step of a recipe for CUDA; the bytes of its StableHLO. `on` as above."""
-    t, spec = training_of(recipe, on)
-    shapes = step_shapes(t, spec, recipe.schedule.batch_size)
-    exported = jax.export.export(jax.jit(t.step), platforms=["cuda"])(*shapes)
+    with traced_for("gpu"):
+        t, spec = training_of(recipe, on)
+        shapes = step_shapes(t, spec, recipe.schedule.batch_size)
+        exported = jax.export.export(jax.jit(t.step), platforms=["cuda"])(*shapes)
     return len(exported.mlir_module_serialized)

@@ -55,6 +55,8 @@ def datasheet_peak(device_kind: str) -> float | None:
 def product_flops(f: Callable[..., Any], *args: Any) -> float:
     """FLOPs of the matrix products and convolutions of `f(*args)`, by its jaxpr: two for each
     multiplication and addition, loops by their length, of branches the most costly one.
+    Of a form for each platform, the one that is not written for any counts; of attention all
+    pairs of positions, though a causal one sees half of them.
 
     It counts what was asked for, whatever a compiler makes of it; what is computed again on the way
     back counts twice. Of a `while` loop, whose length is not known, one trip counts.
@@ -84,10 +86,16 @@ def _of_equation(equation: Any) -> float:
     if name == "conv_general_dilated":
         kernel, numbers = equation.invars[1].aval.shape, params["dimension_numbers"]
         taps = math.prod(kernel) / kernel[numbers.rhs_spec[0]]
+        # Between the numbers of a dilated input lie zeros, as in the gradient of a stride.
+        taps /= math.prod(params["lhs_dilation"])
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * taps
+    if name.startswith("dot_product_attention_"):  # cuDNN's: of queries and keys [B, T, N, h]
+        (b, t, heads, width), s = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
+        return (4.0 if "_fwd" in name else 8.0) * b * heads * t * s * width
     inner = [_of_jaxpr(one) for value in params.values() for one in _jaxprs_in(value)]
     if name == "cond":
-        return max(inner, default=0.0)
+        of_platforms = params.get("branches_platforms") or ()
+        return inner[of_platforms.index(None)] if None in of_platforms else max(inner, default=0.0)
     return sum(inner) * params.get("length", 1) if name == "scan" else sum(inner)
 
 

@@ -39,9 +39,10 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 class StepCost(NamedTuple):
     """The cost of one train step on this machine. Counts come from the compiled program (`flops`,
-    of one device) or the step's jaxpr (`product_flops`, of all devices), times from running it. The
-    shares are of a measured float32 product, and of the data sheets' bfloat16 where the device is
-    known.
+    of one device; on an accelerator, whose compiler calls libraries, they are its part of
+    `product_flops`) or the step's jaxpr (`product_flops`, of all devices), times from running it.
+    The shares are of a measured product, which `product` names, and of the data sheets' bfloat16
+    where the device is known.
     """
 
     batch_size: int
@@ -53,6 +54,7 @@ class StepCost(NamedTuple):
     temporary_bytes: int
     share_of_peak: float
     peak_gflops: float
+    product: str
     product_flops: float
     share_of_datasheet: float | None
     steps_of_sequences: int
@@ -194,12 +196,20 @@ def seconds_per_call(
 
 
 def matmul_peak(size: int = 2048, dtype: Any = jnp.float32, budget: float = 2.0) -> float:
-    """The best rate of a square matrix product on this machine, in FLOP/s: what shares of the peak
-    refer to.
+    """The best rate of a product of square matrices of normal numbers on this machine, in FLOP/s:
+    what shares of the peak refer to. (Of equal numbers a card's clock would be higher.)
     """
-    a = jnp.ones((size, size), dtype)
+    a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
     product = jax.jit(jnp.matmul)
-    return 2 * size**3 / min(seconds_per_call(lambda: product(a, a), budget))
+    once = min(seconds_per_call(lambda: product(a, b), 0.0))
+    n = math.ceil(0.02 / once)  # a card waits between products that are asked for one by one
+
+    def several() -> Any:
+        for _ in range(n):
+            last = product(a, b)
+        return last
+
+    return 2 * size**3 * n / min(seconds_per_call(several, budget))
 
 
 def stepper(
@@ -225,7 +235,7 @@ def step_cost(
     size.
 
     The time is the median over calls; the share of the peak is FLOPs / seconds over the rate of a
-    large matrix product.
+    large matrix product, in float32 on a CPU and in bfloat16 on an accelerator.
 
     Args:
         recipe: what to measure.
@@ -256,10 +266,13 @@ def step_cost(
     if mesh is not None:
         where = jax.tree.map(lambda leaf: leaf.sharding, shapes)
         state, batch = jax.device_put((state, batch), where)
-    flops, temporary = cost_of(program)
-    peak = matmul_peak()
-    sheet = datasheet_peak(jax.devices()[0].device_kind)
     in_use = math.prod((mesh or {}).values())
+    flops, temporary = cost_of(program)
+    size, dtype = 2048, jnp.float32
+    if jax.default_backend() != "cpu":
+        flops, size, dtype = asked / in_use, 8192, jnp.bfloat16
+    peak = matmul_peak(size, dtype, min(2.0, budget))
+    sheet = datasheet_peak(jax.devices()[0].device_kind)
     seconds = statistics.median(seconds_per_call(stepper(program, state, batch), budget))
     return StepCost(
         batch_size=batch_size,
@@ -271,6 +284,7 @@ def step_cost(
         temporary_bytes=temporary,
         share_of_peak=flops / seconds / peak,
         peak_gflops=peak / 1e9,
+        product=f"{size} x {size} {jnp.dtype(dtype).name}",
         product_flops=asked,
         share_of_datasheet=asked / seconds / in_use / sheet if sheet else None,
         steps_of_sequences=batch_size * spec.shape[0] if spec.step else 0,

@@ -68,9 +68,12 @@ def _described(thing: Any) -> tuple[dict[str, Any], dict[str, str]]:
     """The types and the help of what a function or a dataclass takes, by name, from its annotations
     and docstring.
     """
-    import docstring_parser
-
     thing = inspect.unwrap(thing)
+    hints = typing.get_type_hints(thing, include_extras=True)
+    try:
+        import docstring_parser
+    except ImportError:  # where only the models are needed, such as a machine with a card
+        return hints, {}
     # A dataclass has the fields of those that it extends, explained in their docstrings.
     explained = reversed(thing.__mro__) if isinstance(thing, type) else [thing]
     help_of = {
@@ -78,7 +81,7 @@ def _described(thing: Any) -> tuple[dict[str, Any], dict[str, str]]:
         for one in explained
         for param in docstring_parser.parse(inspect.getdoc(one) or "").params
     }
-    return typing.get_type_hints(thing, include_extras=True), help_of
+    return hints, help_of
 
 
 def parameters_of(function: Callable[..., Any]) -> Fields:

@@ -1,0 +1,46 @@
+"""Which hardware a network is traced for, where its fastest form depends on it."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+import jax
+
+_asked: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+
+def platform() -> str:
+    """What is traced now is for this: "cpu", "gpu" or "tpu". That of `traced_for`, of
+    `jax.default_device` or, where neither says so, of jax's default backend.
+    """
+    asked = _asked.get()
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    if asked is not None:
+        return asked
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
+
+
+@contextlib.contextmanager
+def traced_for(name: str) -> Iterator[None]:
+    """Trace for a platform that is not here, to compile for it. A function that was traced before
+    with `jax.jit` is not traced anew.
+    """
+    token = _asked.set(name)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def has_cudnn_attention() -> bool:
+    """Whether what is traced now is for a card here that cuDNN's flash attention runs on: NVIDIA's
+    since Ampere. Not within `traced_for`: what is compiled or exported for elsewhere has no card to
+    ask, and such a kernel cannot be exported.
+    """
+    if _asked.get() is not None or platform() != "gpu":
+        return False
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    major, _, minor = str(capability).partition(".")
+    return major.isdecimal() and minor.isdecimal() and int(major) >= 8
