@@ -3,12 +3,15 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow
 import pytest
 from PIL import Image
 
+import genjax
 from genjax.data import arrays
 from genjax.data.memory import from_arrays
 from genjax.errors import ConfigError, DataError
+from genjax.runs.other_data import brought_to, in_order, source_in
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(60, 3))
@@ -214,3 +217,109 @@ def test_the_same_examples_in_other_splits_are_other_data():
     one, other = (from_arrays(X, test_fraction=part).contents for part in (0.1, 0.3))
     assert one == from_arrays(X).contents
     assert one != other
+
+
+# --- names of splits, and of columns --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("valid", ["valid", "val", "validation"])
+def test_a_validation_split_has_any_of_its_names(tmp_path, valid):
+    sizes = {"train": 40, valid: 7, "test": 13}
+    given, done = {}, 0
+    for split, n in sizes.items():
+        rows = slice(done, done + n)
+        given |= {f"x_{split}": X[rows, None], f"y_{split}": PETS[rows]}
+        given[f"lengths_{split}"] = np.ones(n, int)
+        done += n
+    np.savez(tmp_path / "data.npz", **given)
+    filed = arrays(str(tmp_path / "data.npz"), conditional=True, step="frame")
+    for source in (filed, from_arrays(given, step="frame")):
+        splits = source.load()
+        assert [len(batch.x) for batch in splits] == [40, 7, 13]
+        assert [len(batch.length) for batch in splits] == [40, 7, 13]
+        np.testing.assert_array_equal(splits.valid.x[:, 0], X[40:47].astype(np.float32))
+        np.testing.assert_array_equal(splits.valid.cond, PETS[40:47] == "dog")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["x_dev"], "x_dev beside x_train and x_test is no split; expected x_valid, x_val or"),
+        (["x_val", "x_valid"], "x_val and x_valid are two names of the valid split"),
+        (["y_train", "y_test", "y_dev"], "y_dev beside y_train and y_test is no split"),
+    ],
+)
+def test_no_array_beside_splits_is_left_out_without_a_word(tmp_path, more, message):
+    given = dict.fromkeys(("x_train", "x_test", *more), X)
+    np.savez(tmp_path / "data.npz", **given)
+    with pytest.raises(DataError, match=message):
+        arrays(str(tmp_path / "data.npz"))
+    with pytest.raises(DataError, match=message):
+        from_arrays(given)
+    # Beside one x for all they are something else.
+    assert len(from_arrays({"x": X, "x_mean": X[0]}).load().train.x) == 48
+
+
+class Frame:
+    """A table as pandas and polars have it: the names in `columns`, chosen by a list of them."""
+
+    def __init__(self, values, columns):
+        self.values, self.columns, self.shape = values, columns, values.shape
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values
+
+    def __getitem__(self, names):
+        return Frame(self.values[:, [self.columns.index(name) for name in names]], names)
+
+
+NAMES = ["a", "b", "c"]
+FRAME, ARROW = Frame(X, NAMES), pyarrow.table(dict(zip(NAMES, X.T, strict=True)))
+
+
+@pytest.mark.parametrize("table", [FRAME, ARROW])
+def test_a_table_in_memory_keeps_the_names_of_its_columns(table):
+    assert from_arrays(table).spec.columns == ("a", "b", "c")
+    assert from_arrays(table, y=PETS, columns=("p", "q", "r")).spec.columns == ("p", "q", "r")
+    # Of sequences the last axis is none of columns; and pandas numbers what has no names.
+    assert from_arrays(table, step="frame").spec.columns is None
+    assert from_arrays(Frame(X, [0, 1, 2])).spec.columns is None
+    turned = ["c", "a", "b"]
+    other = table.select(turned) if table is ARROW else table[turned]
+    np.testing.assert_array_equal(in_order(other, from_arrays(table).spec.columns), X)
+    splits = {"x_train": table, "x_test": table}
+    assert from_arrays(splits).spec.columns == ("a", "b", "c")
+    with pytest.raises(DataError, match=r"in one order; found \[a, b, c\] and \[c, a, b\]"):
+        from_arrays(splits | {"x_test": other})
+
+
+@pytest.mark.slow
+def test_a_run_takes_the_columns_of_a_table_by_their_names(tmp_path):
+    small = {"hidden": (4,), "latent_dim": 2, "batch_size": 8, "steps": 1, "say": str}
+    genjax.train("vae", FRAME, out=tmp_path / "run", **small)
+    run = genjax.load(tmp_path / "run")
+    assert run.spec.columns == ("a", "b", "c")
+    wanted = run.bound(X).nats  # of an array, which has no names
+    for table in (ARROW.select(["c", "a", "b"]), FRAME[["b", "c", "a"]]):
+        np.testing.assert_array_equal(run.bound(table).nats, wanted)
+    first = from_arrays(X).load().test.x
+    for data in (X, FRAME[["b", "c", "a"]]):  # as `run.evaluate(data=data)` takes them
+        source = brought_to(run.spec, source_in(data, run.spec), "it")
+        np.testing.assert_array_equal(source.load().test.x, first)
+    with pytest.raises(DataError, match="has no column c, which the run was trained on"):
+        run.bound(FRAME[["a", "b"]])
+
+
+@pytest.mark.parametrize("y", [PETS.astype(object), pyarrow.chunked_array([PETS.tolist()])])
+def test_labels_are_texts_in_whatever_array(y):
+    """A pandas Series of texts is an array of objects."""
+    found, wanted = from_arrays(X, y=y), from_arrays(X, y=PETS)
+    assert found.spec == wanted.spec
+    np.testing.assert_array_equal(found.load().train.cond, wanted.load().train.cond)
+
+
+def test_labels_that_are_neither_numbers_nor_strings_are_refused():
+    missing = PETS.astype(object)
+    missing[3] = None
+    with pytest.raises(DataError, match="y must be numbers or strings; found an array of object"):
+        from_arrays(X, y=missing)

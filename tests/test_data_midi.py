@@ -110,3 +110,74 @@ def test_a_bad_file_is_named_and_may_be_left_out(tmp_path):
         open_source(str(tmp_path / "songs"))
     source = open_source(str(tmp_path / "songs"), skip_bad=True)
     assert "left out 1 files" in "; ".join(source.notes)
+
+
+def parts_of(source):
+    """The frames of each part of the split one after the other, without the padding."""
+    return [
+        np.concatenate([x[:n] for x, n in zip(batch.x, batch.length, strict=True)])
+        for batch in source.load()
+    ]
+
+
+def numbered(number, n):
+    """A piece of which every frame says which piece it is of, and at which place."""
+    roll = np.zeros((n, 88), np.uint8)
+    roll[:, number] = 1
+    roll[np.arange(n), 20 + np.arange(n)] = 1
+    return roll
+
+
+def test_no_piece_has_windows_in_two_parts_of_the_split(tmp_path):
+    (tmp_path / "songs").mkdir()
+    for index in range(10):
+        midi(numbered(index, 12), tmp_path / "songs" / f"{index}.mid")
+    settings = {"frames_per_quarter": 1, "context": 4}
+    source = open_source(str(tmp_path / "songs"), **settings)
+    assert [len(batch.x) for batch in source.load()] == [24, 3, 3]
+    of_each = [np.flatnonzero(frames[:, :20].any(0)).tolist() for frames in parts_of(source)]
+    assert [len(pieces) for pieces in of_each] == [8, 1, 1]
+    assert sorted(np.concatenate(of_each)) == list(range(10))
+
+
+@pytest.mark.parametrize("n_pieces", [1, 2])
+def test_few_pieces_are_split_by_position(tmp_path, n_pieces):
+    (tmp_path / "songs").mkdir()
+    for index in range(n_pieces):
+        midi(numbered(index, 40), tmp_path / "songs" / f"{index}.mid")
+    where = tmp_path / "songs" / ("0.mid" if n_pieces == 1 else "")
+    for frames, begin, end in zip(
+        parts_of(open_source(str(where), frames_per_quarter=1)),
+        (0, 32, 36),
+        (32, 36, 40),
+        strict=True,
+    ):
+        wanted = [numbered(index, 40)[begin:end] for index in range(n_pieces)]
+        np.testing.assert_array_equal(frames, np.concatenate(wanted))
+
+
+def test_a_piece_too_short_to_split_is_told(tmp_path):
+    midi(numbered(0, 2), tmp_path / "a.mid")
+    with pytest.raises(DataError, match=r"a\.mid: 2 frames are too few to split; expected at l"):
+        open_source(str(tmp_path / "a.mid"), frames_per_quarter=1)
+    assert len(parts_of(open_source(str(tmp_path / "a.mid"), frames_per_quarter=2))) == 3
+
+
+def test_pieces_in_linked_folders_are_read_and_in_hidden_ones_are_not(tmp_path):
+    for folder, n in (("songs", 2), ("other", 2), ("songs/.trash", 1)):
+        (tmp_path / folder).mkdir()
+        for index in range(n):
+            midi(piece(6), tmp_path / folder / f"{index}.mid")
+    (tmp_path / "songs" / "more").symlink_to(tmp_path / "other")
+    source = open_source(str(tmp_path / "songs"), frames_per_quarter=1)
+    assert "from 4 MIDI files" in source.description
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "songs").symlink_to(tmp_path / "songs")
+    assert open_source(str(tmp_path / "linked")).spec.shape[1] == 88  # it is no folder of pictures
+
+
+def test_how_a_single_file_was_cut_is_part_of_what_it_is(tmp_path):
+    midi(piece(40), tmp_path / "a.mid")
+    found = [open_source(str(tmp_path / "a.mid"), frames_per_quarter=1, context=n) for n in (8, 4)]
+    assert found[0].files == found[1].files
+    assert found[0].contents != found[1].contents

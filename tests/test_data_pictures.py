@@ -328,3 +328,69 @@ def test_whole_numbers_beyond_16_bits_have_no_scale(tmp_path):
         Image.fromarray(numbers).save(tmp_path / f"{index}.tif")
     with pytest.raises(DataError, match="from -1000 to 70000, are no 16 bits"):
         open_source(str(tmp_path))
+
+
+def test_linked_folders_are_read_and_hidden_ones_are_not(tmp_path):
+    """A class or a split may be a link; one that leads back is passed over, so that loops end."""
+    for split in ("train", "test"):
+        folder_of(tmp_path / "set" / split, classes=("cat",))
+        folder_of(tmp_path / "elsewhere" / split, classes=("dog", ".ipynb_checkpoints"))
+        (tmp_path / "set" / split / "dog").symlink_to(tmp_path / "elsewhere" / split / "dog")
+        (tmp_path / "set" / split / "dog" / "back").symlink_to(tmp_path / "set")
+        folder_of(tmp_path / "set" / split, classes=(".ipynb_checkpoints",))
+    source = open_source(str(tmp_path / "set"), conditional=True)
+    assert source.spec.class_names == ("cat", "dog")
+    assert [len(batch.x) for batch in source.load()] == [11, 1, 12]
+    (tmp_path / "links").mkdir()
+    for split in ("train", "test"):  # and two links to one folder are two splits
+        (tmp_path / "links" / split).symlink_to(tmp_path / "set" / "test")
+    splits = open_source(str(tmp_path / "links"), conditional=True).load()
+    assert [len(batch.x) for batch in splits] == [11, 1, 12]
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_a_dark_picture_of_16_bits_has_the_scale_of_the_others(tmp_path, ending):
+    dark, bright = np.full((4, 4), 200, np.uint16), np.full((4, 4), 40_000, np.uint16)
+    bright[0, 0] = 65_535
+    for index, values in enumerate((dark, bright, bright.astype(">u2"))):
+        Image.fromarray(values).save(tmp_path / f"{index}.{ending}")
+    rows = np.concatenate([batch.x for batch in open_source(str(tmp_path)).load()])
+    assert sorted(rows[:, 1, 1, 0].tolist()) == [0, 155, 155]
+    assert sorted(rows[:, 0, 0, 0].tolist()) == [0, 255, 255]
+
+
+def test_pictures_of_32_bits_have_no_scale(tmp_path):
+    for index in range(3):
+        Image.fromarray(np.full((4, 4), 200, np.int32)).save(tmp_path / f"{index}.tif")
+    with pytest.raises(DataError, match="from 200 to 200, are no 16 bits without a sign"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("ending", ["tif", "gif", "webp", "png"])
+def test_several_frames_are_no_picture(tmp_path, ending):
+    where = folder_of(tmp_path / "photos", ending=ending)
+    frames = [picture() for _ in range(3)]
+    frames[0].save(
+        tmp_path / "photos" / f"cat/many.{ending}", save_all=True, append_images=frames[1:]
+    )
+    with pytest.raises(DataError, match=r"cat/many\.\w+ .*has 3 frames: split it into one picture"):
+        open_source(where)
+    source = open_source(where, skip_bad=True)
+    assert sum(len(batch.x) for batch in source.load()) == 12
+    assert "left out 1 files that cannot be read" in source.notes
+
+
+def test_a_photograph_with_a_preview_is_one_picture(tmp_path):
+    """As telephones save them: a JPEG with a second one behind it."""
+    for index in range(3):
+        frames = [picture(), picture()]
+        path = tmp_path / f"{index}.jpg"
+        frames[0].save(path, "MPO", save_all=True, append_images=frames[1:])
+    assert open_source(str(tmp_path)).spec.shape == (6, 6, 3)
+
+
+def test_16_bits_that_hold_8_are_refused_before_they_are_black(tmp_path):
+    for index in range(3):
+        Image.fromarray(np.full((4, 4), 50 * index, np.uint16)).save(tmp_path / f"{index}.png")
+    with pytest.raises(DataError, match=r"all 3 pictures are black.*save them with 8 bits"):
+        open_source(str(tmp_path))

@@ -5,7 +5,9 @@ import pytest
 
 import genjax.cli
 from genjax.data import arrays, open_source
+from genjax.data.source import Splits, rows_of
 from genjax.errors import ConfigError, DataError
+from genjax.protocol import Batch
 
 RNG = np.random.default_rng(0)
 
@@ -84,3 +86,31 @@ def test_windows_are_split_as_asked_and_have_no_lengths(tmp_path):
     np.save(tmp_path / "ids.npy", np.arange(400) % 5)
     with pytest.raises(ConfigError, match="split by position"):
         open_source(str(tmp_path / "ids.npy"), kind="tokens", context=8, **held)
+
+
+@pytest.mark.parametrize("context", [8, 30, 3])
+def test_windows_that_are_scored_share_no_step(tmp_path, context):
+    np.save(tmp_path / "x.npy", np.arange(800.0)[:, None])
+    source = open_source(str(tmp_path / "x.npy"), context=context)
+    splits = source.load()
+    for split in ("train", "all"):
+        found = rows_of(splits, split, source.apart).x
+        assert len(np.unique(found)) == found.size
+    one, next_to_apart = splits.train.x[[0, source.apart - 1]]
+    assert next_to_apart[0] <= one[-1]  # a smaller distance would not do
+    assert rows_of(splits, "test", source.apart).x is splits.test.x
+
+
+def test_windows_of_a_stream_that_are_scored_follow_each_other():
+    source = open_source("unicode_names", context=16)
+    train = source.load().train.x
+    found = rows_of(source.load(), "train", source.apart).x
+    whole = np.concatenate([train[:, 0], train[-1, 1:]])
+    np.testing.assert_array_equal(found.reshape(-1), whole[: found.size])
+    assert found.size > len(whole) - 16
+
+
+def test_splits_of_which_one_has_weights_are_all_scored():
+    one = Batch(np.zeros((3, 1)), weight=np.asarray([0.0, 1.0, 2.0]))
+    found = rows_of(Splits(one, Batch(np.ones((2, 1))), Batch(np.ones((1, 1)))), "all")
+    np.testing.assert_array_equal(found.weight, [0, 1, 2, 1, 1, 1])

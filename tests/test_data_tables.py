@@ -1,6 +1,7 @@
 """Tables with named columns: CSV, TSV and Parquet, what they become, and what is refused."""
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -144,7 +145,8 @@ def large(tmp_path, monkeypatch):
     def save(columns=COLUMNS):
         monkeypatch.setattr(rows, "LIMIT", 100)
         path = tmp_path / "people.parquet"
-        pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=7)
+        table = columns if isinstance(columns, pyarrow.Table) else pyarrow.table(columns)
+        pyarrow.parquet.write_table(table, path, row_group_size=7)
         return str(path)
 
     return save
@@ -234,3 +236,60 @@ def test_no_column_is_no_choice(tmp_path, chosen):
     path.write_text("a,b\n" + "1,2\n" * 9)
     with pytest.raises(ConfigError, match="names at least one column"):
         open_source(str(path), **chosen)
+
+
+# --- what pandas writes beside the columns, and other encodings -----------------------------------
+
+
+def test_the_row_index_of_pandas_in_csv_is_no_feature(tmp_path):
+    """`df.to_csv(path)` writes it first, without a name."""
+    path = tmp_path / "t.csv"
+    path.write_text(",a,b\n" + "".join(f"{i},{i * i},{i % 7}.5\n" for i in range(40)))
+    source = open_source(str(path))
+    assert source.spec.columns == ("a", "b")
+    assert "left out the row index of pandas: '' (--columns takes it)" in source.notes
+    assert open_source(str(path), columns=("", "a")).spec.columns == ("", "a")
+    again = path.read_text().replace(",a,b", "Unnamed: 0,a,b")  # as pandas reads and writes it
+    (tmp_path / "again.csv").write_text(again)
+    assert open_source(str(tmp_path / "again.csv")).spec.columns == ("a", "b")
+    path.write_text("a,,b\n" + "".join(f"{i},{i * i},{i % 7}.5\n" for i in range(40)))
+    assert open_source(str(path)).spec.columns == ("a", "", "b")  # it is no index there
+    path.write_text(",kind\n" + "0,cat\n1,dog\n" * 9)
+    with pytest.raises(DataError, match=r"found kind \(string\), the row index of pandas: ''"):
+        open_source(str(path))
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ("__index_level_0__", None),
+        ("__index_level_0__", ["__index_level_0__"]),
+        ("row", ["row"]),
+        ("__index_level_0__", 3),  # what is damaged says nothing
+    ],
+)
+@pytest.mark.parametrize("is_large", [False, True])
+def test_the_row_index_of_pandas_in_parquet_is_no_feature(
+    tmp_path, monkeypatch, large, index, said, is_large
+):
+    columns = {"a": COLUMNS["income"], "b": COLUMNS["age"], index: list(range(60))}
+    table = pyarrow.table(columns)
+    if said is not None:
+        ranged = {"kind": "range", "name": None, "start": 0, "stop": 60, "step": 1}
+        text = json.dumps({"index_columns": [*said, ranged] if isinstance(said, list) else said})
+        table = table.replace_schema_metadata({"pandas": text})
+    path = large(table)
+    monkeypatch.setattr(rows, "LIMIT", 100 if is_large else 2**29)
+    source = open_source(path)
+    assert source.spec.columns == ("a", "b")
+    assert f"left out the row index of pandas: {index!r} (--columns takes it)" in source.notes
+    assert open_source(path, columns=("b", index)).spec.columns == ("b", index)
+    assert "row index" not in str(open_source(path, label=index, conditional=True).notes)
+
+
+@pytest.mark.parametrize("text", ["größe,b\n1,2\n3,4\n", "a,food\n1,Käse\n2,Brot\n"])
+def test_a_table_that_is_not_utf8_is_told(tmp_path, text):
+    path = tmp_path / "t.csv"
+    path.write_bytes((text * 9).encode("cp1252"))
+    with pytest.raises(DataError, match=r"t\.csv: is not UTF-8\. Save it as UTF-8"):
+        open_source(str(path), label="food" if "food" in text else None)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from genjax.errors import DataError
 from genjax.evaluation.estimates import (
     Estimate,
     bits_per_dim,
@@ -176,3 +177,26 @@ def test_values_per_step_are_a_ratio_with_its_error() -> None:
 def test_a_perplexity_that_no_float_holds_is_none():
     assert _code_length("frame", Estimate(2.0, 0.1, 9))["perplexity"] == pytest.approx(math.e**2)
     assert _code_length("frame", Estimate(5000.0, 0.1, 9))["perplexity"] is None
+
+
+def test_weights_count_as_copies_do_and_0_leaves_out() -> None:
+    values = np.asarray([1.0, np.nan, 4.0, 9.0])
+    found = estimate(values, np.asarray([2.0, 0.0, 2.0, 2.0], np.float32))
+    assert found == pytest.approx(estimate(values[[0, 2, 3]]))
+    assert estimate(values, [3, 0, 1, 0]).mean == (3 * 1 + 4) / 4
+    steps = np.asarray([2, 9, 1, 3])
+    assert per_step(values, steps, [1, 0, 1, 1]) == per_step(values[[0, 2, 3]], steps[[0, 2, 3]])
+    assert per_step(values, steps, [3, 0, 1, 0])[::2] == ((3 * 1 + 4) / (3 * 2 + 1), 3)
+    with pytest.raises(DataError, match="all examples have weight 0"):
+        estimate(values, np.zeros(4))
+
+
+def test_the_error_of_weighted_values_covers_the_truth() -> None:
+    """Weights that grow with the spread: an error that does not know them is too small."""
+    rng = np.random.default_rng(0)
+    weight = np.repeat([1.0, 5.0], 100)
+    found = [estimate(rng.normal(size=200) * weight, weight) for _ in range(400)]
+    spread = np.std([one.mean for one in found], ddof=1)
+    error = np.mean([one.standard_error for one in found])
+    assert abs(error / spread - 1) < 0.15  # four of its own errors, 1/√(2 · 400)
+    assert found[0].n == 200

@@ -137,3 +137,17 @@ def test_moments_that_are_none_are_refused() -> None:
             gaussian_frechet_distance(zero, one, zero, cov)
     with pytest.raises(DataError, match=r"cov1 must be positive semi-definite.*eigenvalue of -1"):
         gaussian_frechet_distance(zero, np.diag([1.0, -1.0]), zero, one)
+
+
+@pytest.mark.parametrize(("n", "m"), [(8, 12), (20, 3), (2, 2)])
+def test_fewer_rows_than_features_have_the_distance_of_their_covariances(n: int, m: int) -> None:
+    real, fake = normal(n, n, 30), 2 * normal(m + 50, m, 30) + 0.5
+    moments = [(x.mean(axis=0), np.cov(x, rowvar=False)) for x in (real, fake)]
+    expected = gaussian_frechet_distance(*moments[0], *moments[1])
+    assert frechet_distance(real, fake) == pytest.approx(expected, rel=1e-9)
+
+
+def test_large_pictures_need_no_matrix_of_all_their_features() -> None:
+    """Which would have 80 GB for 100,000 features."""
+    x = normal(0, 3, 100_000)
+    assert frechet_distance(x, x + 0.5) == pytest.approx(100_000 * 0.25, rel=1e-9)

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from program import refused
@@ -11,7 +12,9 @@ import genjax
 import genjax.cli
 from genjax.errors import CheckpointError, ConfigError, Interrupted
 from genjax.learning.checkpoint import Checkpoints
-from genjax.runs.best import Best, no_gain
+from genjax.protocol import TrainState
+from genjax.runs.best import Best, ended_early, no_gain
+from genjax.runs.train import say_best
 from genjax.runs.train import train as train_in
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import Schedule
@@ -222,3 +225,22 @@ def test_evaluations_that_never_were_are_not_counted():
     seldom = Schedule(steps=1000, steps_per_call=50, evaluate_every=100, stop_after=3)
     assert not no_gain(seldom, 100, 350)
     assert no_gain(seldom, 100, 400)
+
+
+def test_a_damaged_best_is_set_aside_and_ends_nothing(tmp_path, caplog):
+    params = {"net": {"w": jnp.ones(3)}}
+    state = TrainState(jnp.asarray(40), jax.random.key(0), params, {"net": {}}, {"net": {}})
+    saved = Checkpoints(tmp_path / "best", 1).save(state, {"valid": -1.0})
+    next((saved / "state" / "d").iterdir()).write_bytes(b"damage")
+    schedule = Schedule(steps=100, steps_per_call=5, evaluate_every=10, stop_after=3)
+    assert not ended_early(tmp_path, schedule, 60)
+    for _ in range(2):  # and again, before there is another best
+        best = Best(tmp_path, {})
+        assert "A damaged checkpoint was passed over and is now called" in caplog.text
+        assert (best.step, best.value) == (40, -np.inf)
+        assert (tmp_path / "best" / "40.damaged").is_dir()
+        assert not ended_early(tmp_path, schedule, 60)
+        assert ended_early(tmp_path, schedule, 70)
+        say_best(best, schedule, 60, pytest.fail)  # there is none to speak of
+    best.offer(40, state, lambda: -2.0)
+    assert (best.step, best.value, best.checkpoints.steps()) == (40, -2.0, [40])

@@ -11,6 +11,7 @@ import genjax.cli
 from genjax import ZOO, DataSpec
 from genjax.errors import CheckpointError, ConfigError, DataError
 from genjax.learning.optim import track_ema
+from genjax.runs.lock import locked
 
 X = np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32)
 POINTS = DataSpec((3,), "continuous")
@@ -242,3 +243,12 @@ def test_a_folder_is_of_one_model_and_of_one_set_of_data(tmp_path):
     assert "whether losses and optimizer are those of before cannot be seen" in said[-1]
     with pytest.raises(CheckpointError, match="was trained on ring, and these data are moons"):
         genjax.train(model, "moons", out=tmp_path / "b", **small | {"steps": 6})
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(tmp_path):
+    with (
+        locked(tmp_path / "run", pytest.fail),
+        pytest.raises(CheckpointError, match=r"is in use: this very process.*another folder"),
+    ):
+        trained(tmp_path / "run")
+    assert not list((tmp_path / "run").iterdir())

@@ -121,6 +121,31 @@ def test_states_are_saved_and_restored(tmp_path):
         genjax.restore(tmp_path / "none", state)
 
 
+def test_a_state_of_another_training_is_not_saved_over(tmp_path):
+    model = genjax.vae(genjax.DataSpec((2,), "continuous"), hidden=(4,), latent_dim=1)
+    t, folder = genjax.training(model, optax.adam(1e-3)), tmp_path / "states"
+    state = t.init(jax.random.key(0))
+    later = state._replace(step=state.step + 5)
+    genjax.save(state, folder)
+    genjax.save(later, folder)
+    assert genjax.save(later, folder).name == "5"  # the same one may be saved again
+    with pytest.raises(CheckpointError, match=r"has a state of step 5, .* give another folder"):
+        genjax.save(state, folder)
+    other = t.init(jax.random.key(1))._replace(step=later.step)
+    with pytest.raises(CheckpointError, match=r"another state of step 5\. It is of another train"):
+        genjax.save(other, folder)
+    wider = genjax.vae(genjax.DataSpec((2,), "continuous"), hidden=(5,), latent_dim=1)
+    wide = genjax.training(wider, optax.adam(1e-3)).init(jax.random.key(0))
+    with pytest.raises(CheckpointError, match=r"(?s)is not of this model.*Give another folder"):
+        genjax.save(wide._replace(step=later.step), folder)
+    again = genjax.restore(folder, later)
+    jax.tree.map(np.testing.assert_array_equal, again.params, later.params)
+    # Of a damaged one nothing is known: what is restored then goes on.
+    next(path for path in (folder / "5").rglob("*") if path.is_file()).write_bytes(b"")
+    assert genjax.save(state._replace(step=state.step + 4), folder).name == "4"
+    assert sorted(path.name for path in folder.iterdir()) == ["0", "4", "5.damaged"]
+
+
 def test_what_does_not_exist_is_said(run, tmp_path):
     with pytest.raises(ConfigError, match="Did you mean vae"):
         genjax.train("vea")

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 
 import genjax
-from genjax.data import open_source
+from genjax.data import open_source, rows
+from genjax.data.rows import Rows
+from genjax.errors import ConfigError
 from genjax.evaluation import judge, quality
-from genjax.protocol import Batch
+from genjax.protocol import Batch, DataSpec
 from genjax.runs import sweeps
 from genjax.runs.evaluate import evaluate
 from genjax.runs.load import load
@@ -283,3 +285,48 @@ def test_a_judge_of_another_scale_is_another_judge(
         )
         judge.judge_of(source, 10)
     assert len(list(tmp_path.glob("*.npz"))) == 2
+
+
+@pytest.mark.slow
+def test_a_judge_learns_of_images_on_the_disk(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("GENJAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(rows, "LIMIT", 0)
+    digits = open_source("digits", conditional=True).load().train
+    np.save(tmp_path / "x.npy", digits.x[:200])
+    x = np.load(tmp_path / "x.npy", mmap_mode="r")
+    source = genjax.from_arrays(x, y=digits.cond[:200])
+    assert isinstance(source.load().train.x, Rows)
+    assert judge.judge_of(source, 1).features(digits.x[:3]).shape == (3, 128)
+
+
+@pytest.mark.slow
+def test_members_that_make_sequences_are_compared_by_their_values(tmp_path: Path) -> None:
+    """Sequences of one length are figures of their values side by side."""
+    np.save(tmp_path / "wave.npy", np.sin(np.arange(400.0) / 5)[:, None])
+    recipe = replace(ZOO["gan"].on(str(tmp_path / "wave.npy")), hidden=(8,), context=8, **SHORT)
+    results = run_sweep(recipe, {}, 2, tmp_path / "sweep", say=str)
+    assert results["metric"] == "valid/FD[standardised]"
+    assert (tmp_path / "sweep" / "results.json").is_file()
+    said: list[str] = []
+
+    def zeros(key: jax.Array, cond: np.ndarray | None, n: int) -> np.ndarray:
+        return np.zeros((n, 8, 1), np.float32)
+
+    one = quality.figures_of(recipe, zeros, "valid", n=1, say=said.append)
+    assert [figure.name for figure in one] == ["sliced Wasserstein"]
+    assert said == ["The Fréchet distance needs 2 examples; 1 is too few."]
+
+
+def test_what_no_figure_fits_is_refused() -> None:
+    x, weighted = np.zeros((2, 3)), Batch(np.zeros((2, 3)), weight=np.asarray([1.0, 2.0]))
+    tokens = DataSpec((3,), "tokens", levels=4, step="token")
+    several = DataSpec((3, 1), "continuous", step="hour", lengths=True)
+    for spec, batch, said in (
+        (tokens, Batch(x), "are tokens. Use the log-probability"),
+        (several, Batch(x), "are sequences of several lengths"),
+        (DataSpec((3,), "continuous"), weighted, "have weights that differ"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            quality.check_figures(spec, batch)

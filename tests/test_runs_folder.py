@@ -1,5 +1,6 @@
 """Run folders: what each is called, what is no run, and that nothing is overwritten."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ import pytest
 from short_runs import contents, tiny
 
 from genjax.errors import CheckpointError, ConfigError, DataError
-from genjax.runs.folder import default_folder, open_folder, write_json
+from genjax.protocol import DataSpec
+from genjax.runs.folder import check_spec, default_folder, open_folder, write_json
 from genjax.runs.load import load
 from genjax.runs.train import train
 from genjax.zoo import ZOO
@@ -129,3 +131,12 @@ def test_settings_that_came_later_have_the_value_that_was_there_before(tmp_path:
     write_json(tmp_path / "config.json", gone)
     with pytest.raises(ConfigError, match=r"model\.gone: there 3, now '\(not set\)'"):
         open_folder(tmp_path, values)
+
+
+def test_names_that_came_to_be_known_are_no_other_data(tmp_path):
+    """Of classes and of columns, in a run from before they were kept; names that differ are."""
+    before = DataSpec((2,), "continuous", n_classes=2)
+    now = dataclasses.replace(before, columns=("a", "b"), class_names=("cat", "dog"))
+    check_spec(now, before, tmp_path)
+    with pytest.raises(DataError, match="columns was"):
+        check_spec(dataclasses.replace(now, columns=("b", "a")), now, tmp_path)

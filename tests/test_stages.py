@@ -172,6 +172,20 @@ def test_a_run_folder_called_like_a_data_set_does_not_stand_in_its_way(tmp_path,
     assert opened(recipe).source.spec == recipe.source().spec
 
 
+def test_a_folder_of_something_else_below_runs_is_no_run(tmp_path):
+    photos = tmp_path / "runs" / "cam1" / "photos"
+    assert is_run(str(photos))  # still to be trained
+    photos.mkdir(parents=True)
+    (photos / ".lock").write_text("{}")
+    assert is_run(str(photos))
+    for index in range(5):
+        Image.new("L", (4, 4), 50 * index).save(photos / f"{index}.png")
+    assert not is_run(str(photos))
+    assert not is_run(str(photos / "0.png"))
+    assert open_source(str(photos)).spec.shape == (4, 4, 1)
+    assert opened(dataclasses.replace(ZOO["vae"], data=str(photos), data_options={})).first is None
+
+
 @pytest.mark.slow
 def test_what_begins_with_another_run_keeps_its_own_first_stage(stages, tmp_path):
     """And with another teacher's: only what is trained is taken."""

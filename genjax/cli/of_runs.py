@@ -226,11 +226,15 @@ def evaluate(args: list[str]) -> None:
         data: str | None = None
         """Other data of the same kind, a file or a name, to score under their own name."""
         split: Literal["test", "valid", "train", "all"] | None = None
-        """Which split: test unless given, or all of other data."""
+        """Which split: test unless given, or all of other data. Of training windows that overlap,
+        such as share nothing.
+        """
         n: int | None = None
         """Only the first n examples; all unless given."""
         n_samples: int | None = None
-        """Samples K of an importance-weighted bound; what the recipe says unless given."""
+        """Draws of the bound's estimator: K of an importance-weighted bound, noise levels of a
+        diffusion bound, draws of dequantisation noise; what the recipe says unless given.
+        """
         seed: int = 0
         """Of the estimator's noise and of the binarisation of the data."""
         batch_size: int = 100

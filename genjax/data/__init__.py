@@ -4,6 +4,7 @@
 gives a `Source`; `batch_at` takes batches from it.
 """
 
+import contextlib
 import inspect
 import os
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 from genjax.data.arrays import arrays
 from genjax.data.augment import augmentation
 from genjax.data.densities import checkerboard, grid, moons, pinwheel, ring, swiss_roll
+from genjax.data.folders import files_below
 from genjax.data.idx import read_idx, write_idx
 from genjax.data.image_files import ARCHIVES, image_files
 from genjax.data.image_files import ENDINGS as IMAGE_ENDINGS
@@ -173,15 +175,16 @@ def open_source(name: str | os.PathLike[str], **options: Any) -> Source:
 
 def is_run(name: str) -> bool:
     """Whether a name is that of a run folder, there or still to be trained: a folder that has a
-    config.json, or a path below a folder `runs` that is no file of data. A folder called like a
-    data set is not meant by that name: ./digits is.
+    config.json, or a path below a folder `runs` that is no file and no folder of something else. A
+    folder called like a data set is not meant by that name: ./digits is.
     """
     if name in SOURCES or name == MEMORY:
         return False
     path = Path(name)
     if (path / "config.json").is_file():
         return True
-    return len(path.parts) > 1 and "runs" in path.parts and not _is_path(name)
+    below = len(path.parts) > 1 and "runs" in path.parts
+    return below and not _is_path(name) and not path.is_file() and not _holds_files(path)
 
 
 def run_folder(path: str) -> Source:
@@ -196,16 +199,19 @@ def run_folder(path: str) -> Source:
     )
 
 
+def _holds_files(path: Path) -> bool:
+    """Whether there is a folder with something in it that a person sees: the lock of a run that is
+    still to write its settings is hidden.
+    """
+    with contextlib.suppress(OSError):
+        return path.is_dir() and not all(inner.name.startswith(".") for inner in path.iterdir())
+    return False
+
+
 def _holds_music(folder: str) -> bool:
     """Whether a folder's first files of a known kind are MIDI files."""
-    for _, inner, files in os.walk(folder):
-        inner.sort()
-        for name in sorted(files):
-            if name.lower().endswith(MIDI_ENDINGS):
-                return True
-            if name.lower().endswith(IMAGE_ENDINGS):
-                return False
-    return False
+    first = next(files_below(folder, (*MIDI_ENDINGS, *IMAGE_ENDINGS)), "")
+    return first.lower().endswith(MIDI_ENDINGS)
 
 
 def _is_path(name: str) -> bool:

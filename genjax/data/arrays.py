@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from genjax.data.kinds import Channels, with_channels
-from genjax.data.own import HELD_OUT, Reading, own_source
+from genjax.data.own import HELD_OUT, Reading, example_names, own_source, split_names
 from genjax.data.rows import Rows, in_npy
-from genjax.data.series import STEP, as_sequences, windows_of
-from genjax.data.source import Source, Splits
+from genjax.data.series import STEP, as_sequences, windows_apart, windows_of
+from genjax.data.source import Source
 from genjax.data.streams import by_position
 from genjax.data.tokens import STEP as TOKEN
 from genjax.data.tokens import stream_of, symbols_beside
@@ -41,11 +41,12 @@ def arrays(
     """Arrays of a .npz file (x [+ y, labels or cond], or x_train, x_valid, x_test [+ y_train, ...])
     or a .npy file (x).
 
-    x is [N, D], or images [N, H, W, C]; [N, H, W] gets a channel axis. Two different values are
-    binary; uint8 is discrete with 256 levels, other whole numbers have max + 1, bool is binary, and
-    floats are continuous (float32), unless `kind` says otherwise. Continuous values are
-    standardised for the networks, and nowhere else. Labels are classes under their names: whole
-    numbers or strings [N], one-hot rows [N, K]; float vectors [N, C] are a condition vector.
+    x is [N, D], or images [N, H, W, C]; [N, H, W] gets a channel axis. x_val and x_validation are
+    x_valid, too. bool, whole numbers of two values, and floats that are 0 and 1 only are binary;
+    uint8 is discrete with 256 levels, other whole numbers have max + 1, and other floats are
+    continuous (float32), unless `kind` says otherwise. Continuous values are standardised for the
+    networks, and nowhere else. Labels are classes under their names: whole numbers or strings [N],
+    one-hot rows [N, K]; float vectors [N, C] are a condition vector.
     Of the kind "tokens", x are ids [N, T] or, with `context`, one long stream of them [T]; see
     `token_stream` for its vocabulary and its split. With `step`, x are sequences [N, T, *event],
     and an array lengths [N] says how many of the steps count; with `context`, x is one long series
@@ -90,7 +91,8 @@ def arrays(
     if label is not None and not conditional:
         notes.append(f"{label} is not used: --conditional takes it as the condition")
     name = Path(where).stem
-    return own_source(read, reading, name, where, step=step, files=(where,), notes=notes)
+    source = own_source(read, reading, name, where, step=step, files=(where,), notes=notes)
+    return source if context is None else source._replace(apart=windows_apart(context))
 
 
 def _tokens(
@@ -188,52 +190,45 @@ def _select(
     tokens: bool,
 ) -> dict[str, Batch]:
     """Only the arrays that are needed are read: others may hold anything."""
-    x_key = key or _key_of(keys, get)
-    names = _splits_in(keys, x_key)
+    x_key = key or _key_of(keys, path)
+    names = example_names(keys, x_key, path)
     if not names:
         raise DataError(
             f"{path}: expected the arrays {_LAYOUT}; found {', '.join(keys) or 'nothing'}. "
             "--key NAME says which one x is."
         )
+    used = conditional or label is not None  # a name that is mistyped is said, used or not
+    wanted = _LABELS if label is None else (label,)
+    labels = {} if not used else {stem: split_names(keys, stem, path) for stem in wanted}
+    lengths = split_names(keys, "lengths", path)
     parts = {}
-    for split, suffix in names.items():
-        used = conditional or label is not None  # a name that is mistyped is said, used or not
-        y_key = _label_key(keys, suffix, label, path) if used else None
+    for split, name in names.items():
+        y_key = _label_key(keys, labels, split, path) if used else None
         y_key = y_key if conditional else None
-        batch = _examples(get, f"{x_key}{suffix}", y_key, path, tokens)
-        lengths = f"lengths{suffix}"
-        parts[split] = batch._replace(length=get(lengths)) if lengths in keys else batch
+        batch = _examples(get, name, y_key, path, tokens)
+        parts[split] = batch._replace(length=get(lengths[split])) if split in lengths else batch
     return parts
 
 
-def _splits_in(keys: list[str], x_key: str) -> dict[str, str]:
-    """The splits that a file has of an array, and the endings of their names."""
-    if x_key in keys:
-        return {"all": ""}
-    if f"{x_key}_train" in keys and f"{x_key}_test" in keys:
-        return {split: f"_{split}" for split in Splits._fields if f"{x_key}_{split}" in keys}
-    return {}
-
-
-def _key_of(keys: list[str], get: Any) -> str:
+def _key_of(keys: list[str], path: str) -> str:
     """What x is called where nobody says: x, or the only array of examples with several axes."""
     stems = dict.fromkeys(key.removesuffix("_train") for key in keys)
     if "x" in stems or len(keys) > 20:  # to look at an array is to read it
         return "x"
-    known = [stem for stem in stems if _splits_in(keys, stem) and stem not in _LABELS]
+    known = [s for s in stems if s not in _LABELS and example_names(keys, s, path)]
     if len(known) == 1:
         return known[0]
     return "x"
 
 
-def _label_key(keys: list[str], suffix: str, label: str | None, path: str) -> str:
-    """What the labels of a split are called."""
-    wanted = _LABELS if label is None else (label,)
-    found = next((key + suffix for key in wanted if key + suffix in keys), None)
+def _label_key(keys: list[str], labels: dict[str, dict[str, str]], split: str, path: str) -> str:
+    """What the labels of a split are called, of stems that have names of each split."""
+    found = next((names[split] for names in labels.values() if split in names), None)
     if found is None:
+        ending = "" if split == "all" else f"_{split}"
         raise DataError(
             f"{path}: conditional needs labels: expected one of "
-            f"{', '.join(key + suffix for key in wanted)}; found {', '.join(keys)}. --label NAME "
+            f"{', '.join(stem + ending for stem in labels)}; found {', '.join(keys)}. --label NAME "
             "says which array they are; without labels leave it out, and say conditional=False "
             "(--no-conditional)."
         )

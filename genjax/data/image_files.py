@@ -22,7 +22,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 
 from genjax.data import kept
-from genjax.data.own import Reading, contents_of, own_source
+from genjax.data.folders import files_below, is_hidden
+from genjax.data.own import SPLITS, Reading, contents_of, own_source
 from genjax.data.rows import rows_at
 from genjax.data.source import Source
 from genjax.errors import DataError, regular_file
@@ -31,15 +32,6 @@ from genjax.settings import Within, builder
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-_SPLITS = {
-    "train": "train",
-    "training": "train",
-    "valid": "valid",
-    "val": "valid",
-    "validation": "valid",
-    "test": "test",
-    "testing": "test",
-}
 _LARGEST = 1 << 28  # bytes of one packed picture, and pixels of one that is unpacked
 _AT_ONCE = 64  # pictures that are decoded before the next are read
 _CIFAR = {3073: 1, 3074: 2}  # bytes of an example -> of its labels, the last of which is taken
@@ -77,9 +69,10 @@ def image_files(
     """Pictures in a folder, a zip or a tar; their classes are the names of the folders they are in.
 
     Folders called train and test at the top, and valid if there is one, are the splits. Pictures
-    are turned as their EXIF data say, palettes and 16-bit greys become 8 bits, and what is
-    transparent lies on white unless `mode` is "rgba". CIFAR's binary files (data_batch_1.bin ...,
-    test_batch.bin) are read, too.
+    are turned as their EXIF data say, palettes and 16-bit greys become 8 bits (divided by 257),
+    and what is transparent lies on white unless `mode` is "rgba". Hidden folders are passed over,
+    and links to folders followed. CIFAR's binary files (data_batch_1.bin ..., test_batch.bin) are
+    read, too.
 
     What was decoded is kept in the cache folder; beyond 512 MiB it stays there, and rows of it are
     read as they are asked for.
@@ -93,7 +86,8 @@ def image_files(
         skip_bad: leave out files that cannot be read, and say how many, instead of stopping.
 
     Raises:
-        DataError: for a path without pictures, one that cannot be decoded, and sizes that differ.
+        DataError: for a path without pictures, one that cannot be decoded or has several frames,
+            and sizes that differ.
         ConfigError: for settings that do not fit.
     """
     where = os.fspath(path)
@@ -148,14 +142,9 @@ def _stamp(path: str) -> tuple[Any, ...]:
 
 def _in_folder(where: str, endings: Sequence[str]) -> list[Member]:
     found = []
-    for folder, inner, files in os.walk(where, followlinks=False):
-        inner.sort()
-        below = os.path.relpath(folder, where).replace(os.sep, "/")
-        prefix = "" if below == "." else f"{below}/"
-        for name in files:
-            if name.lower().endswith(tuple(endings)) and not name.startswith("."):
-                path = os.path.join(folder, name)
-                found.append(Member(prefix + name, _reader(path), _stamp(path)))
+    for path in files_below(where, endings):
+        name = os.path.relpath(path, where).replace(os.sep, "/")
+        found.append(Member(name, _reader(path), _stamp(path)))
     return sorted(found, key=lambda member: member.name)
 
 
@@ -198,8 +187,7 @@ def _in_tar(
 
 def _wanted(name: str, endings: Sequence[str]) -> bool:
     folders = [part for part in PurePosixPath(name).parts[:-1] if part != ".."]
-    hidden = any(part.startswith((".", "__MACOSX")) for part in folders)
-    return name.lower().endswith(tuple(endings)) and not hidden
+    return name.lower().endswith(tuple(endings)) and not any(map(is_hidden, folders))
 
 
 def _check_member(name: str, size: int, where: str) -> None:
@@ -231,7 +219,7 @@ def _decoded(
     there.
     """
     stamps = [[member.name, *member.stamp] for member in members]
-    text = json.dumps([os.path.abspath(where), settings, stamps, 2])
+    text = json.dumps([os.path.abspath(where), settings, stamps, 3])
     path = kept.folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npy"
     names, bad, note = [], [], None
     found = kept.read(path)
@@ -256,7 +244,7 @@ def _pictures(
     """The pictures in their order, decoded by several threads; `names` and `bad` are told which can
     be read and which cannot.
     """
-    reason = ""
+    reason, black = "", True
     with ThreadPoolExecutor() as pool:
         for begin in range(0, len(members), _AT_ONCE):
             some = members[begin : begin + _AT_ONCE]
@@ -268,6 +256,7 @@ def _pictures(
                     bad.append(member.name)
                 else:
                     names.append(member.name)
+                    black = black and not one.any()
                     yield one
     if bad and not settings["skip_bad"]:
         more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
@@ -277,6 +266,11 @@ def _pictures(
         )
     if not names:
         raise DataError(f"{where}: none of {len(members)} pictures can be read.")
+    if black:
+        raise DataError(
+            f"{where}: all {len(names)} pictures are black. 16-bit ones are divided by 257: if "
+            "these hold values up to 255, save them with 8 bits."
+        )
 
 
 def _bytes(member: Member) -> bytes | str:
@@ -302,6 +296,9 @@ def _picture(data: bytes | str, settings: dict[str, Any]) -> np.ndarray | str:
         with Image.open(io.BytesIO(data)) as opened:
             if opened.width * opened.height > _LARGEST:
                 return f"{opened.width} x {opened.height} pixels are too many"
+            frames = getattr(opened, "n_frames", 1)
+            if frames > 1 and opened.format != "MPO":  # a telephone's JPEG with a preview
+                return f"it has {frames} frames: split it into one picture a frame"
             image = ImageOps.exif_transpose(_in_eight_bits(opened))
         image = _in_mode(image, settings["mode"])
         if settings["size"] is not None:
@@ -318,15 +315,16 @@ def _in_eight_bits(image: Any) -> Any:
     """The picture with 8 bits a channel, in a mode of PIL that has no palette."""
     from PIL import Image
 
-    if image.mode.startswith(("I;16", "I")):
-        grey = np.asarray(image).astype(np.int64)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError(
-                f"its whole numbers, from {grey.min()} to {grey.max()}, are no 16 bits and have no "
-                "scale; save them as .npy"
-            )
-        # Pictures of 16 bits; fewer are what they are.
-        return Image.fromarray((grey // 257 if grey.max() > 255 else grey).astype(np.uint8))
+    # By its mode and not by its values: a dark one among others has their scale. Pillow before 11
+    # has 16-bit PNG as "I".
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.mode == "I":
+        grey = np.asarray(image)
+        raise ValueError(
+            f"its whole numbers, from {grey.min()} to {grey.max()}, are no 16 bits without a sign "
+            "and have no scale; save them as such, or as .npy"
+        )
     if image.mode == "F":
         raise ValueError("pictures of floating-point numbers have no scale; save them as .npy")
     if image.mode == "1":
@@ -368,7 +366,7 @@ def _by_split(names: list[str], x: Any, conditional: bool, where: str) -> dict[s
     paths = [tuple(part for part in parts if part not in ("", ".")) for parts in split]
     depth = _shared(paths)
     tops = [path[depth] if len(path) > depth else "" for path in paths]
-    splits = {top: _SPLITS.get(top.lower()) for top in tops}
+    splits = {top: SPLITS.get(top.lower()) for top in tops}
     own = _are_splits(splits, where)
     labels = [path[-1] if len(path) > depth + own else "" for path in paths]
     if conditional and len({*labels}) < 2:

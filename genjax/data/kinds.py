@@ -75,9 +75,10 @@ def values_of(
 ) -> Values:
     """The kind of the values of all splits, the training split first.
 
-    Two different values are binary: 0 and 1, or what is taken as such. bool is binary, uint8 has
-    256 levels, other whole numbers max + 1, and floats are real numbers, unless `kind` says
-    otherwise; floats that are whole numbers may be declared discrete. What has `levels` is.
+    bool, whole numbers of two values (of which the smaller is taken as 0), and floats that are 0
+    and 1 only are binary; uint8 has 256 levels, other whole numbers max + 1, and other floats are
+    real numbers, unless `kind` says otherwise; floats that are whole numbers may be declared
+    discrete. What has `levels` is.
 
     Args:
         levels: how many levels discrete values have; found in the data unless given.

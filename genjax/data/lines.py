@@ -60,6 +60,7 @@ def split_rows(n: int, held: int) -> list[np.ndarray]:
 
 
 def sizes(parts: Sequence[Sized]) -> str:
+    """How many examples train, valid and test have, in words: "80 train / 10 valid / 10 test"."""
     return " / ".join(
         f"{len(part):,} {split}" for part, split in zip(parts, Splits._fields, strict=True)
     )
@@ -83,6 +84,16 @@ def pad_lines(tokens: np.ndarray, spec: DataSpec) -> np.ndarray:
 def lines_source(
     spec: DataSpec, tokens: Callable[[], np.ndarray], n: int, held: int, where: str, about: str
 ) -> Source:
+    """The source of a text with one item a line, its lines split in a fixed random order.
+
+    Args:
+        spec: of one line, [T] token ids, filled up with the end token.
+        tokens: () -> the ids of the whole text; read when the splits are asked for.
+        n: how many lines it has that are not empty.
+        held: how many of them the validation and the test set have, each.
+        where: the file, for messages.
+        about: what the description says beside the sizes of the splits.
+    """
     rows = split_rows(n, held)
 
     def load() -> Splits:

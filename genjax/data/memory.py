@@ -1,13 +1,20 @@
 """Data that are in memory: arrays, dicts of them, and whatever has a length and examples."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from genjax.data.kinds import Channels, with_channels
-from genjax.data.own import HELD_OUT, Reading, contents_of, own_source
+from genjax.data.own import (
+    HELD_OUT,
+    Reading,
+    contents_of,
+    example_names,
+    own_source,
+    split_names,
+)
 from genjax.data.rows import of_mapped
 from genjax.data.series import as_sequences
 from genjax.data.source import Source
@@ -42,11 +49,11 @@ def from_arrays(
 
     x is an array [N, D] or images [N, H, W, C] or [N, H, W]; sequences [N, T, *event] if `step`
     says what a step is called. Or a mapping of arrays {"x": ..., "y": ...}, with splits
-    {"x_train": ..., "x_test": ..., "y_train": ...}; or anything with `len` and examples by number,
-    whose examples are arrays, pictures, (x, y) or mappings: a Hugging Face table, a grain
-    MapDataset, a torch Dataset. Values are taken as those of files are (`data.arrays`);
-    `Source.notes` says how. With kind="tokens", x are token ids [N, T] from 0 to levels - 1, or to
-    the largest that there is.
+    {"x_train": ..., "x_valid": ..., "x_test": ..., "y_train": ...}; or anything with `len` and
+    examples by number, whose examples are arrays, pictures, (x, y) or mappings: a Hugging Face
+    table, a grain MapDataset, a torch Dataset. Values are taken as those of files are
+    (`data.arrays`); `Source.notes` says how. With kind="tokens", x are token ids [N, T] from 0 to
+    levels - 1, or to the largest that there is.
 
     An array that numpy has mapped from a file (np.load(path, mmap_mode="r")) stays there if it is
     larger than 512 MiB.
@@ -59,7 +66,8 @@ def from_arrays(
         key: what x is called in a mapping; x, image, img, images or data unless given.
         label: what y is called there; y, label, labels or cond unless given.
         step: what one step of a sequence is called: "frame".
-        columns: what the columns of the last axis are called.
+        columns: what the columns of the last axis are called; of a table of pandas, polars or Arrow
+            as there, if they are texts, unless given.
         channels: where images have them: "first" for [N, C, H, W].
         vocabulary: of tokens, the symbol of each id: a text or a list. Samples are text if all are
             single characters.
@@ -76,7 +84,7 @@ def from_arrays(
         >>> source.spec.shape, source.spec.kind
         ((3,), 'continuous')
     """
-    read = _read(x, y, key, label)
+    read, tables = _read(x, y, key, label)
     if lengths is not None:
         if list(read) != ["all"] or read["all"].length is not None:
             raise ConfigError(
@@ -94,6 +102,8 @@ def from_arrays(
         xs = with_channels([batch.x for batch in read.values()], channels, WHERE)
         pairs = zip(read.items(), xs, strict=True)
         read = {split: batch._replace(x=one) for (split, batch), one in pairs}
+    if columns is None and step is None:
+        columns = _columns_of_all(tables)
     notes = [symbols.note] if symbols is not None and symbols.note else []
     source = own_source(
         read,
@@ -154,31 +164,61 @@ def _check_ids(read: dict[str, Batch]) -> None:
         )
 
 
-def _read(x: Any, y: Any, key: str | None, label: str | None) -> dict[str, Batch]:
+def _columns_of_all(tables: list[Any]) -> tuple[str, ...] | None:
+    """What the columns of all splits are called; None where they have no names.
+
+    Raises:
+        DataError: for splits with other names, or in another order.
+    """
+    found = list(dict.fromkeys(filter(None, map(_columns_of, tables))))
+    if len(found) > 1:
+        shown = " and ".join(f"[{', '.join(names)}]" for names in found)
+        raise DataError(
+            f"{WHERE}: the splits must have the same columns in one order; found {shown:.300}."
+        )
+    return found[0] if found else None
+
+
+def _columns_of(table: Any) -> tuple[str, ...] | None:
+    """The names of the columns of a table [N, D] of pandas, polars or Arrow; None of anything else,
+    and where they are no texts, or not all different: pandas numbers what has no names.
+    """
+    if len(getattr(table, "shape", ())) != 2:
+        return None
+    # Those of Arrow have `columns`, too, which are the values.
+    named = getattr(table, "column_names", getattr(table, "columns", None))
+    found = tuple(named) if isinstance(named, Iterable) else ()
+    texts = all(isinstance(name, str) for name in found)
+    return found if texts and len({*found}) == table.shape[1] else None
+
+
+def _read(x: Any, y: Any, key: str | None, label: str | None) -> tuple[dict[str, Batch], list[Any]]:
+    """The batch of each split, or of all, and the x that they were made of."""
     if isinstance(x, Mapping) and not hasattr(x, "num_rows"):
         return _of_mapping(x, y, key, label)
     if hasattr(x, "__array__") or isinstance(x, np.ndarray):
-        return {"all": _batch(x, y)}
+        return {"all": _batch(x, y)}, [x]
     if isinstance(x, str | bytes) or not (hasattr(x, "__len__") and hasattr(x, "__getitem__")):
         raise DataError(
             "Expected an array, a mapping of arrays, or something with a length and examples; "
             f"found a {type(x).__name__}. open_source(PATH) opens a file."
         )
-    return {"all": _of_examples(x, y, key, label)}
+    return {"all": _of_examples(x, y, key, label)}, []
 
 
 def _batch(x: Any, y: Any) -> Batch:
     try:
         array = of_mapped(x)
         array = np.asarray(x) if array is x else array
-        cond = None if y is None else np.asarray(y)
+        cond = None if y is None else _labels(y)
     except (ValueError, TypeError) as error:
         raise DataError(
             f"{WHERE}: cannot be made one array ({error}). Bring all examples to one shape."
         ) from error
-    for called, one, kinds in (("x", array, "biuf"), ("y", cond, "biufUS")):
+    wanted = (("x", array, "biuf", "numbers"), ("y", cond, "biufUS", "numbers or strings"))
+    for called, one, kinds, what in wanted:
         if one is not None and one.dtype.kind not in kinds:
-            raise DataError(f"{WHERE}: {called} must be numbers; found an array of {one.dtype}.")
+            raise DataError(f"{WHERE}: {called} must be {what}; found an array of {one.dtype}.")
     if array.ndim < 2 or len(array) == 0:
         raise DataError(
             f"{WHERE}: x must be [N, D], [N, H, W, C] or [N, T, *event] with N >= 1; found shape "
@@ -192,43 +232,47 @@ def _batch(x: Any, y: Any) -> Batch:
     return Batch(array, cond)
 
 
+def _labels(y: Any) -> np.ndarray:
+    """Labels as an array; texts that pandas and Arrow have as objects are strings."""
+    found = np.asarray(y)
+    texts = found.dtype.kind == "O" and all(isinstance(one, str) for one in found.flat)
+    return found.astype(str) if texts or found.dtype.kind == "T" else found
+
+
 def _of_mapping(
     x: Mapping[str, Any], y: Any, key: str | None, label: str | None
-) -> dict[str, Batch]:
+) -> tuple[dict[str, Batch], list[Any]]:
     stems = (key,) if key is not None else _X
     for stem in stems:
-        if stem in x:
-            batch = _batch(x[stem], _label_in(x, "", label) if y is None else y)
-            return {"all": _with_lengths(batch, x, "")}
-        if f"{stem}_train" in x and f"{stem}_test" in x:
-            if y is not None:
-                raise ConfigError(
-                    "y is for data without splits of their own: put the labels of each split "
-                    "beside it, as y_train and y_test."
-                )
-            splits = [split for split in ("train", "valid", "test") if f"{stem}_{split}" in x]
-            found = {}
-            for split in splits:
-                batch = _batch(x[f"{stem}_{split}"], _label_in(x, f"_{split}", label))
-                found[split] = _with_lengths(batch, x, f"_{split}")
-            return found
+        names = example_names(x, stem, WHERE)
+        if not names:
+            continue
+        if y is not None and "all" not in names:
+            raise ConfigError(
+                "y is for data without splits of their own: put the labels of each split "
+                "beside it, as y_train and y_test."
+            )
+        lengths = split_names(x, "lengths", WHERE)
+        found = {}
+        for split, name in names.items():
+            batch = _batch(x[name], _label_in(x, split, label) if y is None else y)
+            if split in lengths:  # as a file's are taken
+                batch = batch._replace(length=np.asarray(x[lengths[split]]))
+            found[split] = batch
+        return found, [x[name] for name in names.values()]
     raise DataError(
         f"{WHERE}: expected one of {', '.join(map(str, stems))}, or the same with _train and "
         f"_test; found {', '.join(map(str, x)) or 'nothing'}. key= says which one x is."
     )
 
 
-def _with_lengths(batch: Batch, x: Mapping[str, Any], suffix: str) -> Batch:
-    """The batch with the lengths that the mapping has for it, as a file's are taken."""
-    name = f"lengths{suffix}"
-    return batch._replace(length=np.asarray(x[name])) if name in x else batch
-
-
-def _label_in(x: Mapping[str, Any], suffix: str, label: str | None) -> Any:
-    names = _Y if label is None else (label,)
-    found = next((name + suffix for name in names if name + suffix in x), None)
+def _label_in(x: Mapping[str, Any], split: str, label: str | None) -> Any:
+    """The labels that a mapping has of a split; None if it has none."""
+    every = [split_names(x, stem, WHERE) for stem in (_Y if label is None else (label,))]
+    found = next((names[split] for names in every if split in names), None)
     if found is None and label is not None:
-        raise DataError(f"{WHERE}: has no {label + suffix}; found {', '.join(map(str, x))}.")
+        name = label if split == "all" else f"{label}_{split}"
+        raise DataError(f"{WHERE}: has no {name}; found {', '.join(map(str, x))}.")
     return None if found is None else x[found]
 
 

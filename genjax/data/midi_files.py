@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
+from genjax.data.folders import files_below
 from genjax.data.lines import sizes, split_rows
 from genjax.data.music import KEYS, LOWEST
 from genjax.data.own import contents_of
@@ -34,17 +35,20 @@ def midi_files(
     A frame is a part of a quarter note, so the roll is in beats and does not depend on the tempo.
     Drums, and notes outside the 88 keys of a piano, are left out; a note that is shorter than a
     frame sounds for one. A folder's pieces are split 80 / 10 / 10 in a fixed order; they are padded
-    to the longest, and `length` says how many frames count. A single file, or pieces with
-    `context`, are cut into windows of that many frames.
+    to the longest, and `length` says how many frames count. Fewer than three pieces, such as a
+    single file, are each split by position, 80 / 10 / 10, and what comes of it is cut into windows.
+    With `context` the pieces of a folder are cut into windows too, after they were split.
 
     Args:
         path: the file, or a folder of .mid and .midi files.
         frames_per_quarter: 4 makes a frame a sixteenth note.
-        context: cut pieces into windows of so many frames, the last one padded.
+        context: cut pieces into windows of so many frames, the last one padded; of fewer than
+            three pieces a quarter of the longest, and at most 64, unless given.
         skip_bad: leave out files that cannot be read, and say how many, instead of stopping.
 
     Raises:
-        DataError: for a file that is missing or damaged, or pieces without notes.
+        DataError: for a file that is missing or damaged, pieces without notes, or fewer than three
+            of which one has fewer than three frames.
     """
     where = os.fspath(path)
     folder = os.path.isdir(where)
@@ -60,48 +64,79 @@ def midi_files(
             bad += 1
     if not pieces:
         raise DataError(f"{where}: none of {len(files)} MIDI files can be read.")
+    parts = _split(pieces, names)
     if context is None and len(pieces) < 3:
         context = max(1, min(64, max(map(len, pieces)) // 4))
-    if context is not None:
-        pieces = [
-            piece[at : at + context] for piece in pieces for at in range(0, len(piece), context)
-        ]
-    if len(pieces) < 3:
-        raise DataError(f"{where}: {len(pieces)} pieces are too few to split; expected at least 3.")
-    return _source(pieces, where, folder, len(names), bad, frames_per_quarter)
+    if context is not None:  # after the split, so that no piece is in two parts of it
+        parts = [[cut for piece in part for cut in _windows(piece, context)] for part in parts]
+    whole = pieces if context is None else None
+    return _source(parts, whole, where, folder, len(names), bad, frames_per_quarter)
+
+
+def _split(pieces: list[np.ndarray], names: list[str]) -> list[list[np.ndarray]]:
+    """The pieces of train, valid and test; of fewer than three the beginning, what follows, and the
+    end of each.
+    """
+    if len(pieces) >= 3:
+        rows = split_rows(len(pieces), max(1, round(len(pieces) / 10)))
+        return [[pieces[row] for row in part] for part in rows]
+    parts = [[], [], []]
+    for piece, name in zip(pieces, names, strict=True):
+        n, held = len(piece), max(1, round(len(piece) / 10))
+        if n < 3:
+            raise DataError(
+                f"{name}: {n} frames are too few to split; expected at least 3. Take a longer "
+                "piece, a folder of at least 3 pieces, or a larger --frames-per-quarter."
+            )
+        for part, cut in zip(parts, np.split(piece, [n - 2 * held, n - held]), strict=True):
+            part.append(cut)
+    return parts
+
+
+def _windows(piece: np.ndarray, context: int) -> list[np.ndarray]:
+    return [piece[at : at + context] for at in range(0, len(piece), context)]
+
+
+def _padded(pieces: list[np.ndarray], longest: int) -> Batch:
+    """Pieces [T, 88] as x [N, longest, 88], with their lengths."""
+    x = np.zeros((len(pieces), longest, KEYS), np.uint8)
+    for row, piece in zip(x, pieces, strict=True):
+        row[: len(piece)] = piece
+    length: Any = np.asarray([len(piece) for piece in pieces], np.int32)
+    return Batch(x, length=length)
 
 
 def _found(where: str) -> list[str]:
-    found = sorted(
-        os.path.join(folder, name)
-        for folder, _, files in os.walk(where)
-        for name in files
-        if name.lower().endswith(ENDINGS)
-    )
+    found = sorted(files_below(where, ENDINGS))
     if not found:
         raise DataError(f"{where}: holds no MIDI files ({', '.join(ENDINGS)}).")
     return found
 
 
 def _source(
-    pieces: list[np.ndarray], where: str, folder: bool, n_files: int, bad: int, per_quarter: float
+    parts: list[list[np.ndarray]],
+    whole: list[np.ndarray] | None,
+    where: str,
+    folder: bool,
+    n_files: int,
+    bad: int,
+    per_quarter: float,
 ) -> Source:
-    longest = max(map(len, pieces))
-    x = np.zeros((len(pieces), longest, KEYS), np.uint8)
-    for row, piece in zip(x, pieces, strict=True):
-        row[: len(piece)] = piece
-    length: Any = np.asarray([len(piece) for piece in pieces], np.int32)
-    rows = split_rows(len(pieces), max(1, round(len(pieces) / 10)))
-    splits = Splits(*(Batch(x[part], length=length[part]) for part in rows))
+    """The source of train, valid and test; `whole` are the pieces, where none was cut."""
+    longest = max(len(piece) for part in parts for piece in part)
+    splits = Splits(*(_padded(part, longest) for part in parts))
     name = Path(where).resolve().name.split(".")[0]
     spec = DataSpec((longest, KEYS), "binary", step="frame", lengths=True, name=name)
     validate(splits, spec, where)
-    about = f"{sizes(rows)} pieces of up to {longest} frames, from {n_files} MIDI files in {where}"
+    about = f"{sizes(parts)} pieces of up to {longest} frames, from {n_files} MIDI files in {where}"
     notes = [about, f"a frame is 1/{per_quarter:g} of a quarter note, in beats of any tempo"]
     if bad:
         notes.append(f"left out {bad} files that cannot be read")
     files = () if folder else (where,)
-    contents = (where, contents_of({"all": Batch(x, length=length)})) if folder else None
+    contents = None
+    if folder or whole is None:  # where pieces are cut, a file alone does not say how
+        read = splits._asdict() if whole is None else {"all": _padded(whole, longest)}
+        contents = (where, contents_of(read))
     return Source(
         spec,
         lambda: splits,

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -21,6 +21,17 @@ from genjax.settings import Rate, Settings, Within, check_fields
 
 Levels = Annotated[int, Within(2, 2**24)]
 HELD_OUT = (0.1, 0.1)  # shares of the validation and the test set, unless told otherwise
+
+# What folders, and the endings of arrays' names, call the splits.
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "valid": "valid",
+    "val": "valid",
+    "validation": "valid",
+    "test": "test",
+    "testing": "test",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,8 +157,7 @@ def _values(
         return values_of(xs, reading.kind, reading.levels, where, own_splits)
     if symbols is None:
         raise ConfigError(
-            f"--kind tokens is for token ids in .npz, .npy and .bin files; {where} is none. Leave "
-            "it out."
+            f"--kind tokens is for token ids in .npz and .npy files; {where} is none. Leave it out."
         )
     levels, note = levels_of(xs, symbols, reading.levels, flag, where)
     return Values(xs, "tokens", levels, f"token ids with {note}")
@@ -196,6 +206,48 @@ def _split(
         rows(whole, valid),
         parts["test"] if "all" not in parts else rows(whole, test),
     )
+
+
+def split_names(keys: Collection[Any], stem: str, where: str) -> dict[str, str]:
+    """What the arrays of a stem are called, as far as they are there: {"all": "x"}, and those of
+    the splits {"train": "x_train", "valid": "x_val", "test": "x_test"}.
+
+    Raises:
+        DataError: for a name beside a training and a test split that is none of a split, and for
+            two names of one split: what was held out must not be left out without a word.
+    """
+    found = {"all": stem} if stem in keys else {}
+    named = [key for key in keys if isinstance(key, str) and key.startswith(f"{stem}_")]
+    of_each = {key: SPLITS.get(key.removeprefix(f"{stem}_")) for key in named}
+    for split in Splits._fields:
+        same = [key for key in named if of_each[key] == split]
+        if len(same) > 1 and stem not in keys:
+            raise DataError(
+                f"{where}: {' and '.join(same)} are two names of the {split} split. Leave one out."
+            )
+        if same:
+            found[split] = same[0]
+    others = [key for key in named if of_each[key] is None]
+    if others and stem not in keys and {"train", "test"} <= found.keys():
+        raise DataError(
+            f"{where}: {', '.join(others)} beside {found['train']} and {found['test']} is no "
+            f"split; expected {stem}_valid, {stem}_val or {stem}_validation. Rename it, or leave "
+            "it out."
+        )
+    return found
+
+
+def example_names(keys: Collection[Any], stem: str, where: str) -> dict[str, str]:
+    """What the arrays of examples are called: {"all": "x"}, or those of the splits; {} where
+    neither one for all nor a training and a test split are there.
+
+    Raises:
+        DataError: see `split_names`.
+    """
+    found = split_names(keys, stem, where)
+    if "all" in found:
+        return {"all": found["all"]}
+    return found if {"train", "test"} <= found.keys() else {}
 
 
 def _same_shape(xs: list[np.ndarray], where: str) -> None:

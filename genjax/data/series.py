@@ -10,6 +10,9 @@ from genjax.protocol import Batch
 STEP = "frame"  # what a step is called where nobody says
 
 
+OVERLAP = 4  # windows of training begin so many times in a context, the others once
+
+
 def windows_of(
     x: np.ndarray, context: int, where: str, valid_fraction: float = 0.1, test_fraction: float = 0.1
 ) -> dict[str, Batch]:
@@ -22,7 +25,7 @@ def windows_of(
     """
     at = round(len(x) * (1 - valid_fraction - test_fraction)), round(len(x) * (1 - test_fraction))
     parts = np.split(x, at)
-    strides = max(1, context // 4), context, context
+    strides = _stride(context), context, context
     found = {}
     for split, part, stride in zip(("train", "valid", "test"), parts, strides, strict=True):
         if len(part) < context:
@@ -35,6 +38,15 @@ def windows_of(
         starts = range(0, len(part) - context + 1, stride)
         found[split] = Batch(np.stack([part[begin : begin + context] for begin in starts]))
     return found
+
+
+def windows_apart(context: int) -> int:
+    """How many windows apart two windows of training share no step, see `Source.apart`."""
+    return -(-context // _stride(context))
+
+
+def _stride(context: int) -> int:
+    return max(1, context // OVERLAP)
 
 
 def as_sequences(read: dict[str, Batch], step: str | None, where: str) -> None:

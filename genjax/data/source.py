@@ -60,6 +60,8 @@ class Source(NamedTuple):
         contents: a folder and the SHA-256 of what was read from it, in the place of files.
         augment: (key, x) -> x: a random change of the examples that are trained on, after
             `prepare`; validation and test never see it. See `augment.augmentation`.
+        apart: of two training examples that are so many places apart none has a part of the other:
+            1, but for windows that overlap. See `rows_of`.
     """
 
     spec: DataSpec
@@ -76,6 +78,7 @@ class Source(NamedTuple):
     files: tuple[str, ...] = ()
     contents: tuple[str, str] | None = None
     augment: Callable[[Key, Array], Array] | None = None
+    apart: int = 1
 
 
 def cast(spec: DataSpec) -> Callable[[Key, Batch], Batch]:
@@ -176,11 +179,24 @@ def example_batch(spec: DataSpec, key: Key, n: int) -> Batch:
     return Batch(x, cond, length=length)
 
 
-def rows_of(splits: Splits, split: str) -> Batch:
-    """The examples of a split, or of "all" of them."""
+def rows_of(splits: Splits, split: str, apart: int = 1) -> Batch:
+    """The examples of a split, or of "all" of them, to be scored or compared: of the training
+    split every one that is `apart` from the one before. Windows that overlap are no independent
+    examples, and a standard error over them would be too small.
+
+    Args:
+        apart: `Source.apart`.
+    """
+    splits = splits._replace(train=jax.tree.map(lambda leaf: leaf[::apart], splits.train))
     if split != "all":
         return getattr(splits, split)
+    if any(batch.weight is not None for batch in splits):  # then those without count as 1
+        splits = Splits(*map(_weighted, splits))
     return jax.tree.map(lambda *parts: joined(parts), *splits)
+
+
+def _weighted(batch: Batch) -> Batch:
+    return batch if batch.weight is not None else batch._replace(weight=np.ones(len(batch.x)))
 
 
 def validate(splits: Splits, spec: DataSpec, where: str) -> Splits:
@@ -227,6 +243,8 @@ def _check_split(batch: Batch, spec: DataSpec, where: str) -> None:
             f"{where}: expected one weight for each of {n} examples; found shape "
             f"{list(batch.weight.shape)}."
         )
+    if batch.weight is not None and not np.any(np.asarray(batch.weight) > 0):
+        raise DataError(f"{where}: all {n} examples have weight 0. Give some a positive weight.")
     cond = batch.cond
     if not spec.conditional:
         if cond is not None:

@@ -127,6 +127,19 @@ def stream_windows(parts: Parts, spec: DataSpec, where: str) -> Splits:
 def stream_source(
     spec: DataSpec, parts: Callable[[], Parts], order: str, about: str, where: str
 ) -> Source:
+    """The source of a stream of tokens. Windows of the training part that begin `context` tokens
+    apart share none, see `Source.apart`.
+
+    Args:
+        spec: see `text_spec`.
+        parts: () -> the tokens of train, valid and test; called when the source is loaded.
+        order: "shuffle" or "stream", see `stream_order`.
+        about: `Source.description`.
+        where: the file or data set, for messages.
+
+    Raises:
+        DataError, by `load`: for a part that is shorter than a window.
+    """
     orders = {"shuffle": batch_indices, "stream": stream_order(spec.shape[0])}
     return Source(
         spec,
@@ -134,6 +147,7 @@ def stream_source(
         cast(spec),
         description=about,
         order=orders[order],
+        apart=spec.shape[0],
     )
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,11 @@ def table(
 ) -> Source:
     """A table with named columns: an example is a row, x are its numbers, [N, D].
 
-    Columns of numbers are taken; those of texts only as the label. Numbers are real numbers unless
-    `kind` says otherwise, or all are 0 and 1. Values that are missing are
-    refused by row and column. A Parquet file larger than 512 MiB is kept as one array in the cache
-    folder, and read from there row by row. A sample is a table of the same columns again.
+    Columns of numbers are taken; those of texts only as the label, and the row index that pandas
+    writes only if it is asked for. Numbers are real numbers unless `kind` says otherwise, or all
+    are 0 and 1. Values that are missing are refused by row and column. A Parquet file larger than
+    512 MiB is kept as one array in the cache folder, and read from there row by row. A sample is a
+    table of the same columns again.
 
     Args:
         path: the .csv, .tsv or .parquet file.
@@ -161,6 +163,8 @@ def _read(where: str, columns: list[str] | None = None) -> Any:
         raise DataError(f"{where}: there is no such file.") from None
     except (ArrowException, OSError, ValueError) as error:
         raise _unreadable(where, error) from error
+    if not where.lower().endswith(".parquet"):
+        _check_utf8(found, where)
     _named_once(found, where)
     if found.num_rows == 0:
         raise DataError(f"{where}: the table has no rows.")
@@ -171,6 +175,24 @@ def _read(where: str, columns: list[str] | None = None) -> Any:
             "the columns are expected. Write a line of names before it."
         )
     return found
+
+
+def _check_utf8(found: Any, where: str) -> None:
+    """Refuse a text in another encoding, such as cp1252: pyarrow takes its values as bytes, and
+    decodes its names of columns only when they are asked for.
+
+    Raises:
+        DataError: with how to write it.
+    """
+    from pyarrow import types
+
+    with contextlib.suppress(UnicodeDecodeError):
+        if found.column_names and not any(map(types.is_binary, found.schema.types)):
+            return
+    raise DataError(
+        f"{where}: is not UTF-8. Save it as UTF-8, which spreadsheets call CSV UTF-8; for a file "
+        "of Windows: iconv -f CP1252 -t UTF-8 old.csv > new.csv (-f UTF-16 for Unicode text)."
+    )
 
 
 def _named_once(found: Any, where: str) -> Any:
@@ -210,18 +232,39 @@ def _chosen(
         if repeated:
             raise ConfigError(f"The column {repeated[0]!r} is given twice.")
         return columns, [f"columns {', '.join(columns)}"]
-    free = [name for name in known if name not in other]
+    indices = [name for name in _row_indices(read) if name not in other]
+    free = [name for name in known if name not in (*other, *indices)]
     found = tuple(name for name in free if _numeric(read.schema.field(name).type))
     left = [name for name in free if name not in found]
+    shown = ", ".join(map(repr, indices))
+    index = [f"the row index of pandas: {shown} (--columns takes it)"] if indices else []
     for name in left:
         _check_text(read.column(name), name, where)
     if not found:
-        texts = ", ".join(f"{name} ({read.schema.field(name).type})" for name in left[:5])
-        raise DataError(f"{where}: no column has numbers; found {texts}.")
+        texts = [f"{name} ({read.schema.field(name).type})" for name in left[:5]]
+        raise DataError(f"{where}: no column has numbers; found {', '.join([*texts, *index])}.")
     notes = [f"columns {', '.join(found)}"]
+    notes += [f"left out {one}" for one in index]
     if left:
         notes.append(f"left out, as they are no numbers: {', '.join(left)}")
     return found, notes
+
+
+def _row_indices(read: Any) -> list[str]:
+    """The columns that are the row index that pandas writes: in CSV the first one, without a name
+    or with what pandas reads that as; in Parquet what its metadata or the name say.
+    """
+    known = read.column_names
+    said = []
+    with contextlib.suppress(ValueError, TypeError, KeyError):  # of metadata that are damaged
+        said = list(read.schema.pandas_metadata["index_columns"])
+    return [
+        name
+        for place, name in enumerate(known)
+        if name in said
+        or re.fullmatch(r"__index_level_\d+__", name)
+        or (place == 0 and name in ("", "Unnamed: 0"))
+    ]
 
 
 def _check_text(column: Any, name: str, where: str) -> None:

@@ -7,12 +7,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from genjax.errors import DataError
 from genjax.learning.memory import explained, fetched
 from genjax.protocol import Batch, DataSpec, Key, Params, PyTree, ScoreFn, State
 
 
 class Estimate(NamedTuple):
-    """The mean of n per-example values and its standard error, sd / √n."""
+    """The mean of n per-example values and its standard error, sd / √n; see `estimate` for those
+    with weights.
+    """
 
     mean: float
     standard_error: float
@@ -22,8 +25,18 @@ class Estimate(NamedTuple):
         return f"{self.mean:.3f} ± {self.standard_error:.3f} (n={self.n})"
 
 
-def estimate(values: np.ndarray) -> Estimate:
-    """The mean and standard error of per-example values [n], in float64."""
+def estimate(values: np.ndarray, weight: Any = None) -> Estimate:
+    """The mean and standard error of per-example values [n], in float64.
+
+    With weights [n] the mean is Σ w v / Σ w, as a loss in training has it, with the error of such a
+    ratio (see `per_step`); values of weight 0 are left out, NaN or not, and n is without them.
+
+    Raises:
+        DataError: if all weights are 0.
+    """
+    if weight is not None:
+        values, weight = _weighty(weight, values, np.ones(len(values)))
+        return per_step(values, weight)._replace(n=len(weight))
     values = np.asarray(values, np.float64)
     n = len(values)
     error = float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else float("nan")
@@ -37,7 +50,24 @@ def bits_per_dim(nats: float, spec: DataSpec) -> float:
     return -nats / (spec.size * math.log(2))
 
 
-def per_step(values: np.ndarray, steps: np.ndarray) -> Estimate:
+def _weighty(weight: Any, *columns: np.ndarray) -> list[np.ndarray]:
+    """Columns [n] in float64 times their weights [n], without the rows of weight 0."""
+    weight = np.asarray(weight, np.float64)
+    kept = weight > 0
+    if not kept.any():
+        raise DataError(
+            "There is nothing to take the mean of: all examples have weight 0. Give some of them "
+            "a positive weight."
+        )
+    return [np.asarray(column, np.float64)[kept] * weight[kept] for column in columns]
+
+
+def counted(arrays: Batch) -> int:
+    """How many examples of a split count: those of weight 0 do not."""
+    return len(arrays.x) if arrays.weight is None else int(np.sum(np.asarray(arrays.weight) > 0))
+
+
+def per_step(values: np.ndarray, steps: np.ndarray, weight: Any = None) -> Estimate:
     """Σ values / Σ steps of sequences with values [n] and numbers of steps [n], and its standard
     error.
 
@@ -45,7 +75,15 @@ def per_step(values: np.ndarray, steps: np.ndarray) -> Estimate:
     (Cochran 1977, equation 2.46); n is the number of steps. For log-probabilities in nats, minus
     the ratio is the code length in nats per step, e to that the perplexity, and that over ln 2 the
     bits per step.
+
+    With weights [n] the sums are Σ w value and Σ w steps, and sequences of weight 0 are left out.
+
+    Raises:
+        DataError: if all weights are 0.
     """
+    if weight is not None:
+        n_steps = int(np.asarray(steps)[np.asarray(weight) > 0].sum())
+        return per_step(*_weighty(weight, values, steps))._replace(n=n_steps)
     values, steps = np.asarray(values, np.float64), np.asarray(steps, np.float64)
     n, total = len(values), steps.sum()
     ratio = float(values.sum() / total)

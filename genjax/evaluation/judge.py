@@ -143,7 +143,8 @@ def _train(source: Source, net: Any, steps: int) -> Params:
     tx = optax.chain(optax.adamw(rate, weight_decay=0.05), track_ema(0.995))
     t = training(Model(spec, init, {"classifier": loss}, nothing), tx)
     per_call = 50 if steps % 50 == 0 else 1
-    arrays = jax.device_put(source.load().train)
+    # What is on the disk is read whole: batches are gathered on the device.
+    arrays = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)), source.load().train)
     size = min(BATCH, len(source.load().train.x))
     run = jax.jit(repeat_steps(feed(t, batch_at(source, size, 0)), per_call).step, donate_argnums=0)
     ts = jax.jit(t.init)(jax.random.key(0))

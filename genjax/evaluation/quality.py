@@ -126,9 +126,9 @@ def figures_of(
 
     Points with known modes: share of high quality, modes covered. Images with labels: class
     agreement (of a conditional model), and Fréchet distance, kernel MMD, precision, recall, density
-    and coverage over the features of the judge. All data: Fréchet distance and sliced Wasserstein
-    distance over raw values. Of fewer than 20 images those over features are left out, which is
-    said.
+    and coverage over the features of the judge. All data, sequences of one length among them:
+    Fréchet distance and sliced Wasserstein distance over raw values. Of fewer than 20 images those
+    over features are left out, and of a single example the Fréchet distance, which is said.
 
     Args:
         recipe: whose `source` has the data.
@@ -138,21 +138,18 @@ def figures_of(
         trained_on: what the judge learns of where the recipe's data cannot be opened.
 
     Raises:
-        ConfigError: for sequences, which none of the figures fits.
+        ConfigError: see `check_figures`.
     """
     source = source or recipe.source()
-    if source.spec.step is not None:
-        raise ConfigError(
-            f"Figures about samples compare points and images; {source.spec.name} are sequences. "
-            "Use the log-probability."
-        )
     splits = source.load()
     key_data, key_real, key_sample = jax.random.split(jax.random.key(seed), 3)
-    arrays = rows_of(splits, split)
+    arrays = rows_of(splits, split, source.apart)
+    check_figures(source.spec, arrays)
     size = len(arrays.x) if n is None else min(n, len(arrays.x))
     reference = source.prepare(key_data, _first_rows(arrays, size))
     cond = None if reference.cond is None else np.asarray(reference.cond)
-    others = _others(splits.train, size, already=size if split in ("train", "all") else 0)
+    train = rows_of(splits, "train", source.apart)
+    others = _others(train, size, already=size if split in ("train", "all") else 0)
     sets = _Sets(
         data=np.asarray(reference.x),
         samples=sampler(key_sample, cond, size),
@@ -161,6 +158,8 @@ def figures_of(
     found = _of_modes(source, sets)
     with_labels = labelled(recipe, trained_on) if view_of(source.spec) == "image" else None
     asked = cond if source.spec.n_classes else None
+    if size < 2:
+        say("The Fréchet distance needs 2 examples; 1 is too few.")
     if with_labels is not None and size < LEAST:
         more = "; a larger --n, or none, has more" * (size < len(arrays.x))
         say(f"Figures over features need {LEAST} examples; {size} are too few{more}.")
@@ -169,6 +168,27 @@ def figures_of(
         found += [] if asked is None else [_agreement(judge, sets, asked)]
         found += _of_features(judge, sets) if size >= LEAST else []
     return found + _of_values(source.spec, sets)
+
+
+def check_figures(spec: DataSpec, arrays: Batch) -> None:
+    """Refuse reference examples that no figure about samples fits.
+
+    Raises:
+        ConfigError: for tokens, for sequences of several lengths, and for examples whose weights
+            differ.
+    """
+    found = "are tokens" if spec.kind == "tokens" else "are sequences of several lengths"
+    if spec.kind == "tokens" or spec.lengths:
+        raise ConfigError(
+            f"Figures about samples compare numbers of one shape; {spec.name} {found}. Use the "
+            "log-probability."
+        )
+    if arrays.weight is not None and np.ptp(arrays.weight) > 0:
+        raise ConfigError(
+            "Figures about samples take every example for one, and those of the split of "
+            f"{spec.name} that is compared with have weights that differ. Give that split without "
+            "weights, and without examples of weight 0."
+        )
 
 
 def _first_rows(batch: Batch, n: int) -> Batch:
@@ -259,7 +279,9 @@ def _of_features(judge: Judge, sets: _Sets) -> list[Figure]:
 
 
 def _of_values(spec: DataSpec, sets: _Sets) -> list[Figure]:
-    """Distances between raw values, or standardised ones where the spec has a scale."""
+    """Distances between raw values, or standardised ones where the spec has a scale; the steps of a
+    sequence stand side by side.
+    """
     values, called = "raw values", "raw"
     if spec.scale is not None:
         sets = sets.map(lambda x: np.asarray(spec.normalize(jnp.asarray(x))))
@@ -273,7 +295,8 @@ def _of_values(spec: DataSpec, sets: _Sets) -> list[Figure]:
         return sliced_wasserstein(flat.data, x, n_projections=200)
 
     directions = f"W2 over 200 random directions of {values}"
-    return [
-        _figure(f"FD[{called}]", "squared", f"two Gaussians over {values}", distance, flat),
-        _figure("sliced Wasserstein", "distance", directions, sliced, flat),
-    ]
+    figures = [_figure("sliced Wasserstein", "distance", directions, sliced, flat)]
+    if len(flat.data) < 2:  # which have no covariance
+        return figures
+    gaussians = f"two Gaussians over {values}"
+    return [_figure(f"FD[{called}]", "squared", gaussians, distance, flat), *figures]

@@ -93,7 +93,13 @@ def frechet_distance(real: np.ndarray, fake: np.ndarray) -> float:
         DataError: for fewer than 2 rows, values that are not finite, or different F.
     """
     real, fake = _samples(real=real, fake=fake, least=2)
-    return gaussian_frechet_distance(*_moments(real), *_moments(fake))
+    if max(len(real), len(fake)) >= real.shape[1]:
+        return gaussian_frechet_distance(*_moments(real), *_moments(fake))
+    # Of fewer rows than features the rows are a factor of the covariance themselves: [F, F] of
+    # large pictures is more than there is memory for.
+    factors = [(x - x.mean(axis=0)).T / math.sqrt(len(x) - 1) for x in (real, fake)]
+    traces = sum(float((factor**2).sum()) for factor in factors)
+    return _distance(real.mean(axis=0), fake.mean(axis=0), traces, *factors)
 
 
 def gaussian_frechet_distance(
@@ -125,11 +131,19 @@ def gaussian_frechet_distance(
             f"{mean2.shape}."
         )
     factor1, factor2 = _factor("cov1", cov1, len(mean1)), _factor("cov2", cov2, len(mean2))
+    traces = float(np.trace(cov1) + np.trace(cov2))
+    return _distance(mean1, mean2, traces, factor1, factor2)
+
+
+def _distance(
+    mean1: np.ndarray, mean2: np.ndarray, traces: float, factor1: np.ndarray, factor2: np.ndarray
+) -> float:
+    """`gaussian_frechet_distance` of means [F] and covariances A Aᵀ, by their factors A [F, n] and
+    [F, m] and the sum of their traces.
+    """
     overlap = np.linalg.svd(factor1.T @ factor2, compute_uv=False).sum()
     # Rounding may leave a trifle below 0 where the two are equal.
-    return max(
-        float(((mean1 - mean2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * overlap), 0.0
-    )
+    return max(float(((mean1 - mean2) ** 2).sum() + traces - 2 * overlap), 0.0)
 
 
 def _moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

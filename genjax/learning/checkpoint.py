@@ -61,6 +61,14 @@ class Restored(NamedTuple):
     passed_over: dict[Path, str]
 
 
+class Noted(NamedTuple):
+    """What the newest whole checkpoint notes, under which step; or None and {}. See `Restored`."""
+
+    step: int | None
+    note: dict[str, Any]
+    passed_over: dict[Path, str]
+
+
 def _pack(state: PyTree) -> PyTree:
     """PRNG keys as their uint32 data, everything else as it is."""
     return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, state)
@@ -90,7 +98,7 @@ def _unpack(packed: PyTree, like: PyTree) -> PyTree:
 
 
 def _elsewhere(wanted: Any) -> bool:
-    """Whether a part of an array is to lie on devices of other processes."""
+    """Whether a part of an array is to lie, or lies, on devices of other processes."""
     sharding = getattr(wanted, "sharding", None)
     return sharding is not None and not sharding.is_fully_addressable
 
@@ -197,7 +205,7 @@ def _check_saved(path: Path, packed: PyTree) -> None:
     if lines:
         raise CheckpointError(f"what was written reads back as something else ({lines[0]})")
     leaves, structure = jax.tree.flatten(packed)
-    sizes = [leaf.nbytes if _comparable(leaf) else READ_BACK for leaf in leaves]
+    sizes = [READ_BACK if _elsewhere(leaf) else leaf.nbytes for leaf in leaves]
     order = np.argsort(sizes, kind="stable")
     chosen = set(order[np.cumsum(np.asarray(sizes)[order]) < READ_BACK].tolist())
     if not chosen:
@@ -211,10 +219,6 @@ def _check_saved(path: Path, packed: PyTree) -> None:
     for index in sorted(chosen):
         if np.asarray(found[index]).tobytes() != np.asarray(leaves[index]).tobytes():
             raise CheckpointError(f"{names[index]} reads back with other values than were saved")
-
-
-def _comparable(leaf: Any) -> bool:
-    return getattr(leaf, "is_fully_addressable", True)
 
 
 class _Gone(Exception):
@@ -334,22 +338,25 @@ class Checkpoints:
             ) from error
         return self.folder / str(step)
 
-    def newest_note(self) -> tuple[int, dict[str, Any]] | None:
-        """The step and the note of the newest whole checkpoint, without its arrays; None if there
-        is none.
+    def newest_note(self) -> Noted:
+        """What the newest whole checkpoint notes, without its arrays.
 
         Raises:
             CheckpointError: if it cannot be read.
         """
-        return agreed(self._newest_note)
+        step, note, passed = agreed(self._newest_note)
+        return Noted(step, note, {self.folder / name: reason for name, reason in passed.items()})
 
-    def _newest_note(self) -> tuple[int, dict[str, Any]] | None:
+    def _newest_note(self) -> tuple[int | None, dict[str, Any], dict[str, str]]:
+        passed: dict[str, str] = {}
         with plain_path(self.folder) as at:
             for step in reversed(self.steps()):
-                if damage_of(at / str(step), self.folder / str(step)) is None:
+                damage = damage_of(at / str(step), self.folder / str(step))
+                if damage is None:
                     custom: Any = ocp.metadata(str(at / str(step))).custom_metadata or {}
-                    return step, custom.get("note", {})
-        return None
+                    return step, custom.get("note", {}), passed
+                passed[str(step)] = damage
+        return None, {}, passed
 
     def saved(self, part: str) -> PyTree | None:
         """The shapes of one part of the newest whole checkpoint, such as "opt", in dicts and lists:
@@ -474,8 +481,8 @@ class Checkpoints:
             f"No whole checkpoint is left:\n{text}\nDelete the run folder to start again."
         )
 
-    def set_aside_damaged(self, restored: Restored) -> None:
-        """Rename the checkpoints that a restore passed over, so that training can save their steps
+    def set_aside_damaged(self, restored: Restored | Noted) -> None:
+        """Rename the checkpoints that were passed over, so that training can save their steps
         again, and say so.
         """
 

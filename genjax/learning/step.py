@@ -73,7 +73,8 @@ def training(model: Model, tx: Optimizers) -> Training:
     Args:
         model: what a family's builder returned.
         tx: one optimiser for all players, or one for each player by name: any optax transform, also
-            of those that take `value`, which is the player's mean loss of the step.
+            of those that take `value`, which is the player's mean loss of the step, but none that
+            needs more, as a line search does.
 
     Raises:
         ConfigError: for an optimiser that wants the loss as a function, as a line search does; if

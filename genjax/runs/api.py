@@ -19,21 +19,21 @@ from genjax.data import MEMORY, Source, batch_indices
 from genjax.data.labels import condition_of, condition_of_each
 from genjax.errors import ConfigError, DataError, unknown_name
 from genjax.evaluation.estimates import estimate, score_examples, scorer
-from genjax.learning.loop import Hook, Progress, choose_feed, fit
+from genjax.learning.loop import Progress
 from genjax.learning.sharding import parse_mesh
-from genjax.learning.step import eval_params, training
+from genjax.learning.step import eval_params
 from genjax.protocol import Batch, DataSpec, Model, Params, State
 from genjax.runs import load as loading
 from genjax.runs import samples, shown
 from genjax.runs.evaluate import as_evaluated, evaluate
-from genjax.runs.other_data import brought_to, in_order, other_source, source_for, source_in
-from genjax.runs.own_model import checkpoints_of, weights_of
+from genjax.runs.other_data import brought_to, in_order, other_source, source_in
+from genjax.runs.own_model import weights_of
 from genjax.runs.train import train as train_in
+from genjax.runs.train_own import train_own
 from genjax.runs.writers import Writer
-from genjax.settings import Count, check_call
 from genjax.values import as_stored, check_batch, check_cond, check_events, check_real, key_of
 from genjax.zoo import ZOO
-from genjax.zoo.recipe import Recipe, Steps, unknown_recipe
+from genjax.zoo.recipe import Recipe, unknown_recipe
 from genjax.zoo.sections import replace
 
 
@@ -90,6 +90,7 @@ class Run:
 
     @property
     def recipe(self) -> Recipe | None:
+        """What was trained; None for a model of one's own."""
         return None if self._loaded is None else self._loaded.recipe
 
     @property
@@ -121,9 +122,9 @@ class Run:
         return self._drawn(n, cond, seed, samples.Decoding())
 
     def generate(self, n: int = 16, cond: Any = None, seed: int = 0, **how: Any) -> np.ndarray:
-        """n samples made as `how` says, the settings of `runs.samples.Decoding`: prompt,
-        temperature, top_k, top_p, min_p, guidance, beams, length, solver, n_steps, grid. A prompt
-        is a text or, of tokens that are no text, ids: [12, 7, 3].
+        """n samples made as `how` says, the settings of `runs.samples.Decoding` that fit the model,
+        such as prompt, temperature, repetition_penalty or n_steps. A prompt is a text or, of tokens
+        that are no text, ids: [12, 7, 3].
 
         Raises:
             ConfigError: for settings that do not exist or do not fit the model.
@@ -249,7 +250,8 @@ class Run:
         Args:
             split: "test" unless given, or "all" of other `data`.
             data: other data of the same kind: a path, or what `from_arrays` takes.
-            n_samples: K of a bound with samples; what the recipe evaluates with unless given.
+            n_samples: draws of the bound's estimator, see `as_evaluated`; what the recipe
+                evaluates with unless given.
             how: see `runs.evaluate.evaluate`: n, seed, batch_size, about_samples.
 
         Raises:
@@ -381,12 +383,14 @@ def train(
                 "mesh is for recipes; a model of one's own is trained over devices by "
                 "shard(training(model, tx), mesh), choose_feed(..., mesh=mesh) and fit."
             )
-        takes = inspect.signature(_train_model).parameters.values()
+        takes = inspect.signature(train_own).parameters.values()
         names = [one.name for one in takes if one.kind is one.KEYWORD_ONLY]
         for name in settings:
             if name not in names:
                 raise unknown_name("setting of a model of one's own", name, names)
-        return _train_model(what, data, out, progress, say, **settings)
+        place = None if out is None else Path(out)
+        state, source = train_own(what, data, place, progress, say, **settings)
+        return Run(what, eval_params(state), state.state, int(state.step), None, source, place)
     recipe, source = _recipe_of(what, data, say)
     recipe = replace(recipe, **settings)
     _check_kept(recipe)
@@ -443,58 +447,3 @@ def _recipe_of(
         say(f"The data are no streams, so {what.name} is trained with lanes=0.")
         what = own
     return dataclasses.replace(what, data=MEMORY, data_options={}, loaded_by=None), source
-
-
-def _train_model(
-    model: Model,
-    data: Any,
-    out: str | Path | None,
-    progress: Progress | None,
-    say: Callable[[str], None],
-    *,
-    steps: Steps = 2000,
-    batch_size: Count = 128,
-    seed: int = 0,
-    optimizer: Any = None,
-    steps_per_call: Steps = 50,
-    log: Callable[[dict[str, Any]], None] = lambda line: None,
-    hooks: tuple[Hook, ...] = (),
-) -> Run:
-    """Train a model of one's own: Adam at 1e-3 unless told otherwise."""
-    import optax
-
-    if data is None:
-        raise ConfigError("A model of one's own needs data=: a path, an array or a Source.")
-    numbers = {"steps": steps, "batch_size": batch_size, "steps_per_call": steps_per_call}
-    check_call(_train_model, numbers)
-    key = key_of(seed)
-    source = source_for(model.spec, data)
-    t = training(model, optax.adam(1e-3) if optimizer is None else optimizer)
-    feed = choose_feed(t, source, source.load().train, batch_size, seed)
-    checkpoints = None
-    if out is not None:
-        settings = {"batch_size": batch_size, "seed": seed}
-        checkpoints = checkpoints_of(Path(out), model, source, settings)
-
-    def on_restore(step: int) -> None:
-        if step and step >= steps:
-            say(f"all {step} steps were done before in {out}; nothing is left to train")
-        elif step:
-            say(
-                f"going on from step {step} of {steps} in {out}; whether losses and optimizer are "
-                "those of before cannot be seen"
-            )
-
-    state = fit(
-        feed,
-        key=key,
-        steps=steps,
-        steps_per_call=steps_per_call,
-        log=log,
-        on_restore=on_restore,
-        hooks=hooks,
-        checkpoints=checkpoints,
-        progress=progress,
-    )
-    folder = None if out is None else Path(out)
-    return Run(model, eval_params(state), state.state, int(state.step), None, source, folder)

@@ -27,12 +27,15 @@ class Best:
     """The best state so far.
 
     Attributes:
-        value: its figure on the validation split, in nats, where more is better; -inf without one.
-        step: its step; 0 without one.
+        value: its figure on the validation split, in nats, where more is better; -inf without one,
+            and where it was damaged.
+        step: its step; 0 without one. Where it was damaged evaluations still count from there, so
+            that the run does not end before its time.
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
-        """
+        """What is damaged is set aside, which is said.
+
         Args:
             folder: of the run.
             about: what the note of a checkpoint says of the run, see `identity.note_of`.
@@ -42,11 +45,12 @@ class Best:
         """
         check = functools.partial(check_note, about=about, folder=folder)
         self.checkpoints = Checkpoints(folder / FOLDER, 1, about, check)
-        self.value, self.step = -math.inf, 0
-        note = self.checkpoints.newest_note()
-        if note is not None:
-            check(note[1])
-            self.step, self.value = note[0], float(note[1]["valid"])
+        found = self.checkpoints.newest_note()
+        self.checkpoints.set_aside_damaged(found)
+        self.value, self.step = -math.inf, agreed(functools.partial(_best_step, self.checkpoints))
+        if found.step is not None:
+            check(found.note)
+            self.value = float(found.note["valid"])
 
     def offer(self, step: int, state: TrainState, figure: Callable[[], float]) -> float:
         """Keep a state if it is better than the best so far; returns its figure.
@@ -83,8 +87,14 @@ def ended_early(folder: Path, schedule: Schedule, step: int) -> bool:
     """
     if not schedule.stop_after:
         return False
-    note = Checkpoints(folder / FOLDER, 1).newest_note()
-    return no_gain(schedule, 0 if note is None else note[0], step)
+    return no_gain(schedule, _best_step(Checkpoints(folder / FOLDER, 1)), step)
+
+
+def _best_step(checkpoints: Checkpoints) -> int:
+    """The step of the best state, or of one that was damaged and set aside; 0 without one."""
+    aside = [path.name.split(".")[0] for path in checkpoints.folder.glob("*.damaged*")]
+    known = checkpoints.steps() or [int(name) for name in aside if name.isdecimal()]
+    return max(known, default=0)
 
 
 def best_of(folder: Path, model: Model, **how: Any) -> Checkpoints:
@@ -106,6 +116,7 @@ def best_of(folder: Path, model: Model, **how: Any) -> Checkpoints:
     if not found.steps():
         raise CheckpointError(
             f"{folder} has no best checkpoint: none was kept (it is from before there were any, or "
-            "was trained with --evaluate-every 0). Leave --which out for the newest."
+            "was trained with --evaluate-every 0), or it was damaged. Leave --which out for the "
+            "newest."
         )
     return found

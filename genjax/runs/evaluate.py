@@ -49,7 +49,9 @@ def as_evaluated(run: Loaded, n_samples: int | None = None) -> Loaded:
     was set otherwise when it was trained.
 
     Args:
-        n_samples: K of an importance-weighted bound, in the place of the recipe's.
+        n_samples: draws of the bound's estimator, in the place of the recipe's: K of an
+            importance-weighted bound, noise levels of a diffusion bound, draws of dequantisation
+            noise.
 
     Raises:
         ConfigError: if the model has no bound with samples.
@@ -88,7 +90,8 @@ def evaluate(
     """What a run is worth on a split, as the dictionary that goes into report.json.
 
     Its value is the log-probability or bound or, for a model that has neither, the first of the
-    figures about its samples.
+    figures about its samples. Of training windows that overlap only such count as do not, see
+    `data.source.rows_of`; examples with weights count by them, see `estimates.estimate`.
 
     Args:
         n: the first n examples only; None means all.
@@ -164,12 +167,12 @@ def _score(
 ) -> dict[str, Any]:
     """The part of a report that is about log-probabilities."""
     spec, key = run.model.spec, key_of(seed)
-    arrays = rows_of(source.load(), split)
+    arrays = rows_of(source.load(), split, source.apart)
     if n is not None:
         arrays = jax.tree.map(lambda leaf: leaf[:n], arrays)
     program = scorer(score, source.prepare)
     values = score_examples(program, run.params, run.state, arrays, key, batch_size, progress)
-    result = estimate(values)
+    result = estimate(values, arrays.weight)
     exact = run.model.score_name == "log_prob"
     found: dict[str, Any] = {
         "mean": result.mean,
@@ -182,12 +185,13 @@ def _score(
     if spec.step is not None:
         program = scorer(partial(_steps, spec), source.prepare)
         steps = score_examples(program, {}, {}, arrays, key, batch_size)
-        found["per_step"] = _code_length(spec.step, per_step(-values, steps))
+        found["per_step"] = _code_length(spec.step, per_step(-values, steps, arrays.weight))
     if spec.kind in ("discrete", "binary") and not spec.lengths:
         found["bits_per_dim"] = bits_per_dim(result.mean, spec)
     if source.log_prob is not None and not spec.conditional:  # it is of all classes together
         prepared = source.prepare(key, arrays)
-        found["true_log_prob"] = estimate(np.asarray(source.log_prob(prepared.x)))._asdict()
+        truth = np.asarray(source.log_prob(prepared.x))
+        found["true_log_prob"] = estimate(truth, arrays.weight)._asdict()
     return found
 
 
@@ -207,12 +211,16 @@ def _of_solver(
     """What twice the solver's steps change, by the same noise: its error, about. A model that is
     trained through a solver can learn to be wrong in its favour.
     """
-    arrays = rows_of(source.load(), split)
-    arrays = jax.tree.map(lambda leaf: leaf[: min(SOLVED_AGAIN, found["n"])], arrays)
+    arrays = rows_of(source.load(), split, source.apart)
+    rows: Any = slice(min(SOLVED_AGAIN, found["n"]))
+    if arrays.weight is not None:  # those of weight 0 do not count
+        rows = np.flatnonzero(np.asarray(arrays.weight) > 0)[rows]
+    arrays = jax.tree.map(lambda leaf: leaf[rows], arrays)
 
     def mean(score: ScoreFn) -> float:
         program, key = scorer(score, source.prepare), key_of(seed)
-        return float(score_examples(program, run.params, run.state, arrays, key, batch_size).mean())
+        nats = score_examples(program, run.params, run.state, arrays, key, batch_size)
+        return estimate(nats, arrays.weight).mean
 
     assert run.model.score is not None
     assert run.finer is not None

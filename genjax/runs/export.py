@@ -24,6 +24,7 @@ import numpy as np
 
 from genjax.checks import leaves_by_name
 from genjax.errors import ConfigError, DataError, regular_file, replacing
+from genjax.nets.platforms import platform, traced_for
 from genjax.protocol import Batch, DataSpec, PyTree
 from genjax.runs.load import Loaded
 from genjax.zoo.recipe import to_dict
@@ -160,7 +161,8 @@ def _exported(one: Callable[..., Any], arguments: list[tuple[tuple[int, ...], An
     """A function of one example for any number of them."""
     (b,) = jax.export.symbolic_shape("b")
     shapes = [jax.ShapeDtypeStruct((b, *shape), dtype) for shape, dtype in arguments]
-    program = jax.export.export(jax.jit(jax.vmap(one)), platforms=PLATFORMS)(*shapes)
+    with traced_for(platform()):  # without kernels that only a card here has
+        program = jax.export.export(jax.jit(jax.vmap(one)), platforms=PLATFORMS)(*shapes)
     try:
         return bytes(program.serialize())
     except ImportError:

@@ -4,7 +4,7 @@ config.json      every setting of the run
 spec.json        what its data look like (shape, vocabulary, end token ...), so that sampling needs
                  no data
 data.json        the files that the data are read from: absolute path, size, times, SHA-256
-first/           of a run that stands on another: the settings of that one
+first/           of a run that stands on another: the settings of that one, by which it is rebuilt
 metrics.jsonl    one JSON object a line: step, seconds of training so far, means over the window,
                  validation; what else was found in it is in metrics.jsonl.bad
 .lock            who trains there, for as long as somebody does
@@ -12,9 +12,11 @@ tensorboard/     the same numbers as TensorBoard events
 wandb_id.txt     with --log-to wandb: the id of the run there; trackio_id.txt likewise
 checkpoints/     the newest few states
 best/            the best state by the figure on the validation split
+averages/        with --sigma-rels: what is stored of the weights' averages, see `runs.averages`
 samples/         pictures or text of samples, and *.npz (and *.mid) of what `genjax sample` drew
 curves.png       learning curves
-report.json      what `genjax evaluate` found
+report.json      what `genjax evaluate` found; report-valid.json of another split, and so on
+export/          what `genjax export` wrote: weights, sampler and score for other programs
 """
 
 import dataclasses
@@ -267,15 +269,22 @@ def keep_spec(folder: Path, spec: DataSpec) -> None:
     check_spec(spec, there, folder)
 
 
+def as_known(now: DataSpec, there: DataSpec) -> DataSpec:
+    """The spec `now` without the names of classes and of columns where `there` is from before they
+    were kept.
+    """
+    if there.class_names is None and now.n_classes == there.n_classes:
+        now = dataclasses.replace(now, class_names=None)
+    return now if there.columns is not None else dataclasses.replace(now, columns=None)
+
+
 def check_spec(now: DataSpec, there: DataSpec, folder: Path) -> None:
     """Refuse data of another spec than those that a run was trained on.
 
     Raises:
         DataError: with the fields that differ, and both values.
     """
-    if there.class_names is None and now.n_classes == there.n_classes:
-        now = dataclasses.replace(now, class_names=None)  # names came to be known since
-    new, old = dataclasses.asdict(now), dataclasses.asdict(there)
+    new, old = dataclasses.asdict(as_known(now, there)), dataclasses.asdict(there)
     changed = [f"{name} was {old[name]!r:.100}, is {new[name]!r:.100}" for name in new]
     changed = [text for text, name in zip(changed, new, strict=True) if new[name] != old[name]]
     if changed:

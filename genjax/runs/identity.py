@@ -18,6 +18,7 @@ from genjax.data import Source
 from genjax.errors import CheckpointError, ConfigError, DataError, regular_file
 from genjax.runs.folder import (
     MAY_CHANGE,
+    as_known,
     check_spec,
     completed,
     is_there,
@@ -180,7 +181,8 @@ def check_settings(
         _refuse(folder / "config.json", completed(was), completed(now))
     if note.get("spec") is not None and spec is not None:
         # A spec from before there was some field has its default.
-        _refuse(folder / "spec.json", plain(DataSpec(**note["spec"])), plain(spec))
+        there = DataSpec(**note["spec"])
+        _refuse(folder / "spec.json", plain(there), plain(as_known(spec, there)))
 
 
 def _refuse(path: Path, was: Any, now: Any) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import os
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 
 from genjax.checks import check_cond
-from genjax.data import MEMORY, SOURCES, Source
+from genjax.data import MEMORY, SOURCES, Source, loader
 from genjax.data.labels import condition_of
 from genjax.errors import CheckpointError, ConfigError, DataError, GenjaxError, unknown_name
 from genjax.families.cnf import cnf
@@ -144,8 +145,17 @@ def load(folder: Path, which: str = "newest", sigma_rel: float | None = None) ->
     state, files, now = restored.state, restored.note.get("files"), read_files(folder)
     if files is None or [one["sha256"] for one in now or ()] == [one["sha256"] for one in files]:
         files = now  # which says where they were last
-    if files and len(files) == 1 and data.data != MEMORY:
-        data = dataclasses.replace(data, data=files[0]["path"])
+    if files and data.data not in (*SOURCES, MEMORY):
+        # The file itself is the first; a tokenizer, which an option names, comes after it.
+        path, options = files[0]["path"], dict(data.data_options)
+        if options.get("tokenizer") is not None:
+            options["tokenizer"] = files[1]["path"]
+        known = read_spec(folder)
+        if known is not None and known.columns and options.get("columns") is None:
+            # As they were read then: the row index of pandas was one of them once.
+            takes = signature(loader(path)).parameters
+            options |= {"columns": known.columns} if "columns" in takes else {}
+        data = dataclasses.replace(data, data=path, data_options=options)
     params, off = eval_params(state), 0.0
     model = recipe.build(on)
     if sigma_rel is not None:

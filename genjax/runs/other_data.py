@@ -6,12 +6,14 @@ one's own. They are brought to the spec, or refused.
 import dataclasses
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from genjax.data import Source, Splits, cast, from_arrays, loader, open_source
+from genjax.data.rows import on_rows
 from genjax.errors import DataError
 from genjax.protocol import Batch, DataSpec
 from genjax.runs.load import Loaded
@@ -32,9 +34,18 @@ def other_source(run: Loaded, path: str) -> Source:
     kept = {name: value for name, value in run.data.data_options.items() if name != "path"}
     kept |= {"conditional": spec.conditional, "standardize": "none"}
     if "levels" in takes:
-        kept |= {"kind": spec.kind, "levels": spec.levels}
+        kept |= {"kind": spec.kind, "levels": spec.levels, **_condition(spec)}
+    if spec.columns is not None:  # a table may have others, and have them in another order
+        kept["columns"] = spec.columns
     source = open_source(path, **{name: value for name, value in kept.items() if name in takes})
     return brought_to(spec, source, path)
+
+
+def _condition(spec: DataSpec) -> dict[str, str]:
+    """What labels are taken for, whose numbers may be saved otherwise than the run's were."""
+    if not spec.conditional:
+        return {}
+    return {"condition": "vector" if spec.n_classes is None else "classes"}
 
 
 def in_order(x: Any, columns: Sequence[str] | None) -> Any:
@@ -66,6 +77,7 @@ def source_in(data: Any, spec: DataSpec | None = None) -> Source:
     if spec is None:
         return from_arrays(data)
     taken: dict[str, Any] = {"kind": spec.kind, "levels": spec.levels, "step": spec.step}
+    taken |= _condition(spec)
     if spec.kind == "tokens":
         taken |= {"vocabulary": spec.vocabulary, "end": spec.end}
     return from_arrays(in_order(data, spec.columns), standardize="none", **taken)
@@ -86,7 +98,7 @@ def source_for(spec: DataSpec, data: Any) -> Source:
 
 def brought_to(spec: DataSpec, source: Source, where: str) -> Source:
     """A source as events of a run's spec under their own name; classes and symbols are matched by
-    what they are called.
+    what they are called, and sequences whose longest is shorter are padded.
 
     Args:
         where: what the data are called in messages.
@@ -101,6 +113,7 @@ def brought_to(spec: DataSpec, source: Source, where: str) -> Source:
 
     def one(batch: Batch) -> Batch:
         x = batch.x if symbols is None else symbols[np.asarray(batch.x)]
+        x = on_rows(x, partial(_padded, spec)) if source.spec.shape != spec.shape else x
         cond = batch.cond if classes is None else classes[np.asarray(batch.cond)]
         return batch._replace(x=x, cond=cond)
 
@@ -120,6 +133,7 @@ def _check(found: DataSpec, spec: DataSpec, path: str) -> None:
     # Steps may be called otherwise, and an array has no names of columns.
     free += ("step",) * (found.step is not None and spec.step is not None)
     free += ("columns",) * (found.columns is None or spec.columns is None)
+    free += ("shape",) * _shorter(found, spec)
     names = [name for name in new if name not in free and new[name] != old[name]]
     if (spec.n_classes is None) != (found.n_classes is None):
         names.append("n_classes")
@@ -130,6 +144,20 @@ def _check(found: DataSpec, spec: DataSpec, path: str) -> None:
         raise DataError(f"{path} is of another kind than the data of the run: {lines}.")
     if (found.levels or 0) > (spec.levels or 0) and not spec.text:
         raise DataError(f"{path} has {found.levels} levels, the data of the run {spec.levels}.")
+
+
+def _shorter(found: DataSpec, spec: DataSpec) -> bool:
+    """Whether the longest sequence is shorter than the run's, of data that say where one ends."""
+    both = (found, spec)
+    ends = all(one.lengths for one in both) or all(one.end is not None for one in both)
+    return ends and found.shape[0] < spec.shape[0] and found.shape[1:] == spec.shape[1:]
+
+
+def _padded(spec: DataSpec, x: np.ndarray) -> np.ndarray:
+    """Sequences [N, T, *event] with padding up to the longest of a spec."""
+    wide = [(0, 0)] * x.ndim
+    wide[1] = (0, spec.shape[0] - x.shape[1])
+    return np.pad(x, wide, constant_values=spec.end or 0)
 
 
 def _shown(value: Any) -> str:

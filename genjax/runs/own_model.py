@@ -20,7 +20,7 @@ from genjax.learning.optim import TrackEmaState, averaged
 from genjax.learning.step import with_followers
 from genjax.protocol import DataSpec, Model, Params, PyTree, State, TrainState
 from genjax.runs.best import FOLDER, WHICH
-from genjax.runs.folder import is_there
+from genjax.runs.folder import as_known, is_there
 from genjax.runs.identity import check_files, differences, files_of, plain
 
 
@@ -58,7 +58,8 @@ def checkpoints_of(
     def check(note: dict[str, Any]) -> None:
         if note.get("spec") is None:
             return
-        if lines := differences(plain(DataSpec(**note["spec"])), plain(model.spec)):
+        there = DataSpec(**note["spec"])
+        if lines := differences(plain(there), plain(as_known(model.spec, there))):
             raise CheckpointError(
                 f"{folder} was trained on other data than this model is of:\n  "
                 + "\n  ".join(lines)

@@ -14,7 +14,7 @@ import numpy as np
 from genjax.data import Splits
 from genjax.errors import ConfigError
 from genjax.evaluation import quality
-from genjax.evaluation.estimates import score_examples, scorer
+from genjax.evaluation.estimates import counted, estimate, score_examples, scorer
 from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.loop import Progress, fit
 from genjax.learning.members import Mode, ensemble, grid, sweep
@@ -96,15 +96,18 @@ class Members(NamedTuple):
 
     @property
     def combinations(self) -> list[dict[str, float]]:
+        """The settings of each combination by their names, the last one changing fastest."""
         values = itertools.product(*self.axes.values())
         return [dict(zip(self.axes, chosen, strict=True)) for chosen in values]
 
     @property
     def keys(self) -> Key:
+        """The PRNG key of each member's seed, [S]."""
         seeds = np.tile(np.asarray(self.seeds, np.uint32), len(self.combinations))
         return jax.vmap(jax.random.key)(seeds)
 
     def settings_of(self, member: int) -> dict[str, float]:
+        """What is set of a member, from 0 to S-1, by the names of the settings."""
         return {name: float(column[member]) for name, column in self.columns.items()}
 
 
@@ -171,6 +174,9 @@ def _run(
     for line in about_data(stage.source):
         say(line)
     splits = stage.source.load()
+    scored = recipe.build(stage.on).score is not None
+    if not scored:  # before it is trained
+        quality.check_figures(stage.source.spec, splits.valid)
     settings = to_dict(recipe) | ({} if stage.first is None else {"first": stage.first})
     listed = {name: list(values) for name, values in members.axes.items()}
     settings |= {"sweep": {"axes": listed, "seeds": len(members.seeds), "mode": mode}}
@@ -178,16 +184,16 @@ def _run(
         recipe, stage, splits, members, folder, settings, mode, progress, say, held
     )
     params = eval_params(state)
-    if recipe.build(stage.on).score is None:
-        found = _figures_of_members(recipe, stage, members, params, state.state, say)
-    else:
+    if scored:
         found = _scores_of_members(recipe, stage, members, params, state.state, splits.valid)
+    else:
+        found = _figures_of_members(recipe, stage, members, params, state.state, say)
     results = {
         "recipe": recipe.name,
         "metric": found.metric,
         "unit": found.unit,
         "estimator": found.estimator,
-        "n": len(splits.valid.x),
+        "n": counted(splits.valid),
         "split": "valid",
         "seeds": members.seeds,
         "steps": int(state.step),
@@ -319,7 +325,9 @@ def _member(tree: Any, member: int) -> Any:
 def _scores_of_members(
     recipe: Recipe, stage: Opened, members: Members, params: Params, state: State, valid: Batch
 ) -> _Found:
-    """The validation score of every member: the mean over the split in nats."""
+    """The validation score of every member: the mean over the split in nats, weighted as its
+    examples are.
+    """
 
     def one(hyper: dict[str, Any], params: Params, state: State, batch: Batch, key: Key) -> Array:
         score = replace(recipe, **hyper).build(stage.on).score
@@ -333,4 +341,5 @@ def _scores_of_members(
     program = scorer(all_members, stage.source.prepare)
     nats = score_examples(program, params, state, valid, jax.random.key(VALID_SEED))
     model = recipe.build(stage.on)
-    return _Found(f"valid/{model.score_name}", "nats", model.estimator, nats.mean(axis=0), [])
+    values = np.asarray([estimate(own, valid.weight).mean for own in nats.T])
+    return _Found(f"valid/{model.score_name}", "nats", model.estimator, values, [])

@@ -1,6 +1,7 @@
 """Training a recipe in a run folder, with scores and pictures of it on the way."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -230,7 +231,7 @@ def say_best(best: Best, schedule: Schedule, step: int, say: Callable[[str], Non
             f"ended at step {step} of {schedule.steps}: {schedule.stop_after} evaluations in a row "
             "brought no gain"
         )
-    if 0 < best.step < step:
+    if 0 < best.step < step and best.value > -math.inf:  # else it was damaged
         say(
             f"best on the validation split: {best.value:.3f} nats at step {best.step}, kept beside "
             "the newest (--which best of sample, evaluate and export)"
@@ -305,7 +306,7 @@ def _valid_hook(
 
         def figure() -> float:
             values = score_examples(run, params, extra, splits.valid, jax.random.key(VALID_SEED))
-            return estimate(values).mean
+            return estimate(values, splits.valid.weight).mean
 
         return {f"valid/{name}": best.offer(step, state, figure)}
 

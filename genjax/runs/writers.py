@@ -21,14 +21,29 @@ logger = logging.getLogger(__name__)
 
 
 class Writer(Protocol):
-    """What takes the figures of a run. `begin` is called once, before the others, and again for a
-    run that goes on in another process; `image` with a PNG of samples.
-    """
+    """What takes the figures of a run."""
 
-    def begin(self, config: dict[str, Any], name: str, folder: Path) -> None: ...
-    def write(self, step: int, metrics: dict[str, float]) -> None: ...
-    def image(self, step: int, name: str, path: Path) -> None: ...
-    def close(self) -> None: ...
+    def begin(self, config: dict[str, Any], name: str, folder: Path) -> None:
+        """Called once, before the others, and again for a run that goes on in another process.
+
+        Args:
+            config: every setting of the run.
+            name: the run's.
+            folder: of the run.
+        """
+        ...
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Take the figures of a step by their names, such as "vae/loss" in nats."""
+        ...
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        """Take a picture of a step, a PNG; `name` says what it is of: "samples"."""
+        ...
+
+    def close(self) -> None:
+        """Called once, at the end or after a failure."""
+        ...
 
 
 class Wandb:
@@ -37,6 +52,7 @@ class Wandb:
     """
 
     def begin(self, config: dict[str, Any], name: str, folder: Path) -> None:
+        """Start the run there, or go on with it."""
         import wandb  # type: ignore[import-not-found]
 
         self.wandb = wandb
@@ -48,14 +64,17 @@ class Wandb:
         self.first = self.run.step  # of a run that went on: one more than its last
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Log the figures of a step that is not there yet."""
         if step >= self.first:
             self.run.log(metrics, step=step)
 
     def image(self, step: int, name: str, path: Path) -> None:
+        """Log a picture of a step that is not there yet."""
         if step >= self.first:
             self.run.log({name: self.wandb.Image(str(path))}, step=step)
 
     def close(self) -> None:
+        """Finish the run there."""
         self.run.finish()
 
 
@@ -66,6 +85,7 @@ class Trackio:
     """
 
     def begin(self, config: dict[str, Any], name: str, folder: Path) -> None:
+        """Start the run there, or go on with it."""
         import trackio  # type: ignore[import-not-found]
 
         self.trackio = trackio
@@ -74,12 +94,15 @@ class Trackio:
         self.run = trackio.init(project=project, name=unique, config=config, resume="allow")
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Log the figures of a step."""
         self.run.log(metrics, step=step)
 
     def image(self, step: int, name: str, path: Path) -> None:
+        """Log a picture of a step."""
         self.run.log({name: self.trackio.Image(str(path))}, step=step)
 
     def close(self) -> None:
+        """Finish the run there."""
         self.run.finish()
 
 
@@ -105,20 +128,24 @@ class Writers:
         self.all, self.opened = dict(found), dict[str, Writer]()
 
     def begin(self, config: dict[str, Any], folder: Path) -> None:
+        """Open each, with the settings of the run in a folder, which names it."""
         for name, writer in self.all.items():
             self.opened[name] = writer
             self._told(name, lambda w: w.begin(config, folder.absolute().name, folder))
 
     def write(self, line: dict[str, Any]) -> None:
+        """Tell each what a line of metrics.jsonl says."""
         metrics = scalars_of(line)
         for name in list(self.opened):
             self._told(name, lambda w: w.write(line["step"], metrics))
 
     def image(self, step: int, what: str, path: Path) -> None:
+        """Give each a PNG, if there is one."""
         for name in list(self.opened) if path.is_file() else ():
             self._told(name, lambda w: w.image(step, what, path))
 
     def close(self) -> None:
+        """Close each; it is told nothing any more."""
         for name in list(self.opened):
             self._told(name, lambda w: w.close())
             self.opened.pop(name, None)

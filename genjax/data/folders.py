@@ -1,0 +1,34 @@
+"""The files of a user's own folder: which of them are read."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+
+def files_below(folder: str, endings: Sequence[str], above: tuple[Path, ...] = ()) -> Iterator[str]:
+    """The paths of the files with some endings in a folder, and then of those in the folders below
+    it, each in the order of their names; hidden files and folders are passed over.
+
+    Links to folders are followed, as a class or a split may be one; but for those that lead back
+    to a folder on the way to them, or to one above it, so that loops end.
+
+    Args:
+        above: the real paths of the folders on the way to this one.
+    """
+    above = (*above, Path(os.path.realpath(folder)))
+    _, inner, files = next(os.walk(folder), (folder, [], []))
+    for name in sorted(files):
+        if name.lower().endswith(tuple(endings)) and not is_hidden(name):
+            yield os.path.join(folder, name)
+    for name in sorted(inner):
+        path = os.path.join(folder, name)
+        real = os.path.realpath(path)
+        if not is_hidden(name) and not any(one.is_relative_to(real) for one in above):
+            yield from files_below(path, endings, above)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of that name holds nothing of a user's: .ipynb_checkpoints, and what
+    macOS puts beside files.
+    """
+    return name.startswith((".", "__MACOSX"))
