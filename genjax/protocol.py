@@ -97,6 +97,8 @@ class Aux(NamedTuple):
 
 
 class InitFn(Protocol):
+    """New parameters and state of every player, by name, from a key."""
+
     def __call__(self, key: Key) -> tuple[Params, State]: ...
 
 
@@ -109,6 +111,10 @@ class LossFn(Protocol):
 
 
 class SampleFn(Protocol):
+    """`n` samples [n, *shape] in the units of the data; `cond` [n, ...] where the spec has a
+    condition.
+    """
+
     def __call__(
         self, params: Params, state: State, key: Key, n: int, cond: PyTree | None = None
     ) -> PyTree: ...
@@ -197,12 +203,14 @@ class Denoiser(NamedTuple):
         generate: (params, state, key, n, cond=None, *, solver, n_steps, grid, guidance, every)
             -> x; see `parts.noise_to_data`.
         guided: whether `generate` takes a scale of guidance.
+        guidance: the scale that its samples have unless told otherwise; None for none.
     """
 
     path: Callable[[Params], Any]
     denoise: Callable[..., Array]
     generate: Callable[..., Array]
     guided: bool = False
+    guidance: Any = None
 
 
 class Model(NamedTuple):
@@ -218,6 +226,8 @@ class Model(NamedTuple):
         log_prob: exact log p(x) or log p(x | cond) in nats, [B], in evaluation mode; None if there
             is none.
         bound: a lower bound (in expectation) of the same; None if there is none.
+        probed: whether `log_prob` has noise, of mean 0, as where random probes estimate a
+            divergence. The mean of its exponential is then above the density.
         estimator: what `log_prob` or `bound` computes, in words, for reports: "ELBO, 1 sample".
         turns: ((player, times), ...) within one step; empty means each player once, in the order of
             `losses`.
@@ -251,6 +261,7 @@ class Model(NamedTuple):
     sample: SampleFn
     log_prob: ScoreFn | None = None
     bound: ScoreFn | None = None
+    probed: bool = False
     estimator: str = ""
     turns: tuple[tuple[str, int], ...] = ()
     follows: Mapping[str, tuple[str, float | Callable[[Array], Array]]] = {}

@@ -33,6 +33,7 @@ from genjax.nets.patches import from_patches, to_patches
 every_net = pytest.mark.parametrize(
     "name", ["mlp", pytest.param("unet", marks=pytest.mark.slow), "dit"]
 )
+LEVELS = (2.5, 2.507)  # ln SNR / 4
 SHAPES = [(8, 8, 1), (28, 28, 1), (32, 32, 3)]
 
 
@@ -154,7 +155,6 @@ def test_bfloat16_keeps_parameters_and_outputs_in_float32(name):
     narrow = functional(partial(NETS[name], (8, 8, 1), cond_size=3, guided=True), "bfloat16")
     net, apply = guided_net(name)
     params, (x, c, cond) = random(net, size=0.2), inputs()
-    c = jnp.round(4 * c) / 4  # a noise level that bfloat16 has
     assert {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(narrow.init, KEY))} == {
         jnp.dtype("float32")
     }
@@ -167,6 +167,9 @@ def test_bfloat16_keeps_parameters_and_outputs_in_float32(name):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
     wanted = apply(params, x, c, cond, None)
     assert np.linalg.norm(y - wanted) < 0.05 * np.linalg.norm(wanted)  # eight bits
+    # Levels that are one bfloat16 are two levels.
+    near = [narrow.apply(params, {}, x, jnp.full_like(c, level), cond)[0] for level in LEVELS]
+    assert (near[0] != near[1]).any()
 
 
 # --- the perceptron -------------------------------------------------------------------------------

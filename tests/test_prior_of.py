@@ -25,6 +25,9 @@ from vae_oracles import (
 
 from genjax.checks import checked
 from genjax.errors import ConfigError
+from genjax.families.cnf import cnf
+from genjax.families.diffusion import diffusion
+from genjax.families.flow_matching import flow_matching
 from genjax.families.gan import gan
 from genjax.families.vae import vae
 from genjax.learning.step import training
@@ -256,6 +259,14 @@ def test_many_samples_need_a_density():
     for name in ("n_samples", "n_bound_samples"):
         with pytest.raises(ConfigError, match=f"{name}=2 needs .* log-mean-exp of bounds is no bo"):
             linear_vae(prior=prior, **{name: 2})
+
+
+def test_an_estimate_by_random_probes_is_no_density():
+    """Its noise would raise a bound of several samples above ln p(x)."""
+    points = DataSpec((2,), "continuous")
+    for family in (cnf, diffusion, flow_matching):
+        assert not prior_of(family(points, hidden=(2,), n_probes=1)).exact
+        assert prior_of(family(points, hidden=(2,), n_probes=0)).exact
 
 
 # --- bad input ------------------------------------------------------------------------------------

@@ -162,6 +162,21 @@ def test_a_guided_teacher_is_followed_where_the_condition_is_there():
     assert abs(same - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 200)
 
 
+def test_a_flow_that_has_guidance_built_in_is_not_guided_once_more():
+    """Unless it is asked to be."""
+    model, params, state = conditional(guidance=3.0)
+    cond = jnp.arange(3)
+    second = reflow(Trained(model, params, state), guidance=3.0)
+    own = second.init(jax.random.key(0))
+    key = jax.random.key(1)
+    plain, twice = (
+        model.denoiser.generate(params, state, key, 3, cond, guidance=s) for s in (1.0, 3.0)
+    )
+    np.testing.assert_array_equal(second.sample(*own, key, 3, cond), plain)
+    np.testing.assert_array_equal(second.denoiser.generate(*own, key, 3, cond, guidance=3.0), twice)
+    assert differ(plain, twice)
+
+
 @pytest.mark.slow
 def test_what_reflow_refuses():
     first = Trained(*conditional(0.0))

@@ -29,7 +29,7 @@ IMAGE = DataSpec((8, 8, 1), "binary", name="pictures")
         (
             IMAGE,
             {"likelihood": "gaussian"},
-            "pictures is binary, whose likelihood is bernoulli; got gaussian. Binarize",
+            "pictures is binary, whose likelihood is bernoulli; got gaussian. Take that",
         ),
         (
             LINE,

@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 from denoising_oracles import PATHS
 
-from genjax.parts.paths import diffuse, edm_prediction, input_scale, log_snr
+from genjax.parts.paths import diffuse, edm, edm_prediction, input_scale, log_snr
 from genjax.parts.weightings import discrete_times, edm_weight, log_normal_times, uniform_times
 
 # --- Karras's preconditioning ---------------------------------------------------------------------
@@ -74,6 +74,14 @@ def test_edm_prediction_and_x0_are_inverses(x64, name):
 
 
 # --- times ----------------------------------------------------------------------------------------
+
+
+def test_a_time_is_never_the_end_of_the_path_where_there_may_be_no_noise(monkeypatch):
+    monkeypatch.setattr(jax.random, "uniform", lambda key, shape, dtype: jnp.zeros(shape, dtype))
+    path = edm(sigma_min=0.0)
+    t = uniform_times(jax.random.key(0), path, 3, jnp.float32)
+    assert bool((t > path.end).all())
+    assert bool(jnp.isfinite(log_snr(path, t)).all())
 
 
 @pytest.mark.slow

@@ -114,8 +114,9 @@ def cnf(
 
     The loss per example is -ln p(x) in nats, where ln |det dz/dx| is the integral of the field's
     divergence. `log_prob`, for continuous data, is exact but for the solver's error, and with
-    `n_probes` > 0 an unbiased estimate; for binary and discrete data, to which noise is added, so
-    is `bound`, of one draw of the noise. `flow_matching` learns such an ODE without solving it.
+    `n_probes` > 0 an unbiased estimate. For binary and discrete data, to which noise is added, so
+    is `bound`; with `n_probes` = 0 it averages the densities of `n_bound_samples` draws of the
+    noise, and with probes takes one. `flow_matching` learns such an ODE without solving it.
     `extras` is `flow_density.Invertible`, with the exact divergence. Shapes: x [B, *shape], z
     [B, D].
 
@@ -144,7 +145,7 @@ def cnf(
     check_events(spec, "A continuous flow")
     check_draws(spec, dequantized.n_bound_samples, n_probes)
     build = partial(nets.field.FieldMLP, spec.size, tuple(hidden), spec.cond_size)
-    net = functional(partial(build, activation=activation), dtype)
+    net = functional(partial(build, activation=activation), dtype, wide=("t",))
     flow = flow_along(spec, net, solver, n_steps, n_probes, remat)
     words = likelihood_in_words(solver, n_steps, n_probes)
-    return flow_model(spec, flow, dequantized, dtype, f"ODE, {words}")
+    return flow_model(spec, flow, dequantized, dtype, f"ODE, {words}", probed=n_probes > 0)

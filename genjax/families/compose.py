@@ -17,6 +17,7 @@ from genjax.errors import ConfigError
 from genjax.families.flow_matching import Flow
 from genjax.parts.distributions import normal_log_prob, normal_sample, sum_event
 from genjax.parts.guidance import guided
+from genjax.parts.noise_to_data import sample_with
 from genjax.parts.ode_likelihood import LIKELIHOOD_SOLVERS
 from genjax.parts.paths import Denoise, prior
 from genjax.parts.solvers import GRIDS, SOLVERS
@@ -134,7 +135,8 @@ def reflow(
             `ode_likelihood.LIKELIHOOD_SOLVERS`.
         n_steps: how many steps it takes, evenly spaced in t.
         guidance: the scale of classifier-free guidance of the teacher where the condition is there,
-            which the new flow then has built in; None for none.
+            which the new flow then has built in (its samples are not guided again unless
+            `generate` is told to); None for none.
 
     Raises:
         ConfigError: for a model that is no flow, a solver that does not follow the ODE, no steps,
@@ -168,7 +170,20 @@ def reflow(
 
     # A flow that is a reflow itself has an entry for its teacher, which it does not look at.
     whole = seeing(model, *first.params)
+    if guidance is not None and denoiser.guidance is not None:
+        plain = partial(_unguided, denoiser.generate)
+        own = denoiser._replace(generate=plain, guidance=None)
+        whole = whole._replace(denoiser=own, sample=sample_with(own))
     return checked(whole._replace(init=init, losses={"flow": loss}, noise={"flow": noise}))
+
+
+def _unguided(
+    generate: Callable[..., Array], *args: Any, guidance: Any = None, **how: Any
+) -> Array:
+    """`Denoiser.generate` with the scale 1, which changes nothing, in the place of the one that the
+    model was built with.
+    """
+    return generate(*args, guidance=1.0 if guidance is None else guidance, **how)
 
 
 # --- two stages -----------------------------------------------------------------------------------
@@ -244,9 +259,14 @@ def two_stage(first: Trained, second: Model) -> Model:
         second: a model of `latent_spec(first.model)`.
 
     Raises:
-        ConfigError: for a first stage without latents, or a second of other data, or one that has
-            an entry "first" itself.
+        ConfigError: for a first stage without latents, a second of other data, and for either
+            where it consists of two stages itself.
     """
+    if FIRST in first.params:
+        raise ConfigError(
+            "The first stage stands on a first stage itself, whose latents are all that it has: "
+            "its own second stage would be left out. Take the run that it stands on."
+        )
     model, wanted = first.model, latent_spec(first.model)
     _check_stage(second, wanted)
     latent: Any = model.latent
@@ -336,9 +356,8 @@ def _check_stage(second: Model, wanted: DataSpec) -> None:
     if FIRST in {*params, *state}:
         raise ConfigError(
             f"The parameters of the second stage have an entry {FIRST!r} already, which is where "
-            "the first stage is to be. Rename that player; of three stages, train the second on "
-            "the first, and give that pair as the first of the third: two_stage(Trained(pair, "
-            "params, state), third)."
+            "the first stage is to be. Rename that player. Of three stages, join the second and "
+            "the third by a model of your own: this takes two."
         )
     for what in ("shape", "kind", "n_classes", "cond_dim"):
         given, needed = getattr(found, what), getattr(wanted, what)
@@ -386,4 +405,4 @@ def _lifted(denoiser: Denoiser, decoded: Callable[..., Array]) -> Denoiser:
             return jax.vmap(lambda z: decoded(params, state, key_x, z, cond))(z)
         return decoded(params, state, key_x, z, cond)
 
-    return Denoiser(path, denoise, generate, denoiser.guided)
+    return denoiser._replace(path=path, denoise=denoise, generate=generate)

@@ -198,7 +198,7 @@ def end_terms(
     model: DiffusionModel, p: Any, batch: Batch, dropped: Array | None, epsilon: Array
 ) -> tuple[Array, Array]:
     """What the bound has beside the errors on the way, in nats [n]: the KL to the prior where the
-    path starts, and ln p(x | x_end), `epsilon` being the noise in x_end. Kingma 2021, equation 8.
+    path starts, and ln p(x | x_end), `epsilon` being the noise in x_end. Kingma 2021, section 3.5.
     """
     path, spec = path_of(model, p), model.spec
     denoise = denoise_of(model, p, batch.cond, dropped)
@@ -470,6 +470,7 @@ def diffusion(
             sample=sample_with(record),
             log_prob=log_prob if exact else None,
             bound=None if silent else bound,
+            probed=likelihood.n_probes > 0,
             estimator=words if exact else bound_in_words(n_bound_samples, n_times),
             noise={"diffusion": noise},
             denoiser=record,

@@ -372,6 +372,7 @@ def flow_matching(
             sample=sample_with(record),
             log_prob=log_prob if exact else None,
             bound=None if exact else bound,
+            probed=likelihood.n_probes > 0,
             estimator=words if exact else f"dequantised once, {words}",
             noise={"flow": noise},
             denoiser=record,

@@ -81,6 +81,7 @@ def draw_latent(latent_dim: int, key: Key, n: int) -> Array:
 
 
 def discriminator_noise(game: Game, key: Key, batch: Batch) -> Noise:
+    """What a turn of the discriminator draws: z, and t where there is a gradient penalty."""
     key_z, key_between = jax.random.split(key)
     n, ndim = batch.x.shape[0], len(game.spec.shape)
     z = draw_latent(game.latent_dim, key_z, n)
@@ -90,6 +91,7 @@ def discriminator_noise(game: Game, key: Key, batch: Batch) -> Noise:
 
 
 def generator_noise(game: Game, key: Key, batch: Batch) -> Noise:
+    """What a turn of the generator draws: z."""
     return Noise(draw_latent(game.latent_dim, key, batch.x.shape[0]))
 
 
@@ -412,7 +414,8 @@ def gan(
         r2: the same on generated examples.
         gradient_penalty: weight of the one-centred gradient penalty between real and generated
             examples (WGAN-GP: 10).
-        spectral_norm: divide each of the discriminator's kernels by its largest singular value.
+        spectral_norm: divide each of the discriminator's kernels by its largest singular value, but
+            not that of the auxiliary task's head.
         generator_norm: normalisation between the generator's layers.
         discriminator_norm: normalisation between the discriminator's convolutions.
         generator_cond: where the generator takes a condition: beside z, or in its batch

@@ -124,9 +124,9 @@ def glow(
     dequantized: Dequantization = Dequantization(),
     dtype: Dtype = "float32",
 ) -> Model:
-    """Glow: levels of steps of actnorm, a learned 1x1 convolution W = L U, and coupling by a
-    convolutional net; each level halves the image, and leaves half of its channels behind.
-    Conditional if the spec has a condition.
+    """Glow: levels of steps of actnorm, a learned 1x1 convolution W = L U P, where P reverses the
+    channels, and coupling by a convolutional net; each level halves the image, and leaves half of
+    its channels behind. Conditional if the spec has a condition.
 
     The loss per example is -ln p(x) in nats. For continuous images `log_prob` is exact; for binary
     and discrete ones, to which noise is added, `bound` is at most ln P(x) in expectation. Actnorm

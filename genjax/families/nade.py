@@ -34,8 +34,8 @@ def nade(
     and with K = `n_orders` of them p(x | c) = 1/K Σ_k p_k(x | c), all by the same weights. The loss
     per example is -ln p_k(x | c) in nats, for one order that is drawn for each batch; for K = 1
     that is -ln p(x | c), and else at least that, in expectation. `log_prob` averages over all
-    orders, and is exact. Shapes: x [B, *shape], D values an event. Of D steps, one after the other,
-    density and sample both take one pass.
+    orders, and is exact. Shapes: x [B, *shape], D values an event. Density and sampling each take
+    one pass of D sequential steps.
 
     Example:
         >>> import jax

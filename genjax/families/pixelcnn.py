@@ -192,8 +192,9 @@ def pixelcnn(
         n_components: of that mixture.
         channels: the width d of the layers.
         n_layers: how many, after the first.
-        kernel_size: columns of a window, an odd number; it has half as many rows. A pixel sees
-            (n_layers + 1) (kernel_size - 1) / 2 columns to each side, and more with `scales`.
+        kernel_size: columns of a window, an odd number; it has (kernel_size + 1) / 2 rows, of which
+            the last is the pixel's own. A pixel sees (n_layers + 1) (kernel_size - 1) / 2 columns
+            to each side, and more with `scales`.
         scales: how often the image is halved on the way, and doubled again; with it there are
             `n_layers` at each size before and after the smaller one. For gated networks.
         dropout: rate, of what a layer adds.

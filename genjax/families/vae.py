@@ -317,8 +317,9 @@ def _checked_prior(prior: Prior, **samples: int) -> Prior:
     for name, k in samples.items():
         if k > 1 and not prior.exact:
             raise ConfigError(
-                f"{name}={k} needs ln p(z), and this prior has a lower bound of it only: the "
-                f"log-mean-exp of bounds is no bound. Say {name}=1, or take a prior with a density."
+                f"{name}={k} needs ln p(z), and this prior has a bound or a noisy estimate of it: "
+                f"the log-mean-exp of bounds is no bound. Say {name}=1, or take a prior with a "
+                "density (of an ODE, n_probes=0)."
             )
     return prior
 
@@ -392,8 +393,9 @@ def vae(
     With K = `n_samples` draws z_k ~ q(z|x) = N(mean(x), diag scale(x)²) and log-weights w_k = ln
     p(x|z_k) + beta (ln p(z_k) - ln q(z_k|x)), the loss per example is -ln 1/K Σ_k exp(w_k) in nats.
     For K = 1 that is the negative ELBO, -ln p(x|z) + beta KL(q || p), and the KL is in closed form
-    where the prior has one. With `beta_warmup_steps` = S the loss of optimiser step s = 0, 1, ...
-    has beta min(s / S, 1) for beta; metrics and bound have 1 at all times.
+    where the prior has one and the gradient is pathwise. With `beta_warmup_steps` = S the loss of
+    optimiser step s = 0, 1, ... has beta min(s / S, 1) for beta; metrics and bound have 1 at all
+    times.
 
     `bound` is the same with beta = 1 and K = `n_bound_samples`; it grows with K towards ln p(x) in
     expectation. `log_prob` is None. Shapes: x [B, *shape], z [B, latent_dim]. `latent` has all of
@@ -409,8 +411,9 @@ def vae(
         activation: between layers.
         likelihood: p(x|z); "auto" takes the usual one of the kind of data. For discrete data
             "categorical" gives each level a logit, in the place of an order and a scale.
-        scale: of a Gaussian (in data units) or discretised logistic (on [-1, 1]): "shared" is one
-            learned number, "element" is given by the decoder per element, a number fixes it.
+        scale: of a Gaussian (of standardised values) or discretised logistic (on [-1, 1]):
+            "shared" is one learned number, "element" is given by the decoder per element, a number
+            fixes it.
         prior: p(z): "normal", "vamp", or in Python any `Prior`, such as `prior_of(model)`.
         n_pseudo_inputs: for "vamp": components of the mixture.
         encoder: in Python, a Flax module of one's own in the place of that of `net`: (normalised x

@@ -91,7 +91,7 @@ class VrnnModel(NamedTuple):
         beta: the weight of the KL in it, if it is the ELBO.
         reported: what `bound` is.
         dropout: rate, of φ_x(x_t).
-        cond_dropout: how often training leaves out the condition.
+        cond_dropout: how often training leaves out the condition, to regularise.
         guided: whether it ever does.
         remat: what of a step is computed again on the way back.
     """
@@ -397,7 +397,8 @@ def vrnn(
         remat: "full" keeps only the carry of each step and computes the rest of it again on the way
             back, for less memory where sequences are long or particles many; "dots" keeps the
             results of matrix products too.
-        cond_dropout: how often training leaves out the condition.
+        cond_dropout: how often training leaves out the condition. It regularises, and is not for
+            guidance, which a VRNN has none of.
         dtype: of the networks' arithmetic; parameters and losses stay float32.
 
     Raises:

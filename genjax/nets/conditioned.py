@@ -11,6 +11,7 @@ layer is zero at first, and so is every scale and shift: a new network returns 0
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from flax import nnx
 
 from genjax.errors import ConfigError
 from genjax.nets.attention import attend
-from genjax.nets.layers import Dense, wide
+from genjax.nets.layers import Dense
 from genjax.protocol import Array
 
 _ZERO = nnx.initializers.zeros_init()
@@ -28,11 +29,13 @@ _ZERO = nnx.initializers.zeros_init()
 FREQUENCIES = np.geomspace(0.25, 8.0, 16)
 
 
-def waves(noise_level: Array) -> Array:
-    """φ(c) = (cos ω_k c, sin ω_k c) for c [n] and ω_k from 1/4 to 8 in equal ratios, [n, 32]."""
-    dtype = wide(noise_level.dtype)
-    angles = noise_level.astype(dtype)[:, None] * jnp.asarray(FREQUENCIES, dtype)[None]
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1).astype(noise_level.dtype)
+def waves(noise_level: Array, dtype: Any = None) -> Array:
+    """φ(c) = (cos ω_k c, sin ω_k c) for c [n] and ω_k from 1/4 to 8 in equal ratios, [n, 32], of
+    the dtype of the layers. The level itself is not narrow: its neighbours would be one number.
+    """
+    angles = noise_level[:, None] * jnp.asarray(FREQUENCIES, noise_level.dtype)[None]
+    found = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    return found.astype(dtype or noise_level.dtype)
 
 
 def zero_linear(d_in: int, d_out: int, *, rngs: nnx.Rngs) -> nnx.Linear:
@@ -56,9 +59,13 @@ class Embedding(nnx.Module):
         self.last = nnx.Linear(d, d, rngs=rngs)
 
     def __call__(
-        self, noise_level: Array, cond: Array | None = None, dropped: Array | None = None
+        self,
+        noise_level: Array,
+        cond: Array | None = None,
+        dropped: Array | None = None,
+        dtype: Any = None,
     ) -> Array:
-        h = self.noise(waves(noise_level))
+        h = self.noise(waves(noise_level, dtype))
         if self.condition is not None:
             given = self.condition(jnp.asarray(cond))
             if dropped is not None:
@@ -141,7 +148,7 @@ class DenoiserMlp(nnx.Module):
     def __call__(
         self, x: Array, noise_level: Array, cond: Array | None = None, dropped: Array | None = None
     ) -> Array:
-        e = self.embed(noise_level, cond, dropped)
+        e = self.embed(noise_level, cond, dropped, x.dtype)
         h = x.reshape(x.shape[0], -1)
         for layer, modulation in zip(self.layers, self.modulations, strict=True):
             y = jax.nn.silu(modulate(layer(h), modulation(e)))

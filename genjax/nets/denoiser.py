@@ -112,7 +112,8 @@ def denoiser(spec: DataSpec, network: DenoiserNet, guided: bool, dtype: str) -> 
         inputs += [("dropped", ())] if guided else []
         call = Call("the net of a denoiser", inputs, spec.shape)
         return again(trimmed(own_net(network.net, call, dtype), guided), network.remat)
-    net = functional(BUILDS[network.net](spec, network, guided), dtype)
+    build = BUILDS[network.net](spec, network, guided)
+    net = functional(build, dtype, wide=("noise_level",))
     return again(net, network.remat) if network.net == "mlp" else net
 
 

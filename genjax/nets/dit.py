@@ -141,7 +141,7 @@ class DiT(nnx.Module):
     def __call__(
         self, x: Array, noise_level: Array, cond: Array | None = None, dropped: Array | None = None
     ) -> Array:
-        e = self.embed(noise_level, cond, dropped)
+        e = self.embed(noise_level, cond, dropped, x.dtype)
         patches = to_patches(x, self.patch)
         n, (rows, columns), d = x.shape[0], self.grid, e.shape[1]
         h = self.first(patches.reshape(n * rows * columns, -1)).reshape(n, rows * columns, d)

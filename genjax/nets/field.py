@@ -37,7 +37,7 @@ class FieldMLP(nnx.Module):
 
     def __call__(self, x: Array, t: Array, cond: Array | None = None) -> Array:
         # The waves tell times of a range of 6 apart.
-        seen = waves(6 * t.reshape(1) - 3)
+        seen = waves(6 * t.reshape(1) - 3, x.dtype)
         h = flatten_with(x, 1, cond)
         for layer, modulation in zip(self.layers, self.modulations, strict=True):
             h = self.activation(modulate(layer(h), modulation(seen)))

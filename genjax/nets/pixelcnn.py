@@ -155,6 +155,7 @@ class PixelCNN(_Pixels):
         return self._read(h)
 
     def empty(self, n: int) -> PyTree:
+        """Caches of n images of which no pixel is known: 0, for the last rows that a layer sees."""
         dtype, width = self.positions[...].dtype, self.shape[1]
         h = [jnp.zeros((n, self.rows, width, self.d), dtype) for _ in range(self.n_layers)]
         return {"x": jnp.zeros((n, self.rows, width, self.shape[2] + 1), dtype), "h": h}
@@ -279,6 +280,9 @@ class GatedPixelCNN(_Pixels):
     # square has ended.
 
     def empty(self, n: int) -> PyTree:
+        """Caches of n images of which no pixel is known, all 0: of the last `rows` rows of x and v,
+        of the row of h, and of what v tells h; for every layer and every halved image.
+        """
         dtype, width = self.positions[...].dtype, self.shape[1]
         scales = range(self.scales)
         of_layer = sorted((i, s) for s in range(self.scales + 1) for i in _both(self._layers(s)))
@@ -397,6 +401,7 @@ class GatedPixelCNN(_Pixels):
 
 
 def unchanged(carry: PyTree) -> PyTree:
+    """The caches as they are, where `cond` has nothing to compute."""
     return carry
 
 

@@ -151,7 +151,7 @@ class UNet(nnx.Module):
     def __call__(
         self, x: Array, noise_level: Array, cond: Array | None = None, dropped: Array | None = None
     ) -> Array:
-        e = self.embed(noise_level, cond, dropped)
+        e = self.embed(noise_level, cond, dropped, x.dtype)
         h, skips = self.first(to_patches(x, self.patch)), []
         for level, row in enumerate(self.down):
             h = halve(h) if level else h

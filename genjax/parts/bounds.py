@@ -72,7 +72,7 @@ def reconstruction(spec: DataSpec, path: Path, x: Array, x_end: Array, denoised:
     end of the path.
 
     Binary and discrete data: every element by itself, each of its values y with probability ∝
-    N(x_end; alpha y, sigma²) (Kingma 2021, appendix E). Continuous data: N(x0; denoised, (sigma /
+    N(x_end; alpha y, sigma²) (Kingma 2021, section 3.3). Continuous data: N(x0; denoised, (sigma /
     alpha)² I) of the standardised x0, `denoised` being E[x0 | x_end].
     """
     n, (alpha, sigma) = x.shape[0], coefficients(path, path.end, x)
@@ -116,8 +116,8 @@ def diffusion_nats(denoise: Denoise, path: Path, x0: Array, key: Key, n_samples:
     """½ ∫ SNR E‖x0 - denoise(x_t)‖² d log-SNR over the path, [n] nats, by a stratified sample of
     log-SNR for each example.
 
-    Equation 11 of Kingma 2021 with log-SNR in the place of time, which their section 5.1 shows not
-    to matter. `denoise` takes a t for each example.
+    The loss of Kingma 2021, section 5, with log-SNR in the place of time, which their section 5.1
+    shows not to matter. `denoise` takes a t for each example.
     """
     first, last = (log_snr(path, t).astype(x0.dtype) for t in (path.start, path.end))
 
@@ -134,7 +134,7 @@ def discrete_nats(
     """Σ_i KL(q(x_s | x_t, x0) || p(x_s | x_t)) over the steps i = 1 .. T from t = i/T to s =
     (i-1)/T of the path, [n] nats.
 
-    = Σ_i ½ (SNR(s) - SNR(t)) ‖x0 - denoise(x_t)‖², Kingma 2021, equation 13; every term once with
+    = Σ_i ½ (SNR(s) - SNR(t)) ‖x0 - denoise(x_t)‖², Kingma 2021, section 4; every term once with
     n_samples >= T, otherwise n_samples of them, stratified.
     """
     k = min(n_samples, n_times)
@@ -168,7 +168,7 @@ def variational_bound(
     n_times: int | None = None,
 ) -> Array:
     """A lower bound (in expectation) of ln p(x), [n] nats: ln p(x | x_end) - diffusion - prior KL.
-    Kingma 2021, equation 8.
+    Kingma 2021, section 3.5.
 
     The sampler that it is the bound of draws N(0, sigma(start)² I) at the start of the path, and x
     given x_end at its end; in between it goes in n_times ancestral steps, or infinitely many.

@@ -27,8 +27,8 @@ from genjax.parts.rules import top_k as top_k
 from genjax.parts.rules import top_p as top_p
 from genjax.protocol import Array, DataSpec, Key, Params, PyTree, State
 
-# (key, outputs [n, n_outputs], counts) -> events x_t [n, *event]. Counts are as above, and 0 where
-# events are no tokens.
+# (key, outputs [n, n_outputs], counts) -> events x_t [n, *event]. Counts are those of `rules.Rule`,
+# int32 [n, V] of each token so far, and 0 where events are no tokens.
 Choose = Callable[[Key, Array, Array], Array]
 # (carry, x_t [n, *event]) -> (outputs [n, n_outputs] for the next step, carry).
 Advance = Callable[[Any, Array], tuple[Array, Any]]

@@ -18,7 +18,11 @@ from genjax.protocol import Array, Aux, Batch, DataSpec, Key, Model, Params, Sta
 
 PLAYER = "flow"
 # Stacked layers have one more axis than what they stack.
-LABELS = ((r"/(bias|shift|log_scale|log_diagonal)$", "vector"),)
+LABELS = (
+    (r"/(bias|shift|log_scale|log_diagonal)$", "vector"),
+    (r"/(layers|steps)/(move|mix|product)/", "matrix:each"),
+    (r"/dequantizer/move/", "matrix:each"),
+)
 
 
 class Flow(NamedTuple):
@@ -161,6 +165,7 @@ def flow_model(
     dtype: str = "float32",
     words: str = "",
     covers: float | None = None,
+    probed: bool = False,
 ) -> Model:
     """The model of such a map, with `log_prob` for continuous data and `bound` for other.
 
@@ -171,6 +176,7 @@ def flow_model(
         dtype: of the arithmetic of the network that dequantises.
         words: how the determinant is computed, for reports; nothing where it is exact.
         covers: see `Invertible`.
+        probed: see `Model`.
 
     Raises:
         ConfigError: for dequantisation that does not fit the data.
@@ -218,6 +224,7 @@ def flow_model(
             sample=sample,
             log_prob=log_prob if exact else None,
             bound=None if exact else bound,
+            probed=probed,
             estimator=", ".join(filter(None, estimator)) or "exact",
             prepare=None if flow.prepare is None else prepare,
             labels=LABELS,

@@ -168,7 +168,7 @@ def likelihood_of(
     if name not in fit:
         raise ConfigError(
             f"{spec.name} is {spec.kind}, whose likelihood is {' or '.join(fit)}; got {name}. "
-            "Binarize or rescale the data first."
+            "Take that; if data of your own are of another kind, say so with kind= (--kind)."
         )
     return LIKELIHOODS[name](spec, per_element_scale)
 

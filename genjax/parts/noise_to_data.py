@@ -222,7 +222,7 @@ def denoiser_of(model: NoiseToData, sampling: Sampling) -> Denoiser:
         check_guidance(model, how.guidance)
         return generate_along(model, how, params, key, n, cond, every)
 
-    return Denoiser(model.path, denoise, generate, model.guided)
+    return Denoiser(model.path, denoise, generate, model.guided, sampling.guidance)
 
 
 def sample_with(denoiser: Denoiser) -> SampleFn:

@@ -39,7 +39,8 @@ class Prior(NamedTuple):
         sample: (params, state, posterior, key, n, cond [n, E] or None) -> z [n, d].
         kl: (params, mean [B, d], log_scale [B, d]) -> KL(q || p) in nats [B] where it has a closed
             form, else None.
-        exact: whether `log_prob` is ln p(z), and not a lower bound of it in expectation.
+        exact: whether `log_prob` is ln p(z), and not a lower bound of it in expectation or an
+            estimate with noise.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -242,4 +243,5 @@ def prior_of(model: Model) -> Prior:
     ) -> Array:
         return model.sample(params, state, key, n, condition(cond))
 
-    return Prior(model.init, log_prob, sample, exact=model.log_prob is not None)
+    exact = model.log_prob is not None and not model.probed
+    return Prior(model.init, log_prob, sample, exact=exact)

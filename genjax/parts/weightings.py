@@ -25,7 +25,7 @@ def unit_weight(path: Path, t: Array, scale: Array, sigma_data: Array | float) -
 
 def elbo_weight(path: Path, t: Array, scale: Array, sigma_data: Array | float) -> Array:
     """-½ dSNR/dt of the squared error of x0, -½ d log-SNR/dt of that of ε: the variational bound.
-    Kingma 2021, section 4.
+    Kingma 2021, section 5.
     """
     rate = jax.jvp(partial(log_snr, path), (t,), (jnp.ones_like(t),))[1]
     # Times are uniform on this length.
@@ -37,7 +37,7 @@ def discrete_elbo_weight(
     n_times: int, path: Path, t: Array, scale: Array, sigma_data: Array | float
 ) -> Array:
     """T/2 (SNR(s) - SNR(t)) of the squared error of x0, s being the step before t. Kingma 2021,
-    equation 14.
+    section 4.
     """
     s = t - (path.start - path.end) / n_times
     return 0.5 * n_times * snr_drop(path, s, t) * jnp.square(scale)
@@ -73,9 +73,12 @@ Times = Callable[[Key, Path, int, Any], Array]  # (key, path, n, dtype) -> t [n]
 
 
 def uniform_times(key: Key, path: Path, n: int, dtype: Any) -> Array:
-    """t [n] uniform from path.end to path.start."""
+    """t [n] uniform from path.end to path.start, but never path.end, where some paths have no
+    noise and the log-SNR is infinite.
+    """
     end, start = jnp.asarray(path.end, dtype), jnp.asarray(path.start, dtype)
-    return end + (start - end) * jax.random.uniform(key, (n,), dtype)
+    u = jnp.maximum(jax.random.uniform(key, (n,), dtype), jnp.finfo(dtype).epsneg)
+    return end + (start - end) * u
 
 
 def log_normal_times(p_mean: Any, p_std: Any, key: Key, path: Path, n: int, dtype: Any) -> Array:

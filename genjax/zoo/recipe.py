@@ -48,7 +48,8 @@ class Schedule:
     """How long to train and what to do on the way; every number of steps counts optimiser steps.
 
     Attributes:
-        steps: optimiser steps of the whole run; a run goes on to more than it was to have.
+        steps: optimiser steps of the whole run. A run goes on to more than it was to have if it is
+            named with --out; without, another number names another folder.
         batch_size: examples per step.
         seed: of the initial weights, the noise and the order of the data.
         microbatches: accumulate the gradient over this many equal parts of a batch.

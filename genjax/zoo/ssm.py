@@ -1,5 +1,6 @@
 """Rows: state space models and linear recurrent networks, each trained as a row of `sequences.py`
-on the same data is, with about as many parameters.
+on the same data is, with about as many parameters. Two have fewer steps than that row (`s4d-names`,
+`mamba-jsb`), and the latter another step size.
 """
 
 import dataclasses
