@@ -2,15 +2,22 @@
 complaint.
 """
 
+import functools
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 import genjax.cli
+from genjax.runs.folder import read_config
+from genjax.zoo import ZOO
+from genjax.zoo.recipe import from_dict
 
 BIN = Path(sys.executable).parent
 
@@ -49,6 +56,17 @@ def arrays_in(path: str | Path) -> dict[str, np.ndarray]:
     """What an .npz file holds; the file is closed again."""
     with np.load(path) as file:
         return dict(file)
+
+
+def state_like(folder: Path) -> Any:
+    """The shapes of a run's training state, as `Checkpoints.restore` takes them."""
+    return _state_like(json.dumps(read_config(folder)))
+
+
+@functools.cache  # the runs that a test compares have the same settings
+def _state_like(config: str) -> Any:
+    recipe = from_dict(json.loads(config), ZOO)
+    return jax.eval_shape(recipe.training(recipe.source().spec).init, jax.random.key(0))
 
 
 def refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -1,5 +1,6 @@
 """The program as a user runs it: the commands, what they say, and being stopped and killed."""
 
+import functools
 import json
 import os
 import pty
@@ -16,14 +17,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from program import BIN, arrays_in, environment, program, refused, start
+from program import BIN, arrays_in, environment, program, refused, start, state_like
 
 import genjax.cli
 from genjax.learning.checkpoint import Checkpoints
 from genjax.runs import pictures
-from genjax.runs.folder import read_config
 from genjax.zoo import ZOO
-from genjax.zoo.recipe import from_dict
 
 # Small, and with so many checkpoints that a signal is likely to hit a save.
 TRAIN = shlex.split(
@@ -43,13 +42,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
 
 def state_bits(folder: Path, step: int | None = None) -> list[tuple[str, bytes]]:
     """Every leaf of a run's newest checkpoint, as bytes."""
-    recipe = from_dict(read_config(folder), ZOO)
-    like = jax.eval_shape(recipe.training(recipe.source().spec).init, jax.random.key(0))
-    restored = Checkpoints(folder / "checkpoints").restore(like, step)
+    restored = Checkpoints(folder / "checkpoints").restore(state_like(folder), step)
     assert restored is not None
     state = restored.state._replace(key=jax.random.key_data(restored.state.key))
     leaves = jax.tree_util.tree_leaves_with_path((state, jax.tree.map(np.asarray, restored.note)))
     return [(jax.tree_util.keystr(path), np.asarray(leaf).tobytes()) for path, leaf in leaves]
+
+
+kept_bits = functools.cache(state_bits)  # of the run that nobody stopped
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -64,7 +64,7 @@ def assert_same_run(folder: Path, expected: Path) -> None:
     steps = Checkpoints(expected / "checkpoints").steps()
     assert Checkpoints(folder / "checkpoints").steps() == steps
     for step in steps:
-        assert state_bits(folder, step) == state_bits(expected, step)
+        assert state_bits(folder, step) == kept_bits(expected, step)
     for picture in sorted((expected / "samples").glob("step_*.png")):
         assert (folder / "samples" / picture.name).read_bytes() == picture.read_bytes()
 

@@ -1,6 +1,7 @@
 """Two stages: a density of a trained model's latents as its prior, with the bound joined."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -27,44 +28,51 @@ def grown(tree):
     return by_hand(lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape).astype(leaf.dtype), tree)
 
 
-def first_stage(spec=SPEC, **settings):
-    model = vae(spec, latent_dim=2, hidden=(8,), **settings)
+@functools.cache
+def first_stage(spec=SPEC):
+    model = vae(spec, latent_dim=2, hidden=(8,))
     params, state = model.init(jax.random.key(0))
     return Trained(model, grown(params), state)
 
 
-def both_stages(first):
+@functools.cache
+def both_stages(spec=SPEC):
+    """The second stage, both joined, and parameters and state of both."""
+    first = first_stage(spec)
     second = flow_matching(latent_spec(first.model), hidden=(4,), n_steps=2, n_likelihood_steps=2)
-    return second, two_stage(first, second)
+    both = two_stage(first, second)
+    return second, both, *both.init(jax.random.key(1))
 
 
 @pytest.mark.slow
 def test_with_an_identity_as_second_stage_the_joined_bound_is_that_of_the_vae():
     """A new flow says that nothing moves: its density is N(0, I), the prior that the VAE had."""
     first = first_stage()
-    _, both = both_stages(first)
-    params, state = both.init(jax.random.key(1))
+    _, both, params, state = both_stages()
     batch = example_batch(SPEC, jax.random.key(2), 4)
-    got = both.bound(params, state, batch, KEY)
+    got = quick(both.bound)(params, state, batch, KEY)
 
-    key_z, _ = jax.random.split(KEY)
-    mean, log_scale = first.model.latent.encode(first.params, first.state, batch.x)
-    z = mean + jnp.exp(log_scale) * jax.random.normal(key_z, mean.shape)
-    log_x = first.model.latent.log_likelihood(first.params, first.state, batch, z)
-    wanted = log_x + sum_event(normal_log_prob(z, 0.0, 0.0) - normal_log_prob(z, mean, log_scale))
-    np.testing.assert_allclose(got, wanted, rtol=1e-5)
+    @quick
+    def by_hand_bound(batch):
+        key_z, _ = jax.random.split(KEY)
+        mean, log_scale = first.model.latent.encode(first.params, first.state, batch.x)
+        z = mean + jnp.exp(log_scale) * jax.random.normal(key_z, mean.shape)
+        log_x = first.model.latent.log_likelihood(first.params, first.state, batch, z)
+        log_ratio = normal_log_prob(z, 0.0, 0.0) - normal_log_prob(z, mean, log_scale)
+        return log_x + sum_event(log_ratio)
+
+    np.testing.assert_allclose(got, by_hand_bound(batch), rtol=1e-5)
 
 
 @pytest.mark.slow
 def test_its_mean_is_the_elbo_in_closed_form():
     first, n = first_stage(), 4000
-    _, both = both_stages(first)
-    params, state = both.init(jax.random.key(1))
+    _, both, params, state = both_stages()
     batch = example_batch(SPEC, jax.random.key(2), 4)
-    draws = jax.jit(jax.vmap(lambda key: both.bound(params, state, batch, key)))(
+    draws = quick(jax.vmap(lambda key: both.bound(params, state, batch, key)))(
         jax.random.split(KEY, n)
     )
-    elbo = jax.jit(jax.vmap(lambda key: first.model.bound(first.params, first.state, batch, key)))(
+    elbo = quick(jax.vmap(lambda key: first.model.bound(first.params, first.state, batch, key)))(
         jax.random.split(jax.random.key(4), n)
     )
     error = np.sqrt((draws.var(0) + elbo.var(0)) / n)
@@ -74,8 +82,7 @@ def test_its_mean_is_the_elbo_in_closed_form():
 @pytest.mark.slow
 def test_the_loss_is_that_of_the_second_stage_on_latents_that_it_draws():
     first = first_stage()
-    second, both = both_stages(first)
-    params, state = both.init(jax.random.key(1))
+    second, both, params, state = both_stages()
     batch = example_batch(SPEC, jax.random.key(2), 4)
     noise = both.noise["flow"](KEY, batch)
     mean, log_scale = first.model.latent.encode(first.params, first.state, batch.x)
@@ -87,25 +94,23 @@ def test_the_loss_is_that_of_the_second_stage_on_latents_that_it_draws():
 
 @pytest.mark.slow
 def test_training_leaves_the_first_stage_as_it_is():
-    first = first_stage()
-    _, both = both_stages(first)
+    _, both, *_ = both_stages()
     t = genjax.training(both, optax.adam(1e-2))
-    ts = t.init(jax.random.key(1))
+    ts = quick(t.init)(jax.random.key(1))
     assert set(ts.opt) == {"flow"}
     batch = example_batch(SPEC, jax.random.key(2), 4)
     step = quick(t.step)
     for _ in range(2):
         ts, _ = step(ts, batch)
-    assert_same(ts.params[FIRST], first.params)
-    x = both.sample(ts.params, ts.state, KEY, 3)
+    assert_same(ts.params[FIRST], first_stage().params)
+    x = np.asarray(quick(both.sample, static_argnums=3)(ts.params, ts.state, KEY, 3))
     assert x.shape == (3, *SPEC.shape)
     assert ((x >= 0) & (x <= SPEC.top) & (x == np.round(x))).all()
 
 
 @pytest.mark.slow
 def test_its_ways_of_sampling_end_in_events():
-    _, both = both_stages(first_stage())
-    params, state = both.init(jax.random.key(1))
+    _, both, params, state = both_stages()
     film = both.denoiser.generate(params, state, KEY, 3, n_steps=2, every=True)
     assert film.shape == (3, 3, *SPEC.shape)
     means = both.latent.sample_mean(params, state, KEY, 3)
@@ -115,13 +120,12 @@ def test_its_ways_of_sampling_end_in_events():
 @pytest.mark.slow
 def test_a_condition_goes_to_both_stages():
     spec = dataclasses.replace(SPEC, n_classes=3, class_names=("a", "b", "c"))
-    first = first_stage(spec)
-    assert latent_spec(first.model).n_classes == 3
-    _, both = both_stages(first)
-    params, state = both.init(jax.random.key(1))
+    assert latent_spec(first_stage(spec).model).n_classes == 3
+    _, both, params, state = both_stages(spec)
     batch = example_batch(spec, jax.random.key(2), 4)
-    assert both.bound(params, state, batch, KEY).shape == (4,)
-    assert both.sample(params, state, KEY, 2, jnp.asarray([0, 2])).shape == (2, *SPEC.shape)
+    assert quick(both.bound)(params, state, batch, KEY).shape == (4,)
+    sample = quick(both.sample, static_argnums=3)
+    assert sample(params, state, KEY, 2, jnp.asarray([0, 2])).shape == (2, *SPEC.shape)
 
 
 @pytest.mark.slow
@@ -140,13 +144,14 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_a_second_stage_with_an_entry_of_that_name_is_refused():
-    """One that has two stages itself, say; as the first of two it is welcome."""
+    """One that has two stages itself, say."""
     first = first_stage()
     inner = vae(latent_spec(first.model), latent_dim=2, hidden=(4,))
     pair = two_stage(Trained(inner, *inner.init(KEY)), flow_matching(latent_spec(inner)))
     with pytest.raises(ConfigError, match="have an entry 'first' already"):
         two_stage(first, pair)
+    # As the first of two it would have its own first stage's latents: the second's is left out.
     both = two_stage(first, inner)
     third = flow_matching(latent_spec(both), hidden=(4,), n_steps=2)
-    whole = two_stage(Trained(both, *both.init(KEY)), third)
-    assert whole.sample(*whole.init(KEY), KEY, 3).shape == (3, *SPEC.shape)
+    with pytest.raises(ConfigError, match="stands on a first stage itself"):
+        two_stage(Trained(both, *both.init(KEY)), third)

@@ -13,7 +13,7 @@ import optax
 import pytest
 import scipy.stats
 from flow_checks import events, moved, normal_loss
-from gates import assert_same
+from gates import assert_same, optimised, quick
 from statistics_checks import RARE
 from vae_oracles import assert_mean, f64, jit, over_keys
 
@@ -85,7 +85,7 @@ def test_so_does_that_of_every_class(x64, name, spec):
     params, state = grown(model, 0.4)
     # Splines are sharper than those above, and take a finer grid: a part of it at a time.
     x, area = square(spec, half=10.0, side=1500)
-    log_prob = jit(model.log_prob)
+    log_prob = optimised(model.log_prob)  # of 75 parts
 
     def density(part, label):
         cond = jnp.full(len(part), label, jnp.int32)
@@ -163,8 +163,8 @@ def test_an_affine_flow_of_normal_data_reaches_their_entropy(n_layers):
     def trained(ts):
         return jax.lax.scan(lambda ts, _: t.step(ts, batch), ts, None, length=600)[0]
 
-    ts = trained(t.prepare(t.init(jax.random.key(0)), batch))
-    nats = model.log_prob(ts.params, ts.state, batch, jax.random.key(1)).mean()
+    ts = trained(quick(t.prepare)(quick(t.init)(jax.random.key(0)), batch))
+    nats = quick(model.log_prob)(ts.params, ts.state, batch, jax.random.key(1)).mean()
     entropy = 0.5 * np.linalg.slogdet(2 * math.pi * math.e * ROOT @ ROOT.T)[1]
     assert -float(nats) == pytest.approx(entropy, abs=2e-4)
 
@@ -182,9 +182,9 @@ def test_the_first_batch_is_standardised_but_for_what_has_no_weight(spec):
     batch = example_batch(spec, jax.random.key(1), 8)
     weight = jnp.asarray([1.0, 0, 2, 1, 0.5, 1, 0, 3])
     spoiled = batch._replace(x=batch.x.at[1].set(jnp.nan).at[6].set(jnp.inf), weight=weight)
-    first = t.init(jax.random.key(0))
-    ts = t.prepare(first, spoiled)
-    assert_same(ts.params, t.prepare(first, batch._replace(weight=weight)).params)
+    first, prepare = quick(t.init)(jax.random.key(0)), quick(t.prepare)
+    ts = prepare(first, spoiled)
+    assert_same(ts.params, prepare(first, batch._replace(weight=weight)).params)
     # One layer of splines that are the identity: what comes out is what actnorm made, but for the
     # noise, which another key draws.
     x = batch.x
@@ -326,9 +326,8 @@ def test_what_is_added_may_be_learned():
         def trained(ts):
             return jax.lax.scan(lambda ts, _: t.step(ts, ones), ts, None, length=1000)[0]
 
-        ts = trained(t.prepare(t.init(jax.random.key(0)), ones))
-        keys = jax.random.split(jax.random.key(1), 50)
-        return jax.vmap(lambda key: model.bound(ts.params, ts.state, ones, key))(keys).mean()
+        ts = trained(quick(t.prepare)(quick(t.init)(jax.random.key(0)), ones))
+        return over_keys(lambda key: model.bound(ts.params, ts.state, ones, key), 1, 50).mean()
 
     uniform, learned = float(reached("uniform")), float(reached("variational"))
     assert uniform < 0

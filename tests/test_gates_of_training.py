@@ -381,15 +381,17 @@ def test_g8_gradients_equal_finite_differences(name):
 
 @rows.narrowing
 def test_g11_bfloat16_arithmetic_keeps_float32_parameters(name):
+    """By the step that the row itself describes, which gates above have compiled in float32."""
     row = setup(name)
-    t = training(row.recipe.build(row.on, dtype="bfloat16"), optimizer())
-    start, batches = plain(name).init(jax.random.key(0)), [batch(name, seed) for seed in range(3)]
+    model = {**row.recipe.model, "dtype": "bfloat16"}
+    t = dataclasses.replace(row.recipe, model=model).training(row.on)
+    start, batches = real(name).init(jax.random.key(0)), [batch(name, seed) for seed in range(3)]
     lowered = quick(t.step).lower(start, batches[0])
     assert "bf16" in lowered.as_text()
     ts, metrics = run(lowered.compile(), start, batches)
     assert structure(ts) == structure(start)
     assert structure(jax.eval_shape(t.init, jax.random.key(0))) == structure(start)
-    _, wanted = plain(name).step(start, batches[0])
+    _, wanted = real(name).step(start, batches[0])  # which takes the start's buffers
     for player in row.losses:
         np.testing.assert_allclose(
             metrics[0][f"{player}/loss"], wanted[f"{player}/loss"], rtol=0.05
@@ -399,13 +401,12 @@ def test_g11_bfloat16_arithmetic_keeps_float32_parameters(name):
 
 @covering
 def test_g12_everything_lowers_for_cpu_cuda_and_tpu(name):
-    row, key, n = setup(name), jax.random.key(0), 4
-    cond = batch(name, 0, n).cond
+    row, key, cond = setup(name), jax.random.key(0), batch(name).cond
     t = training(row.model, optimizer())
     programs = {
         "step": (t.step, (plain(name).init(key), batch(name))),
         "sample": (
-            lambda params, state, key, cond: row.model.sample(params, state, key, n, cond),
+            lambda params, state, key, cond: row.model.sample(params, state, key, B, cond),
             (row.params, row.state, key, cond),
         ),
     }

@@ -10,7 +10,7 @@ import optax
 import pytest
 import scipy.stats
 from flow_checks import assert_bijection, events, moved, normal_loss
-from gates import assert_same
+from gates import assert_same, quick
 from vae_oracles import assert_mean, f64, jit
 
 from genjax import glow, training
@@ -151,9 +151,9 @@ def test_the_first_batch_is_standardised_but_for_what_has_no_weight():
     batch = example_batch(SQUARE, jax.random.key(1), 8)
     batch = batch._replace(x=5 + 3 * batch.x, weight=WEIGHT)
     spoiled = batch._replace(x=batch.x.at[1].set(jnp.nan).at[6].set(jnp.inf))
-    first = t.init(jax.random.key(0))
-    ts = t.prepare(first, spoiled)
-    assert_same(ts.params, t.prepare(first, batch).params)
+    first, prepare = quick(t.init)(jax.random.key(0)), quick(t.prepare)
+    ts = prepare(first, spoiled)
+    assert_same(ts.params, prepare(first, batch).params)
     z, _ = model.extras.forward(ts.params, ts.state, batch.x)
     z = np.asarray(z).reshape(8, 4, 4)  # pixels and channels after squeezing
     for power, wanted in ((1, 0), (2, 1)):
@@ -175,7 +175,7 @@ def test_every_level_is_prepared_once_and_never_again_after_reload(tmp_path):
     for steps in (level["steps"], level["out"]["rest"]["steps"]):
         assert np.asarray(steps["norm"]["log_scale"]).all()
     # Twice would standardise what training moved away from that.
-    again = t.prepare(wanted, Batch(arrays.x[:8]))
+    again = quick(t.prepare)(wanted, Batch(arrays.x[:8]))
     norms = [ts.params["flow"]["map"]["steps"]["norm"]["shift"] for ts in (wanted, again)]
     assert np.abs(np.asarray(norms[0] - norms[1])).max() > 1e-3
 

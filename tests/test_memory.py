@@ -91,7 +91,7 @@ IMAGES = DataSpec((8, 8, 1), "continuous")
 DENOISERS = {
     "mlp": {"hidden": (32, 32)},
     "unet": {"channels": (4, 8), "n_heads": 0},
-    "dit": {"d_model": 16, "n_layers": 8, "n_heads": 2},
+    "dit": {"d_model": 16, "n_layers": 4, "n_heads": 2},
 }
 
 

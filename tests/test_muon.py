@@ -1,5 +1,7 @@
 """Muon: which parameters it takes, the direction and the size of its steps."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +11,12 @@ from gates import quick, stack
 
 from genjax import (
     DataSpec,
+    cnf,
     diffusion,
     ensemble,
     example_batch,
     flow_matching,
+    nsf,
     rnn,
     training,
     transformer,
@@ -119,6 +123,11 @@ def test_families_say_which_of_their_matrices_are_several():
         (diffusion(images, net="dit", **small), {"attention/qkv": "1,1,1"}),
         (flow_matching(images, net="unet"), {"attention/qkv": "1,1,1"}),
         (vae(images, hidden=(4,)), {}),
+        (
+            nsf(DataSpec((2,), "continuous"), n_layers=2, hidden=(3,)),
+            {"move/layers/0": "each", "move/last": "each", "lower": "each", "upper": "each"},
+        ),
+        (cnf(SPEC, hidden=(4,)), {}),
     ]
     for model, wanted in cases:
         (player,) = model.losses
@@ -129,9 +138,8 @@ def test_families_say_which_of_their_matrices_are_several():
         for end, layout in wanted.items():
             (name,) = [name for name in fused if name == end or name.endswith(f"/{end}")]
             assert fused[name] == layout
-        quick(Optimizer("muon").build(10, model.labels, player).init)(
-            model.init(jax.random.key(0))[0][player]
-        )  # which refuses shares that do not divide an axis
+        # Which refuses shares that do not divide an axis.
+        jax.eval_shape(Optimizer("muon").build(10, model.labels, player).init, params)
 
 
 @pytest.mark.parametrize(
@@ -154,10 +162,15 @@ def test_muon_decays_what_is_named_by_the_step_size():
     np.testing.assert_array_equal(updates["bias"], 0)
 
 
-def trained(tx, steps=3, model=None, wrap=lambda t: t, key=0):
-    model = small() if model is None else model
-    t = wrap(training(model, tx))
-    ts, step, metrics = quick(t.init)(jax.random.key(key)), quick(t.step), []
+@functools.cache
+def programs(tx):
+    t = training(small(), tx)
+    return quick(t.init), quick(t.step)
+
+
+def trained(tx, steps=3, key=0):
+    init, step = programs(tx)
+    ts, metrics = init(jax.random.key(key)), []
     for index in range(steps):
         batch = example_batch(SPEC, jax.random.key(100 + index), 8)
         ts, new = step(ts, batch)
@@ -183,8 +196,20 @@ def test_muon_learns_with_everything_else_around_it():
     # Of members, each takes its own.
     alone = [trained(tx, 3, key=seed)[0].params for seed in (0, 1)]
     t = ensemble(training(small(), tx))
+    step = quick(t.step)
     together = quick(t.init)(jnp.stack([jax.random.key(0), jax.random.key(1)]))
     for index in range(3):
-        together, _ = quick(t.step)(together, example_batch(SPEC, jax.random.key(100 + index), 8))
+        together, _ = step(together, example_batch(SPEC, jax.random.key(100 + index), 8))
     for x, y in zip(*map(jax.tree.leaves, (together.params, stack(alone))), strict=True):
         np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5)
+
+
+def test_layers_of_a_learned_dequantization_are_one_by_one():
+    spec = DataSpec((2,), "discrete", levels=4)
+    model = nsf(spec, n_layers=2, hidden=(3,), dequantization="variational")
+    params = jax.eval_shape(model.init, jax.random.key(0))[0]["flow"]
+    found = leaves_by_name(layouts_of(params, model.labels, "flow"))
+    names = [name for name in found if name.startswith("dequantizer") and "kernel" in name]
+    shapes = leaves_by_name(params)
+    assert names
+    assert all(found[name] == "each" and shapes[name].shape[0] == 4 for name in names)

@@ -100,7 +100,7 @@ def test_the_losses_are_those_of_the_modules_by_hand():
     generator, judge = Generator(), Judge()
     model = gan(CLASSES, latent_dim=4, generator=generator, discriminator=judge, r1=0.7)
     batch = example_batch(CLASSES, jax.random.key(1), 6)
-    params, state = model.init(KEY)
+    params, state = quick(model.init)(KEY)
     c = CLASSES.embed(batch.cond)
 
     def own(player):
@@ -114,14 +114,20 @@ def test_the_losses_are_those_of_the_modules_by_hand():
         return judge.apply(own("discriminator"), x, c)
 
     goal = OBJECTIVES["nonsaturating"]
-    slope = jax.vmap(jax.grad(lambda x, c: logit(x[None], c[None])[0]))(batch.x, c)
-    real, (fake, _) = logit(batch.x, c), fakes("discriminator")
-    wanted = goal.discriminator(real, logit(fake, c)) + 0.35 * jnp.sum(slope**2, axis=1)
+
+    @quick
+    def by_hand():
+        slope = jax.vmap(jax.grad(lambda x, c: logit(x[None], c[None])[0]))(batch.x, c)
+        real, (fake, _) = logit(batch.x, c), fakes("discriminator")
+        judged = goal.discriminator(real, logit(fake, c)) + 0.35 * jnp.sum(slope**2, axis=1)
+        fake, moved = fakes("generator")
+        return judged, goal.generator(real, logit(fake, c)), moved
+
+    judged, made, moved = by_hand()
     found, _ = quick(model.losses["discriminator"])(params, state, batch, KEY, 0)
-    np.testing.assert_allclose(found, wanted, rtol=1e-5)
-    fake, moved = fakes("generator")
+    np.testing.assert_allclose(found, judged, rtol=1e-5)
     found, aux = quick(model.losses["generator"])(params, state, batch, KEY, 0)
-    np.testing.assert_allclose(found, goal.generator(real, logit(fake, c)), rtol=1e-5)
+    np.testing.assert_allclose(found, made, rtol=1e-5)
     assert_close(aux.state["generator"], moved, rtol=1e-5)
     # Samples are of the running statistics, not of those of the batch.
     z = jnp.ones((1, 4))

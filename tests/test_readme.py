@@ -81,6 +81,9 @@ def test_its_sentences_about_speed_and_attacks_are_as_measured() -> None:
     assert attack
     assert steps_text(peers, overhead) in README
     assert attack_text(attack) in README
+    lists = attack["arguments"]  # each was refused, or is told to have been accepted
+    assert lists["told"] + lists["accepted"] == lists["argument lists"]
+    assert f"{lists['accepted']} accepted" in attack_text(attack)
 
 
 def test_the_report_shows_every_recipe_as_measured() -> None:

@@ -370,8 +370,9 @@ def test_padding_changes_neither_values_nor_gradients(cell, x64):
     assert np.abs(other.x - batch.x).max() == 1
     keep = jnp.asarray([0, 2])  # nor does its amount: the same sequences cut to 2 steps
     cut = Batch(batch.x[keep, :2], length=batch.length[keep])
-    whole = model.log_prob(params, state, batch, KEY)[keep]
-    np.testing.assert_allclose(model.log_prob(params, state, cut, KEY), whole, rtol=1e-13)
+    log_prob = quick(model.log_prob)
+    whole = log_prob(params, state, batch, KEY)[keep]
+    np.testing.assert_allclose(log_prob(params, state, cut, KEY), whole, rtol=1e-13)
 
 
 @pytest.mark.slow
@@ -380,11 +381,12 @@ def test_a_prompt_goes_on_with_the_likeliest_event_given_all_of_it():
 
     model, params, state = setup("mamba2", wide=False)
     prompt = jnp.asarray([[0, 2, 1], [1, 1, 0]], jnp.int32)
-    x = model.autoregressive.generate(
-        params, state, KEY, 2, prompt=prompt, choose=sampler(top_k(1)), length=8
+    generate = functools.partial(
+        model.autoregressive.generate, n=2, choose=sampler(top_k(1)), length=8
     )
+    x = np.asarray(quick(generate)(params, state, KEY, prompt=prompt))
     np.testing.assert_array_equal(x[:, :3], prompt)
-    best = np.asarray(model.autoregressive.outputs(params, state, x)).argmax(-1)
+    best = np.asarray(quick(model.autoregressive.outputs)(params, state, x)).argmax(-1)
     np.testing.assert_array_equal(x[:, 3:], best[:, 3:])
 
 
@@ -397,13 +399,14 @@ def test_states_and_gates_stay_wide_in_narrow_arithmetic(cell):
     model, params, state = setup(cell, wide=False, n_layers=1)
     narrow = setup(cell, wide=False, n_layers=1, dtype="bfloat16")[0]
     batch = example_batch(WORDS, KEY, 8)
-    one, other = (m.log_prob(params, state, batch, KEY) for m in (model, narrow))
+    one, other = (quick(m.log_prob)(params, state, batch, KEY) for m in (model, narrow))
     np.testing.assert_allclose(other, one, rtol=0.05)
     assert (np.asarray(one) != np.asarray(other)).any()
     _, carry = narrow.autoregressive.begin(params, state, 2)
     kept = [np.asarray(leaf) for leaf in jax.tree.leaves(carry)]
     assert {leaf.dtype for leaf in kept} == {np.dtype("float32")}
-    _, carry = narrow.autoregressive.advance(params, state, carry, jnp.zeros(2, jnp.int32))
+    advance = quick(narrow.autoregressive.advance)
+    _, carry = advance(params, state, carry, jnp.zeros(2, jnp.int32))
     bits = np.concatenate([np.ravel(leaf[0]) for leaf in carry]).view(np.uint32)
     assert (bits & 0xFFFF).any()  # none of these is a bfloat16 in a float32's clothes
 

@@ -2,6 +2,7 @@
 traced, or one for each example of a vmap; and what is out of range where it can be seen is refused.
 """
 
+import functools
 import itertools
 
 import jax
@@ -137,9 +138,9 @@ def test_other_rules_mean_the_same_traced():
 # --- beams ----------------------------------------------------------------------------------------
 
 
+@functools.partial(quick, static_argnames=("n_beams", "n_steps", "end", "penalty"))
 def beams_of(table, n_beams, n_steps, end, penalty=0.0):
     """Beam search on a chain whose next logits are row `token + 1` of the table."""
-    table = jnp.asarray(table)
 
     def advance(carry, x):
         return table[x + 1], carry

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gates import quick
 
 from genjax import (
     DataSpec,
@@ -70,6 +71,17 @@ MODELS = {
 }
 
 
+def grown(params):
+    """Parameters away from their init, where some outputs are 0 whatever they are given."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(9), len(leaves))
+    moved = [
+        leaf + 0.05 * jax.random.normal(key, leaf.shape, leaf.dtype)
+        for leaf, key in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(tree, moved)
+
+
 def of_scale(spec):
     shift, scale = (SHIFT, SCALE) if spec.shape[-1] == 3 else (SHIFT[:1], SCALE[:1])
     more = {}
@@ -84,8 +96,11 @@ EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) f
 
 @pytest.fixture(scope="module", params=EVERY)
 def pair(request):
+    """A model, the same of standardised data, and parameters and state for both."""
     plain, make = MODELS[request.param]
-    return make(plain), make(of_scale(plain))
+    one = make(plain)
+    params, state = one.init(jax.random.key(0))
+    return one, make(of_scale(plain)), grown(params), state
 
 
 def batches(one, other, n=6):
@@ -97,48 +112,42 @@ def batches(one, other, n=6):
     return batch, batch._replace(x=spec.denormalize(batch.x), cond=cond)
 
 
-def grown(params):
-    """Parameters away from their init, where some outputs are 0 whatever they are given."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(9), len(leaves))
-    moved = [
-        leaf + 0.05 * jax.random.normal(key, leaf.shape, leaf.dtype)
-        for leaf, key in zip(leaves, keys, strict=True)
-    ]
-    return jax.tree.unflatten(tree, moved)
+def of_both(pair, quantity):
+    """quantity(model, batch) of both models, each with its own batch, by one program."""
+    one, other, *_ = pair
+    return quick(lambda a, b: (quantity(one, a), quantity(other, b)))(*batches(one, other))
 
 
 @pytest.mark.slow
 def test_scores_differ_by_the_volume_alone(pair):
-    one, other = pair
-    params, state = one.init(jax.random.key(0))
-    params, key = grown(params), jax.random.key(1)
-    batch, scaled = batches(one, other)
+    one, other, params, state = pair
     volume = np.log(np.broadcast_to(other.spec.scale, one.spec.shape)).sum()
     assert volume == pytest.approx(-other.spec.log_volume)
     for name in ("log_prob", "bound"):
-        score, score_scaled = getattr(one, name), getattr(other, name)
-        if score is not None:
-            wanted = score(params, state, batch, key) - volume
-            found = score_scaled(params, state, scaled, key)
-            np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=2e-4)
+        if getattr(one, name) is not None:
+
+            def score(model, batch, name=name):
+                return getattr(model, name)(params, state, batch, jax.random.key(1))
+
+            plain, found = of_both(pair, score)
+            np.testing.assert_allclose(found, plain - volume, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.slow
 def test_losses_have_the_same_gradients(pair):
-    one, other = pair
-    params, state = one.init(jax.random.key(0))
-    params, key, step = grown(params), jax.random.key(1), jnp.zeros((), jnp.int32)
-    batch, scaled = batches(one, other)
+    one, other, params, state = pair
+    key, step = jax.random.key(1), jnp.zeros((), jnp.int32)
     for player in one.losses:
 
-        def mean(own, model, batch, player=player):
-            value, _ = model.losses[player]({**params, player: own}, state, batch, key, step)
-            return value.mean(), value
+        def gradient(model, batch, player=player):
+            def mean(own):
+                value, _ = model.losses[player]({**params, player: own}, state, batch, key, step)
+                return value.mean(), value
 
-        grads, values = jax.grad(mean, has_aux=True)(params[player], one, batch)
-        grads_scaled, values_scaled = jax.grad(mean, has_aux=True)(params[player], other, scaled)
-        gap = values_scaled - values
+            return jax.grad(mean, has_aux=True)(params[player])
+
+        (grads, values), (grads_scaled, values_scaled) = of_both(pair, gradient)
+        gap = np.asarray(values_scaled - values)
         assert np.ptp(gap) < 2e-3
         nats = -other.spec.log_volume
         assert np.isclose(gap.mean(), 0, atol=2e-3) or np.isclose(gap.mean(), nats, atol=2e-3)
@@ -148,23 +157,23 @@ def test_losses_have_the_same_gradients(pair):
 
 @pytest.mark.slow
 def test_samples_are_in_the_units_of_the_data(pair):
-    one, other = pair
-    params, state = one.init(jax.random.key(0))
-    params = grown(params)
-    batch, scaled = batches(one, other)
-    x = one.sample(params, state, jax.random.key(2), 6, batch.cond)
-    y = other.sample(params, state, jax.random.key(2), 6, scaled.cond)
+    one, other, params, state = pair
+
+    def drawn(model, batch):
+        return model.sample(params, state, jax.random.key(2), 6, batch.cond)
+
+    x, y = of_both(pair, drawn)
     np.testing.assert_allclose(y, other.spec.denormalize(x), rtol=2e-3, atol=2e-3)
     if one.latent is not None and one.latent.decode is not None:
         z = jax.random.normal(jax.random.key(3), (6, *one.latent.spec.shape))
-        mean = one.latent.decode(params, state, z, batch.cond)
-        mean_scaled = other.latent.decode(params, state, z, scaled.cond)
+
+        def coded(model, batch):
+            mean = model.latent.decode(params, state, z, batch.cond)
+            return mean, model.latent.encode(params, state, batch.x, batch.cond)
+
+        (mean, codes), (mean_scaled, codes_scaled) = of_both(pair, coded)
         np.testing.assert_allclose(mean_scaled, other.spec.denormalize(mean), rtol=1e-4, atol=1e-4)
-        for a, b in zip(
-            one.latent.encode(params, state, batch.x, batch.cond),
-            other.latent.encode(params, state, scaled.x, scaled.cond),
-            strict=True,
-        ):
+        for a, b in zip(codes, codes_scaled, strict=True):
             np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-4)
 
 

@@ -44,17 +44,19 @@ def test_a_step_on_the_way_is_a_step_with_that_beta(x64, gradient):
     params = f64(params)
     batch = Batch(jnp.asarray(np.random.default_rng(1).normal(size=(4, 3))))
 
-    def run(model, step):
-        def mean(params):
-            return model.losses["vae"](params, state, batch, KEY, step)[0].mean()
+    def loss_of_step(params, step):
+        return warm.losses["vae"](params, state, batch, KEY, step)[0].mean()
 
-        return jit(jax.value_and_grad(mean))(params)
+    def loss_of_beta(params, beta):
+        model = vae(spec, beta=beta, **settings)
+        return model.losses["vae"](params, state, batch, KEY, 0)[0].mean()
 
+    by_step, by_beta = (jit(jax.value_and_grad(loss)) for loss in (loss_of_step, loss_of_beta))
     for step, share in SHARES.items():
         if step > 8:
             continue
-        found = run(warm, step)
-        wanted = run(vae(spec, beta=2.0 * share, **settings), 0)
+        found = by_step(params, jnp.int32(step))
+        wanted = by_beta(params, 2.0 * share)
         for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
 
