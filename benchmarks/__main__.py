@@ -12,8 +12,8 @@ import tyro
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Measure, and write benchmarks/results/*.json, benchmarks/REPORT.md and
-    genjax/results.json.
+    """Measure, and write benchmarks/results/*.json, benchmarks/REPORT.md, the README's tables and
+    genjax/zoo/results.json.
     """
 
     part: Annotated[
@@ -68,7 +68,7 @@ class Args:
     sampling beside whole passes, `attack`
     what kills, damage and random arguments do (`names`: kills, checkpoints, files, folders,
     arguments), `optimisers` losses of Adam and Muon (`names`: transformer-shakespeare,
-    gpt2-124m), `accelerator` what the card here does (`names`: right, scale, attention, torch,
+    gpt2-124m), `accelerator` what the card here does (`names`: right, torch, attention, scale,
     bitwise, members), `tpus` what their compiler says of steps (needs libtpu). `all` leaves these
     out.
     """

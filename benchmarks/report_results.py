@@ -23,7 +23,8 @@ REFERENCES = {
     "rnn-jsb": "8.91 nats per frame (Bai 2018, table 1, without the first frame)",
     "gru-jsb": "8.43 nats per frame (the same)",
     "lstm-jsb": "8.45 nats per frame (the same)",
-    "made-mnist": "-88.04 (of static binarisation; Germain 2015)",
+    "made-mnist": "-88.04 (of static binarisation; one of the MADEs of Germain 2015, which differ "
+    "in layers and masks)",
     "pixelcnn-mnist": "-81.30 (PixelCNN, of static binarisation; van den Oord 2016, table 4)",
     "vae-mnist": "-86.8 (2x200 units, K=5000, 3,280 epochs; Burda 2015, table 1)",
 }
@@ -242,16 +243,19 @@ def attack_text(found: dict[str, Any]) -> str:
     )
     traces = sum(part.get("traceback", 0) for part in found.values() if isinstance(part, dict))
     equal = count("kills", "families that ended bitwise equal")
+    how = ("accepted", "absurd and accepted")
+    accepted = sum(found.get("arguments", {}).get(name, 0) for name in how)
     sentences = [
         f"`python -m benchmarks attack` ({found['date']}): {count('kills', 'kills')} runs killed",
         f"by SIGKILL, half of them in a save: {equal} of {count('kills', 'families')} families",
         "ended bitwise as if never stopped.",
         f"{count('checkpoints', 'damaged')} damaged checkpoints,",
-        f"{count('files', 'mutated files')} mutated files of data,",
-        f"{count('folders', 'spoiled folders')} spoiled run folders and",
-        f"{count('arguments', 'argument lists')} lists of absurd arguments: {silent} silent wrong",
-        f"results, {traces} tracebacks,",
-        f"{count('arguments', 'absurd and accepted')} absurd settings accepted.",
+        f"{count('files', 'mutated files')} mutated files of data and",
+        f"{count('folders', 'spoiled folders')} spoiled run folders: {silent} silent wrong",
+        f"results. {count('arguments', 'argument lists')} lists of flags with absurd values:",
+        f"{count('arguments', 'told')} refused, {accepted:,} accepted,",
+        f"{count('arguments', 'absurd and accepted')} of these with NaN or infinity. {traces}",
+        "tracebacks in all.",
     ]
     return textwrap.fill(" ".join(sentences), 100)
 
