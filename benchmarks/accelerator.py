@@ -57,8 +57,11 @@ def begun(missing: bool, names: tuple[str, ...]) -> dict[str, Any]:
     there = read("accelerator")
     if there is None or any(there[key] != value for key, value in environment().items()):
         return {}
-    anew = {"date"} if missing else {"date", *(names or PARTS)}
-    return {name: part for name, part in there.items() if name not in anew}
+    if missing:
+        return {name: part for name, part in there.items() if name != "date"}
+    anew = {"date", *(names or PARTS)}
+    seconds = {name: spent for name, spent in there["seconds"].items() if name not in anew}
+    return {name: part for name, part in there.items() if name not in anew} | {"seconds": seconds}
 
 
 def tried(row: Row) -> dict[str, Any]:

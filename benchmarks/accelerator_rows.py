@@ -120,19 +120,34 @@ def right_row(name: str) -> dict[str, Any]:
     wanted = values_of(recipe, "highest", cpu)
     row: dict[str, Any] = {"highest": distance(values_of(recipe, "highest", card), wanted)}
     row["agrees"] = row["highest"] < CLOSE
-    row["default"] = distance(values_of(recipe, "default", card), wanted)
-    try:
-        narrow = tiny(name, dtype="bfloat16")
-    except ConfigError:
-        narrow = None  # of a family without that setting
-    if narrow is not None:
-        row["bfloat16"] = distance(values_of(narrow, "default", card), wanted)
+    further: dict[str, Callable[[], Any]] = {
+        "default": lambda: distance(values_of(recipe, "default", card), wanted),
+        "bfloat16": lambda: distance(values_of(narrow, "default", card), wanted),
+        "samples are finite": lambda: samples_are_finite(recipe),
+    }
+    narrow = tiny(name, dtype="bfloat16")
+    for what, figure in further.items():
+        row[what] = tried(figure)
+    return row
+
+
+def samples_are_finite(recipe: Recipe) -> bool:
+    """Whether a sampler gives finite numbers."""
     model = recipe.build(recipe.source().spec)
     params, state = jax.jit(model.init)(jax.random.key(0))
     cond = example_batch(model.spec, jax.random.key(3), 4).cond
     drawn = jax.jit(model.sample, static_argnums=3)(params, state, jax.random.key(4), 4, cond)
-    row["samples are finite"] = bool(jnp.isfinite(jnp.asarray(drawn, jnp.float32)).all())
-    return row
+    return bool(jnp.isfinite(jnp.asarray(drawn, jnp.float32)).all())
+
+
+def tried(figure: Callable[[], Any]) -> Any:
+    """A figure of a row; None for a setting that the family has not, and of an error its text."""
+    try:
+        return figure()
+    except ConfigError:
+        return None
+    except Exception as error:  # the figures before it stay
+        return f"{type(error).__name__}: {error}"[:300]
 
 
 def right(small: bool) -> dict[str, Row]:
@@ -236,11 +251,22 @@ def attention_row(name: str, small: bool) -> dict[str, Any]:
     with jax.numpy_dtype_promotion("standard"):  # as where networks compute in bfloat16
         both = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
         times = seconds_per_call(functools.partial(both, q, k, v), 0.05 if small else 1.0)
-        found = jax.jit(way)(q, k, v)[:2].astype(jnp.float32)
-    one, two, three = (x[:2].astype(jnp.float32) for x in (q, k, v))
-    wanted = dense_attention(one[:, :, None], two, three)
-    far = jnp.linalg.norm(found.ravel() - wanted.ravel()) / jnp.linalg.norm(wanted.ravel())
-    return {"ms": 1000 * statistics.median(times), "distance": float(far)}
+        y, back = jax.vjp(way, *(x[:2] for x in (q, k, v)))
+        found = [y, *back(y)]
+    with jax.default_matmul_precision("highest"):
+        ours = WAYS["our products"]
+        y, back = jax.vjp(ours, *(x[:2].astype(jnp.float32) for x in (q, k, v)))
+        wanted = [y, *back(y)]
+    return {
+        "ms": 1000 * statistics.median(times),
+        "distance": distance([numbers(found[0])], [numbers(wanted[0])]),
+        "of the gradient": distance([*map(numbers, found[1:])], [*map(numbers, wanted[1:])]),
+    }
+
+
+def numbers(x: Any) -> np.ndarray:
+    """Numbers in a row, in float64."""
+    return np.asarray(x, np.float64).ravel()
 
 
 def attention(small: bool) -> dict[str, Row]:
@@ -348,7 +374,11 @@ def bitwise_row(name: str) -> dict[str, Any]:
     """Whether resume is bitwise as things are, and where it is not, with the flag."""
     row: dict[str, Any] = {"resumes bitwise": goes_on_bitwise(name)}
     if not row["resumes bitwise"] and FLAG not in os.environ.get("XLA_FLAGS", ""):
-        row[FLAG] = deterministic().ask(name) == "1"
+        try:
+            row[FLAG] = deterministic().ask(name) == "1"
+        except RuntimeError as error:
+            row[FLAG] = str(error)[:200]
+            deterministic.cache_clear()
     return row
 
 

@@ -5,12 +5,15 @@ import json
 import re
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from program import refused
 
 import genjax.cli
 from genjax.cli.of_runs import SAMPLE_FLAGS
 from genjax.families.gan import gan
+from genjax.runs import samples
 from genjax.runs.samples import Decoding
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import Recipe, to_dict
@@ -127,3 +130,12 @@ def test_what_does_not_apply_is_refused(
     said = refused(["sample", "image-transformer-digits", "--length", "32"], capsys)
     assert "a part of one is no image" in said
     assert not list(tmp_path.glob("*/samples/*.npz"))
+
+
+def test_a_text_goes_on_with_a_context_of_one() -> None:
+    def go_on(key, prompt, prompt_length):
+        assert int(prompt_length) == 0
+        return np.full((2, 1), 3)
+
+    text = samples._beyond(go_on, jax.random.key(0), np.zeros((2, 1), np.int32), 1, 4)
+    np.testing.assert_array_equal(text, [[0, 3, 3, 3]] * 2)

@@ -22,6 +22,7 @@ def npz(tmp_path, **arrays):
 
 
 FLOATS = np.random.default_rng(0).normal(size=(50, 3))
+ITEMS, LENGTHS = FLOATS[:40].reshape(20, 2, 3), np.full(20, 2)
 
 
 @pytest.mark.parametrize(
@@ -259,3 +260,29 @@ def test_bytes_of_few_levels_are_told_what_would_say_so():
     note = "; ".join(data.from_arrays(40 * x).notes)
     assert "only 4 of them occur (0, 40, 80, 120), which numbers from 0 to 3" in note
     assert data.from_arrays(x, levels=4).spec.levels == 4
+
+
+@pytest.mark.parametrize(
+    ("saved", "options", "message"),
+    [
+        ({"x": FLOATS, "x_test": FLOATS[:9]}, {}, "is x what x_test leave for training"),
+        (
+            {"x_train": ITEMS, "x_test": ITEMS[:9], "lengths": LENGTHS},
+            {"step": "day"},
+            "lengths is not of x_train, x_test. Give the lengths of each as lengths_train",
+        ),
+        (
+            {"x": ITEMS, "lengths_train": LENGTHS, "lengths_test": LENGTHS[:9]},
+            {"step": "day"},
+            "lengths_train, lengths_test is not of x. Give the lengths of each as lengths.",
+        ),
+    ],
+)
+def test_what_is_of_the_whole_and_what_of_its_splits_are_not_mixed(
+    tmp_path, saved, options, message
+):
+    np.savez(tmp_path / "a.npz", **saved)
+    with pytest.raises(DataError, match=re.escape(message)):
+        data.open_source(str(tmp_path / "a.npz"), **options)
+    with pytest.raises(DataError, match=re.escape(message)):
+        data.from_arrays(saved, **options)

@@ -253,7 +253,7 @@ def test_no_array_beside_splits_is_left_out_without_a_word(tmp_path, more, messa
     given = dict.fromkeys(("x_train", "x_test", *more), X)
     np.savez(tmp_path / "data.npz", **given)
     with pytest.raises(DataError, match=message):
-        arrays(str(tmp_path / "data.npz"))
+        arrays(str(tmp_path / "data.npz"), conditional="y_train" in more)
     with pytest.raises(DataError, match=message):
         from_arrays(given)
     # Beside one x for all they are something else.
@@ -323,3 +323,27 @@ def test_labels_that_are_neither_numbers_nor_strings_are_refused():
     missing[3] = None
     with pytest.raises(DataError, match="y must be numbers or strings; found an array of object"):
         from_arrays(X, y=missing)
+
+
+def test_columns_of_a_table_are_those_that_are_named():
+    """In the order that they are named in; other names are new ones, by place."""
+    table = pyarrow.table({"a": np.arange(40.0), "b": np.arange(40.0) ** 2})
+    turned = from_arrays(table, columns=("b", "a"))
+    assert turned.spec.columns == ("b", "a")
+    found = np.concatenate([batch.x for batch in turned.load()])
+    np.testing.assert_array_equal(found[:, 0], found[:, 1] ** 2)
+    new = from_arrays(table, columns=("p", "q"))
+    found = np.concatenate([batch.x for batch in new.load()])
+    np.testing.assert_array_equal(found[:, 1], found[:, 0] ** 2)
+
+
+@pytest.mark.parametrize("name", ["key", "label"])
+def test_names_in_a_mapping_are_none_of_an_array(name):
+    with pytest.raises(ConfigError, match=f"{name}='target' is a name in a mapping"):
+        from_arrays(np.zeros((9, 2)), **{name: "target"})
+
+
+def test_labels_of_other_examples_are_not_left_out():
+    x, y = np.arange(40.0).reshape(20, 2), np.arange(20) % 2
+    with pytest.raises(DataError, match="y are not the labels of the train examples"):
+        from_arrays({"x_train": x, "x_test": x, "y": y})

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import sys
 import tarfile
 import zipfile
@@ -394,3 +395,33 @@ def test_16_bits_that_hold_8_are_refused_before_they_are_black(tmp_path):
         Image.fromarray(np.full((4, 4), 50 * index, np.uint16)).save(tmp_path / f"{index}.png")
     with pytest.raises(DataError, match=r"all 3 pictures are black.*save them with 8 bits"):
         open_source(str(tmp_path))
+
+
+def test_a_link_within_the_folder_is_no_second_class(tmp_path):
+    folder_of(tmp_path / "set")
+    (tmp_path / "set" / "newest").symlink_to(tmp_path / "set" / "cat")
+    source = open_source(str(tmp_path / "set"), conditional=True)
+    assert source.spec.class_names == ("cat", "dog")
+
+
+def test_a_folder_that_cannot_be_listed_is_said(tmp_path, monkeypatch):
+    folder_of(tmp_path / "set")
+    scandir = os.scandir
+
+    def failing(path):
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises(DataError, match=r"dog: cannot be listed .Permission denied"):
+        open_source(str(tmp_path / "set"))
+
+
+def test_links_in_an_archive_are_what_they_lead_to(tmp_path):
+    folder_of(tmp_path / "set")
+    first = sorted((tmp_path / "set" / "cat").iterdir())[0]
+    (tmp_path / "set" / "dog" / "link.png").symlink_to(Path("..") / "cat" / first.name)
+    with tarfile.open(tmp_path / "set.tar", "w") as archive:
+        archive.add(tmp_path / "set", "set")
+    assert sum(len(b.x) for b in open_source(str(tmp_path / "set.tar")).load()) == 13

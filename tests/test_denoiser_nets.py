@@ -152,7 +152,8 @@ def test_networks_under_vmap_are_networks_one_by_one(x64, name):
 @pytest.mark.slow
 @every_net
 def test_bfloat16_keeps_parameters_and_outputs_in_float32(name):
-    narrow = functional(partial(NETS[name], (8, 8, 1), cond_size=3, guided=True), "bfloat16")
+    build = partial(NETS[name], (8, 8, 1), cond_size=3, guided=True)
+    narrow = functional(build, "bfloat16", wide=("noise_level",))
     net, apply = guided_net(name)
     params, (x, c, cond) = random(net, size=0.2), inputs()
     assert {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(narrow.init, KEY))} == {

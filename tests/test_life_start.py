@@ -207,6 +207,9 @@ def test_runs_of_one_name_are_told_apart_and_bad_folders_are_named(runs, tmp_pat
     found = compare.read([a, tmp_path / "x" / "a"])
     assert [run.name for run in found] == [f"{a.parent.name}/a", "x/a"]
     assert compare.differing(found) == []
+    pairs = zip(found, (0.99999991, 0.9999999), strict=True)
+    near = [one._replace(settings={"b2": b2}) for one, b2 in pairs]
+    assert compare.differing(near) == [["b2", "0.99999991", "0.9999999"]]
     data = tmp_path / "x" / "a" / "data.json"
     values = json.loads(data.read_text())
     values["files"] = [{**one, "sha256": 64 * "0"} for one in values["files"]]

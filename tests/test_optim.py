@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from genjax.data import example_batch
 from genjax.errors import ConfigError
 from genjax.learning.optim import (
     ALGORITHMS,
@@ -18,6 +19,9 @@ from genjax.learning.optim import (
     averaged,
     track_ema,
 )
+from genjax.zoo import ZOO
+from genjax.zoo.recipe import Schedule
+from genjax.zoo.sections import replace
 
 PARAMS = {
     "kernel": np.array([[1.0, -2.0], [0.5, 3.0]], np.float32),
@@ -270,9 +274,9 @@ def test_momentum_and_second_moment_are_the_settings():
             assert moved == pytest.approx(2 + 0.7, rel=1e-6)
 
 
-def rates(optimizer, steps):
-    """The step size of every step, measured: sgd without momentum on a gradient of 1."""
-    tx = dataclasses.replace(optimizer, algorithm="sgd", b1=0.0).build(steps)
+def rates(optimizer, steps, turns=1):
+    """The step size of every update, measured: sgd without momentum on a gradient of 1."""
+    tx = dataclasses.replace(optimizer, algorithm="sgd", b1=0.0).build(steps, turns=turns)
 
     def one(carry, _):
         params, opt = carry
@@ -281,7 +285,7 @@ def rates(optimizer, steps):
         return (params, opt), -updates["w"]
 
     start = ({"w": jnp.zeros(())}, tx.init({"w": jnp.zeros(())}))
-    return np.asarray(jax.jit(lambda: jax.lax.scan(one, start, length=steps + 5)[1])())
+    return np.asarray(jax.jit(lambda: jax.lax.scan(one, start, length=turns * (steps + 5))[1])())
 
 
 @pytest.mark.slow
@@ -447,3 +451,21 @@ def test_a_weight_decay_that_would_be_ignored_is_refused() -> None:
     with pytest.raises(ConfigError, match="adam has no weight decay; use adamw, lion or muon"):
         Optimizer(algorithm="adam", weight_decay=0.1).build(10)
     Optimizer(algorithm="lion", weight_decay=0.1).build(10)
+
+
+def test_a_player_of_several_turns_has_the_schedule_of_the_run():
+    """Its updates of one step share a step size, and end at the last step."""
+    settings = Optimizer(learning_rate=0.1, schedule="cosine", warmup_steps=2)
+    once, often = rates(settings, 6), rates(settings, 6, turns=3)
+    np.testing.assert_array_equal(often, np.repeat(once, 3))
+    row = replace(ZOO["gan-ring"], **{**ZOO["gan-ring"].tiny, "discriminator_steps": 3})
+    own = Optimizer("sgd", 0.1, b1=0.0, schedule="cosine")
+    row = dataclasses.replace(row, optimizer=own, schedule=Schedule(steps=2, batch_size=8))
+    spec = row.source().spec
+    t = row.training(spec)
+    ts, batch = jax.jit(t.init)(jax.random.key(0)), example_batch(spec, jax.random.key(1), 8)
+    for moves in (True, True, False):  # at the end of the run the rate is 0
+        new, _ = jax.jit(t.step)(ts, batch)
+        pairs = zip(*map(jax.tree.leaves, (new.params, ts.params)), strict=True)
+        assert any(bool((a != b).any()) for a, b in pairs) == moves
+        ts = new

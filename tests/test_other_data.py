@@ -2,6 +2,7 @@
 as its spec says.
 """
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 import tokenizers
 
 import genjax
-from genjax.data import from_arrays, open_source, tables
+from genjax.data import from_arrays, midi, open_source, tables
 from genjax.errors import DataError
+from genjax.protocol import DataSpec
 from genjax.runs.load import load, source_of
 from genjax.runs.other_data import brought_to, other_source, source_in
 
@@ -156,3 +158,27 @@ def test_a_run_from_when_the_row_index_was_a_feature_has_its_data(
         before.setattr(tables, "_row_indices", lambda read: [])
         genjax.train("vae", path, out=tmp_path / "run", hidden=(4,), latent_dim=1, say=str, **SMALL)
     assert source_of(load(tmp_path / "run")).spec.columns == ("", "a")
+
+
+@pytest.mark.slow
+def test_a_run_on_one_piece_of_music_is_evaluated(tmp_path: Path) -> None:
+    """Whose file is cut, so that how it was is kept beside what it is."""
+    midi((RNG.random((60, 88)) < 0.1).astype(np.uint8), tmp_path / "one.mid")
+    recipe = genjax.ZOO["rnn-jsb"].on(str(tmp_path / "one.mid"))
+    options = {"context": 8, "lanes": 0, "d_hidden": 4}
+    genjax.train(recipe, out=tmp_path / "run", say=str, **SMALL, **options)
+    run = load(tmp_path / "run")
+    assert source_of(run).spec.shape == (8, 88)
+    midi((RNG.random((60, 88)) < 0.1).astype(np.uint8), tmp_path / "one.mid")
+    with pytest.raises(DataError, match=r"one\.mid"):
+        source_of(run)
+
+
+def test_texts_that_end_otherwise_are_refused() -> None:
+    lines = DataSpec((4,), "tokens", levels=3, step="character", vocabulary="ab\n", end=2)
+    several = dataclasses.replace(lines, vocabulary="a\n\x03")
+    x = np.asarray([[0, 2, 2, 2]] * 9)
+    source = from_arrays(x, kind="tokens", vocabulary="ab\n", end=2)
+    assert brought_to(dataclasses.replace(source.spec, vocabulary="ba\n"), source, "it")
+    with pytest.raises(DataError, match=r"ends its texts with '\\n', and .* with '\\x03'"):
+        brought_to(dataclasses.replace(source.spec, vocabulary=several.vocabulary), source, "it")

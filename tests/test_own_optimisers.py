@@ -68,6 +68,17 @@ def test_optimisers_that_want_the_value_take_steps_in_a_scan(name):
 
 
 @pytest.mark.slow
+def test_an_infinity_that_an_optimiser_begins_with_skips_nothing():
+    """As the best value of a plateau over several steps."""
+    plateau = optax.contrib.reduce_on_plateau(patience=1, accumulation_size=4)
+    t = scan_steps(skip_nonfinite(training(MODEL, optax.chain(optax.adam(1e-2), plateau))))
+    batches = jax.tree.map(lambda leaf: jnp.stack([leaf] * 5), BATCH)
+    ts, metrics = jax.jit(t.step)(jax.jit(t.init)(jax.random.key(0)), batches)
+    assert not metrics["skipped"].any()
+    assert np.isfinite(ts.opt["vae"][-1].best_value)
+
+
+@pytest.mark.slow
 def test_a_skipped_step_keeps_its_nan_from_the_optimiser():
     t = skip_nonfinite(training(MODEL, seen()))
     bad = BATCH._replace(x=BATCH.x * jnp.nan)

@@ -10,7 +10,14 @@ from short_runs import contents, tiny
 
 from genjax.errors import CheckpointError, ConfigError, DataError
 from genjax.protocol import DataSpec
-from genjax.runs.folder import check_spec, default_folder, open_folder, write_json
+from genjax.runs.folder import (
+    check_spec,
+    default_folder,
+    keep_spec,
+    open_folder,
+    read_spec,
+    write_json,
+)
 from genjax.runs.load import load
 from genjax.runs.train import train
 from genjax.zoo import ZOO
@@ -140,3 +147,12 @@ def test_names_that_came_to_be_known_are_no_other_data(tmp_path):
     check_spec(now, before, tmp_path)
     with pytest.raises(DataError, match="columns was"):
         check_spec(dataclasses.replace(now, columns=("b", "a")), now, tmp_path)
+
+
+def test_names_that_came_to_be_known_are_kept(tmp_path):
+    """So that what goes on is of one spec with the checkpoints that it saves from then on."""
+    before = DataSpec((2,), "continuous")
+    now = dataclasses.replace(before, columns=("a", "b"))
+    for spec in (before, now, now):
+        keep_spec(tmp_path, spec)
+    assert read_spec(tmp_path) == now

@@ -312,6 +312,21 @@ def test_members_that_take_several_steps_are_out_of_reach(around):
     skip_nonfinite(around(TRAIN))  # of one alone it undoes the dispatch, as it says
 
 
+def test_complex_numbers_go_down_in_both_parts():
+    """The gradient of |w - c|², whose way down is towards c."""
+
+    def init(key):
+        return {"a": {"w": jnp.zeros(2, jnp.complex64)}}, {}
+
+    def loss(params, state, batch, key, step):
+        far = params["a"]["w"] - (1 + 2j)
+        return jnp.zeros(len(batch.x)) + (far.real**2 + far.imag**2).sum(), Aux(state, {})
+
+    t = training(Model(toy().spec, init, {"a": loss}, nothing), optax.sgd(0.25))
+    new, _ = t.step(t.init(jax.random.key(0)), batches()[0])
+    np.testing.assert_allclose(new.params["a"]["w"], [0.5 + 1j] * 2, rtol=1e-6)
+
+
 def test_complex_numbers_are_looked_at():
     """In a model all of whose parameters are complex, too."""
 

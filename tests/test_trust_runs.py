@@ -324,6 +324,20 @@ def test_reports_about_other_things_are_kept_apart_where_their_names_are_one(tmp
     assert written("valid", None, "a") == "report-valid.json"
 
 
+def test_a_cheaper_report_does_not_replace_a_dearer_one(tmp_path):
+    def written(estimator, figures=()):
+        report = {"data": "own", "split": "test", "which": "newest", "n": 4}
+        report |= {"estimator": estimator} | ({"figures": list(figures)} if figures else {})
+        path = file_names.report_path(tmp_path / "report.json", report)
+        write_json(path, report)
+        return path.name
+
+    assert written("K=5000", ["FD"]) == "report.json"
+    assert written("K=1") == "report-2.json"
+    assert written("K=5000") == "report-3.json"
+    assert written("K=5000", ["FD"]) == "report.json"
+
+
 def test_a_glance_at_a_few_examples_does_not_replace_the_report_of_all(tmp_path):
     def written(n):
         report = {"data": "own", "split": "test", "which": "newest", "n": n}

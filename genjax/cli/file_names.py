@@ -87,8 +87,8 @@ def report_name(
 
 def report_path(path: Path, report: dict[str, Any]) -> Path:
     """Where a report is written: over an earlier one of the same, and under a name with a number
-    where that has a report about something else, such as another file of the same name, or about
-    more examples.
+    where that has a report about something else, such as another file of the same name, of another
+    estimator, or about more: examples, or figures about samples.
     """
     for candidate in _numbered(path):
         if _replaceable(candidate, report):
@@ -110,6 +110,9 @@ def _replaceable(path: Path, report: dict[str, Any]) -> bool:
         return True
     same = all(there.get(name) == report[name] for name in ("data", "split"))
     same &= there.get("which", "newest") == report["which"]
+    how = report.get("estimator")
+    same &= there.get("estimator", how) == how
+    same &= bool(report.get("figures")) or not there.get("figures")
     same &= not _more(there.get("n"), report["n"])
     return same and ("files" not in there or _hashes(there) == _hashes(report))
 

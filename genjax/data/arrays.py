@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 
 from genjax.data.kinds import Channels, with_channels
-from genjax.data.own import HELD_OUT, Reading, example_names, own_source, split_names
+from genjax.data.own import (
+    HELD_OUT,
+    Reading,
+    example_names,
+    lengths_beside,
+    own_source,
+    split_names,
+)
 from genjax.data.rows import Rows, in_npy
 from genjax.data.series import STEP, as_sequences, windows_apart, windows_of
 from genjax.data.source import Source
@@ -200,7 +207,7 @@ def _select(
     used = conditional or label is not None  # a name that is mistyped is said, used or not
     wanted = _LABELS if label is None else (label,)
     labels = {} if not used else {stem: split_names(keys, stem, path) for stem in wanted}
-    lengths = split_names(keys, "lengths", path)
+    lengths = lengths_beside(keys, names, path)
     parts = {}
     for split, name in names.items():
         y_key = _label_key(keys, labels, split, path) if used else None

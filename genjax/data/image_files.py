@@ -174,7 +174,8 @@ def _in_tar(
 ) -> list[Member]:
     found = []
     for info in archive.getmembers():
-        if _wanted(info.name, endings) and info.isfile():
+        # A link in an archive is read as what it leads to there.
+        if _wanted(info.name, endings) and (info.isfile() or info.islnk() or info.issym()):
             _check_member(info.name, info.size, where)
 
             def read(info: tarfile.TarInfo) -> bytes:

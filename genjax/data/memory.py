@@ -12,6 +12,7 @@ from genjax.data.own import (
     Reading,
     contents_of,
     example_names,
+    lengths_beside,
     own_source,
     split_names,
 )
@@ -67,7 +68,8 @@ def from_arrays(
         label: what y is called there; y, label, labels or cond unless given.
         step: what one step of a sequence is called: "frame".
         columns: what the columns of the last axis are called; of a table of pandas, polars or Arrow
-            as there, if they are texts, unless given.
+            as there, if they are texts, unless given. Names that it has are those of x, in this
+            order.
         channels: where images have them: "first" for [N, C, H, W].
         vocabulary: of tokens, the symbol of each id: a text or a list. Samples are text if all are
             single characters.
@@ -84,7 +86,7 @@ def from_arrays(
         >>> source.spec.shape, source.spec.kind
         ((3,), 'continuous')
     """
-    read, tables = _read(x, y, key, label)
+    read, tables = _read(_with_columns(x, columns), y, key, label)
     if lengths is not None:
         if list(read) != ["all"] or read["all"].length is not None:
             raise ConfigError(
@@ -179,6 +181,21 @@ def _columns_of_all(tables: list[Any]) -> tuple[str, ...] | None:
     return found[0] if found else None
 
 
+def _with_columns(x: Any, columns: tuple[str, ...] | None) -> Any:
+    """x, or each table of a mapping, with these of its columns in this order. Where they are none
+    of its own they are new names, by their place.
+    """
+    if columns is None:
+        return x
+    if isinstance(x, Mapping) and not hasattr(x, "num_rows"):
+        return {name: _with_columns(one, columns) for name, one in x.items()}
+    known = _columns_of(x)
+    if known is None or not {*columns} <= {*known}:
+        return x
+    table: Any = x
+    return table.select([*columns]) if hasattr(x, "column_names") else table[[*columns]]
+
+
 def _columns_of(table: Any) -> tuple[str, ...] | None:
     """The names of the columns of a table [N, D] of pandas, polars or Arrow; None of anything else,
     and where they are no texts, or not all different: pandas numbers what has no names.
@@ -197,6 +214,12 @@ def _read(x: Any, y: Any, key: str | None, label: str | None) -> tuple[dict[str,
     if isinstance(x, Mapping) and not hasattr(x, "num_rows"):
         return _of_mapping(x, y, key, label)
     if hasattr(x, "__array__") or isinstance(x, np.ndarray):
+        for name, given in (("key", key), ("label", label)):
+            if given is not None:
+                raise ConfigError(
+                    f"{name}={given!r} is a name in a mapping, and x is one array or table: give "
+                    "x, and the labels as y, or both in a mapping."
+                )
         return {"all": _batch(x, y)}, [x]
     if isinstance(x, str | bytes) or not (hasattr(x, "__len__") and hasattr(x, "__getitem__")):
         raise DataError(
@@ -252,7 +275,7 @@ def _of_mapping(
                 "y is for data without splits of their own: put the labels of each split "
                 "beside it, as y_train and y_test."
             )
-        lengths = split_names(x, "lengths", WHERE)
+        lengths = lengths_beside(x, names, WHERE)
         found = {}
         for split, name in names.items():
             batch = _batch(x[name], _label_in(x, split, label) if y is None else y)
@@ -270,6 +293,13 @@ def _label_in(x: Mapping[str, Any], split: str, label: str | None) -> Any:
     """The labels that a mapping has of a split; None if it has none."""
     every = [split_names(x, stem, WHERE) for stem in (_Y if label is None else (label,))]
     found = next((names[split] for names in every if split in names), None)
+    others = [name for names in every for name in names.values()]
+    of_all = any("all" in names for names in every)
+    if found is None and others and label is None and of_all == (split != "all"):
+        raise DataError(
+            f"{WHERE}: {', '.join(others)} are not the labels of the {split} examples. Give labels "
+            "of each split, as y_train and y_test beside x_train and x_test."
+        )
     if found is None and label is not None:
         name = label if split == "all" else f"{label}_{split}"
         raise DataError(f"{WHERE}: has no {name}; found {', '.join(map(str, x))}.")

@@ -245,9 +245,34 @@ def example_names(keys: Collection[Any], stem: str, where: str) -> dict[str, str
         DataError: see `split_names`.
     """
     found = split_names(keys, stem, where)
+    held_out = [found[split] for split in ("valid", "test") if split in found]
+    if "all" in found and held_out:
+        raise DataError(
+            f"{where}: is {stem} what {' and '.join(held_out)} leave for training? Call it "
+            f"{stem}_train; or leave them out, and a part of {stem} is held out."
+        )
     if "all" in found:
         return {"all": found["all"]}
     return found if {"train", "test"} <= found.keys() else {}
+
+
+def lengths_beside(keys: Collection[Any], names: dict[str, str], where: str) -> dict[str, str]:
+    """What the lengths of the sequences of `example_names` are called; {} where there are none.
+
+    Raises:
+        DataError: for lengths of all where there are splits, or the other way round.
+    """
+    found = split_names(keys, "lengths", where)
+    if found and not names.keys() & found.keys():
+        raise DataError(
+            f"{where}: {', '.join(found.values())} is not of {', '.join(names.values())}. Give the "
+            f"lengths of each as {', '.join(_beside('lengths', split) for split in names)}."
+        )
+    return found
+
+
+def _beside(stem: str, split: str) -> str:
+    return stem if split == "all" else f"{stem}_{split}"
 
 
 def _same_shape(xs: list[np.ndarray], where: str) -> None:

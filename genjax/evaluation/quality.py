@@ -148,7 +148,7 @@ def figures_of(
     size = len(arrays.x) if n is None else min(n, len(arrays.x))
     reference = source.prepare(key_data, _first_rows(arrays, size))
     cond = None if reference.cond is None else np.asarray(reference.cond)
-    train = rows_of(splits, "train", source.apart)
+    train = _counting(rows_of(splits, "train", source.apart))
     others = _others(train, size, already=size if split in ("train", "all") else 0)
     sets = _Sets(
         data=np.asarray(reference.x),
@@ -168,6 +168,14 @@ def figures_of(
         found += [] if asked is None else [_agreement(judge, sets, asked)]
         found += _of_features(judge, sets) if size >= LEAST else []
     return found + _of_values(source.spec, sets)
+
+
+def _counting(arrays: Batch) -> Batch:
+    """The examples whose weight is not 0."""
+    if arrays.weight is None:
+        return arrays
+    kept = np.flatnonzero(np.asarray(arrays.weight) > 0)
+    return jax.tree.map(lambda leaf: leaf[kept], arrays)
 
 
 def check_figures(spec: DataSpec, arrays: Batch) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from genjax.checks import check_key
 from genjax.errors import ConfigError
+from genjax.nets.platforms import platform
 from genjax.protocol import Array, Key, Metrics, PyTree, Training, TrainState
 from genjax.settings import Whole, check_setting
 
@@ -257,7 +258,7 @@ def fastest_mode(
         lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)),
         (hyper, ts, batch),
     )
-    signature = (one, batch_axis, jax.default_backend(), str(shapes))
+    signature = (one, batch_axis, platform(), str(shapes))
     if signature not in _MEASURED:
         _MEASURED[signature] = _timed(one, shapes, batch_axis, repeats)
     return _MEASURED[signature]

@@ -207,7 +207,7 @@ class Optimizer:
             )
 
     def build(
-        self, steps: int, labels: Labels = (), player: str | None = None
+        self, steps: int, labels: Labels = (), player: str | None = None, turns: int = 1
     ) -> "optax.GradientTransformation":
         """The optax transform for a run of `steps` optimiser steps. Float settings may be traced,
         as a sweep does.
@@ -216,6 +216,7 @@ class Optimizer:
             steps: of the whole run, for the schedule.
             labels: `Model.labels`, whose patterns are found in paths "player/...".
             player: whose parameters are to be updated; needed with labels.
+            turns: updates of that player within one optimiser step, see `Model.turns`.
 
         Raises:
             ConfigError: for a decay that the algorithm does not have, a warm-up as long as the run,
@@ -243,7 +244,7 @@ class Optimizer:
             raise ConfigError(
                 f"warmup_steps must be below the run's {steps} steps; got {self.warmup_steps}."
             )
-        parts = [self._rule(steps, labels, player)]
+        parts = [self._rule(functools.partial(self._rate, steps, turns), labels, player)]
         if factors:
             parts.append(scale_by_label(factors, labels, player))
         if used(self.clip_norm):
@@ -261,14 +262,14 @@ class Optimizer:
         return _checked(tx, functools.partial(_check_rules, covered, meant, labels, player))
 
     def _rule(
-        self, steps: int, labels: Labels, player: str | None
+        self, schedule: Callable[[jax.Array], jax.Array], labels: Labels, player: str | None
     ) -> "optax.GradientTransformation":
-        """The algorithm with its step size and decay."""
+        """The algorithm with its step size, by a schedule where it is not constant, and decay."""
         import optax
 
         rate: Any = self.learning_rate
         if self.schedule != "constant" or self.warmup_steps:
-            rate = functools.partial(self._rate, steps)
+            rate = schedule
         if self.algorithm == "adam":
             rule = optax.adam(rate, self.b1, self.b2)
         elif self.algorithm == "sgd":
@@ -301,9 +302,9 @@ class Optimizer:
         """Which parameters decay."""
         return jax.tree.map(lambda label: label in self.decayed, labels_of(params, labels, player))
 
-    def _rate(self, steps: int, count: jax.Array) -> jax.Array:
-        """The step size after `count` of `steps` steps."""
-        return self.learning_rate * self._multiplier(count, steps)
+    def _rate(self, steps: int, turns: int, count: jax.Array) -> jax.Array:
+        """The step size after `count` updates, so many turns a step, of a run of `steps` steps."""
+        return self.learning_rate * self._multiplier(count // turns, steps)
 
     def _multiplier(self, count: jax.Array, steps: int) -> jax.Array:
         count = jnp.asarray(count, jnp.float32)

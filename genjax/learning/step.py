@@ -226,7 +226,8 @@ def _gradient(
         return metrics[f"{player}/loss"], (aux.state, metrics)
 
     grads, (state, metrics) = jax.grad(objective, has_aux=True)(params[player])
-    return grads, state, metrics
+    # Of a complex number jax gives d/da - i d/db, and the way up is its conjugate.
+    return jax.tree.map(jnp.conj, grads), state, metrics
 
 
 def _weighted(batch: Batch) -> tuple[Batch, Array]:

@@ -356,15 +356,19 @@ def skip_nonfinite(t: Training) -> Training:
 
     def step(ts: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         new, metrics = t.step(ts, batch)
-        kept = (new.params, new.state, new.opt)
-        leaves = filter(_is_inexact, jax.tree.leaves((kept, metrics)))
-        finite = [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
+        kept, before = (new.params, new.state, new.opt), (ts.params, ts.state, ts.opt)
+        # What was infinite may stay so: optax.contrib.reduce_on_plateau begins with such a best.
+        pairs = zip(jax.tree.leaves(kept), jax.tree.leaves(before), strict=True)
+        finite = [
+            jnp.all(jnp.isfinite(leaf) | ~jnp.isfinite(old))
+            for leaf, old in pairs
+            if _is_inexact(leaf)
+        ]
+        finite += [jnp.all(jnp.isfinite(value)) for value in metrics.values()]
         # The barrier keeps them one vector. Without, XLA puts all of its terms into the choice of
         # every leaf: a program of leaves² operations, which takes several times as long to compile.
         ok = jax.lax.optimization_barrier(jnp.stack(finite)).all()
-        params, state, opt = jax.tree.map(
-            partial(jnp.where, ok), kept, (ts.params, ts.state, ts.opt)
-        )
+        params, state, opt = jax.tree.map(partial(jnp.where, ok), kept, before)
         # A skipped step's NaN metrics would spoil the mean of the whole window.
         metrics = {name: jnp.where(ok, value, 0) for name, value in metrics.items()}
         skipped = 1 - ok.astype(jnp.float32)

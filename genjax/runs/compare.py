@@ -78,9 +78,11 @@ def differing(runs: Sequence[Compared]) -> list[list[str]]:
     names = dict.fromkeys(name for run in runs for name in run.settings)
     rows = []
     for name in names:
-        values = [_text(run.settings.get(name, MISSING)) for run in runs]
-        if len(set(values)) > 1:
-            rows.append([name, *values])
+        values = [run.settings.get(name, MISSING) for run in runs]
+        if any(value != values[0] for value in values):
+            shown = [_text(value) for value in values]
+            exact = [value if isinstance(value, str) else repr(value) for value in values]
+            rows.append([name, *(shown if len(set(shown)) > 1 else exact)])
     return rows
 
 

@@ -173,12 +173,14 @@ def _score(
     program = scorer(score, source.prepare)
     values = score_examples(program, run.params, run.state, arrays, key, batch_size, progress)
     result = estimate(values, arrays.weight)
-    exact = run.model.score_name == "log_prob"
+    kind = "lower bound on the log-probability"
+    if run.model.score_name == "log_prob":
+        kind = "unbiased log-probability" if run.model.probed else "exact log-probability"
     found: dict[str, Any] = {
         "mean": result.mean,
         "standard_error": result.standard_error,
         "unit": "nats per example" + (", density" if spec.kind == "continuous" else ""),
-        "kind": "exact log-probability" if exact else "lower bound on the log-probability",
+        "kind": kind,
         "estimator": run.model.estimator,
         "n": result.n,
     }

@@ -263,10 +263,10 @@ def keep_spec(folder: Path, spec: DataSpec) -> None:
         ConfigError: if they are not, such as a text file whose vocabulary has changed since.
     """
     there = read_spec(folder)
-    if there is None:
+    if there is not None:
+        check_spec(spec, there, folder)
+    if spec != there:  # with names that came to be known, too: checkpoints note them from now on
         write_json(folder / "spec.json", json.loads(json.dumps(dataclasses.asdict(spec))))
-        return
-    check_spec(spec, there, folder)
 
 
 def as_known(now: DataSpec, there: DataSpec) -> DataSpec:

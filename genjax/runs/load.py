@@ -181,7 +181,7 @@ def source_of(run: Loaded) -> Source:
                 f"or {advice}"
             )
     known, advice = read_files(run.folder) or (), f"Bring the old data back; or {advice}"
-    if run.files and all(os.path.isfile(one["path"]) for one in run.files):
+    if run.files and all(one.get("size") and os.path.isfile(one["path"]) for one in run.files):
         # Before they are opened: a changed file may not even be readable any more.
         now = [file_of(one["path"], known) for one in run.files]
         check_files(now, run.files, run.folder, advice)

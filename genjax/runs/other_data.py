@@ -142,6 +142,12 @@ def _check(found: DataSpec, spec: DataSpec, path: str) -> None:
             f"{name} is {_shown(new[name])}, the run has {_shown(old[name])}" for name in names
         )
         raise DataError(f"{path} is of another kind than the data of the run: {lines}.")
+    ends = [one.vocabulary[one.end] for one in (found, spec) if one.vocabulary and one.end]
+    if len({*ends}) > 1:
+        raise DataError(
+            f"{path} ends its texts with {ends[0]!r}, and the data of the run with {ends[1]!r}: "
+            "bring it with the same, lines or texts of several."
+        )
     if (found.levels or 0) > (spec.levels or 0) and not spec.text:
         raise DataError(f"{path} has {found.levels} levels, the data of the run {spec.levels}.")
 

@@ -321,7 +321,7 @@ def _beyond(
     """
     index = 0
     while text.shape[1] < length:
-        kept = text if text.shape[1] < context else text[:, -(context // 2) :]
+        kept = text if text.shape[1] < context else text[:, text.shape[1] - context // 2 :]
         prompt, counts = _padded_prompt(kept, context)
         new = go_on(jax.random.fold_in(key, index), prompt=prompt, prompt_length=counts)
         text = np.concatenate([text, fetched(new)[:, kept.shape[1] :]], axis=1)

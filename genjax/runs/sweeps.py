@@ -152,6 +152,12 @@ def run_sweep(
             "The members of a sweep take the same steps: leave --stop-after out, and train what is "
             "best alone."
         )
+    own = recipe.optimizer
+    if any(one.sigma_rels for one in (own.values() if isinstance(own, Mapping) else [own])):
+        raise ConfigError(
+            "A sweep stores no averages of weights: leave --sigma-rels out, and train what is best "
+            "alone."
+        )
     members = members_of(axes, recipe.schedule.seed, n_seeds)
     also = "; --seeds, for fewer members at once; --mode map"
     recipe = with_buckets_of(recipe, folder)

@@ -208,8 +208,14 @@ class Recipe:
 
         model, own = begin(self.build(on)), self.optimizer
         by_player = own if isinstance(own, Mapping) else dict.fromkeys(model.losses, own)
-        steps = self.schedule.steps
-        t = training(model, {p: o.build(steps, model.labels, p) for p, o in by_player.items()})
+        steps, turns = self.schedule.steps, dict.fromkeys(by_player, 0)
+        for player, times in model.turns or [(player, 1) for player in by_player]:
+            turns[player] += times
+        transforms = {
+            player: one.build(steps, model.labels, player, turns[player])
+            for player, one in by_player.items()
+        }
+        t = training(model, transforms)
         if self.schedule.microbatches > 1:
             t = microbatch(t, self.schedule.microbatches)
         return skip_nonfinite(t) if self.schedule.skip_nonfinite else t
