@@ -226,8 +226,12 @@ def _gradient(
         return metrics[f"{player}/loss"], (aux.state, metrics)
 
     grads, (state, metrics) = jax.grad(objective, has_aux=True)(params[player])
-    # Of a complex number jax gives d/da - i d/db, and the way up is its conjugate.
-    return jax.tree.map(jnp.conj, grads), state, metrics
+    return jax.tree.map(_way_up, grads), state, metrics
+
+
+def _way_up(gradient: Array) -> Array:
+    """Of a complex number jax gives d/da - i d/db; the way up is its conjugate."""
+    return jnp.conj(gradient) if jnp.iscomplexobj(gradient) else gradient
 
 
 def _weighted(batch: Batch) -> tuple[Batch, Array]:

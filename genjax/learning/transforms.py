@@ -357,14 +357,10 @@ def skip_nonfinite(t: Training) -> Training:
     def step(ts: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         new, metrics = t.step(ts, batch)
         kept, before = (new.params, new.state, new.opt), (ts.params, ts.state, ts.opt)
-        # What was infinite may stay so: optax.contrib.reduce_on_plateau begins with such a best.
-        pairs = zip(jax.tree.leaves(kept), jax.tree.leaves(before), strict=True)
-        finite = [
-            jnp.all(jnp.isfinite(leaf) | ~jnp.isfinite(old))
-            for leaf, old in pairs
-            if _is_inexact(leaf)
-        ]
-        finite += [jnp.all(jnp.isfinite(value)) for value in metrics.values()]
+        leaves = filter(_is_inexact, jax.tree.leaves((kept[:2], metrics)))
+        finite = [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
+        pairs = zip(jax.tree.leaves(new.opt), jax.tree.leaves(ts.opt), strict=True)
+        finite += [_still_finite(leaf, old) for leaf, old in pairs if _is_inexact(leaf)]
         # The barrier keeps them one vector. Without, XLA puts all of its terms into the choice of
         # every leaf: a program of leaves² operations, which takes several times as long to compile.
         ok = jax.lax.optimization_barrier(jnp.stack(finite)).all()
@@ -375,3 +371,11 @@ def skip_nonfinite(t: Training) -> Training:
         return new._replace(params=params, state=state, opt=opt), metrics | {"skipped": skipped}
 
     return t._replace(step=step, rewrap=lambda wrap: skip_nonfinite(t.rewrap(wrap)))
+
+
+def _still_finite(new: Array, old: Array) -> Array:
+    """Whether a leaf of an optimiser's state is finite. A single number may stay what it was: the
+    best value of optax.contrib.reduce_on_plateau begins infinite.
+    """
+    finite = jnp.all(jnp.isfinite(new))
+    return finite if new.ndim else finite | ~jnp.isfinite(old)
