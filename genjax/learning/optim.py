@@ -304,7 +304,8 @@ class Optimizer:
 
     def _rate(self, steps: int, turns: int, count: jax.Array) -> jax.Array:
         """The step size after `count` updates, so many turns a step, of a run of `steps` steps."""
-        return self.learning_rate * self._multiplier(count // turns, steps)
+        done = count // turns if turns > 1 else count  # a division is many instructions
+        return self.learning_rate * self._multiplier(done, steps)
 
     def _multiplier(self, count: jax.Array, steps: int) -> jax.Array:
         count = jnp.asarray(count, jnp.float32)
