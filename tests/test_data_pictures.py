@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import struct
 import sys
 import tarfile
 import zipfile
@@ -425,3 +426,26 @@ def test_links_in_an_archive_are_what_they_lead_to(tmp_path):
     with tarfile.open(tmp_path / "set.tar", "w") as archive:
         archive.add(tmp_path / "set", "set")
     assert sum(len(b.x) for b in open_source(str(tmp_path / "set.tar")).load()) == 13
+
+
+def tiff_of_12_bits(values):
+    """A TIFF of grey values [4, 4], two in three bytes."""
+    pairs = values.reshape(-1, 2)
+    packed = b"".join(((int(a) << 12) | int(b)).to_bytes(3, "big") for a, b in pairs)
+    tags = ((256, 4), (257, 4), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 4))
+    tags = (*tags, (279, len(packed)))
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    start = 8 + len(packed)
+    header = b"II*\0" + struct.pack("<I", start)
+    return header + packed + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def test_12_bits_are_scaled_by_what_12_bits_hold(tmp_path):
+    values = np.full((4, 4), 2048)
+    values[0], values[1] = 4095, 0
+    for index in range(3):
+        (tmp_path / f"{index}.tif").write_bytes(tiff_of_12_bits(values))
+    x = open_source(str(tmp_path)).load().train.x
+    assert (x[0, 0] == 255).all()
+    assert (x[0, 1] == 0).all()
+    assert (x[0, 2:] == 127).all()

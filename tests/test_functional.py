@@ -162,7 +162,8 @@ def test_init_is_a_function_of_the_key(graph_mode):
             np.asarray(one["blocks"][i]["kernel"]) != np.asarray(other["blocks"][i]["kernel"])
         )
     # The layers have streams of their own.
-    assert not np.isclose(np.std(one["blocks"][0]["kernel"]), 0)
+    layers = functional(Deep).init(jax.random.key(2))[0]["layers"]
+    assert (np.asarray(layers[0]["kernel"]) != np.asarray(layers[1]["kernel"])).all()
     # A jitted init rounds differently in the last bit at most.
     jitted = jax.jit(init)(jax.random.key(2))[0]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one, jitted)

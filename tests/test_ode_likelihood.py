@@ -91,7 +91,8 @@ def test_the_likelihood_of_images_is_that_of_their_pixels():
 
 def test_the_flow_map_of_the_oracle_carries_the_prior_to_the_data():
     path = paths.conditional_ot()
-    carried = root(path, 1.0) @ np.linalg.solve(root(path, 1.0), root(path, 0.0))
+    from_prior = float(paths.prior(path)) * np.eye(len(COVARIANCE))
+    carried = from_prior @ np.linalg.solve(root(path, 1.0), root(path, 0.0))
     np.testing.assert_allclose(carried @ carried.T, COVARIANCE, rtol=1e-12)
 
 

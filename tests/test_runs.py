@@ -12,12 +12,14 @@ import jax
 import matplotlib.image
 import numpy as np
 import pytest
+from gates import assert_same
 from short_runs import contents, events, tiny
 from tensorboardX.proto.event_pb2 import SessionLog
 
 from genjax.errors import ConfigError
 from genjax.evaluation.estimates import estimate, score_examples, scorer
 from genjax.learning.checkpoint import Checkpoints
+from genjax.learning.step import eval_params
 from genjax.runs import pictures
 from genjax.runs.evaluate import evaluate
 from genjax.runs.folder import read_spec
@@ -139,6 +141,7 @@ def test_a_run_is_sampled_with_its_averaged_weights(folder: Path, loaded: Loaded
     assert not all(jax.tree.leaves(same)), (
         "ema_decay is set, so the averages must differ from the weights themselves"
     )
+    assert_same(loaded.params, eval_params(restored.state))
 
 
 @pytest.mark.parametrize(

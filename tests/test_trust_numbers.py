@@ -193,16 +193,42 @@ def test_no_wide_beam_is_worse_than_the_best_of_all_sequences(penalty):
         )
 
 
+def beams_by_hand(table, n_beams, n_steps, end, penalty):
+    """The best sequences of a search that keeps so many that go on, and so many that ended."""
+    table = np.asarray(table, np.float64)
+
+    def worth(one):
+        sequence, total = one
+        return total / ((5 + len(sequence)) / 6) ** penalty
+
+    live, ended = [((), 0.0)], []
+    for _ in range(n_steps):
+        longer = [
+            ((*sequence, token), total + table[sequence[-1] + 1 if sequence else 0, token])
+            for sequence, total in live
+            for token in range(table.shape[1])
+        ]
+        just = [one for one in longer if one[0][-1] == end]
+        ended = sorted([*ended, *just], key=worth)[::-1][:n_beams]
+        live = sorted((one for one in longer if one[0][-1] != end), key=worth)[::-1][:n_beams]
+    return sorted([*ended, *live], key=worth)[::-1][:n_beams]
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("penalty", [0.0, 0.8])
 @pytest.mark.parametrize("n_beams", [1, 2, 3])
-def test_more_beams_never_find_less(n_beams):
+def test_narrow_beams_are_those_of_a_search_by_hand(n_beams, penalty):
     rng = np.random.default_rng(2)
     for _ in range(5):
         table = np.asarray(jax.nn.log_softmax(2 * rng.normal(size=(5, 4))), np.float32)
-        best = best_by_hand(table, 4, 0)[1]
-        found = [float(beams_of(table, n, 4, end=0)[1][0, 0]) for n in (n_beams, 64)]
-        assert found[0] <= found[1] + 1e-5
-        assert found[1] == pytest.approx(best, abs=1e-5)
+        tokens, log_prob = beams_of(table, n_beams, 4, end=0, penalty=penalty)
+        wanted = beams_by_hand(table, n_beams, 4, 0, penalty)
+        np.testing.assert_allclose(log_prob[0], [total for _, total in wanted], atol=1e-5)
+        # Of a chain other orders of the same steps are worth the same: the tokens by their sum.
+        rows = np.pad(tokens[0] + 1, ((0, 0), (1, 0)))[:, :-1]
+        going = np.pad(tokens[0] != 0, ((0, 0), (1, 0)), constant_values=True)[:, :-1]
+        sums = np.where(going, table[rows, tokens[0]], 0).sum(1)
+        np.testing.assert_allclose(log_prob[0], sums, atol=1e-5)
 
 
 # --- pairing --------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _LARGEST = 1 << 28  # bytes of one packed picture, and pixels of one that is unpacked
 _AT_ONCE = 64  # pictures that are decoded before the next are read
+_BITS = 258  # TIFF's tag BitsPerSample
 _CIFAR = {3073: 1, 3074: 2}  # bytes of an example -> of its labels, the last of which is taken
 
 Side = Annotated[int, Within(1, 2**13)]  # of a picture, several of which are in memory at a time
@@ -319,7 +320,9 @@ def _in_eight_bits(image: Any) -> Any:
     # By its mode and not by its values: a dark one among others has their scale. Pillow before 11
     # has 16-bit PNG as "I".
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        # A TIFF of 12 bits has this mode, too.
+        bits = getattr(image, "tag_v2", {}).get(_BITS, (16,))[0]
+        return Image.fromarray((np.asarray(image, np.uint32) * 255 // (2**bits - 1)).astype("u1"))
     if image.mode == "I":
         grey = np.asarray(image)
         raise ValueError(
