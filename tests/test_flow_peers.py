@@ -51,7 +51,7 @@ def test_the_schedule_of_a_peer_is_the_optimisers() -> None:
     case = {"learning_rate": 3e-3, "ema_decay": 0.999, "steps": 10}
     assert isinstance(recipe.optimizer, Optimizer)
     assert recipe.optimizer.learning_rate == case["learning_rate"]
-    wanted = [float(recipe.optimizer._rate(10, np.asarray(step))) for step in range(10)]
+    wanted = [float(recipe.optimizer._rate(10, 1, np.asarray(step))) for step in range(10)]
     np.testing.assert_allclose([rate(case, step) for step in range(10)], wanted, rtol=1e-5)
     assert decay(case, 0) == 0.1
     assert decay(case, 10**6) == 0.999
