@@ -70,10 +70,10 @@ def image_files(
     """Pictures in a folder, a zip or a tar; their classes are the names of the folders they are in.
 
     Folders called train and test at the top, and valid if there is one, are the splits. Pictures
-    are turned as their EXIF data say, palettes and 16-bit greys become 8 bits (divided by 257),
-    and what is transparent lies on white unless `mode` is "rgba". Hidden folders are passed over,
-    and links to folders followed. CIFAR's binary files (data_batch_1.bin ..., test_batch.bin) are
-    read, too.
+    are turned as their EXIF data say, palettes and greys of more bits become 8 bits (of 16,
+    divided by 257), and what is transparent lies on white unless `mode` is "rgba". Hidden folders
+    are passed over, and links to folders elsewhere followed. CIFAR's binary files (data_batch_1.bin
+    ..., test_batch.bin) are read, too.
 
     What was decoded is kept in the cache folder; beyond 512 MiB it stays there, and rows of it are
     read as they are asked for.

@@ -67,6 +67,14 @@ def counted(arrays: Batch) -> int:
     return len(arrays.x) if arrays.weight is None else int(np.sum(np.asarray(arrays.weight) > 0))
 
 
+def counting(arrays: Batch) -> Batch:
+    """The examples that count: those whose weight is not 0."""
+    if arrays.weight is None:
+        return arrays
+    kept = np.flatnonzero(np.asarray(arrays.weight) > 0)
+    return jax.tree.map(lambda leaf: leaf[kept], arrays)
+
+
 def per_step(values: np.ndarray, steps: np.ndarray, weight: Any = None) -> Estimate:
     """Σ values / Σ steps of sequences with values [n] and numbers of steps [n], and its standard
     error.

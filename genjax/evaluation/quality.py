@@ -14,7 +14,7 @@ from genjax.data import Source, loader, open_source
 from genjax.data.source import rows_of
 from genjax.data.view import view_of
 from genjax.errors import ConfigError, GenjaxError
-from genjax.evaluation.estimates import Estimate
+from genjax.evaluation.estimates import Estimate, counting
 from genjax.evaluation.judge import Judge, judge_of
 from genjax.evaluation.sample_metrics import (
     class_agreement,
@@ -148,7 +148,7 @@ def figures_of(
     size = len(arrays.x) if n is None else min(n, len(arrays.x))
     reference = source.prepare(key_data, _first_rows(arrays, size))
     cond = None if reference.cond is None else np.asarray(reference.cond)
-    train = _counting(rows_of(splits, "train", source.apart))
+    train = counting(rows_of(splits, "train", source.apart))
     others = _others(train, size, already=size if split in ("train", "all") else 0)
     sets = _Sets(
         data=np.asarray(reference.x),
@@ -168,14 +168,6 @@ def figures_of(
         found += [] if asked is None else [_agreement(judge, sets, asked)]
         found += _of_features(judge, sets) if size >= LEAST else []
     return found + _of_values(source.spec, sets)
-
-
-def _counting(arrays: Batch) -> Batch:
-    """The examples whose weight is not 0."""
-    if arrays.weight is None:
-        return arrays
-    kept = np.flatnonzero(np.asarray(arrays.weight) > 0)
-    return jax.tree.map(lambda leaf: leaf[kept], arrays)
 
 
 def check_figures(spec: DataSpec, arrays: Batch) -> None:

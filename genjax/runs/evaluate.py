@@ -17,6 +17,7 @@ from genjax.evaluation import quality
 from genjax.evaluation.estimates import (
     Estimate,
     bits_per_dim,
+    counting,
     estimate,
     per_step,
     score_examples,
@@ -213,11 +214,8 @@ def _of_solver(
     """What twice the solver's steps change, by the same noise: its error, about. A model that is
     trained through a solver can learn to be wrong in its favour.
     """
-    arrays = rows_of(source.load(), split, source.apart)
-    rows: Any = slice(min(SOLVED_AGAIN, found["n"]))
-    if arrays.weight is not None:  # those of weight 0 do not count
-        rows = np.flatnonzero(np.asarray(arrays.weight) > 0)[rows]
-    arrays = jax.tree.map(lambda leaf: leaf[rows], arrays)
+    arrays = counting(rows_of(source.load(), split, source.apart))
+    arrays = jax.tree.map(lambda leaf: leaf[: min(SOLVED_AGAIN, found["n"])], arrays)
 
     def mean(score: ScoreFn) -> float:
         program, key = scorer(score, source.prepare), key_of(seed)
