@@ -94,6 +94,21 @@ def test_of_a_form_for_each_platform_the_plain_one_counts(stride):
     assert product_flops(jax.grad(loss, (0, 1)), x, kernel) == 3 * forward
 
 
+def test_what_is_computed_once_is_itself_and_has_its_derivatives():
+    x = jnp.arange(12.0).reshape(3, 4)
+    assert (platforms.once(x) == x).all()
+    dx = jnp.cos(x)
+    value, tangent = jax.jvp(platforms.once, (x,), (dx,))
+    assert (value == x).all()
+    assert (tangent == dx).all()
+    assert (jax.grad(lambda x: (platforms.once(x) * dx).sum())(x) == dx).all()
+    assert (jax.vmap(platforms.once)(x) == x).all()
+    assert platforms.once(jnp.arange(3)).dtype == jnp.int32
+
+    with platforms.traced_for("tpu"):
+        assert platforms.once(x) is x
+
+
 @pytest.mark.parametrize("asked", ["", "cuda"])
 def test_a_plug_in_that_does_not_start_is_one_message(monkeypatch, asked):
     """With a driver that is too old, say: jax's own advice and what else there is."""

@@ -17,6 +17,7 @@ from rows import batch, one_device, optimizer, plain, run, widen
 from genjax.data import example_batch
 from genjax.errors import ConfigError
 from genjax.families.diffusion import diffusion
+from genjax.families.rnn import rnn
 from genjax.families.transformer import transformer
 from genjax.families.vae import vae
 from genjax.learning.checkpoint import Checkpoints
@@ -25,6 +26,8 @@ from genjax.learning.optim import track_ema
 from genjax.learning.sharding import TENSOR_RULES, describe, layout, make_mesh, parse_mesh, shard
 from genjax.learning.step import training
 from genjax.learning.transforms import microbatch, scan_steps
+from genjax.nets.platforms import traced_for
+from genjax.profiling.measure import cost_of
 from genjax.protocol import Batch, DataSpec
 from genjax.runs.train import train
 from genjax.zoo import ZOO
@@ -49,6 +52,22 @@ def batches(spec=PLANE, n=16):
 def program(t, spec=PLANE, key=KEY, n=16):
     ts = t.init(key)
     return jax.jit(t.step).lower(ts, batches(spec, n)[0]).compile()
+
+
+def test_each_device_computes_its_part_of_a_recurrent_networks_gradient():
+    """In the form for accelerators: of rows that are all steps of all examples it would not."""
+    spec = DataSpec((16,), "tokens", levels=8, step="token")
+    flops = {}
+    for devices in (1, 4):
+        model = rnn(spec, cell="lstm", d_hidden=32, d_embed=64)
+        t = training(model, TX)
+        if devices > 1:
+            t = shard(t, make_mesh({"data": devices}, jax.devices()[:devices]))
+        with traced_for("tpu"):
+            ts = t.init(KEY)
+            compiled = jax.jit(t.step).lower(ts, batches(spec, 64)[0]).compile()
+        flops[devices] = cost_of(compiled)[0]
+    assert flops[4] < 0.3 * flops[1]
 
 
 def collectives(compiled):

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from genjax.errors import ConfigError
@@ -25,7 +26,7 @@ from genjax.protocol import Array, DataSpec, Key
 BASE = 10000.0  # of rotary positions
 
 
-def rotary(x: Array, positions: Array, base: Any = BASE) -> Array:
+def rotary(x: Array, positions: Array | np.ndarray, base: Any = BASE) -> Array:
     """Turns the pairs (x_i, x_{i+h/2}) of x [..., T, h] by the angles position · base^(-2i/h), for
     positions [T].
 
@@ -33,11 +34,15 @@ def rotary(x: Array, positions: Array, base: Any = BASE) -> Array:
     only. Su 2021, equation 34, which pairs neighbours instead.
     """
     half = x.shape[-1] // 2
+    # What is known is computed here: XLA on a CPU does it anew for every head of every example.
+    fixed = not isinstance(base, jax.Array)
+    known = np if fixed and not isinstance(positions, jax.Array) else jnp
     dtype = wide(x.dtype)
-    frequency = jnp.asarray(base, dtype) ** (-jnp.arange(half, dtype=dtype) / half)
+    exponents = -np.arange(half) / half
+    frequency = (base**exponents if fixed else jnp.asarray(base, dtype) ** exponents).astype(dtype)
     angles = positions.astype(dtype)[:, None] * frequency[None]
     angles = angles.reshape(*[1] * (x.ndim - 2), *angles.shape)
-    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+    cos, sin = known.cos(angles).astype(x.dtype), known.sin(angles).astype(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
@@ -157,7 +162,7 @@ class Attention(nnx.Module):
         self.qkv = Dense(d, (n_heads + 2 * n_kv_heads) * self.h, bias, rngs=rngs)
         self.out = Dense(d, d, bias, std_out, rngs=rngs)
 
-    def heads(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
+    def heads(self, x: Array, positions: Array | np.ndarray) -> tuple[Array, Array, Array]:
         """Queries [B, G, R, T, h], keys and values [B, G, T, h] of x [B, T, d]."""
         b, t, d = x.shape
         parts = self.qkv(self.norm(x).reshape(b * t, d))
@@ -177,11 +182,12 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Array, key: Key | None = None, rate: Any = 0.0) -> Array:
         """`key` and `rate` are those of `attend`."""
-        q, k, v = self.heads(x, jnp.arange(x.shape[1]))
+        on_cpu = platform() == "cpu"
+        q, k, v = self.heads(x, (np if on_cpu else jnp).arange(x.shape[1]))
         if key is not None:  # the fused form cannot leave out weights
             return self.joined(dense_attention(q, k, v, self.window, key, rate))
         # The fused form computes its softmax in float32, whatever comes in.
-        fused = platform() != "cpu" and q.dtype != jnp.float64
+        fused = not on_cpu and q.dtype != jnp.float64
         return self.joined((fused_attention if fused else dense_attention)(q, k, v, self.window))
 
     def step(

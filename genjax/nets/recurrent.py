@@ -11,9 +11,22 @@ import jax.numpy as jnp
 from flax import nnx
 
 from genjax.nets.cells import Carry, Cell, cell_of, check_step
+from genjax.nets.platforms import platform
 from genjax.nets.remat import rematerialised
 from genjax.nets.sequence import EventEmbed, dropout
 from genjax.protocol import Array, DataSpec, Key
+
+
+def at_each(layer: Callable[[Array], Array], x: Array) -> Array:
+    """A layer at every step of x [T, B, n] -> [T, B, m].
+
+    On a CPU all of them are rows of one product. Elsewhere time and examples stay two axes: of rows
+    T B, a mesh that divides B could divide none, and each of its devices would compute the gradient
+    of the layer's matrix from all examples.
+    """
+    if platform() != "cpu":
+        return layer(x)
+    return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:2], -1)
 
 
 def _loop(step: Callable[[Array, Carry], Carry], given: Array, carry: Carry) -> tuple[Array, Carry]:
@@ -54,7 +67,7 @@ def _over_time_jvp(cell: Cell, primals: Any, tangents: Any) -> Any:
     a_dot, carry_dot, kernel_dot = tangents
     (y, last), push = jax.linearize(functools.partial(_loop, _with(cell, kernel)), a, carry)
     before = jnp.concatenate([carry[0][None], y[:-1]])
-    u_dot = (before.reshape(-1, before.shape[-1]) @ kernel_dot).reshape(a.shape)
+    u_dot = at_each(lambda h: h @ kernel_dot, before)
     return (y, last), push(a_dot + u_dot, carry_dot)
 
 
@@ -95,7 +108,7 @@ class RecurrentLayer(nnx.Module):
                 return self.step(self.inputs(x), carry)
 
             return _loop(rematerialised(step, self.remat, loop=True), x, carry)
-        a = self.inputs(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:2], -1)
+        a = at_each(self.inputs, x)
         if self.cell.summed:
             return over_time(self.cell, a, carry, self.kernel[...])
         return _loop(self.step, a, carry)

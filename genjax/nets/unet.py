@@ -15,6 +15,7 @@ from genjax.nets.conditioned import Embedding, SelfAttention, zero_linear
 from genjax.nets.fast_conv import Conv, double, halve
 from genjax.nets.layers import EPSILON, wide
 from genjax.nets.patches import from_patches, to_patches
+from genjax.nets.platforms import once
 from genjax.nets.remat import rematerialised
 from genjax.protocol import Array
 
@@ -152,7 +153,7 @@ class UNet(nnx.Module):
         self, x: Array, noise_level: Array, cond: Array | None = None, dropped: Array | None = None
     ) -> Array:
         e = self.embed(noise_level, cond, dropped, x.dtype)
-        h, skips = self.first(to_patches(x, self.patch)), []
+        h, skips = self.first(to_patches(once(x), self.patch)), []
         for level, row in enumerate(self.down):
             h = halve(h) if level else h
             for block in row:
@@ -166,7 +167,7 @@ class UNet(nnx.Module):
                 h = double(self.narrow[level](h)) + skips[level]
             for block in self.up[level]:
                 h = rematerialised(block, self.remat)(h, e)
-        return from_patches(self.last(jax.nn.silu(self.last_norm(h, e))), self.patch)
+        return once(from_patches(self.last(jax.nn.silu(self.last_norm(h, e))), self.patch))
 
 
 def check_sizes(
