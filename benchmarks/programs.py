@@ -19,8 +19,8 @@ from genjax.profiling.measure import step_program
 from genjax.runs.folder import environment, write_json
 from genjax.zoo import ZOO
 
-# The first row of each family, and two of images: a convolutional one and a U-Net.
-ROWS = (*common.first_rows(), "vae-conv", "edm-mnist")
+# The first row of each family, and three of images: a convolutional one, a U-Net, and a large one.
+ROWS = (*common.first_rows(), "vae-conv", "edm-mnist", "pixelcnn-mnist")
 # What may not grow, and by how much it may: less than a changed kernel moves, more than a
 # compiler's patch release does.
 CHECKED = {"flops": "FLOPs", "bytes_accessed": "bytes accessed", "instructions": "instructions"}

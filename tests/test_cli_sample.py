@@ -11,6 +11,7 @@ import pytest
 from program import refused
 
 import genjax.cli
+from genjax.cli.file_names import free
 from genjax.cli.of_runs import SAMPLE_FLAGS
 from genjax.families.gan import gan
 from genjax.runs import samples
@@ -89,6 +90,15 @@ def test_help_without_a_run_shows_all_flags(capsys: pytest.CaptureFixture[str]) 
 def test_the_run_may_stand_anywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = a_run(ZOO["gan-ring"], tmp_path / "run")
     assert help_about(["--n", "3", str(run), "-h"], capsys)[1] == ALWAYS
+
+
+@pytest.mark.parametrize(
+    ("given", "stem"), [("a.npz", "a"), ("a.png", "a"), ("a", "a"), ("v1.5", "v1.5")]
+)
+def test_an_ending_that_samples_get_anyway_is_not_doubled(
+    tmp_path: Path, given: str, stem: str
+) -> None:
+    assert free(tmp_path / given, {}) == tmp_path / stem
 
 
 def test_help_about_what_is_no_run_says_so(

@@ -15,6 +15,7 @@ from vae_oracles import jit
 from genjax.nets import correlation
 from genjax.nets.correlation import correlate
 from genjax.nets.fast_conv import convolve
+from genjax.nets.remat import rematerialised
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 PADS = [((1, 1), (1, 0)), ((2, 0), (0, 1)), ((0, 0), (0, 0))]
@@ -110,6 +111,53 @@ def test_large_images_take_it_and_others_products(monkeypatch):
     assert not takes((3, 29, 28, 8), (3, 3, 8, 64))
     monkeypatch.setattr(correlation, "_IS_FAST", False)
     assert not takes((5, 29, 28, 32), window)
+
+
+def test_it_stands_in_a_convolution_for_every_platform(monkeypatch):
+    """Of a shape that nothing else here has, as traces are kept by shape."""
+    monkeypatch.setattr(correlation, "_IS_FAST", True)
+    x, kernel = normal(2, 31, 18, 32), normal(2, 2, 32, 33, seed=1)
+    x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
+    pads = ((0, 1), (0, 1))  # of an even window, "SAME"
+
+    def both(x, kernel):
+        kernels = jnp.stack([kernel, -kernel])
+        return [
+            (gradients(f, x, kernel), jax.vmap(partial(gradients, f), (None, 0))(x, kernels))
+            for f in (convolve, partial(xlas, pads=pads))
+        ]
+
+    assert "correlate[" in str(jax.make_jaxpr(convolve)(x, kernel))
+    found, wanted = jit(both)(x, kernel)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3), found, wanted)
+    exported = jax.export.export(jax.jit(convolve), platforms=("cpu", "cuda", "tpu"))(x, kernel)
+    np.testing.assert_allclose(exported.call(x, kernel), xlas(x, kernel, pads), atol=1e-3)
+
+
+def test_what_is_computed_again_leaves_out_its_results_where_products_stay():
+    x, kernel = jnp.ones((2, 5, 5, 2)), jnp.ones((3, 3, 2, 2))
+
+    def convolutions(remat):
+        def twice(x):
+            for _ in range(2):
+                x = jnp.sin(correlate(x, kernel, ((1, 1), (1, 1))))
+            return x.sum()
+
+        return str(jax.make_jaxpr(jax.grad(rematerialised(twice, remat)))(x)).count("correlate[")
+
+    assert convolutions("none") == convolutions("dots") == 4
+    assert convolutions("full") > 4
+
+
+def test_devices_that_share_kernels_do_not_speak():
+    """As where each has members of its own."""
+    mesh = jax.make_mesh((2,), ("member",), axis_types=(AxisType.Auto,))
+    shared = NamedSharding(mesh, PartitionSpec("member"))
+    given = normal(4, 3, 9, 9, 2), normal(4, 3, 3, 2, 2)
+    put = [jax.device_put(leaf.astype(jnp.float32), shared) for leaf in given]
+    f = jax.vmap(partial(gradients, lambda x, k: correlate(x, k, PADS[2])))
+    text = jax.jit(f, out_shardings=shared).lower(*put).compile().as_text()
+    assert not re.findall(r"all-gather|all-reduce|collective-permute|all-to-all", text)
 
 
 def test_devices_that_share_a_batch_find_the_gradient_of_all():

@@ -99,7 +99,10 @@ def test_other_json_beside_the_ids(tmp_path):
     path = stream(tmp_path)
     for content in ("{", '{"author": "me"}', "[1, 2]"):
         (tmp_path / "meta.json").write_text(content)
-        assert token_stream(path, context=8).spec.levels == 7
+        source = token_stream(path, context=8)
+        assert source.spec.levels == 7
+        said = any("meta.json cannot be read as JSON" in note for note in source.notes)
+        assert said == (content == "{")
     for content, match in (("{", "cannot be read as JSON"), ('{"a": 3}', "expected a list of")):
         (tmp_path / "vocabulary.json").write_text(content)
         with pytest.raises(DataError, match=match):

@@ -1,5 +1,7 @@
 """What a step costs: counts of compiled programs, and times."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -35,6 +37,26 @@ def test_products_in_a_loop_count_for_every_trip() -> None:
     products = 2 * n * d * d
     assert loop_flops(program.as_text()) == 3 * (trips - 1) * products
     assert cost_of(program)[0] >= 3 * trips * products
+
+
+def test_convolutions_in_a_loop_count_for_every_trip() -> None:
+    """Of a stride's gradient without the zeros between its numbers."""
+    trips, forward = 5, 2 * 3 * 4 * 4 * 6 * (3 * 3 * 2)
+    x, kernel = jnp.ones((trips, 3, 8, 8, 2)), jnp.ones((3, 3, 2, 6))
+
+    def convolved(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        names = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=names)
+
+    def flops(f: Callable[..., jax.Array]) -> float:
+        def loop(xs: jax.Array, kernel: jax.Array) -> jax.Array:
+            return jax.lax.map(lambda x: f(x, kernel), xs)
+
+        return loop_flops(jax.jit(loop).lower(x, kernel).compile().as_text())
+
+    assert flops(convolved) == (trips - 1) * forward
+    by_image = jax.grad(lambda x, kernel: jnp.sin(convolved(x, kernel)).sum())
+    assert flops(by_image) == (trips - 1) * 2 * forward
 
 
 def test_stepper_advances_the_state_and_times_are_as_many_as_asked() -> None:

@@ -96,8 +96,8 @@ def test_of_a_form_for_each_platform_the_plain_one_counts(stride):
 
 def test_what_is_computed_once_is_itself_and_has_its_derivatives():
     x = jnp.arange(12.0).reshape(3, 4)
-    assert (platforms.once(x) == x).all()
     dx = jnp.cos(x)
+    assert (platforms.once(x) == x).all()
     value, tangent = jax.jvp(platforms.once, (x,), (dx,))
     assert (value == x).all()
     assert (tangent == dx).all()
@@ -105,8 +105,19 @@ def test_what_is_computed_once_is_itself_and_has_its_derivatives():
     assert (jax.vmap(platforms.once)(x) == x).all()
     assert platforms.once(jnp.arange(3)).dtype == jnp.int32
 
-    with platforms.traced_for("tpu"):
-        assert platforms.once(x) is x
+
+@pytest.mark.parametrize(("wrap", "most"), [(platforms.once, 1), (lambda x: x, None)])
+def test_xla_computes_a_draw_that_windows_read_once(wrap, most):
+    """On a CPU; and without, for each of them."""
+
+    def windows(key):
+        noise = wrap(jax.random.normal(key, (4, 12, 12, 4)))
+        padded = jnp.pad(noise, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        return jnp.concatenate([padded[:, i : i + 12, i : i + 12] for i in range(3)], axis=-1)
+
+    text = jax.jit(windows).lower(jax.random.key(0)).compile().as_text()
+    draws = text.count("constant(2.83297682)")  # of the inverse error function
+    assert draws == most if most else draws > 1
 
 
 @pytest.mark.parametrize("asked", ["", "cuda"])

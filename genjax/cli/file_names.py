@@ -13,6 +13,8 @@ from typing import Any
 from genjax.cli.terminal import say
 from genjax.errors import ConfigError, regular_file
 
+SAMPLE_ENDINGS = (".npz", ".png", ".txt", ".mid")
+
 
 def sample_stem(options: Any, n: int, asked: dict[str, Any], arrays: dict[str, Any]) -> Path:
     """Where samples are written: a name that says how they were made. Where it does not say all, as
@@ -39,8 +41,11 @@ def sample_stem(options: Any, n: int, asked: dict[str, Any], arrays: dict[str, A
     return stem
 
 
-def free(stem: Path, arrays: dict[str, Any]) -> Path:
-    """A name for samples that somebody gave, with a number where something else is there."""
+def free(path: Path, arrays: dict[str, Any]) -> Path:
+    """A name for samples that somebody gave, without an ending that they get anyway, and with a
+    number where something else is there.
+    """
+    stem = path.with_suffix("") if path.suffix in SAMPLE_ENDINGS else path
     numbered = (stem.with_name(f"{stem.name}-{number}") for number in itertools.count(2))
     for candidate in itertools.chain([stem], numbered):
         if not _taken(candidate) or _same(candidate, arrays):

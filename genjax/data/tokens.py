@@ -207,8 +207,8 @@ def _symbols_in(path: Path, strict: bool) -> Symbols | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        if not strict:
-            return None
+        if not strict:  # it may be about something else
+            return Symbols(None, None, f"samples are ids: {path} cannot be read as JSON ({error})")
         raise DataError(f"{path}: cannot be read as JSON ({error}). Mend or move it.") from None
     size = value.get("vocab_size") if isinstance(value, dict) else None
     symbols = _in_order(value)

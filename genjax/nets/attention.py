@@ -26,25 +26,36 @@ from genjax.protocol import Array, DataSpec, Key
 BASE = 10000.0  # of rotary positions
 
 
-def rotary(x: Array, positions: Array | np.ndarray, base: Any = BASE) -> Array:
+def rotary(x: Array, positions: Array | range, base: Any = BASE) -> Array:
     """Turns the pairs (x_i, x_{i+h/2}) of x [..., T, h] by the angles position · base^(-2i/h), for
     positions [T].
 
     The product of a turned query and a turned key depends on the difference of their positions
-    only. Su 2021, equation 34, which pairs neighbours instead.
+    only. Su 2021, equation 34, which pairs neighbours instead. The angles of a `range` are known
+    beforehand: XLA on a CPU computes those of an array anew for every head of every example.
     """
-    half = x.shape[-1] // 2
-    # What is known is computed here: XLA on a CPU does it anew for every head of every example.
-    fixed = not isinstance(base, jax.Array)
-    known = np if fixed and not isinstance(positions, jax.Array) else jnp
-    dtype = wide(x.dtype)
-    exponents = -np.arange(half) / half
-    frequency = (base**exponents if fixed else jnp.asarray(base, dtype) ** exponents).astype(dtype)
-    angles = positions.astype(dtype)[:, None] * frequency[None]
-    angles = angles.reshape(*[1] * (x.ndim - 2), *angles.shape)
-    cos, sin = known.cos(angles).astype(x.dtype), known.sin(angles).astype(x.dtype)
+    half, dtype = x.shape[-1] // 2, wide(x.dtype)
+    if isinstance(positions, range) and not isinstance(base, jax.Array):
+        cos, sin = _known_turns(positions, half, base, jnp.dtype(dtype))
+    else:
+        angles = jnp.asarray(positions, dtype)[:, None] * _frequencies(half, base, dtype)[None]
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+    cos, sin = (y.reshape(*[1] * (x.ndim - 2), *y.shape).astype(x.dtype) for y in (cos, sin))
     a, b = x[..., :half], x[..., half:]
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+
+
+def _frequencies(half: int, base: Any, dtype: Any) -> Any:
+    exponents = (-np.arange(half) / half).astype(dtype)
+    if isinstance(base, jax.Array):  # swept
+        return base.astype(dtype) ** exponents
+    return np.asarray(base, dtype) ** exponents
+
+
+@functools.lru_cache(maxsize=16)
+def _known_turns(positions: range, half: int, base: Any, dtype: Any) -> tuple[Any, Any]:
+    angles = np.asarray(positions, dtype)[:, None] * _frequencies(half, base, dtype)[None]
+    return np.cos(angles), np.sin(angles)
 
 
 def attend(
@@ -162,7 +173,7 @@ class Attention(nnx.Module):
         self.qkv = Dense(d, (n_heads + 2 * n_kv_heads) * self.h, bias, rngs=rngs)
         self.out = Dense(d, d, bias, std_out, rngs=rngs)
 
-    def heads(self, x: Array, positions: Array | np.ndarray) -> tuple[Array, Array, Array]:
+    def heads(self, x: Array, positions: Array | range) -> tuple[Array, Array, Array]:
         """Queries [B, G, R, T, h], keys and values [B, G, T, h] of x [B, T, d]."""
         b, t, d = x.shape
         parts = self.qkv(self.norm(x).reshape(b * t, d))
@@ -182,8 +193,10 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Array, key: Key | None = None, rate: Any = 0.0) -> Array:
         """`key` and `rate` are those of `attend`."""
-        on_cpu = platform() == "cpu"
-        q, k, v = self.heads(x, (np if on_cpu else jnp).arange(x.shape[1]))
+        t, on_cpu = x.shape[1], platform() == "cpu"
+        # An exported program's length may be a symbol.
+        known = on_cpu and isinstance(t, int)
+        q, k, v = self.heads(x, range(t) if known else jnp.arange(t))
         if key is not None:  # the fused form cannot leave out weights
             return self.joined(dense_attention(q, k, v, self.window, key, rate))
         # The fused form computes its softmax in float32, whatever comes in.

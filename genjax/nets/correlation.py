@@ -1,5 +1,5 @@
-"""XLA's own convolution of images, with derivatives that XLA on a CPU has a fast form for wherever
-they stand.
+"""Convolutions of images in the two forms that are fast on a CPU, wherever they stand: as one
+matrix product, and as XLA's own operation in one order of axes. NHWC, kernels HWIO.
 
 XLA turns a convolution's axes into the order that its fast forms want, (N, H, W, C) with a kernel
 (height, width, C, D), only outside of loops, and training steps are in loops. The derivatives that
@@ -12,7 +12,9 @@ and dy with examples in the place of channels. So they are one operation here, c
 derivatives of every order, which always has that order of axes.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,6 +41,7 @@ def is_faster(x: Array, kernel: Array, stride: int, pads: Sequence[tuple[int, in
         _IS_FAST
         and stride == 1
         and min(sizes) > 1
+        and all(side >= size for side, size in zip(x.shape[1:3], sizes, strict=True))
         and all(0 <= pad < size for size, sides in zip(sizes, pads, strict=True) for pad in sides)
         and all(32 <= depth <= 128 for depth in depths)
         and x.shape[1] * x.shape[2] >= 500
@@ -53,7 +56,7 @@ def correlate(x: Array, kernel: Array, pads: Pads) -> Array:
         x: images [N, H, W, C].
         kernel: K [height, width, C, D].
         pads: ((above, below), (left, right)), each at least 0 and less than the window; then those
-            of all derivatives are, too.
+            of all derivatives are, too, of images no smaller than the window.
 
     Returns:
         [N, H + above + below - height + 1, W + left + right - width + 1, D].
@@ -98,13 +101,24 @@ def _batched(args: Any, axes: Any, *, pads: Pads) -> tuple[Array, int]:
         x = jnp.moveaxis(x, of_x, 0)
         y = correlate(x.reshape(-1, *x.shape[2:]), kernel, pads)
         return y.reshape(*x.shape[:2], *y.shape[1:]), 0
-    # One after the other: each takes all cores.
-    kernel = jnp.moveaxis(kernel, of_kernel, 0)
-    if of_x is None:
-        return jax.lax.map(lambda one: correlate(x, one, pads), kernel), 0
-    return jax.lax.map(
-        lambda pair: correlate(pair[0], pair[1], pads), (jnp.moveaxis(x, of_x, 0), kernel)
-    ), 0
+    # Several kernels are products with one more axis, which devices can share.
+    return jax.vmap(partial(_products, pads=pads), axes)(x, kernel), 0
+
+
+def _products(x: Array, kernel: Array, *, pads: Pads) -> Array:
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    height, width = kernel.shape[:2]
+    rows, columns = x.shape[1] - height + 1, x.shape[2] - width + 1
+    if height * width <= rows * columns:
+        return by_products(x, kernel, 1)
+    # In a kernel's gradient the windows are as large as images, and the results few.
+    flat = kernel.reshape(-1, kernel.shape[-1])
+    found = [
+        x[:, i : i + height, j : j + width].reshape(x.shape[0], -1) @ flat
+        for i in range(rows)
+        for j in range(columns)
+    ]
+    return jnp.stack(found, axis=1).reshape(x.shape[0], rows, columns, -1)
 
 
 def _shape(x: Any, kernel: Any, *, pads: Pads) -> Any:
@@ -112,7 +126,8 @@ def _shape(x: Any, kernel: Any, *, pads: Pads) -> Any:
         size + sum(sides) - window + 1
         for size, sides, window in zip(x.shape[1:3], pads, kernel.shape[:2], strict=True)
     )
-    return x.update(shape=(x.shape[0], rows, columns, kernel.shape[3]))
+    shape = (x.shape[0], rows, columns, kernel.shape[3])
+    return x.update(shape=shape, weak_type=x.weak_type and kernel.weak_type)
 
 
 correlate_p = Primitive("correlate")
@@ -121,3 +136,48 @@ correlate_p.def_abstract_eval(_shape)
 ad.defbilinear(correlate_p, _to_x, _to_kernel)
 batching.primitive_batchers[correlate_p] = _batched
 mlir.register_lowering(correlate_p, mlir.lower_fun(_lax, multiple_results=False))
+
+
+# --- by products ----------------------------------------------------------------------------------
+
+
+def by_products(x: Array, kernel: Array, stride: int) -> Array:
+    """The convolution of x without padding as one matrix product.
+
+    Along each axis the pixels of a window can be laid side by side before the product (both axes:
+    "im2col"), or the products of single pixels can be shifted and summed after it. Memory traffic
+    decides: the way that makes the fewest numbers.
+    """
+    height, width, depth, d_out = kernel.shape
+    n, rows, columns, _ = x.shape
+    down, across = (rows - height) // stride + 1, (columns - width) // stride + 1
+    # Axes of the kernel that come before the product, and numbers for each pixel on both sides of
+    # it.
+    ways = {
+        (0, 1): height * width * depth + d_out,
+        (1,): width * depth + height * d_out,
+        (): depth + height * width * d_out,
+    }
+    # With a stride, a sum after the product would need products that nobody asks for.
+    early = (0, 1) if stride > 1 else min(ways, key=lambda way: ways[way])
+    late = tuple(axis for axis in (0, 1) if axis not in early)
+    tall, wide = down if 0 in early else rows, across if 1 in early else columns
+    end, last = (tall - 1) * stride + 1, (wide - 1) * stride + 1
+    sides = [x[:, i : i + end : stride, j : j + last : stride] for i, j in _offsets(kernel, early)]
+    left = jnp.concatenate(sides, axis=-1).reshape(n * tall * wide, -1)
+    right = kernel.transpose(*early, 2, *late, 3).reshape(left.shape[1], -1)
+    product = (left @ right).reshape(n, tall, wide, -1)
+    # The derivative of a split is one concatenation; that of slices is a sum of as many arrays as
+    # there are slices.
+    offsets = list(_offsets(kernel, late))
+    parts = jnp.split(product, len(offsets), axis=-1)
+    terms = [
+        part[:, i : i + down, j : j + across] for part, (i, j) in zip(parts, offsets, strict=True)
+    ]
+    return sum(terms[1:], start=terms[0])
+
+
+def _offsets(kernel: Array, axes: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Pixels of a window along some of its axes, in the order of a reshape."""
+    rows, columns = (range(kernel.shape[axis]) if axis in axes else range(1) for axis in (0, 1))
+    return itertools.product(rows, columns)

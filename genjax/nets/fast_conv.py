@@ -15,15 +15,14 @@ The price is memory, as windows are laid side by side. The whole gradients of th
 """
 
 import functools
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from genjax.nets.correlation import correlate, is_faster
+from genjax.nets.correlation import by_products, correlate, is_faster
 from genjax.protocol import Array
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
@@ -111,10 +110,10 @@ def _convolve(x: Array, kernel: Array, stride: int, pads: Sequence[tuple[int, in
     # Padding may be negative: it cuts.
     x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(before, after, 0) for before, after in sides])
     if stride == 1 or any(size % stride for size in (*kernel.shape[:2], *x.shape[1:3])):
-        return _windows(x, kernel, stride)
+        return by_products(x, kernel, stride)
     # A block of stride x stride pixels becomes one pixel with all their channels, and the stride is
     # gone.
-    return _windows(_to_blocks(x, stride), _to_blocks(kernel[None], stride)[0], 1)
+    return by_products(_to_blocks(x, stride), _to_blocks(kernel[None], stride)[0], 1)
 
 
 def _convolve_transpose(x: Array, kernel: Array, stride: int) -> Array:
@@ -130,7 +129,7 @@ def _convolve_transpose(x: Array, kernel: Array, stride: int) -> Array:
         0, 2, 4, 1, 3, 5
     )
     blocks = blocks.reshape(rows, columns, depth, stride * stride * d_out)[::-1, ::-1]
-    y = _windows(jnp.pad(x, ((0, 0), (rows - 1,) * 2, (columns - 1,) * 2, (0, 0))), blocks, 1)
+    y = by_products(jnp.pad(x, ((0, 0), (rows - 1,) * 2, (columns - 1,) * 2, (0, 0))), blocks, 1)
     n, down, across, _ = y.shape
     y = y.reshape(n, down, across, stride, stride, d_out).transpose(0, 1, 3, 2, 4, 5)
     y = y.reshape(n, down * stride, across * stride, d_out)
@@ -152,48 +151,6 @@ def _to_blocks(x: Array, size: int) -> Array:
     return jnp.swapaxes(x, 2, 3).reshape(
         n, height // size, width // size, size * size * depth, *rest
     )
-
-
-def _windows(x: Array, kernel: Array, stride: int) -> Array:
-    """The convolution of x without padding as one matrix product.
-
-    Along each axis the pixels of a window can be laid side by side before the product (both axes:
-    "im2col"), or the products of single pixels can be shifted and summed after it. Memory traffic
-    decides: the way that makes the fewest numbers.
-    """
-    height, width, depth, d_out = kernel.shape
-    n, rows, columns, _ = x.shape
-    down, across = (rows - height) // stride + 1, (columns - width) // stride + 1
-    # Axes of the kernel that come before the product, and numbers for each pixel on both sides of
-    # it.
-    ways = {
-        (0, 1): height * width * depth + d_out,
-        (1,): width * depth + height * d_out,
-        (): depth + height * width * d_out,
-    }
-    # With a stride, a sum after the product would need products that nobody asks for.
-    early = (0, 1) if stride > 1 else min(ways, key=lambda way: ways[way])
-    late = tuple(axis for axis in (0, 1) if axis not in early)
-    tall, wide = down if 0 in early else rows, across if 1 in early else columns
-    end, last = (tall - 1) * stride + 1, (wide - 1) * stride + 1
-    sides = [x[:, i : i + end : stride, j : j + last : stride] for i, j in _offsets(kernel, early)]
-    left = jnp.concatenate(sides, axis=-1).reshape(n * tall * wide, -1)
-    right = kernel.transpose(*early, 2, *late, 3).reshape(left.shape[1], -1)
-    product = (left @ right).reshape(n, tall, wide, -1)
-    # The derivative of a split is one concatenation; that of slices is a sum of as many arrays as
-    # there are slices.
-    offsets = list(_offsets(kernel, late))
-    parts = jnp.split(product, len(offsets), axis=-1)
-    terms = [
-        part[:, i : i + down, j : j + across] for part, (i, j) in zip(parts, offsets, strict=True)
-    ]
-    return sum(terms[1:], start=terms[0])
-
-
-def _offsets(kernel: Array, axes: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Pixels of a window along some of its axes, in the order of a reshape."""
-    rows, columns = (range(kernel.shape[axis]) if axis in axes else range(1) for axis in (0, 1))
-    return itertools.product(rows, columns)
 
 
 class Conv(nnx.Conv):

@@ -30,6 +30,10 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*)$")
 _SHAPE = re.compile(r"^\w+\[([\d,]*)\]")
 _DOT = re.compile(r"\bdot\([^%]*%([\w.\-]+),.*lhs_contracting_dims=\{([\d,]*)\}")
+_CONVOLUTION = re.compile(
+    r"\bconvolution\([^%]*%[\w.\-]+, [^%]*%([\w.\-]+)\).*dim_labels=\w+_(\w+)->"
+)
+_DILATION = re.compile(r"lhs_dilate=([\dx]+)")
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
 )
@@ -118,8 +122,8 @@ def cost_of(program: Any) -> tuple[float, int]:
     """(FLOPs, bytes of temporary memory) of a compiled program; nan and 0 where the backend does
     not tell.
 
-    The compiler's own count takes the body of a loop once; the matrix products of its other trips
-    are added.
+    The compiler's own count takes the body of a loop once; the matrix products and convolutions of
+    its other trips are added.
     """
     analysis = program.cost_analysis() or {}
     memory = program.memory_analysis()
@@ -128,8 +132,8 @@ def cost_of(program: Any) -> tuple[float, int]:
 
 
 def loop_flops(text: str) -> float:
-    """FLOPs of matrix products in loops beyond their first trip, from a program's text, which the
-    compiler leaves out.
+    """FLOPs of matrix products and convolutions in loops beyond their first trip, from a program's
+    text, which the compiler leaves out.
     """
     products, calls, entry = _read(text)
     with_trips, once = _times(calls, entry, True), _times(calls, entry, False)
@@ -137,8 +141,8 @@ def loop_flops(text: str) -> float:
 
 
 def _read(text: str) -> tuple[dict[str, float], dict[str, list[tuple[str, int]]], str]:
-    """By computation: FLOPs of its own matrix products, and (computation, trips) of what it calls;
-    and the entry's name.
+    """By computation: FLOPs of its own matrix products and convolutions, and (computation, trips)
+    of what it calls; and the entry's name.
     """
     products: dict[str, float] = defaultdict(float)
     calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
@@ -156,6 +160,12 @@ def _read(text: str) -> tuple[dict[str, float], dict[str, list[tuple[str, int]]]
         if dot := _DOT.search(found[2]):
             contracted = [shapes[dot[1]][int(axis)] for axis in dot[2].split(",") if axis]
             products[name] += 2 * math.prod(shapes[found[1]]) * math.prod(contracted)
+        if convolution := _CONVOLUTION.search(found[2]):
+            kernel, axes = shapes[convolution[1]], convolution[2]
+            taps = math.prod(kernel) / kernel[axes.index("o")]
+            if dilated := _DILATION.search(found[2]):  # zeros between the numbers
+                taps /= math.prod(int(size) for size in dilated[1].split("x"))
+            products[name] += 2 * math.prod(shapes[found[1]]) * taps
         trips = _TRIPS.search(found[2])
         called = _CALLED.findall(found[2])
         if branches := _BRANCHES.search(found[2]):
