@@ -270,7 +270,8 @@ def steps_text(peers: dict[str, Any], overhead: dict[str, Any]) -> str:
         f"A step of {len(rows)} rows takes {means[0]:.2f} of PyTorch's time with as many steps a "
         f"dispatch as the row has, {means[1]:.2f} with one (geometric means, each side under its "
         f"best allocator; {spans[0]} and {spans[1]}; {peers['hardware']['cores']} cores with "
-        f"products at {peers['peak_gflops']:.0f} GFLOP/s, jax {peers['versions']['jax']}; others in the notes), and "
+        f"products at {peers['peak_gflops']:.0f} GFLOP/s, jax {peers['versions']['jax']}; others "
+        "in the notes), and "
         f"{percent(min(by_hand))} to {percent(max(by_hand))} over one by hand in plain jax."
     )
     return textwrap.fill(sentence, 110)
