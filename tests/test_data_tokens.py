@@ -103,6 +103,11 @@ def test_other_json_beside_the_ids(tmp_path):
         assert source.spec.levels == 7
         said = any("meta.json cannot be read as JSON" in note for note in source.notes)
         assert said == (content == "{")
+    (tmp_path / "meta.json").write_text("{")
+    (tmp_path / "meta.pkl").write_bytes(b"")
+    (note,) = (one for one in token_stream(path, context=8).notes if "meta.json" in one)
+    assert "cannot be read as JSON" in note
+    assert "meta.pkl is not read" in note
     for content, match in (("{", "cannot be read as JSON"), ('{"a": 3}', "expected a list of")):
         (tmp_path / "vocabulary.json").write_text(content)
         with pytest.raises(DataError, match=match):

@@ -139,6 +139,7 @@ def test_angles_of_known_positions_are_known_and_those_of_others_the_same():
     np.testing.assert_allclose(rotary(x, known), jax.jit(rotary)(x, places), atol=1e-6)
     swept = jax.jit(lambda base: rotary(x, known, base))(jnp.asarray(500.0))
     np.testing.assert_allclose(rotary(x, known, 500.0), swept, atol=2e-4)
+    assert (rotary(x, known, np.array(500.0)) == rotary(x, known, 500)).all()
     layer = Attention(12, 2, 1, "layer", True, None, True, 0.3, rngs=nnx.Rngs(0))
     assert " sin " not in str(jax.make_jaxpr(layer)(jnp.ones((2, 5, 12))))
     of_one = jax.make_jaxpr(lambda place: layer.heads(jnp.ones((2, 1, 12)), place[None]))

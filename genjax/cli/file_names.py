@@ -13,7 +13,7 @@ from typing import Any
 from genjax.cli.terminal import say
 from genjax.errors import ConfigError, regular_file
 
-SAMPLE_ENDINGS = (".npz", ".png", ".txt", ".mid")
+ENDINGS = (".npz", ".png", ".txt", ".mid")  # of samples
 
 
 def sample_stem(options: Any, n: int, asked: dict[str, Any], arrays: dict[str, Any]) -> Path:
@@ -45,7 +45,7 @@ def free(path: Path, arrays: dict[str, Any]) -> Path:
     """A name for samples that somebody gave, without an ending that they get anyway, and with a
     number where something else is there.
     """
-    stem = path.with_suffix("") if path.suffix in SAMPLE_ENDINGS else path
+    stem = path.with_suffix("") if path.suffix.lower() in ENDINGS else path
     numbered = (stem.with_name(f"{stem.name}-{number}") for number in itertools.count(2))
     for candidate in itertools.chain([stem], numbered):
         if not _taken(candidate) or _same(candidate, arrays):

@@ -56,7 +56,7 @@ SAMPLE_FLAGS: dict[str, tuple[Any, Any, str]] = {
     "out": (
         Path | None,
         None,
-        "Where to write, with or without .npz; in the run folder unless given.",
+        "Where to write, with or without an ending; in the run folder unless given.",
     ),
 }
 

@@ -183,32 +183,33 @@ def symbols_beside(where: str) -> Symbols:
     Raises:
         DataError: for a vocabulary.json that is none.
     """
-    folder = Path(where).parent
+    folder, notes = Path(where).parent, []
     for name in ("vocabulary.json", "meta.json"):
         path = folder / name
         if not path.is_file():
             continue
         found = _symbols_in(path, strict=name == "vocabulary.json")
-        if found is not None:
+        if isinstance(found, Symbols):
             return found
+        notes += [found] if found else []
     if (folder / "meta.pkl").is_file():
-        return Symbols(
-            None,
-            None,
+        notes.append(
             f"{folder / 'meta.pkl'} is not read, as to unpickle is to run what is in it: if it is "
             "your own, write its itos as a list into vocabulary.json beside it, and samples are "
-            "text",
+            "text"
         )
-    return Symbols(None, None, None)
+    return Symbols(None, None, "; ".join(notes) or None)
 
 
-def _symbols_in(path: Path, strict: bool) -> Symbols | None:
-    """What a file of symbols says; None for a file of something else, if that may be."""
+def _symbols_in(path: Path, strict: bool) -> Symbols | str | None:
+    """What a file of symbols says; where it may be about something else, None if it is, and a note
+    if it cannot be read.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        if not strict:  # it may be about something else
-            return Symbols(None, None, f"samples are ids: {path} cannot be read as JSON ({error})")
+        if not strict:
+            return f"samples are ids: {path} cannot be read as JSON ({error})"
         raise DataError(f"{path}: cannot be read as JSON ({error}). Mend or move it.") from None
     size = value.get("vocab_size") if isinstance(value, dict) else None
     symbols = _in_order(value)

@@ -36,7 +36,7 @@ def rotary(x: Array, positions: Array | range, base: Any = BASE) -> Array:
     """
     half, dtype = x.shape[-1] // 2, wide(x.dtype)
     if isinstance(positions, range) and not isinstance(base, jax.Array):
-        cos, sin = _known_turns(positions, half, base, jnp.dtype(dtype))
+        cos, sin = _known_turns(positions, half, float(base), jnp.dtype(dtype))
     else:
         angles = jnp.asarray(positions, dtype)[:, None] * _frequencies(half, base, dtype)[None]
         cos, sin = jnp.cos(angles), jnp.sin(angles)
@@ -53,7 +53,7 @@ def _frequencies(half: int, base: Any, dtype: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=16)
-def _known_turns(positions: range, half: int, base: Any, dtype: Any) -> tuple[Any, Any]:
+def _known_turns(positions: range, half: int, base: float, dtype: Any) -> tuple[Any, Any]:
     angles = np.asarray(positions, dtype)[:, None] * _frequencies(half, base, dtype)[None]
     return np.cos(angles), np.sin(angles)
 

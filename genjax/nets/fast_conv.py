@@ -22,14 +22,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from genjax.nets.correlation import by_products, correlate, is_faster
+from genjax.nets.correlation import NHWC, Padding, by_products, correlate, is_faster
 from genjax.protocol import Array
 
-_NHWC = ("NHWC", "HWIO", "NHWC")
 _LECUN = nnx.initializers.lecun_normal()
-
-# Zeros before and after the rows, and the columns, of an image.
-Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
 # Traced and differentiated once for each shape: two ways of computing, and the derivatives of both,
@@ -55,7 +51,7 @@ def convolve(x: Array, kernel: Array, stride: int = 1, padding: Padding | None =
     pads = same if padding is None else padding
 
     def native(x: Array, kernel: Array) -> Array:
-        return jax.lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=_NHWC)
+        return jax.lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=NHWC)
 
     def fast(x: Array, kernel: Array) -> Array:
         if is_faster(x, kernel, stride, pads):
@@ -81,7 +77,7 @@ def convolve_transpose(x: Array, kernel: Array, stride: int = 1) -> Array:
 
     def native(x: Array, kernel: Array) -> Array:
         strides = (stride, stride)
-        return jax.lax.conv_transpose(x, kernel, strides, "SAME", dimension_numbers=_NHWC)
+        return jax.lax.conv_transpose(x, kernel, strides, "SAME", dimension_numbers=NHWC)
 
     def products(x: Array, kernel: Array) -> Array:
         return _convolve_transpose(x, kernel, stride)

@@ -13,17 +13,20 @@ import jax
 from genjax.nets.correlation import correlate_p
 
 
-def _dots(primitive: Any, *given: Any, **params: Any) -> Any:
-    """jax's policy, which has its own products and convolutions, and ours."""
-    dots = jax.checkpoint_policies.dots_saveable
-    return primitive is correlate_p or dots(primitive, *given, **params)
+def _with_ours(policy: Callable[..., Any]) -> Callable[..., Any]:
+    """A policy of jax's, which knows its own products and convolutions. Ours has no batch axis: of
+    several kernels at once it is products.
+    """
+    return lambda primitive, *given, **params: (
+        primitive is correlate_p or policy(primitive, *given, **params)
+    )
 
 
 # What stays of a part that is computed again, beside what goes into it; "none" computes none again.
 POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": _dots,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": _with_ours(jax.checkpoint_policies.dots_saveable),
+    "dots_no_batch": _with_ours(jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
 }
 
 

@@ -123,7 +123,7 @@ def cost_of(program: Any) -> tuple[float, int]:
     not tell.
 
     The compiler's own count takes the body of a loop once; the matrix products and convolutions of
-    its other trips are added.
+    its other trips are added, with the zeros around images, which it leaves out.
     """
     analysis = program.cost_analysis() or {}
     memory = program.memory_analysis()
