@@ -3,11 +3,11 @@
 
 On a CPU, XLA computes some derivatives of a convolution 10 to 50 times slower than others: the
 weight gradient of a transposed convolution always, and every weight gradient inside a loop, which
-is where training steps are. So on a CPU a convolution is here written as slices, one matrix product
-and shifted sums. All of that is linear, so its derivatives of every order, and its batches over
+is where training steps are. So on a CPU a convolution becomes slices, one matrix product and
+shifted sums. All of that is linear, so its derivatives of every order, and its batches over
 kernels, are of the same form and as fast. Large images are faster by XLA's own convolution in the
-one order of axes that it has a fast form for in loops (`nets.correlation`). Other platforms get the
-native convolution.
+one order of axes that it has a fast form for in loops. Both forms are in `nets.correlation`; here
+are strides, grown images and layers. Other platforms get the native convolution.
 
 The price is memory, as windows are laid side by side. The whole gradients of the zoo's rows took
 1.03 to 1.85 times as long with native convolutions outside of a loop, and 5 to 13 times inside
