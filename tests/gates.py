@@ -56,15 +56,16 @@ def assert_same(got, wanted):
 
 
 def assert_close(got, wanted, rtol=1e-4):
-    """Every leaf is equal to `rtol` of its own largest entry: small entries are differences of
-    large ones. Whole numbers and keys are equal exactly.
+    """Every leaf is equal to `rtol` of its own largest finite entry: small entries are differences
+    of large ones. Whole numbers and keys are equal exactly, and so is what is not finite.
     """
     got, wanted = named(got), named(wanted)
     assert got.keys() == wanted.keys()
     for name, leaf in wanted.items():
         assert (got[name].shape, got[name].dtype) == (leaf.shape, leaf.dtype), name
         exact = not np.issubdtype(leaf.dtype, np.floating)
-        scale = 0 if exact or not leaf.size else rtol * np.abs(leaf).max()
+        sizes = [] if exact else np.abs(leaf)[np.isfinite(leaf)]
+        scale = rtol * max(sizes, default=0)
         np.testing.assert_allclose(got[name], leaf, rtol=0, atol=scale, err_msg=name)
 
 

@@ -121,11 +121,31 @@ def test_its_ways_of_sampling_end_in_events():
 def test_a_condition_goes_to_both_stages():
     spec = dataclasses.replace(SPEC, n_classes=3, class_names=("a", "b", "c"))
     assert latent_spec(first_stage(spec).model).n_classes == 3
-    _, both, params, state = both_stages(spec)
+    second, both, params, state = both_stages(spec)
+    params = params | {"flow": grown(params["flow"])}
+    latent = first_stage(spec).model.latent
     batch = example_batch(spec, jax.random.key(2), 4)
-    assert quick(both.bound)(params, state, batch, KEY).shape == (4,)
+    key_z, key_second = jax.random.split(KEY)
+
+    @quick
+    def by_hand_bound(cond_one, cond_two):
+        """With a condition for each stage."""
+        first = params[FIRST], state[FIRST]
+        mean, log_scale = latent.encode(*first, batch.x, cond_one)
+        z = mean + jnp.exp(log_scale) * jax.random.normal(key_z, mean.shape)
+        log_x = latent.log_likelihood(*first, batch._replace(cond=cond_one), z)
+        codes = batch._replace(x=z, cond=cond_two)
+        log_z = second.score({"flow": params["flow"]}, {"flow": {}}, codes, key_second)
+        return log_x + log_z - sum_event(normal_log_prob(z, mean, log_scale))
+
+    found, other = quick(both.bound)(params, state, batch, KEY), (batch.cond + 1) % 3
+    np.testing.assert_allclose(found, by_hand_bound(batch.cond, batch.cond), rtol=1e-5)
+    for conds in ((other, batch.cond), (batch.cond, other)):
+        assert (np.abs(found - by_hand_bound(*conds)) > 1e-3).all()
     sample = quick(both.sample, static_argnums=3)
-    assert sample(params, state, KEY, 2, jnp.asarray([0, 2])).shape == (2, *SPEC.shape)
+    several = [sample(params, state, KEY, 8, jnp.full(8, c, jnp.int32)) for c in (0, 2)]
+    assert several[0].shape == (8, *SPEC.shape)
+    assert (several[0] != several[1]).any()
 
 
 @pytest.mark.slow

@@ -102,6 +102,8 @@ def test_g10_the_gradient_reaches_every_parameter(name):
         with jax.enable_x64(True):
             several = [named(value_and_grad(own, widen(batch(name, seed)))[1]) for seed in range(3)]
         unused = [path for path in several[0] if not any(grads[path].any() for grads in several)]
+        finite = all(np.isfinite(leaf).all() for grads in several for leaf in grads.values())
+        assert finite, f"the gradient of {player} is not finite"
         assert not unused, f"no influence on the loss of {player}: {unused}"
 
 

@@ -199,7 +199,7 @@ def test_commands_take_the_best_under_names_of_their_own(whole, capsys, monkeypa
     step = genjax.load(folder, "best").step
     for which in ("newest", "best"):
         args = ["whole", "--which", which]
-        genjax.cli.main(["sample", *args, "--n", "2"])
+        genjax.cli.main(["sample", *args, "--n", "64"])
         genjax.cli.main(["evaluate", *args, "--n-samples", "2"])
         genjax.cli.main(["export", *args])
     capsys.readouterr()
@@ -207,9 +207,10 @@ def test_commands_take_the_best_under_names_of_their_own(whole, capsys, monkeypa
     assert [(one["which"], one["step"]) for one in reports] == [("newest", 120), ("best", step)]
     assert reports[0]["mean"] != reports[1]["mean"]
     one, other = (
-        np.load(folder / "samples" / f"sample_n2_seed0{end}.npz")["x"] for end in ("", "_best")
+        np.load(folder / "samples" / f"sample_n64_seed0{end}.npz")["x"] for end in ("", "_best")
     )
     assert one.shape == other.shape
+    assert (one != other).any()
     assert (folder / "export").is_dir()
     assert (folder / "export-best").is_dir()
 

@@ -206,6 +206,24 @@ class Optimizer:
                 f"got {self.learning_rate} * {self.weight_decay}."
             )
 
+    def idle(self) -> list[str]:
+        """What is set to something else than it is by itself, and does nothing beside the other
+        settings; a line each.
+        """
+        whys = {
+            "final_fraction": (self.schedule == "constant", "the schedule is constant"),
+            "decay_fraction": (self.schedule != "wsd", "it is of the schedule wsd"),
+            "b1": (self.algorithm == "rmsprop", "rmsprop has no first moment"),
+            "b2": (self.algorithm == "sgd", "sgd has no second moment"),
+            "decayed": (not used(self.weight_decay), "weight_decay is 0"),
+        }
+        own = {field.name: field.default for field in dataclasses.fields(self)}
+        return [
+            f"{name} {getattr(self, name)} has no effect: {why}"
+            for name, (idle, why) in whys.items()
+            if idle and getattr(self, name) != own[name]
+        ]
+
     def build(
         self, steps: int, labels: Labels = (), player: str | None = None, turns: int = 1
     ) -> "optax.GradientTransformation":

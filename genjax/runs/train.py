@@ -97,7 +97,7 @@ def _train(
     """See `train`; the lock of the folder is `held` until the end."""
     stage, schedule = stages.opened(recipe, given), recipe.schedule
     if writes():  # before the model may refuse the data for what they were taken for
-        for line in about_data(stage.source):
+        for line in (*about_data(stage.source), *about_settings(recipe)):
             say(line)
     source, model = stage.source, recipe.build(stage.on)
     valid_every = _valid_every(recipe, model)
@@ -262,6 +262,20 @@ def about_data(source: Source) -> list[str]:
     lines = [f"data: {'; '.join(source.notes)}"] if source.notes else []
     why = no_picture(source.spec)
     return lines if why is None else [*lines, why]
+
+
+def about_settings(recipe: Recipe) -> list[str]:
+    """Settings of the training that were changed and do nothing beside the others, a line each."""
+    given, every = recipe.optimizer, recipe.schedule.snapshot_every
+    players = given if isinstance(given, Mapping) else {"": given}
+    lines = [
+        f"{player}{'.' if player else ''}{line}"
+        for player, optimizer in players.items()
+        for line in optimizer.idle()
+    ]
+    if every != Schedule.snapshot_every and not any(one.sigma_rels for one in players.values()):
+        lines.append(f"snapshot_every {every} has no effect: no sigma_rels are tracked")
+    return lines
 
 
 def about_tails(model: Model, arrays: Batch) -> list[str]:
