@@ -19,7 +19,6 @@ from genjax.learning.optim import (
     averaged,
     track_ema,
 )
-from genjax.runs.train import about_settings
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import Schedule
 from genjax.zoo.sections import replace
@@ -452,51 +451,6 @@ def test_a_weight_decay_that_would_be_ignored_is_refused() -> None:
     with pytest.raises(ConfigError, match="adam has no weight decay; use adamw, lion or muon"):
         Optimizer(algorithm="adam", weight_decay=0.1).build(10)
     Optimizer(algorithm="lion", weight_decay=0.1).build(10)
-
-
-IDLE = {
-    "final_fraction": ({"final_fraction": 0.1}, {"schedule": "cosine"}),
-    "decay_fraction": ({"decay_fraction": 0.5, "schedule": "cosine"}, {"schedule": "wsd"}),
-    "b1": ({"b1": 0.5, "algorithm": "rmsprop"}, {"algorithm": "adam"}),
-    "b2": ({"b2": 0.9, "algorithm": "sgd"}, {"algorithm": "rmsprop"}),
-    "decayed": ({"decayed": ("vector",), "algorithm": "adamw"}, {"weight_decay": 0.1}),
-}
-
-
-@pytest.mark.parametrize("name", IDLE)
-def test_a_setting_without_effect_is_said_and_has_none(name):
-    """And with the other one it has some, and is not said."""
-    given, other = IDLE[name]
-
-    def trained(settings):
-        tx, params = Optimizer(learning_rate=0.1, **settings).build(4), tree()
-        state, run = tx.init(params), step(tx)
-        for _ in range(4):
-            params, state = run(tree(), state, params)
-        return params
-
-    def without(settings):
-        return {key: value for key, value in settings.items() if key != name}
-
-    (line,) = Optimizer(**given).idle()
-    assert line.startswith(f"{name} {given[name]} has no effect: ")
-    jax.tree.map(np.testing.assert_array_equal, trained(given), trained(without(given)))
-    assert Optimizer(**{**given, **other}).idle() == []
-    pairs = zip(
-        *(jax.tree.leaves(trained(f({**given, **other}))) for f in (dict, without)), strict=True
-    )
-    assert any((a != b).any() for a, b in pairs)
-
-
-def test_no_row_of_the_zoo_has_settings_without_effect_and_training_says_those_of_a_player():
-    assert {name: about_settings(row) for name, row in ZOO.items() if about_settings(row)} == {}
-    players = {name: Optimizer(final_fraction=0.5) for name in ("generator", "discriminator")}
-    row = dataclasses.replace(ZOO["gan"], optimizer=players, schedule=Schedule(snapshot_every=7))
-    assert about_settings(row) == [
-        "generator.final_fraction 0.5 has no effect: the schedule is constant",
-        "discriminator.final_fraction 0.5 has no effect: the schedule is constant",
-        "snapshot_every 7 has no effect: no sigma_rels are tracked",
-    ]
 
 
 def test_a_player_of_several_turns_has_the_schedule_of_the_run():
