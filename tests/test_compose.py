@@ -142,10 +142,19 @@ def test_a_condition_goes_to_both_stages():
     np.testing.assert_allclose(found, by_hand_bound(batch.cond, batch.cond), rtol=1e-5)
     for conds in ((other, batch.cond), (batch.cond, other)):
         assert (np.abs(found - by_hand_bound(*conds)) > 1e-3).all()
-    sample = quick(both.sample, static_argnums=3)
-    several = [sample(params, state, KEY, 8, jnp.full(8, c, jnp.int32)) for c in (0, 2)]
-    assert several[0].shape == (8, *SPEC.shape)
-    assert (several[0] != several[1]).any()
+
+    @quick
+    def sample_by_hand(cond_one, cond_two):
+        key_z, key_x = jax.random.split(KEY)
+        z = second.sample({"flow": params["flow"]}, {"flow": {}}, key_z, 32, cond_two)
+        return latent.draw(params[FIRST], state[FIRST], key_x, z, cond_one)
+
+    conds = [jnp.full(32, c, jnp.int32) for c in (0, 2)]
+    sample = quick(both.sample, static_argnums=3)(params, state, KEY, 32, conds[1])
+    assert sample.shape == (32, *SPEC.shape)
+    np.testing.assert_array_equal(sample, sample_by_hand(conds[1], conds[1]))
+    for pair in (conds, conds[::-1]):
+        assert (sample != sample_by_hand(*pair)).any()
 
 
 @pytest.mark.slow

@@ -112,6 +112,17 @@ def test_padding_may_be_of_any_side_and_cut(pads, size, stride, x64):
     jax.tree.map(close, found, wanted)
 
 
+def test_an_image_of_one_pixel_has_zeros_all_around_it(x64):
+    for side in (1, 2):
+        for a, b in CHANNELS:
+            x, kernel = normal(2, side, 1, a), normal(3, 3, a, b, seed=1)
+            found, wanted = (jax.vjp(partial(f, stride=1), x, kernel) for f in PAIRS["convolve"])
+            np.testing.assert_allclose(found[0], wanted[0], rtol=1e-10)
+            pairs = zip(found[1](found[0]), wanted[1](wanted[0]), strict=True)
+            for one, other in pairs:
+                np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PAIRS)
 def test_several_kernels_at_once_are_one_after_the_other(x64, name):

@@ -50,6 +50,10 @@ def test_a_setting_without_effect_is_said_and_has_none(name):
     assert any((a != b).any() for a, b in pairs)
 
 
+def test_a_label_of_a_models_own_has_a_rule_by_being_named():
+    assert Optimizer(decayed=("matrix", "codes")).idle() == []
+
+
 def test_no_row_of_the_zoo_has_settings_without_effect_and_training_says_those_of_a_player():
     assert {name: about_settings(row) for name, row in ZOO.items() if about_settings(row)} == {}
     players = {name: Optimizer(final_fraction=0.5) for name in ("generator", "discriminator")}

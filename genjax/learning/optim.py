@@ -215,7 +215,11 @@ class Optimizer:
             "decay_fraction": (self.schedule != "wsd", "it is of the schedule wsd"),
             "b1": (self.algorithm == "rmsprop", "rmsprop has no first moment"),
             "b2": (self.algorithm == "sgd", "sgd has no second moment"),
-            "decayed": (not used(self.weight_decay), "weight_decay is 0"),
+            # A label of a model's own needs a rule, which may be that it does not decay.
+            "decayed": (
+                not used(self.weight_decay) and set(self.decayed) <= set(LABELS),
+                "weight_decay is 0",
+            ),
         }
         own = {field.name: field.default for field in dataclasses.fields(self)}
         return [

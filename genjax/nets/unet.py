@@ -33,11 +33,11 @@ def group_norm(x: Array, groups: int, scale: Array, shift: Array) -> Array:
     itself. Wu & He 2018.
 
     Both moments come from one pass over the pixels, and so do their derivatives: a step of a U-Net
-    takes 0.94 to 0.98 of the time. They are those of differences from the first pixel, which is at
-    most sqrt(H W var) away from the mean, so that var is right whatever the mean is (Chan, Golub &
-    LeVeque 1983). Sums over pixels come first, and those over the channels of a group after, as a
-    product with a small matrix: on a CPU a loop over pixels that reads one number for several
-    channels is not vectorised, with all that XLA fuses into it.
+    takes 0.94 to 0.98 of the time. They are those of differences from a group's mean at the first
+    pixel, which is at most sqrt(H W var) away from the mean of all, so that var is right whatever
+    the mean is (Chan, Golub & LeVeque 1983). Sums over pixels come first, and those over the
+    channels of a group after, as a product with a small matrix: on a CPU a loop over pixels that
+    reads one number for several channels is not vectorised, with all that XLA fuses into it.
     """
     n, height, width, d = x.shape
     y = x.astype(wide(x.dtype)).reshape(n, height * width, d)

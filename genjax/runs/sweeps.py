@@ -34,7 +34,7 @@ from genjax.runs.lock import locked
 from genjax.runs.log import logging_in
 from genjax.runs.smaller import fitting, widest
 from genjax.runs.stages import Opened, opened
-from genjax.runs.train import VALID_SEED, about_data, feed_of, go_on
+from genjax.runs.train import VALID_SEED, about_data, about_settings, feed_of, go_on
 from genjax.settings import Within, check_setting
 from genjax.zoo.recipe import Recipe, config_hash, to_dict
 from genjax.zoo.sections import replace, settings_of
@@ -177,7 +177,7 @@ def _run(
     """See `run_sweep`; the lock of the folder is `held` until the end."""
     stage = opened(recipe)
     check_values(recipe, members.axes, stage)  # before anything is written
-    for line in about_data(stage.source):
+    for line in (*about_data(stage.source), *about_settings(recipe)):
         say(line)
     splits = stage.source.load()
     scored = recipe.build(stage.on).score is not None
