@@ -9,9 +9,11 @@ import optax
 import pytest
 
 from genjax.learning.optim import Optimizer
+from genjax.runs.sweeps import run_sweep
 from genjax.runs.train import about_settings
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import Schedule
+from genjax.zoo.sections import replace
 
 PARAMS = {"kernel": jnp.asarray([[1.0, -2.0], [0.5, 3.0]]), "bias": jnp.asarray([1.0, -1.0])}
 IDLE = {
@@ -62,4 +64,13 @@ def test_no_row_of_the_zoo_has_settings_without_effect_and_training_says_those_o
         "generator.final_fraction 0.5 has no effect: the schedule is constant",
         "discriminator.final_fraction 0.5 has no effect: the schedule is constant",
         "snapshot_every 7 has no effect: no sigma_rels are tracked",
+    ]
+
+
+@pytest.mark.slow
+def test_a_sweep_says_of_each_value_that_it_has_no_effect(tmp_path):
+    row, said = replace(ZOO["vae"], hidden=(4,), latent_dim=1, steps=2, schedule="constant"), []
+    run_sweep(row, {"final_fraction": [0.0, 0.2, 0.5]}, 1, tmp_path / "run", say=said.append)
+    assert [line for line in said if "has no effect" in line] == [
+        f"final_fraction {value} has no effect: the schedule is constant" for value in (0.2, 0.5)
     ]

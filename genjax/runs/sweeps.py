@@ -70,8 +70,16 @@ def check_values(recipe: Recipe, axes: Mapping[str, Sequence[float]], stage: Ope
     Raises:
         ConfigError: from the settings and the builder.
     """
-    for values in itertools.product(*axes.values()):
-        replace(recipe, **dict(zip(axes, values, strict=True))).build(stage.on)
+    for own in _combinations(recipe, axes):
+        own.build(stage.on)
+
+
+def _combinations(recipe: Recipe, axes: Mapping[str, Sequence[float]]) -> list[Recipe]:
+    """The recipe of each combination of values."""
+    return [
+        replace(recipe, **dict(zip(axes, values, strict=True)))
+        for values in itertools.product(*axes.values())
+    ]
 
 
 def _is_real(hint: Any) -> bool:
@@ -177,7 +185,8 @@ def _run(
     """See `run_sweep`; the lock of the folder is `held` until the end."""
     stage = opened(recipe)
     check_values(recipe, members.axes, stage)  # before anything is written
-    for line in (*about_data(stage.source), *about_settings(recipe)):
+    idle = [line for own in _combinations(recipe, members.axes) for line in about_settings(own)]
+    for line in (*about_data(stage.source), *dict.fromkeys(idle)):
         say(line)
     splits = stage.source.load()
     scored = recipe.build(stage.on).score is not None
