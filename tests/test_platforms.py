@@ -104,6 +104,9 @@ def test_what_is_computed_once_is_itself_and_has_its_derivatives():
     assert (jax.grad(lambda x: (platforms.once(x) * dx).sum())(x) == dx).all()
     assert (jax.vmap(platforms.once)(x) == x).all()
     assert platforms.once(jnp.arange(3)).dtype == jnp.int32
+    for name, loops in (("cpu", True), ("tpu", False), ("cuda", False)):
+        text = jax.export.export(jax.jit(platforms.once), platforms=(name,))(x).mlir_module()
+        assert ("while" in text) == loops
 
 
 @pytest.mark.parametrize(("wrap", "most"), [(platforms.once, 1), (lambda x: x, None)])

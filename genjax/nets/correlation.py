@@ -146,7 +146,7 @@ mlir.register_lowering(correlate_p, mlir.lower_fun(_lax, multiple_results=False)
 
 
 def by_products(
-    x: Array, kernel: Array, stride: int = 1, pads: Sequence[tuple[int, int]] = ((0, 0), (0, 0))
+    x: Array, kernel: Array, stride: int, pads: Sequence[tuple[int, int]] = ((0, 0), (0, 0))
 ) -> Array:
     """The convolution of x as one matrix product.
 
