@@ -244,6 +244,7 @@ def width_parts(found: dict[str, Any]) -> list[str]:
     for row in found["rows"]:
         share = {key: 100 * value for key, value in row["share_of_peak"].items()}
         width = row["width"] if isinstance(row["width"], list) else [row["width"]]
+        at_peak = row.get("with_products_at_peak")
         rows.append(
             [
                 f"`{row['recipe']}`, {row['setting']} {' '.join(map(str, width))}",
@@ -253,6 +254,7 @@ def width_parts(found: dict[str, Any]) -> list[str]:
                 f"{row['flops'] / 1e9:.1f}",
                 f"{row['peak_gflops']:.0f}",
                 f"{quartiles(share, '.0f')} %",
+                "" if at_peak is None else f"{100 * at_peak:.0f} %",
             ]
         )
     return [
@@ -260,7 +262,9 @@ def width_parts(found: dict[str, Any]) -> list[str]:
         "",
         f"Training steps (float32, {found['steps_per_dispatch']} a dispatch, memory by "
         f"{found['allocator']}; {machine(found)}), as shares of the rate of a large matrix "
-        "product, in turns with it. FLOPs are what XLA counts of one step.",
+        "product, in turns with it. FLOPs are what XLA counts of one step. Last, the share if its "
+        "products ran at the peak and the rest of it, which is the optimiser and the matrices' "
+        "traffic, took what it takes with the fewest examples.",
         "",
         markdown(
             [
@@ -271,6 +275,7 @@ def width_parts(found: dict[str, Any]) -> list[str]:
                 "GFLOP",
                 "peak, GFLOP/s",
                 "of the peak (quartiles)",
+                "with products at the peak",
             ],
             rows,
         ),

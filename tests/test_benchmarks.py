@@ -216,6 +216,8 @@ def test_convolutions_and_widths_are_measured_and_reported(
     assert [row["width"] for row in (of_vae, twice, one, other)] == [[8, 8], [8, 8], 8, 16]
     assert [row["batch_size"] for row in (of_vae, twice, one, other)] == [2, 8, 2, 2]
     assert 1.5 < twice["flops"] / of_vae["flops"] < 4  # the optimiser's stay the same
+    assert 0 < twice["with_products_at_peak"] <= 1
+    assert not any("with_products_at_peak" in row for row in (of_vae, one, other))
     assert 1 < other["flops"] / one["flops"] < 4.5  # between linear and quadratic in the width
     text = "\n".join(report_costs.parts())
     assert "## Convolutions" in text
