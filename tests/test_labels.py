@@ -10,9 +10,10 @@ import pytest
 from gates import assert_same
 from toy import SPEC, jitted, nothing, run
 
-from genjax.checks import checked
+from genjax import DataSpec, made, nade, prior_of, realnvp, vae
+from genjax.checks import checked, leaves_by_name
 from genjax.errors import ConfigError
-from genjax.learning.labels import labels_of
+from genjax.learning.labels import labels_of, layouts_of
 from genjax.learning.optim import Optimizer, averaged
 from genjax.learning.step import training
 from genjax.protocol import Aux, Batch, Model
@@ -227,3 +228,53 @@ def test_a_rule_for_a_label_that_no_parameter_has_is_refused():
         with pytest.raises(ConfigError, match=r"No parameter of .* labelled dynamics(?s:.*)vector"):
             settings.build(10).init(params)
     Optimizer("adamw", weight_decay=0.1, decayed=("matrix", "dynamics")).build(10).init(params)
+
+
+def leaves_of(model, player):
+    params = jax.eval_shape(model.init, jax.random.key(0))[0][player]
+    return leaves_by_name(labels_of(params, model.labels, player))
+
+
+def test_biases_of_every_values_distribution_are_vectors_and_what_gives_it_is_left_to_adam():
+    spec = DataSpec((2, 2, 1), "discrete", levels=3, n_classes=2)
+    of_made, of_nade = (
+        leaves_of(make(spec, hidden=h), n)
+        for make, h, n in ((made, (4,), "made"), (nade, 4, "nade"))
+    )
+    assert of_made == {
+        "bias": "vector",
+        "condition/kernel": "embedding",
+        "direct": "embedding",
+        "last": "embedding",
+        "layers/0/bias": "vector",
+        "layers/0/kernel": "matrix",
+    }
+    assert of_nade == {
+        "bias": "vector",
+        "condition/kernel": "embedding",
+        "output_bias": "vector",
+        "readout": "embedding",
+        "weight": "matrix",
+    }
+
+
+def test_pseudo_inputs_are_no_matrix():
+    spec = DataSpec((4, 4, 1), "binary", n_classes=3)
+    found = leaves_of(vae(spec, hidden=(4,), latent_dim=2, prior="vamp"), "vae")
+    assert found["prior/x"] == found["prior/cond"] == "vector"
+
+
+def test_a_prior_keeps_the_labels_of_its_model():
+    flow = realnvp(DataSpec((2,), "continuous"), n_layers=2, hidden=(4,))
+    own = leaves_of(flow, "flow")
+    model = vae(DataSpec((4, 4, 1), "binary"), hidden=(4,), latent_dim=2, prior=prior_of(flow))
+    found = leaves_of(model, "vae")
+    assert {f"prior/flow/{name}": label for name, label in own.items()} == {
+        name: label for name, label in found.items() if name.startswith("prior/")
+    }
+    assert found["encoder/layers/0/kernel"] == "matrix"
+    params = jax.eval_shape(model.init, jax.random.key(0))[0]["vae"]
+    layouts = leaves_by_name(layouts_of(params, model.labels, "vae"))
+    stacked = [name for name, layout in layouts.items() if layout == "each"]
+    assert stacked
+    assert all(name.startswith("prior/flow/map/layers/") for name in stacked)

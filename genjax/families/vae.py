@@ -19,7 +19,7 @@ from genjax.nets.functional import Net, functional
 from genjax.nets.own import Call, Network, given_only, own_net, separate
 from genjax.parts.distributions import log_mean_exp, normal_log_prob, sum_event
 from genjax.parts.likelihoods import Likelihood, bounded_log_scale, likelihood_of
-from genjax.parts.priors import Prior, normal_prior, vamp_prior
+from genjax.parts.priors import Prior, labels_within, normal_prior, vamp_prior
 from genjax.protocol import (
     Array,
     Aux,
@@ -491,6 +491,7 @@ def vae(
             sample=sample,
             bound=bound,
             estimator="ELBO, 1 sample" if n_bound_samples == 1 else many,
+            labels=labels_within("vae/prior", prior.labels),
             noise={"vae": noise_of},
             latent=_latent(model),
         )

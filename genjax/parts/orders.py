@@ -177,6 +177,13 @@ def generate(model: Ordered, p: Any, key: Key, n: int, cond: Any = None) -> Arra
 
 # --- assembly -------------------------------------------------------------------------------------
 
+# Biases of every value's distribution are no matrix, though they have two axes. What gives those
+# distributions is left to Adam, as readouts are, and so is a table of conditions; both decay.
+LABELS = (
+    ("/(bias|output_bias)$", "vector"),
+    ("/(last|direct|readout|condition/kernel)$", "embedding"),
+)
+
 
 def ordered(model: Ordered, player: str) -> Model:
     """The model; its loss sees one order, which is drawn for each batch, and `log_prob` all."""
@@ -205,6 +212,7 @@ def ordered(model: Ordered, player: str) -> Model:
             sample=sample,
             log_prob=log_prob,
             estimator="exact",
+            labels=LABELS,
             noise={player: partial(draw, model)},
         )
     )

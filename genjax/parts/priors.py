@@ -41,6 +41,7 @@ class Prior(NamedTuple):
             form, else None.
         exact: whether `log_prob` is ln p(z), and not a lower bound of it in expectation or an
             estimate with noise.
+        labels: what its parameters are to optimisers, as `Model.labels` of a model of its own.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -63,6 +64,24 @@ class Prior(NamedTuple):
     sample: Callable[[PyTree, PyTree, Posterior, Key, int, Array | None], Array]
     kl: Callable[[PyTree, Array, Array], Array] | None = None
     exact: bool = True
+    labels: tuple[tuple[str, str], ...] = ()
+
+
+def labels_within(place: str, labels: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """`Model.labels` of a model that has the parameters which these are of at a path of its own.
+
+    Example:
+        >>> from genjax.parts.priors import labels_within
+        >>> labels_within("vae/prior", (("^x$", "vector"), ("/table$", "embedding")))
+        (('^vae/prior/(?:x$)', 'vector'), ('^vae/prior/.*(?:/table$)', 'embedding'))
+    """
+
+    def moved(pattern: str) -> str:
+        if pattern.startswith("^"):
+            return f"^{place}/(?:{pattern[1:]})"
+        return f"^{place}/.*(?:{pattern})"
+
+    return tuple((moved(pattern), label) for pattern, label in labels)
 
 
 def normal_prior(latent_dim: int) -> Prior:
@@ -122,7 +141,8 @@ def vamp_prior(spec: DataSpec, n_components: int) -> Prior:
         chosen = jax.random.randint(key_component, (n,), 0, n_components)
         return normal_sample(key_noise, mean[chosen], log_scale[chosen])
 
-    return Prior(init, log_prob, sample)
+    # Pseudo-inputs are places among the data: no matrix, and nothing draws them to 0.
+    return Prior(init, log_prob, sample, labels=(("^(x|cond)$", "vector"),))
 
 
 def mixture_log_probs(z: Array, mean: Array, log_scale: Array) -> Array:
@@ -244,4 +264,4 @@ def prior_of(model: Model) -> Prior:
         return model.sample(params, state, key, n, condition(cond))
 
     exact = model.log_prob is not None and not model.probed
-    return Prior(model.init, log_prob, sample, exact=exact)
+    return Prior(model.init, log_prob, sample, exact=exact, labels=model.labels)
