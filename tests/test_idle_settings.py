@@ -10,7 +10,7 @@ import pytest
 
 from genjax.learning.optim import Optimizer
 from genjax.runs.sweeps import run_sweep
-from genjax.runs.train import about_settings
+from genjax.runs.train import about_settings, train
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import Schedule
 from genjax.zoo.sections import replace
@@ -65,6 +65,16 @@ def test_no_row_of_the_zoo_has_settings_without_effect_and_training_says_those_o
         "discriminator.final_fraction 0.5 has no effect: the schedule is constant",
         "snapshot_every 7 has no effect: no sigma_rels are tracked",
     ]
+
+
+@pytest.mark.slow
+def test_evaluations_of_a_model_without_a_score_are_said_to_have_no_effect(tmp_path):
+    row, said = replace(ZOO["gan-ring"], hidden=(4,), steps=2, evaluate_every=1), []
+    train(row, tmp_path / "run", say=said.append)
+    assert (
+        said.count("evaluate_every 1 has no effect: gan-ring has no log-probability and no bound")
+        == 1
+    )
 
 
 @pytest.mark.slow

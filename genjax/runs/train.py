@@ -101,6 +101,11 @@ def _train(
             say(line)
     source, model = stage.source, recipe.build(stage.on)
     valid_every = _valid_every(recipe, model)
+    if writes() and schedule.evaluate_every not in (valid_every, Schedule.evaluate_every):
+        say(
+            f"evaluate_every {schedule.evaluate_every} has no effect: {recipe.name} has no "
+            "log-probability and no bound"
+        )
     start = None if init_from is None else started_from(init_from, model, folder)
     t = recipe.training(stage.on) if start is None else recipe.training(stage.on, start.begin)
     key = jax.random.key(schedule.seed)
