@@ -23,7 +23,10 @@ class DenoiserNet(Settings):
         net: "mlp", "unet" or "dit" (both for images), or in Python a Flax module of one's own (x_t
             as the family scales it [n, *event], noise level [n], cond [n, cond_size] where there is
             one, dropped [n] where cond_dropout is above 0) -> y [n, *event], see `nets.own`; or any
-            `Net`, which gets all four, None for what there is not.
+            `Net`, which gets all four, None for what there is not. With dtype="bfloat16" a module
+            of `nnx` gets the noise level in it, too, in steps of 0.004 near 1; in float32 with the
+            `Net` that `functional(build, "bfloat16", wide=("noise_level",))` of
+            `genjax.nets.functional` makes.
         hidden: for "mlp": widths of the layers.
         channels: for "unet": channels at each resolution, each half of the one before.
         n_blocks: for "unet": residual blocks at each resolution.
