@@ -17,9 +17,11 @@ from rows import batch, one_device, optimizer, plain, run, widen
 from genjax.data import example_batch
 from genjax.errors import ConfigError
 from genjax.families.diffusion import diffusion
+from genjax.families.gan import gan
 from genjax.families.rnn import rnn
 from genjax.families.transformer import transformer
 from genjax.families.vae import vae
+from genjax.families.vrnn import vrnn
 from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.members import ensemble
 from genjax.learning.optim import track_ema
@@ -39,6 +41,7 @@ PLANE = DataSpec((2,), "continuous")
 VAE = training(vae(PLANE, latent_dim=2, hidden=(16,)), TX)
 WORDS = DataSpec((5,), "tokens", levels=8, step="token")
 IMAGES = DataSpec((4, 4, 1), "continuous")
+TOKENS = DataSpec((16,), "tokens", levels=8, step="token")
 SPLIT = {
     "transformer": (transformer(WORDS, d_model=16, n_layers=2, n_heads=4), WORDS),
     "dit": (diffusion(IMAGES, net="dit", d_model=16, n_layers=1, n_heads=4), IMAGES),
@@ -54,20 +57,47 @@ def program(t, spec=PLANE, key=KEY, n=16):
     return jax.jit(t.step).lower(ts, batches(spec, n)[0]).compile()
 
 
-def test_each_device_computes_its_part_of_a_recurrent_networks_gradient():
-    """In the form for accelerators: of rows that are all steps of all examples it would not."""
-    spec = DataSpec((16,), "tokens", levels=8, step="token")
-    flops = {}
+PARTED = {
+    # Of rows that are all steps of all examples, a device would compute the whole gradient.
+    "rnn": lambda: rnn(TOKENS, cell="lstm", d_hidden=32, d_embed=64),
+    "vrnn": lambda: vrnn(TOKENS, hidden=(64,), d_hidden=32),
+    # Rows that are all samples of all examples.
+    "fivo": lambda: vrnn(TOKENS, hidden=(64,), d_hidden=32, objective="fivo", n_samples=3),
+    "iwae": lambda: vae(IMAGES, hidden=(64, 64), n_samples=3),
+    # Latents that never meet an example.
+    "gan": lambda: gan(IMAGES, hidden=(64, 64), objective="nonsaturating"),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "rnn" else pytest.param(name, marks=pytest.mark.slow) for name in PARTED],
+)
+def test_each_device_computes_its_part_of_a_step(name):
+    """In the form for accelerators."""
+    model, flops = PARTED[name](), {}
     for devices in (1, 4):
-        model = rnn(spec, cell="lstm", d_hidden=32, d_embed=64)
         t = training(model, TX)
         if devices > 1:
             t = shard(t, make_mesh({"data": devices}, jax.devices()[:devices]))
         with traced_for("tpu"):
-            ts = t.init(KEY)
-            compiled = jax.jit(t.step).lower(ts, batches(spec, 64)[0]).compile()
+            ts = jax.eval_shape(t.init, KEY)
+            compiled = jax.jit(t.step).lower(ts, batches(model.spec, 64)[0]).compile()
         flops[devices] = cost_of(compiled)[0]
     assert flops[4] < 0.3 * flops[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PARTED)
+def test_the_form_for_accelerators_takes_the_same_step(name):
+    found = []
+    for platform in ("cpu", "tpu"):
+        with traced_for(platform):
+            model = PARTED[name]()  # anew: a network keeps its trace
+            t = training(model, optax.sgd(0.1))
+            ts = quick(t.init)(KEY)
+            found.append(quick(t.step)(ts, batches(model.spec, 8)[0]))
+    assert_close(found[1], found[0])
 
 
 def collectives(compiled):

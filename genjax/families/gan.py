@@ -19,6 +19,7 @@ from genjax.checks import check_cond, check_whole, checked
 from genjax.errors import ConfigError
 from genjax.nets.functional import Net, functional
 from genjax.nets.own import Call, Network, batch_statistics, given_only, judging, own_net
+from genjax.nets.platforms import beside
 from genjax.parts.adversarial import (
     OBJECTIVES,
     Objective,
@@ -84,7 +85,7 @@ def discriminator_noise(game: Game, key: Key, batch: Batch) -> Noise:
     """What a turn of the discriminator draws: z, and t where there is a gradient penalty."""
     key_z, key_between = jax.random.split(key)
     n, ndim = batch.x.shape[0], len(game.spec.shape)
-    z = draw_latent(game.latent_dim, key_z, n)
+    z = beside(draw_latent(game.latent_dim, key_z, n), batch.x)
     if not used(game.gradient_penalty):
         return Noise(z)
     return Noise(z, jax.random.uniform(key_between, (n, *[1] * ndim)))
@@ -92,7 +93,7 @@ def discriminator_noise(game: Game, key: Key, batch: Batch) -> Noise:
 
 def generator_noise(game: Game, key: Key, batch: Batch) -> Noise:
     """What a turn of the generator draws: z."""
-    return Noise(draw_latent(game.latent_dim, key, batch.x.shape[0]))
+    return Noise(beside(draw_latent(game.latent_dim, key, batch.x.shape[0]), batch.x))
 
 
 def generated(

@@ -17,6 +17,7 @@ from genjax.checks import check_cond, check_whole, checked
 from genjax.errors import ConfigError
 from genjax.nets.functional import Net, functional
 from genjax.nets.own import Call, Network, given_only, own_net, separate
+from genjax.nets.platforms import at_each
 from genjax.parts.distributions import log_mean_exp, normal_log_prob, sum_event
 from genjax.parts.likelihoods import Likelihood, bounded_log_scale, likelihood_of
 from genjax.parts.priors import Prior, labels_within, normal_prior, vamp_prior
@@ -97,22 +98,28 @@ def decoded(model: Autoencoder, p: Any, z: Array, c: Array | None) -> tuple[Arra
     """
     outputs = model.decoder.apply(p["decoder"], {}, nets.mlp.flatten_with(z, 1, c))[0]
     outputs = outputs.reshape(-1, *model.spec.shape, model.likelihood.n_outputs)
+    return outputs, log_scale_of(model, p)
+
+
+def log_scale_of(model: Autoencoder, p: Any) -> Array | float:
+    """The log-scale of p(x | z, c) for all z, of the shape of an event, or a number."""
     if "log_scale" in p:
-        return outputs, bounded_log_scale(p["log_scale"])
+        return bounded_log_scale(p["log_scale"])
     # A Bernoulli has no scale, and with scale="element" it is among the outputs.
     if isinstance(model.scale, str) or not model.likelihood.scaled:
-        return outputs, 0.0
-    return outputs, jnp.log(model.scale)
+        return 0.0
+    return jnp.log(model.scale)
 
 
 def log_likelihood(model: Autoencoder, p: Any, x: Array, z: Array, c: Array | None) -> Array:
     """ln p(x | z, c) for x [B, *shape] and z [K, B, d]: nats [K, B]."""
     k, b = z.shape[:2]
-    tiled = None if c is None else jnp.broadcast_to(c, (k, *c.shape)).reshape(k * b, -1)
-    outputs, log_scale = decoded(model, p, z.reshape(k * b, -1), tiled)
+    tiled = None if c is None else jnp.broadcast_to(c, (k, *c.shape))
+    outputs = at_each(lambda z, c: decoded(model, p, z, c)[0], z, tiled)
     # One axis for the event: sums over several are not vectorised on a CPU, and 50 times as slow.
     size = model.spec.size
     flat = outputs.reshape(k, b, size, model.likelihood.n_outputs)
+    log_scale = log_scale_of(model, p)
     return sum_event(model.likelihood.log_prob(x.reshape(1, b, size), flat, log_scale))
 
 

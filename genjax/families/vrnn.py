@@ -17,6 +17,7 @@ from genjax.checks import check_cond, check_key, checked
 from genjax.errors import ConfigError
 from genjax.nets.cells import Cell, cell_of, gate_labels
 from genjax.nets.functional import Net, functional
+from genjax.nets.platforms import at_each
 from genjax.parts.autoregressive import check_sequences
 from genjax.parts.decoding import check_length, checked_prompt, prompted, settled
 from genjax.parts.distributions import normal_sample, softplus
@@ -174,13 +175,16 @@ def observe(
     """x with time first, [T, B, *event], what the networks make of it, [T, B, ...], and the carry
     before it; with dropout where there is a key.
     """
+
+    def apply(*args: Any, method: str) -> Any:
+        return model.net.apply(p, {}, *args, method=method)[0]
+
     x = x.swapaxes(0, 1)
-    n_steps, b = x.shape[:2]
-    every = jax.tree.map(partial(tiled, k=n_steps), (c, dropped))
-    flat = x.reshape(n_steps * b, *x.shape[2:])
-    seen = model.net.apply(p, {}, flat, *every, key, model.dropout, method="observe")[0]
-    observed = jax.tree.map(lambda leaf: leaf.reshape(n_steps, b, *leaf.shape[1:]), seen)
-    return x, observed, model.net.apply(p, {}, b, c, dropped, method="begin")[0]
+    every = jax.tree.map(partial(tiled, k=len(x)), (c, dropped))
+    features = at_each(partial(apply, method="features"), x, *every)
+    features = nets.sequence.dropout(key, features, model.dropout)
+    observed = at_each(partial(apply, method="observe"), features)
+    return x, observed, apply(x.shape[1], c, dropped, method="begin")
 
 
 def elbo_terms(
@@ -293,7 +297,7 @@ def generate(
         z = normal_sample(key_z, *own.prior(carry[0]))
         x = model.emit.sample(key_x, apply(z, carry[0], method="outputs_of")[0])
         x, ended = settled(x, x_given, t < fixed, ended, model.spec.end)
-        observed = apply(x, c, None, method="observe")[0]
+        observed = apply(apply(x, c, None, method="features")[0], method="observe")[0]
         if given is not None:
             z_posterior = normal_sample(key_q, *own.posterior(observed, carry[0]))
             z = jnp.where((t < fixed)[:, None], z_posterior, z)

@@ -1,8 +1,9 @@
-"""Which hardware a network is traced for, where its fastest form depends on it."""
+"""What depends on the hardware that a network is traced for, and on there being several devices."""
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,39 @@ def has_cudnn_attention() -> bool:
     capability = getattr(jax.devices()[0], "compute_capability", "")
     major, _, minor = str(capability).partition(".")
     return major.isdecimal() and minor.isdecimal() and int(major) >= 8
+
+
+def at_each(f: Callable[..., Any], *args: Any) -> Any:
+    """What f makes of rows [n, ...], each by itself, at every entry of a leading axis of steps or
+    samples: args [T, B, ...] -> [T, B, ...], trees of arrays.
+
+    On a CPU all of them are rows of one call. Elsewhere B stays an axis: of rows T B, a mesh that
+    divides the B examples could divide none, and each of its devices would compute all of them.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from genjax.nets.platforms import at_each
+        >>> at_each(lambda x: x @ jnp.ones((4, 5)), jnp.ones((2, 3, 4))).shape
+        (2, 3, 5)
+    """
+    if platform() != "cpu":
+        return jax.vmap(f)(*args)
+    lead = jax.tree.leaves(args)[0].shape[:2]
+    rows = jax.tree.map(lambda leaf: leaf.reshape(lead[0] * lead[1], *leaf.shape[2:]), args)
+    return jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), f(*rows))
+
+
+def beside(noise: Array, x: Array) -> Array:
+    """noise [n, ...] itself, as something that lies where the examples x [n, ...] lie.
+
+    A mesh divides what meets the examples of a batch. What is drawn and never meets them, such as a
+    generator's latents, each of its devices would draw whole, and compute all that follows: 0.52 of
+    a GAN's step on each of four. A choice that depends on x, and is always the same, is a meeting
+    that no compiler sees through: a number may be NaN, which is not itself.
+    """
+    number = x.reshape(x.shape[0], -1)[:, :1].astype(noise.dtype)
+    number = number.reshape(-1, *[1] * (noise.ndim - 1))
+    return jnp.where(number == number, noise, jnp.zeros((), noise.dtype))
 
 
 def once(x: Array) -> Array:

@@ -11,22 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from genjax.nets.cells import Carry, Cell, cell_of, check_step
-from genjax.nets.platforms import platform
+from genjax.nets.platforms import at_each
 from genjax.nets.remat import rematerialised
 from genjax.nets.sequence import EventEmbed, dropout
 from genjax.protocol import Array, DataSpec, Key
-
-
-def at_each(layer: Callable[[Array], Array], x: Array) -> Array:
-    """A layer at every step of x [T, B, n] -> [T, B, m].
-
-    On a CPU all of them are rows of one product. Elsewhere time and examples stay two axes: of rows
-    T B, a mesh that divides B could divide none, and each of its devices would compute the gradient
-    of the layer's matrix from all examples.
-    """
-    if platform() != "cpu":
-        return layer(x)
-    return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:2], -1)
 
 
 def _loop(step: Callable[[Array, Carry], Carry], given: Array, carry: Carry) -> tuple[Array, Carry]:

@@ -11,8 +11,8 @@ from flax import nnx
 from genjax.nets.cells import Carry, Cell
 from genjax.nets.mlp import ACTIVATIONS, MLP
 from genjax.nets.recurrent import RecurrentLayer
-from genjax.nets.sequence import EventEmbed, dropout
-from genjax.protocol import Array, DataSpec, Key
+from genjax.nets.sequence import EventEmbed
+from genjax.protocol import Array, DataSpec
 
 
 def unchanged(x: Array) -> Array:
@@ -104,18 +104,14 @@ class VariationalRecurrentNet(nnx.Module):
         a = self.layer.inputs(self._features(self.embed.initial(n, c, dropped)))
         return self.layer.step(a, (zeros,) * self.n_carry)
 
-    def observe(
-        self,
-        x: Array,
-        c: Array | None,
-        dropped: Array | None,
-        key: Key | None = None,
-        rate: Any = 0.0,
-    ) -> tuple[Array, Array]:
-        """What the encoder and f make of events x [N, *event]: the parts of their first layers, [N,
-        ...] each.
+    def features(self, x: Array, c: Array | None, dropped: Array | None) -> Array:
+        """φ_x of events x [N, *event], [N, d]."""
+        return self._features(self.embed.one(x, c, dropped))
+
+    def observe(self, features: Array) -> tuple[Array, Array]:
+        """What the encoder and f make of features [N, d]: the parts of their first layers, [N, ...]
+        each.
         """
-        features = dropout(key, self._features(self.embed.one(x, c, dropped)), rate)
         first = self.encoder.first(features) if self.latent_dim else features
         return first, self.layer.inputs(features)
 

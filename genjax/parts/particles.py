@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from genjax.nets.platforms import at_each
 from genjax.nets.remat import rematerialised
 from genjax.parts.distributions import (
     log_mean_exp,
@@ -72,12 +73,13 @@ def elbo_steps(
     path = jax.lax.scan(
         rematerialised(step, remat, loop=True), carry, (observed, _step_keys(key, len(x)))
     )[1]
+
+    def terms(x: Array, h: Array, z: Array, mean: Array, log_scale: Array) -> tuple[Array, Array]:
+        kl = sum_event(normal_kl(mean, log_scale, *model.prior(h)))
+        return model.log_likelihood(x, z, h), kl
+
     # Decoder and prior are not part of the recurrence: all steps at once.
-    flat, h, z, mean, log_scale = jax.tree.map(
-        lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), (x, *path)
-    )
-    kl = sum_event(normal_kl(mean, log_scale, *model.prior(h)))
-    return model.log_likelihood(flat, z, h).reshape(x.shape[:2]), kl.reshape(x.shape[:2])
+    return at_each(terms, x, *path)
 
 
 def systematic(key: Key, k: int, n: int) -> Array:
@@ -110,8 +112,13 @@ def effective_size(log_weight: Array) -> Array:
 
 
 def tiled(leaf: Array, k: int) -> Array:
-    """All examples k times over, [k n, ...]."""
-    return jnp.tile(leaf, (k, *[1] * (leaf.ndim - 1)))
+    """All examples k times over, [k, n, ...]."""
+    return jnp.broadcast_to(leaf[None], (k, *leaf.shape))
+
+
+def _taken(leaf: Array, parent: Array) -> Array:
+    """leaf [K, N, ...] at parent [K, N] of each example's own particles."""
+    return jnp.take_along_axis(leaf, parent.reshape(*parent.shape, *[1] * (leaf.ndim - 2)), axis=0)
 
 
 def particle_bound(
@@ -145,20 +152,19 @@ def particle_bound(
         x, observed, valid, more, key = at
         key_z, key_cuts = jax.random.split(key)
         x, observed, h = tile(x), jax.tree.map(tile, observed), carry[0]
-        mean, log_scale = model.posterior(observed, h)
+        mean, log_scale = at_each(model.posterior, observed, h)
         z = normal_sample(key_z, mean, log_scale)
         log_ratio = sum_event(
-            normal_log_prob(z, *model.prior(h)) - normal_log_prob(z, mean, log_scale)
+            normal_log_prob(z, *at_each(model.prior, h)) - normal_log_prob(z, mean, log_scale)
         )
-        gain = (model.log_likelihood(x, z, h) + log_ratio).reshape(k, b)
+        gain = at_each(model.log_likelihood, x, z, h) + log_ratio
         log_weight = log_weight + jnp.where(valid[None], gain, 0)
-        carry = model.recur(observed, z, carry)
+        carry = at_each(model.recur, observed, z, carry)
         if resampling is not None:
             due = more & (effective_size(log_weight) < k / 2)
             chosen = ancestors(resampling(key_cuts, k, b), log_weight)
             parent = jnp.where(due[None], chosen, jnp.arange(k)[:, None])
-            rows = (parent * b + jnp.arange(b)[None]).reshape(-1)
-            carry = jax.tree.map(lambda leaf: leaf[rows], carry)
+            carry = jax.tree.map(lambda leaf: _taken(leaf, parent), carry)
             total = total + jnp.where(due, log_mean_exp(log_weight), 0)
             log_weight = jnp.where(due[None], 0, log_weight)
         return (carry, log_weight, total), None
