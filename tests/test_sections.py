@@ -5,6 +5,8 @@ With a made-up recipe whose builder, loader, optimiser and schedule share names.
 import dataclasses
 import json
 import re
+import types
+import typing
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -325,3 +327,25 @@ def test_axes_of_a_sweep_by_full_and_by_plain_names():
     check_axes(ROW, {"optimizer.learning_rate": [0.5]})  # as in Python
     with pytest.raises(ConfigError, match="order cannot be swept"):
         check_axes(ROW, {"data.order": [1.0, 2.0]})
+
+
+def kinds_in(hint):
+    """The types that a union, or a tuple, is of."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union, tuple):
+        return {kind for one in args if one is not ... for kind in kinds_in(one)}
+    return {origin or hint}
+
+
+def test_every_setting_of_the_zoo_can_be_written_on_a_command_line():
+    """Records, cells and networks are for Python; one among them, and a row has no flags at all."""
+    written = {int, float, str, bool, type(None), typing.Literal}
+    for row in ZOO.values():
+        for name, setting in settings_of(row).items():
+            assert kinds_in(setting.hint) <= written, (row.name, name)
+
+
+def test_a_cell_is_chosen_by_name(capsys):
+    said = " ".join(refused(["train", "lstm", "--cell", "gruu"], capsys).split())
+    assert "Expected one of ('vanilla', 'lstm', 'gru')" in said
+    assert "Unrecognized options: --stepz" in refused(["train", "vrnn", "--stepz", "3"], capsys)
