@@ -14,7 +14,9 @@ from genjax.runs.folder import (
     check_spec,
     default_folder,
     keep_spec,
+    nothing_trained,
     open_folder,
+    read_config,
     read_spec,
     write_json,
 )
@@ -156,3 +158,22 @@ def test_names_that_came_to_be_known_are_kept(tmp_path):
     for spec in (before, now, now):
         keep_spec(tmp_path, spec)
     assert read_spec(tmp_path) == now
+
+
+@pytest.mark.slow
+def test_settings_whose_first_step_was_refused_do_not_hold_the_folder(tmp_path, monkeypatch):
+    row = replace(ZOO["vae-ring"], hidden=(4,), latent_dim=1, steps=1)
+
+    def refuse(*args, **kwargs):
+        raise ConfigError("the batch does not fit")
+
+    with monkeypatch.context() as first:
+        first.setattr("genjax.runs.train.fit", refuse)
+        with pytest.raises(ConfigError, match="does not fit"):
+            train(row, tmp_path / "run")
+    assert nothing_trained(tmp_path / "run")
+    train(replace(row, batch_size=8), tmp_path / "run")
+    assert read_config(tmp_path / "run")["schedule"]["batch_size"] == 8
+    assert not nothing_trained(tmp_path / "run")
+    with pytest.raises(ConfigError, match="batch_size: there 8, now 16"):
+        train(replace(row, batch_size=16), tmp_path / "run")

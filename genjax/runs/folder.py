@@ -146,6 +146,19 @@ def say_schedules(old: dict[str, Any], say: Callable[[str], None]) -> None:
 _OURS = re.compile(r"\.lock|\.[0-9a-f]{16}\.part")
 
 
+# What a training writes before its first step.
+_BEGUN = {"config.json", "spec.json", "data.json", "first", "metrics.jsonl", "tensorboard"}
+
+
+def nothing_trained(folder: Path) -> bool:
+    """Whether a run folder holds settings and nothing that was made with them, as where the first
+    step was refused.
+    """
+    names = {name for name in os.listdir(folder) if not _OURS.fullmatch(name)}
+    trained = "metrics.jsonl" in names and (folder / "metrics.jsonl").stat().st_size
+    return names <= _BEGUN and "config.json" in names and not trained
+
+
 def check_folder(folder: Path) -> None:
     """Refuse a folder that has something else than a run in it, before anything is written there.
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -28,7 +29,14 @@ from genjax.protocol import Batch, Model, Training, TrainState
 from genjax.runs import samples, stages
 from genjax.runs.averages import lengths_of, snapshot_hook
 from genjax.runs.best import Best, no_gain
-from genjax.runs.folder import check_folder, keep_spec, open_folder, with_buckets_of
+from genjax.runs.folder import (
+    check_folder,
+    keep_spec,
+    nothing_trained,
+    open_folder,
+    with_buckets_of,
+    write_json,
+)
 from genjax.runs.identity import (
     check_kept,
     check_note,
@@ -215,6 +223,11 @@ def _open_run(
     source = stage.source
     check_folder(folder)
     held.enter_context(locked(folder, say))
+    if nothing_trained(folder):  # whatever its settings were
+        for name in ("spec.json", "data.json"):
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / stages.KEPT, ignore_errors=True)
+        write_json(folder / "config.json", settings)
     files = files_of(source, read_files(folder) or ())
     check = functools.partial(check_kept, folder, source.spec, files)
     open_folder(folder, settings, say, check)

@@ -107,8 +107,7 @@ def parameters_of(function: Callable[..., Any]) -> Fields:
 
 
 def _python_only(hint: Any) -> bool:
-    """Whether a type is of what no text can say: a record, such as a prior or a cell, or a network.
-    """
+    """Whether a type is of what no text can say: a record, such as a prior, or a network."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return all(one is type(None) or _python_only(one) for one in typing.get_args(hint))
     return isinstance(hint, type) and (
