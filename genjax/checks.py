@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
-from genjax.errors import ConfigError
+from genjax.errors import ConfigError, expect
 from genjax.protocol import (
     Array,
     Aux,
@@ -104,6 +105,7 @@ def check_model(model: Model) -> None:
     Raises:
         ConfigError: see above.
     """
+    expect("training", model, Model)
     players = tuple(model.losses)
     for player, loss in model.losses.items():
         _check_loss(player, loss)
@@ -280,12 +282,22 @@ def check_whole(spec: DataSpec, family: str) -> None:
 def _check_draws(spec: DataSpec, key: Key, n: Any, cond: PyTree | None) -> None:
     """Refuse a key that is none, a number of samples that is no shape, and a wrong condition."""
     check_key(key)
-    if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n < 2**31:
+    check_count(n)
+    check_cond(spec, cond, n)
+
+
+def check_count(n: Any) -> None:
+    """Refuse a number of samples that is no shape.
+
+    Raises:
+        ConfigError: see above.
+    """
+    whole = isinstance(n, int | np.integer) and not isinstance(n, bool)
+    if not whole or not 1 <= n < 2**31:
         raise ConfigError(
             "sample needs a whole number n >= 1 of samples, below 2**31 (it is a shape, so not "
             f"traced); got {n!r}."
         )
-    check_cond(spec, cond, n)
 
 
 def _checked_latent(spec: DataSpec, latent: Latent) -> Latent:

@@ -57,6 +57,26 @@ class Interrupted(GenjaxError):
         self.signal = signal
 
 
+# How one comes to have what functions take first.
+_SUCH_AS = {
+    "DataSpec": "a DataSpec, such as source.spec",
+    "Model": "a Model, such as vae(source.spec)",
+    "Trained": "a trained model: Trained(model, params, state)",
+    "Training": "a Training: training(model, tx)",
+}
+
+
+def expect(who: str, value: object, kind: type) -> None:
+    """Refuse a value of another kind than DataSpec, Model, Trained or Training, as it is asked for.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if not isinstance(value, kind):
+        wanted = _SUCH_AS[kind.__name__]
+        raise ConfigError(f"{who} takes {wanted}; got a {type(value).__name__}.")
+
+
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     """Say of any failure to write in here which file it was, as a `WriteError`: a full or read-only

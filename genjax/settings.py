@@ -33,8 +33,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from jax.core import Tracer
 
-from genjax.errors import ConfigError, unknown_name
-from genjax.protocol import DataSpec
+from genjax.errors import ConfigError, expect, unknown_name
+from genjax.protocol import DataSpec, Trained
 
 # Networks compute in float32, where what is smaller is 0 and what is larger, squared, is infinite.
 SMALLEST, LARGEST = 2.0**-126, 1e18
@@ -296,7 +296,7 @@ def builder(build: Callable[..., Any]) -> Callable[..., Any]:
 
     Raises:
         ConfigError: from the builder, for a setting that does not exist or is not what its
-            annotation says.
+            annotation says, and for something else than a spec, or a trained model, to begin with.
     """
     groups = groups_of(build)
     signature = _flat(build, groups)
@@ -304,16 +304,37 @@ def builder(build: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(build)
     def checked_build(*what: Any, **given: Any) -> Any:
-        (of,) = what or (given.pop(first),)
         for name in given:
             if name not in signature.parameters:
                 known = list(signature.parameters)[1:]
                 raise unknown_name(f"setting of {build.__name__}", name, known)
-        return build(of, **checked_settings(build, given))
+        found = _bound(build.__name__, signature, what, given)
+        of = found.pop(first)
+        _check_first(build, first, of)
+        return build(of, **checked_settings(build, found))
 
     checked_build.__signature__ = signature  # type: ignore[attr-defined]
     checked_build.__doc__ = _documented(build, groups)
     return checked_build
+
+
+def _bound(name: str, signature: inspect.Signature, what: Any, given: Any) -> dict[str, Any]:
+    """What was given, by name."""
+    try:
+        return dict(signature.bind(*what, **given).arguments)
+    except TypeError as error:
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        first = [one.name for one in signature.parameters.values() if one.kind is kind]
+        raise ConfigError(
+            f"{name}: {error}. By position it takes {' and '.join(first)}, all else by name."
+        ) from None
+
+
+def _check_first(build: Callable[..., Any], name: str, given: Any) -> None:
+    """Refuse a source in the place of its spec, or a model in that of a trained one."""
+    hint = _hints(inspect.unwrap(build)).get(name)
+    if hint in (DataSpec, Trained):
+        expect(build.__name__, given, hint)
 
 
 def checked_settings(build: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:

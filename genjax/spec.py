@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import operator
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import jax
@@ -90,6 +91,8 @@ class DataSpec:
 
     def __post_init__(self) -> None:
         # JSON gives lists back; a spec must stay hashable and equal to the one that was written.
+        if not isinstance(self.shape, Iterable):
+            raise ValueError(f"DataSpec.shape is a tuple of sizes, such as (3,); got {self.shape}.")
         object.__setattr__(self, "shape", tuple(map(operator.index, self.shape)))
         for name in _TUPLES:
             if getattr(self, name) is not None:

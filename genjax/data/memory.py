@@ -33,8 +33,8 @@ _Y = ("y", "label", "labels", "cond", "fine_label")
 @builder
 def from_arrays(
     x: Any,
-    *,
     y: Any = None,
+    *,
     lengths: Any = None,
     name: str = "data",
     key: str | None = None,
@@ -46,7 +46,7 @@ def from_arrays(
     end: int | None = None,
     reading: Reading = Reading(),
 ) -> Source:
-    """The source of data in memory: `genjax.from_arrays(x)`, `from_arrays(images, y=classes)`.
+    """The source of data in memory: `genjax.from_arrays(x)`, `from_arrays(images, classes)`.
 
     x is an array [N, D] or images [N, H, W, C] or [N, H, W]; sequences [N, T, *event] if `step`
     says what a step is called. Or a mapping of arrays {"x": ..., "y": ...}, with splits

@@ -14,7 +14,7 @@ import numpy as np
 
 from genjax.data.order import batch_indices
 from genjax.data.rows import joined, numbered
-from genjax.errors import DataError
+from genjax.errors import DataError, expect
 from genjax.protocol import Array, Batch, DataSpec, Key
 
 # Folded into the key of the data, so that the data's draws differ from those of a training run with
@@ -163,6 +163,7 @@ def example_batch(spec: DataSpec, key: Key, n: int) -> Batch:
         >>> example_batch(spec, jax.random.key(0), 5).cond.shape
         (5,)
     """
+    expect("example_batch", spec, DataSpec)
     x_key, cond_key, length_key = jax.random.split(key, 3)
     shape = (n, *spec.shape)
     if spec.top is None:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from genjax.checks import checked
-from genjax.errors import ConfigError
+from genjax.errors import ConfigError, expect
 from genjax.families.flow_matching import Flow
 from genjax.parts.distributions import normal_log_prob, normal_sample, sum_event
 from genjax.parts.guidance import guided
@@ -202,6 +202,7 @@ def latent_spec(first: Model) -> DataSpec:
         >>> latent_spec(vae(DataSpec((8, 8, 1), "binary"), latent_dim=3, hidden=(4,))).shape
         (3,)
     """
+    expect("latent_spec", first, Model)
     latent = first.latent
     if latent is None or latent.draw is None or latent.log_likelihood is None:
         raise ConfigError(
@@ -262,6 +263,8 @@ def two_stage(first: Trained, second: Model) -> Model:
         ConfigError: for a first stage without latents, a second of other data, and for either
             where it consists of two stages itself.
     """
+    expect("two_stage", first, Trained)
+    expect("two_stage", second, Model)
     if FIRST in first.params:
         raise ConfigError(
             "The first stage stands on a first stage itself, whose latents are all that it has: "

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from genjax.checks import check_key
-from genjax.errors import ConfigError
+from genjax.errors import ConfigError, expect
 from genjax.nets.platforms import platform
 from genjax.protocol import Array, Key, Metrics, PyTree, Training, TrainState
 from genjax.settings import Whole, check_setting
@@ -52,6 +52,7 @@ def ensemble(t: Training, mode: Mode = "vmap", batch_axis: int | None = None) ->
         >>> ts.step.shape, metrics["vae/loss"].shape
         ((), (3,))
     """
+    expect("ensemble", t, Training)
     if batch_axis is not None:
         check_setting("batch_axis", batch_axis, Whole)
 
@@ -185,7 +186,13 @@ def grid(**axes: Sequence[float]) -> dict[str, np.ndarray]:
         >>> from genjax import grid
         >>> grid(learning_rate=[1, 2], b1=[3, 4])["b1"].tolist()
         [3.0, 4.0, 3.0, 4.0]
+
+    Raises:
+        ConfigError: for an axis that is no list of numbers.
     """
+    for name, axis in axes.items():
+        if np.ndim(axis) != 1:
+            raise ConfigError(f"An axis is a list of numbers, {name}=[0.1, 0.2]; got {axis!r}.")
     rows = list(itertools.product(*axes.values()))
     return {
         name: np.asarray([row[index] for row in rows], np.float32)

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from genjax.errors import ConfigError
+from genjax.errors import ConfigError, expect
 from genjax.protocol import Key, Metrics, PyTree, Training, TrainState
 from genjax.settings import is_size
 
@@ -222,6 +222,7 @@ def shard(
         >>> int(jax.jit(t.step)(ts, example_batch(model.spec, jax.random.key(1), 8))[0].step)
         1
     """
+    expect("shard", t, Training)
     _check_mesh(mesh)
     spec = batch_spec_of(mesh) if batch_spec is None else batch_spec
 

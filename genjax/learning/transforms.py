@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from genjax.checks import check_kept
-from genjax.errors import ConfigError
+from genjax.errors import ConfigError, expect
 from genjax.protocol import (
     Array,
     Batch,
@@ -79,6 +79,7 @@ def compiled(t: Training) -> Training:
         >>> int(ts.step)
         1
     """
+    expect("compiled", t, Training)
     within = t.within
     return t._replace(
         init=jax.jit(t.init),
@@ -117,6 +118,7 @@ def microbatch(t: Training, n: int) -> Training:
         >>> metrics["vae/loss"].shape
         ()
     """
+    expect("microbatch", t, Training)
     if n < 1:
         raise ConfigError(f"microbatch needs at least 1 part; got {n}.")
     return t.rewrap(lambda gradient: partial(_accumulated, gradient, n))
@@ -209,6 +211,7 @@ def scan_steps(t: Training, k: None = None) -> Training:
         >>> metrics["vae/loss"].shape
         (5,)
     """
+    expect("scan_steps", t, Training)
     if k is not None:
         raise ConfigError(
             "scan_steps(t) goes over stacked batches; k steps that are all given the same are "
@@ -248,6 +251,7 @@ def repeat_steps(t: Training, k: int) -> Training:
         >>> metrics["vae/loss"].shape
         (5,)
     """
+    expect("repeat_steps", t, Training)
     if k < 1:
         raise ConfigError(f"repeat_steps needs at least 1 step; got {k}.")
 
@@ -298,6 +302,7 @@ def feed(t: Training, batch_at: Callable[[Any, Array], Batch]) -> Training:
         >>> metrics["vae/loss"].shape
         ()
     """
+    expect("feed", t, Training)
 
     def step(ts: TrainState, arrays: Any) -> tuple[TrainState, Metrics]:
         return t.step(ts, batch_at(arrays, ts.step))
@@ -345,6 +350,7 @@ def skip_nonfinite(t: Training) -> Training:
         >>> int(ts.step), float(metrics["skipped"])
         (1, 1.0)
     """
+    expect("skip_nonfinite", t, Training)
     if t.within is not None:
         return t.within(skip_nonfinite)
     if t.members:

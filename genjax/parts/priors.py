@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from genjax.errors import ConfigError
+from genjax.errors import ConfigError, expect
 from genjax.parts.distributions import (
     LOG_2PI,
     log_mean_exp,
@@ -223,6 +223,7 @@ def prior_of(model: Model) -> Prior:
         >>> model.sample(params, state, jax.random.key(1), 3).shape
         (3, 4, 4, 1)
     """
+    expect("prior_of", model, Model)
     spec, score = model.spec, model.score
     if spec.kind != "continuous" or len(spec.shape) != 1:
         raise ConfigError(

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from genjax.checks import check_count
 from genjax.data import MEMORY, Source, batch_indices
 from genjax.data.labels import condition_of, condition_of_each
 from genjax.errors import ConfigError, DataError, unknown_name
@@ -153,6 +154,7 @@ class Run:
         return ",".join(map(str, ids.tolist()))
 
     def _drawn(self, n: int, cond: Any, seed: int, how: samples.Decoding) -> np.ndarray:
+        check_count(n)
         found = condition_of(self.spec, cond, n)
         return samples.draw(self.model, self.params, self.state, key_of(seed), n, found, how)
 
@@ -391,6 +393,11 @@ def train(
         place = None if out is None else Path(out)
         state, source = train_own(what, data, place, progress, say, **settings)
         return Run(what, eval_params(state), state.state, int(state.step), None, source, place)
+    if not isinstance(what, str | Recipe):
+        raise ConfigError(
+            "train takes a recipe's name, a Recipe or a Model first, and then the data; got a "
+            f"{type(what).__name__}."
+        )
     recipe, source = _recipe_of(what, data, say)
     recipe = replace(recipe, **settings)
     _check_kept(recipe)
