@@ -137,6 +137,20 @@ def test_a_photograph_is_turned_as_it_says(tmp_path):
     assert open_source(str(tmp_path / "p")).spec.shape == (6, 8, 3)
 
 
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_so_is_one_of_16_bits(tmp_path, ending):
+    (tmp_path / "p").mkdir()
+    levels = np.arange(48, dtype=np.uint16).reshape(6, 8) * 1000
+    wide = Image.fromarray(levels)
+    exif = wide.getexif()
+    exif[0x0112] = 6
+    for name in "abc":
+        wide.save(tmp_path / "p" / f"{name}.{ending}", exif=exif)
+    rows = np.concatenate([batch.x for batch in open_source(str(tmp_path / "p")).load()])
+    wanted = np.rot90(levels, -1) * 255.0 // 65535
+    np.testing.assert_array_equal(rows[..., 0], np.broadcast_to(wanted, (3, 8, 6)))
+
+
 def test_a_bad_file_is_named_and_may_be_left_out(tmp_path):
     where = folder_of(tmp_path / "photos")
     bad = tmp_path / "photos" / "cat" / "bad.png"

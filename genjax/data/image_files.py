@@ -322,7 +322,11 @@ def _in_eight_bits(image: Any) -> Any:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         # A TIFF of 12 bits has this mode, too.
         bits = getattr(image, "tag_v2", {}).get(_BITS, (16,))[0]
-        return Image.fromarray((np.asarray(image, np.uint32) * 255 // (2**bits - 1)).astype("u1"))
+        grey = np.asarray(image, np.uint32) * 255 // (2**bits - 1)
+        found = Image.fromarray(grey.astype("u1"))
+        # How to turn it, as it is once it is loaded: Pillow turns a TIFF by itself.
+        found.getexif().update(image.getexif())
+        return found
     if image.mode == "I":
         grey = np.asarray(image)
         raise ValueError(
