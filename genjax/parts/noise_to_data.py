@@ -144,7 +144,7 @@ def check_guidance(model: NoiseToData, scale: Any) -> None:
     """
     if scale is None or model.guided:
         return
-    why = "has none"
+    why = "has none: leave guidance out (--guidance None as a flag)"
     if model.spec.conditional:
         why = "was never trained without its condition: build it with cond_dropout=0.1"
     raise ConfigError(
