@@ -229,15 +229,16 @@ def test_the_first_step_of_every_algorithm_is_its_formula(algorithm, rule):
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_algorithm_goes_downhill_with_every_other_setting(algorithm):
+    free = algorithm == "schedule-free"
     optimizer = Optimizer(
         algorithm=algorithm,
         # Muon's steps have one size, whatever the gradient's, and this way is long.
         learning_rate=0.1 if algorithm == "muon" else 0.02,
-        schedule="cosine",
+        schedule="constant" if free else "cosine",
         warmup_steps=5,
         clip_norm=1.0,
-        ema_decay=0.5,
-        weight_decay=1e-3 if algorithm in ("adamw", "lion", "muon") else 0.0,
+        ema_decay=0.0 if free else 0.5,
+        weight_decay=1e-3 if algorithm in ("adamw", "lion", "muon", "schedule-free") else 0.0,
     )
     tx = optimizer.build(300)
 
@@ -448,7 +449,9 @@ def test_settings_are_checked_when_they_are_made():
 
 
 def test_a_weight_decay_that_would_be_ignored_is_refused() -> None:
-    with pytest.raises(ConfigError, match="adam has no weight decay; use adamw, lion or muon"):
+    with pytest.raises(
+        ConfigError, match="adam has no weight decay; use adamw, lion, muon or schedule-free"
+    ):
         Optimizer(algorithm="adam", weight_decay=0.1).build(10)
     Optimizer(algorithm="lion", weight_decay=0.1).build(10)
 

@@ -104,6 +104,19 @@ def test_what_a_step_cannot_give_is_said():
 
 
 @pytest.mark.slow
+def test_one_that_says_it_takes_the_loss_and_does_not_is_given_none():
+    sam = contrib.sam(optax.sgd(0.1), optax.sgd(0.01), sync_period=2)
+    ts = trained(sam, 4)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(ts.params))
+
+
+@pytest.mark.parametrize("given", [optax.adam, "adam", None])
+def test_what_is_no_optimiser_is_refused(given):
+    with pytest.raises(ConfigError, match=r"such as optax\.adam\(1e-3\); got"):
+        training(MODEL, given)
+
+
+@pytest.mark.slow
 def test_a_step_size_that_falls_on_a_plateau_falls():
     """With a loss that never gets better (the weights do not move), the step size is halved at
     each second step.

@@ -49,10 +49,8 @@ def told(error: Exception, command: str) -> str | None:
 def _no_backend(error: Exception) -> str | None:
     """What to do where jax has not the hardware that it was asked for; None for other errors."""
     reason, asked = " ".join(str(error).split()), os.environ.get("JAX_PLATFORMS")
-    at, trace = "", error.__traceback__
-    while trace is not None:  # an unknown plug-in ends in an assertion without a word
-        at, trace = trace.tb_frame.f_code.co_filename, trace.tb_next
-    of_jax = "backend" in reason or at.endswith("xla_bridge.py")
+    # An unknown plug-in ends in an assertion without a word, whose place jax may have filtered out.
+    of_jax = "backend" in reason or (not reason and not _has_devices())
     if not (of_jax if asked else "Unable to initialize backend" in reason):
         return None
     said = f"{': ' * bool(reason)}{reason[:300]}"
@@ -66,6 +64,16 @@ def _no_backend(error: Exception) -> str | None:
         "there is, or install the plug-in: pip install 'genjax-zoo[tpu]' or 'genjax-zoo[cuda]'. "
         f"{_FITTING}."
     )
+
+
+def _has_devices() -> bool:
+    """Whether jax finds any hardware as it was asked to."""
+    import jax
+
+    try:
+        return bool(jax.devices())
+    except (RuntimeError, AssertionError):
+        return False
 
 
 class _Warnings(logging.Handler):

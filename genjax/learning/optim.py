@@ -126,7 +126,7 @@ def scale_by_label(
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-ALGORITHMS = ("adam", "adamw", "sgd", "rmsprop", "lion", "muon")
+ALGORITHMS = ("adam", "adamw", "sgd", "rmsprop", "lion", "muon", "schedule-free")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 MOST_RATE = 1000.0
 
@@ -137,7 +137,8 @@ class Optimizer:
 
     Attributes:
         algorithm: the update rule; "muon" is Muon for matrices and adamw for everything else, see
-            `muon.py`.
+            `muon.py`; "schedule-free" is adamw whose average takes the place of a schedule, and
+            samples and evaluates (Defazio 2024, algorithm 1).
         learning_rate: the peak step size.
         schedule: how the step size falls from the peak to `final_fraction` of it over the run,
             after the warm-up; "wsd" (warm-up, stable, decay) keeps the peak until the last part of
@@ -147,9 +148,11 @@ class Optimizer:
         decay_fraction: for "wsd": the part of the run, at its end, in which the step size falls.
         warmup_steps: steps over which the step size rises linearly, in equal parts of the peak from
             the first on.
-        b1: decay of the first moment (the momentum of sgd).
+        b1: decay of the first moment (the momentum of sgd; of "schedule-free" the share of the
+            average in the weights that take the gradient, above 0).
         b2: decay of the second moment (rmsprop's decay).
-        weight_decay: decoupled weight decay of what `decayed` names, for adamw, lion and muon.
+        weight_decay: decoupled weight decay of what `decayed` names, for adamw, lion, muon and
+            schedule-free.
         clip_norm: clip the gradient to this global norm; 0 does not clip.
         ema_decay: keep an exponential moving average of the weights, used to sample and evaluate; 0
             keeps none.
@@ -161,7 +164,7 @@ class Optimizer:
             evaluate, see `powers.py`.
     """
 
-    algorithm: Literal["adam", "adamw", "sgd", "rmsprop", "lion", "muon"] = "adam"
+    algorithm: Literal["adam", "adamw", "sgd", "rmsprop", "lion", "muon", "schedule-free"] = "adam"
     learning_rate: Positive = 1e-3
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     final_fraction: Annotated[float, Within(0, 1)] = 0.0
@@ -228,6 +231,21 @@ class Optimizer:
             if idle and getattr(self, name) != own[name]
         ]
 
+    def overlap(self, steps: int) -> list[str]:
+        """In a line, that in a run of so many steps the decay of "wsd" begins before the warm-up
+        has come to the peak, if it does.
+        """
+        decay = self.decay_fraction * steps
+        if self.schedule != "wsd" or self.warmup_steps <= steps - decay:
+            return []
+        most = float(self._multiplier(jnp.arange(self.warmup_steps + 1), steps).max())
+        if most > 0.99:
+            return []
+        return [
+            f"warmup_steps {self.warmup_steps} and the decay of wsd over the last {decay:g} of "
+            f"{steps} steps overlap: the step size comes to {most:.2f} of learning_rate"
+        ]
+
     def build(
         self, steps: int, labels: Labels = (), player: str | None = None, turns: int = 1
     ) -> "optax.GradientTransformation":
@@ -267,7 +285,7 @@ class Optimizer:
                 f"warmup_steps must be below the run's {steps} steps; got {self.warmup_steps}."
             )
         parts = [self._rule(functools.partial(self._rate, steps, turns), labels, player)]
-        if factors:
+        if factors and self.algorithm != "schedule-free":
             parts.append(scale_by_label(factors, labels, player))
         if used(self.clip_norm):
             parts.insert(0, optax.clip_by_global_norm(_limit(self.clip_norm)))
@@ -298,6 +316,8 @@ class Optimizer:
             rule = optax.sgd(rate, self.b1)
         elif self.algorithm == "rmsprop":
             rule = optax.rmsprop(rate, self.b2)
+        elif self.algorithm == "schedule-free":
+            return self._schedule_free(rate, labels, player)
         elif self.algorithm == "muon":
             from genjax.learning.muon import scale_by_muon_or_adam
 
@@ -315,10 +335,33 @@ class Optimizer:
             )
         if used(self.weight_decay):
             raise ConfigError(
-                f"{self.algorithm} has no weight decay; use adamw, lion or muon, or leave "
-                "weight_decay at 0."
+                f"{self.algorithm} has no weight decay; use adamw, lion, muon or schedule-free, or "
+                "leave weight_decay at 0."
             )
         return rule
+
+    def _schedule_free(
+        self, rate: Any, labels: Labels, player: str | None
+    ) -> "optax.GradientTransformation":
+        """As `optax.contrib.schedule_free_adamw`, with decay and step sizes by label."""
+        import optax
+        from optax import contrib
+
+        if self.schedule != "constant" or used(self.ema_decay) or not used(self.b1):
+            raise ConfigError(
+                "schedule-free takes the place of a schedule and of an average of weights, and has "
+                "a b1 above 0: it goes with schedule constant (and warmup_steps) and ema_decay 0; "
+                f"got {self.schedule}, {self.ema_decay} and b1 {self.b1}."
+            )
+        base = optax.chain(
+            optax.scale_by_rms(self.b2, eps=1e-8, eps_in_sqrt=False, bias_correction=True),
+            optax.add_decayed_weights(
+                self.weight_decay, functools.partial(self._mask, labels, player)
+            ),
+            optax.scale_by_learning_rate(rate),
+            scale_by_label(_factors(self.rates), labels, player),
+        )
+        return contrib.schedule_free(base, rate, self.b1)
 
     def _mask(self, labels: Labels, player: str | None, params: PyTree) -> PyTree:
         """Which parameters decay."""

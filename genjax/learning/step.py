@@ -160,13 +160,18 @@ def _updates(
     Raises:
         ConfigError: for one that asks for something else, such as a line search.
     """
+    update, own = optax.with_extra_args_support(tx).update, (ts.opt[player], ts.params[player])
     try:
         with jax.numpy_dtype_promotion("standard"):  # optax mixes whole and real numbers
-            return optax.with_extra_args_support(tx).update(
-                grads, ts.opt[player], ts.params[player], value=value
-            )
-    except TypeError as error:
-        if "required" not in str(error) or "argument" not in str(error):
+            try:
+                return update(grads, *own, value=value)
+            except TypeError as error:  # of one that says it takes any, as optax.contrib.sam does
+                if "unexpected keyword argument 'value'" not in str(error):
+                    raise
+                return update(grads, *own)
+    except (TypeError, ValueError) as error:
+        missing = "required" in str(error) and "argument" in str(error)
+        if not missing and "must be provided" not in str(error):
             raise
         raise ConfigError(
             f"The optimiser of {player!r} asks for what a step does not have ({error}): it gives "
@@ -184,6 +189,12 @@ def _optimizers(model: Model, tx: Optimizers) -> dict[str, optax.GradientTransfo
             f"Give one optimiser for each player ({', '.join(players)}); got them for: "
             f"{', '.join(given) or 'none'}."
         )
+    for player, one in given.items():
+        if not (hasattr(one, "init") and hasattr(one, "update")):
+            raise ConfigError(
+                f"The optimiser of {player!r} must be a transform of optax, such as "
+                f"optax.adam(1e-3); got {one!r:.80}."
+            )
     return {player: given[player] for player in players}
 
 

@@ -283,13 +283,15 @@ def about_data(source: Source) -> list[str]:
 
 
 def about_settings(recipe: Recipe) -> list[str]:
-    """Settings of the training that were changed and do nothing beside the others, a line each."""
+    """Settings of the training that were changed and do nothing beside the others, or keep others
+    from what they are for, a line each.
+    """
     given, every = recipe.optimizer, recipe.schedule.snapshot_every
     players = given if isinstance(given, Mapping) else {"": given}
     lines = [
         f"{player}{'.' if player else ''}{line}"
         for player, optimizer in players.items()
-        for line in optimizer.idle()
+        for line in (*optimizer.idle(), *optimizer.overlap(recipe.schedule.steps))
     ]
     if every != Schedule.snapshot_every and not any(one.sigma_rels for one in players.values()):
         lines.append(f"snapshot_every {every} has no effect: no sigma_rels are tracked")
