@@ -347,3 +347,20 @@ def test_labels_of_other_examples_are_not_left_out():
     x, y = np.arange(40.0).reshape(20, 2), np.arange(20) % 2
     with pytest.raises(DataError, match="y are not the labels of the train examples"):
         from_arrays({"x_train": x, "x_test": x, "y": y})
+
+
+MASKED = np.ma.masked_array(X, mask=X.max() == X)
+GIVEN = {
+    "x": (MASKED, {}),
+    "example": (Examples(list(MASKED)), {}),
+    "y": (X, {"y": np.ma.masked_array(np.arange(60) % 3, mask=np.arange(60) == 7)}),
+    "lengths": (X, {"step": "day", "lengths": np.ma.masked_array([2] * 60, np.arange(60) == 7)}),
+}
+
+
+@pytest.mark.parametrize("what", GIVEN)
+def test_what_is_masked_is_missing(what):
+    x, options = GIVEN[what]
+    with pytest.raises(DataError, match=rf"{what}.*: 1 of \d+ values of a masked array are masked"):
+        from_arrays(x, **options)
+    assert from_arrays(np.ma.masked_array(X, mask=False)).spec == from_arrays(X).spec

@@ -200,3 +200,13 @@ def test_a_second_stage_says_whether_its_bound_has_samples(tmp_path):
     assert run.evaluate(n=4)["kind"].startswith("lower bound")
     with pytest.raises(ConfigError, match="has no bound with samples"):
         run.evaluate(n=4, n_samples=3)
+
+
+def test_masked_values_are_refused(run):
+    x, cond = np.zeros((2, 8, 8, 1)), np.ma.masked_array([1, 2], [False, True])
+    with pytest.raises(DataError, match="cond: 1 of 2 values of a masked array are masked"):
+        run.bound(x, cond)
+    with pytest.raises(DataError, match="x: 128 of 128 values of a masked array"):
+        run.encode(np.ma.masked_array(x, True), [1, 2])
+    with pytest.raises(DataError, match="z: 1 of 2 values"):
+        run.decode(cond[None] * 1.0, 1)

@@ -7,6 +7,7 @@ import numpy as np
 
 from genjax.errors import ConfigError, DataError
 from genjax.spec import DataSpec
+from genjax.values import array_of
 
 Condition = Literal["auto", "classes", "vector"]
 
@@ -193,7 +194,9 @@ def _labels_of(spec: DataSpec, asked: Any) -> np.ndarray:
     if isinstance(asked, str):
         asked = [asked] if asked in (spec.class_names or ()) else asked.split(",")
     try:
-        array: Any = np.asarray(asked)
+        array: Any = array_of(asked, "cond")
+    except DataError:
+        raise
     except ValueError:  # lists of several lengths
         array = np.empty((0, 0))
     array = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
@@ -209,7 +212,10 @@ def _labels_of(spec: DataSpec, asked: Any) -> np.ndarray:
 def _vectors_of(spec: DataSpec, asked: Any, n: int) -> np.ndarray:
     """Condition vectors [n, cond_dim]: one for all, or an array of them."""
     try:
-        found = np.asarray(asked.split(",") if isinstance(asked, str) else asked, np.float32)
+        given = asked.split(",") if isinstance(asked, str) else asked
+        found = array_of(given, "cond").astype(np.float32)
+    except DataError:
+        raise
     except (ValueError, TypeError):
         found = np.full(1, np.nan, np.float32)
     if not np.isfinite(found).all():

@@ -24,6 +24,7 @@ from genjax.data.tokens import Symbols, symbols_of
 from genjax.errors import ConfigError, DataError
 from genjax.protocol import Batch
 from genjax.settings import builder
+from genjax.values import array_of
 
 WHERE = "the data in memory"
 _X = ("x", "image", "img", "images", "data")
@@ -93,7 +94,7 @@ def from_arrays(
                 "lengths= is for data without splits and lengths of their own: put those of each "
                 "split beside it, as lengths_train and lengths_test."
             )
-        read = {"all": read["all"]._replace(length=np.asarray(lengths))}
+        read = {"all": read["all"]._replace(length=array_of(lengths, f"{WHERE}: lengths"))}
     several = any(batch.length is not None for batch in read.values())
     symbols = _symbols(reading, vocabulary, end, several)
     if symbols is not None:
@@ -232,8 +233,10 @@ def _read(x: Any, y: Any, key: str | None, label: str | None) -> tuple[dict[str,
 def _batch(x: Any, y: Any) -> Batch:
     try:
         array = of_mapped(x)
-        array = np.asarray(x) if array is x else array
+        array = array_of(x, f"{WHERE}: x") if array is x else array
         cond = None if y is None else _labels(y)
+    except DataError:
+        raise
     except (ValueError, TypeError) as error:
         raise DataError(
             f"{WHERE}: cannot be made one array ({error}). Bring all examples to one shape."
@@ -257,7 +260,7 @@ def _batch(x: Any, y: Any) -> Batch:
 
 def _labels(y: Any) -> np.ndarray:
     """Labels as an array; texts that pandas and Arrow have as objects are strings."""
-    found = np.asarray(y)
+    found = array_of(y, f"{WHERE}: y")
     texts = found.dtype.kind == "O" and all(isinstance(one, str) for one in found.flat)
     return found.astype(str) if texts or found.dtype.kind == "T" else found
 
@@ -280,7 +283,8 @@ def _of_mapping(
         for split, name in names.items():
             batch = _batch(x[name], _label_in(x, split, label) if y is None else y)
             if split in lengths:  # as a file's are taken
-                batch = batch._replace(length=np.asarray(x[lengths[split]]))
+                beside = array_of(x[lengths[split]], f"{WHERE}: {lengths[split]}")
+                batch = batch._replace(length=beside)
             found[split] = batch
         return found, [x[name] for name in names.values()]
     raise DataError(
@@ -359,7 +363,7 @@ def _field(every: list[Any], name: Any) -> list[Any]:
 
 
 def _stacked(every: list[Any]) -> np.ndarray:
-    arrays = [np.asarray(one) for one in every]
+    arrays = [array_of(one, f"{WHERE}: example {index}") for index, one in enumerate(every)]
     shapes = {array.shape for array in arrays}
     if len(shapes) > 1:
         raise DataError(

@@ -31,7 +31,15 @@ from genjax.runs.own_model import weights_of
 from genjax.runs.train import train as train_in
 from genjax.runs.train_own import train_own
 from genjax.runs.writers import Writer
-from genjax.values import as_stored, check_batch, check_cond, check_events, check_real, key_of
+from genjax.values import (
+    array_of,
+    as_stored,
+    check_batch,
+    check_cond,
+    check_events,
+    check_real,
+    key_of,
+)
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import Recipe, unknown_recipe
 from genjax.zoo.sections import replace
@@ -192,7 +200,7 @@ class Run:
         """Examples as the model takes them; [N, H, W] is understood for [N, H, W, 1], and the
         columns of a table are taken by their names.
         """
-        array, wanted = np.asarray(in_order(x, self.spec.columns)), self.spec.shape
+        array, wanted = array_of(in_order(x, self.spec.columns), "x"), self.spec.shape
         if array.shape[1:] == wanted[:-1] and wanted[-1:] == (1,):
             array = array[..., None]
         if array.ndim != len(wanted) + 1 or array.shape[1:] != wanted:
@@ -236,7 +244,7 @@ class Run:
         latent = self.model.latent
         if latent is None or latent.decode is None:
             raise ConfigError(f"This model of {self.spec.name} has no latents that it can decode.")
-        array = jnp.asarray(z, jnp.float32)
+        array = jnp.asarray(array_of(z, "z"), jnp.float32)
         check_real(array, (None, *latent.spec.shape), "z")
         given = condition_of_each(self.spec, cond, len(array))
         check_cond(self.spec, given, len(array))
