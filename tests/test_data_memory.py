@@ -332,6 +332,14 @@ def test_columns_of_a_table_are_those_that_are_named():
     assert turned.spec.columns == ("b", "a")
     found = np.concatenate([batch.x for batch in turned.load()])
     np.testing.assert_array_equal(found[:, 0], found[:, 1] ** 2)
+    slips = [("a", "bb"), ("a", "a"), ("p",), ("p", "q", "r"), ()]
+    texts = ["called 'bb'. Did you mean b?", "'a' is given twice", "1 names", "3 names", "0 names"]
+    for names, text in zip(slips, texts, strict=True):
+        with pytest.raises(ConfigError, match=text):
+            from_arrays(table, columns=names)
+    for x, step in ((np.ones((9, 5)), "day"), (np.ones((9, 3)), None)):
+        with pytest.raises(ConfigError, match=r"columns= has 2 names \(a, b\)"):
+            from_arrays(x, columns=("a", "b"), step=step)
     new = from_arrays(table, columns=("p", "q"))
     found = np.concatenate([batch.x for batch in new.load()])
     np.testing.assert_array_equal(found[:, 1], found[:, 0] ** 2)
