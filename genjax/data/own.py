@@ -18,6 +18,7 @@ from genjax.data.tokens import Symbols, levels_of
 from genjax.errors import ConfigError, DataError
 from genjax.protocol import Batch, DataSpec
 from genjax.settings import Rate, Settings, Within, check_fields
+from genjax.spec import two_values
 
 Levels = Annotated[int, Within(2, 2**24)]
 HELD_OUT = (0.1, 0.1)  # shares of the validation and the test set, unless told otherwise
@@ -43,6 +44,8 @@ class Reading(Settings):
             "tokens" are ids, of arrays and of .npz and .npy files.
         levels: how many levels discrete values have, or tokens there are, 0 .. levels-1; what
             occurs unless given.
+        values: the two values of binary data, the smaller first, which are taken as 0 and 1; what
+            occurs unless given.
         standardize: what of continuous values is taken out for the networks: the mean and spread of
             all ("event"), of each column ("element"), nothing ("none"); "auto" is "event" for
             images and "element" for all else.
@@ -55,6 +58,7 @@ class Reading(Settings):
 
     kind: Literal["auto", "binary", "discrete", "continuous", "tokens"] = "auto"
     levels: Levels | None = None
+    values: tuple[float, ...] | None = None
     standardize: Standardize = "auto"
     condition: Condition = "auto"
     valid_fraction: Rate = HELD_OUT[0]
@@ -62,6 +66,10 @@ class Reading(Settings):
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.values is not None and not two_values(self.values):
+            raise ConfigError(
+                f"values must be two different numbers, the smaller first; got {self.values}."
+            )
         valid, test = self.valid_fraction, self.test_fraction
         if not (valid > 0 and test > 0 and valid + test < 1):
             raise ConfigError(
@@ -124,6 +132,7 @@ def own_source(
         lengths=lengths[0] is not None,
         columns=None if columns is None else tuple(columns),
         vocabulary=None if symbols is None else symbols.vocabulary,
+        values=values.two,
         **known,
     )
     batches = [
@@ -154,7 +163,7 @@ def _values(
     there are says `flag`.
     """
     if reading.kind != "tokens":
-        return values_of(xs, reading.kind, reading.levels, where, own_splits)
+        return values_of(xs, reading.kind, reading.levels, where, own_splits, reading.values)
     if symbols is None:
         raise ConfigError(
             f"--kind tokens is for token ids in .npz and .npy files; {where} is none. Leave it out."

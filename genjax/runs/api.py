@@ -1,6 +1,7 @@
 """A run as an object in Python: `genjax.load("runs/vae")` and `genjax.train("vae", data=x)`.
 
-Arrays go in and come out in the units of the data, whatever the networks see.
+Arrays go in and come out in the units of the data, whatever the networks see: binary data of two
+other values than 0 and 1 as those. The functions of `run.model` take 0 and 1.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from genjax.data import MEMORY, Source, batch_indices
+from genjax.data.kinds import as_bits, as_values
 from genjax.data.labels import condition_of, condition_of_each
 from genjax.errors import ConfigError, DataError, unknown_name
 from genjax.evaluation.estimates import estimate, score_examples, scorer
@@ -162,7 +164,8 @@ class Run:
 
     def _drawn(self, n: int, cond: Any, seed: int, how: samples.Decoding) -> np.ndarray:
         found = condition_of(self.spec, cond, n)
-        return samples.draw(self.model, self.params, self.state, key_of(seed), n, found, how)
+        x = samples.draw(self.model, self.params, self.state, key_of(seed), n, found, how)
+        return as_values(x, self.spec.values)
 
     def texts(self, x: np.ndarray) -> list[str]:
         """Samples of a model of text as strings."""
@@ -207,7 +210,7 @@ class Run:
             raise DataError(
                 f"x must be [N, {', '.join(map(str, wanted))}]; got {list(np.shape(x))}."
             )
-        return as_stored(self.spec, array)
+        return as_stored(self.spec, as_bits(array, self.spec.values, "x"))
 
     def _batch(self, x: Any, cond: Any, length: Any = None) -> Batch:
         """The same with what goes with them, looked at now: inside a compiled program no value is
@@ -248,7 +251,8 @@ class Run:
         check_real(array, (None, *latent.spec.shape), "z")
         given = condition_of_each(self.spec, cond, len(array))
         check_cond(self.spec, given, len(array))
-        return np.asarray(jax.jit(latent.decode)(self.params, self.state, array, given))
+        mean = np.asarray(jax.jit(latent.decode)(self.params, self.state, array, given))
+        return as_values(mean, self.spec.values)
 
     def evaluate(
         self, split: str | None = None, data: Any = None, n_samples: int | None = None, **how: Any
