@@ -9,6 +9,7 @@ from PIL import Image
 
 import genjax
 from genjax.data import arrays
+from genjax.data.labels import labels_of
 from genjax.data.memory import from_arrays
 from genjax.errors import ConfigError, DataError
 from genjax.runs.other_data import brought_to, in_order, source_in
@@ -372,3 +373,11 @@ def test_what_is_masked_is_missing(what):
     with pytest.raises(DataError, match=rf"{what}.*: 1 of \d+ values of a masked array are masked"):
         from_arrays(x, **options)
     assert from_arrays(np.ma.masked_array(X, mask=False)).spec == from_arrays(X).spec
+
+
+@pytest.mark.parametrize("form", [np.asarray, np.eye(3).__getitem__])
+def test_numbers_of_classes_without_a_training_example_are_said(form):
+    """As names are."""
+    splits = [form(labels) for labels in ([0, 1, 0], [2, 0, 1])]
+    assert labels_of(splits, "x").note.endswith("; no example of 2 is in the training split")
+    assert "no example" not in labels_of(splits[::-1], "x").note
