@@ -53,6 +53,15 @@ def test_other_values_are_refused(run, tmp_path):
 
 
 @pytest.mark.slow
+def test_few_examples_are_told_what_evaluation_needs(run, tmp_path):
+    for data in (ONES[:2], saved(tmp_path / "other.npz", ONES[:1])):
+        with pytest.raises(DataError, match="too few examples to evaluate on: 3 at least"):
+            run.evaluate(data=data)
+    assert run.evaluate(data=ONES[:3])["n"] == 3
+    assert len(run.bound(ONES[:1]).nats) == 1
+
+
+@pytest.mark.slow
 def test_samples_have_the_values_of_the_data(run, tmp_path):
     mean, _ = run.encode(run.sample(9))
     assert 1 < run.decode(mean).min() < run.decode(mean).max() < 2

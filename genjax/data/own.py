@@ -13,7 +13,7 @@ from genjax.data.labels import Condition, labels_of
 from genjax.data.lines import sizes
 from genjax.data.order import permutation
 from genjax.data.rows import Chunks, Rows, rows_at
-from genjax.data.source import Source, Splits, cast, stored_dtype, validate
+from genjax.data.source import Source, Splits, TooFew, cast, stored_dtype, validate
 from genjax.data.tokens import Symbols, levels_of
 from genjax.errors import ConfigError, DataError
 from genjax.protocol import Batch, DataSpec
@@ -205,7 +205,7 @@ def _split(
     n_test = max(1, round(n * test_fraction)) if "all" in parts else 0
     n_train = n - n_valid - n_test
     if n_train < 1:
-        raise DataError(
+        raise TooFew(
             f"{where}: {n} examples are too few to split; expected at least 1 for each of train, "
             "valid and test."
         )

@@ -28,7 +28,7 @@ from genjax.protocol import Batch, DataSpec, Model, Params, State
 from genjax.runs import load as loading
 from genjax.runs import samples, shown
 from genjax.runs.evaluate import as_evaluated, evaluate
-from genjax.runs.other_data import brought_to, in_order, other_source, source_in
+from genjax.runs.other_data import in_order, other_in_memory, other_source, source_in
 from genjax.runs.own_model import weights_of
 from genjax.runs.train import train as train_in
 from genjax.runs.train_own import train_own
@@ -283,7 +283,7 @@ class Run:
         assert self._loaded is not None
         if isinstance(data, str | Path):
             return other_source(self._loaded, str(data))
-        return brought_to(self.spec, source_in(data, self.spec), "What was given as data")
+        return other_in_memory(self._loaded, data)
 
     def __repr__(self) -> str:
         name = "a model of one's own" if self.recipe is None else self.recipe.name

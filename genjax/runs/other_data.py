@@ -3,9 +3,10 @@
 one's own. They are brought to the spec, or refused.
 """
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 
 from genjax.data import Source, Splits, cast, from_arrays, loader, open_source
 from genjax.data.rows import on_rows
+from genjax.data.source import TooFew
 from genjax.errors import DataError
 from genjax.protocol import Batch, DataSpec
 from genjax.runs.load import Loaded
@@ -38,8 +40,28 @@ def other_source(run: Loaded, path: str) -> Source:
         kept |= {"kind": spec.kind, "levels": spec.levels, **_condition(spec), **_two(spec)}
     if spec.columns is not None:  # a table may have others, and have them in another order
         kept["columns"] = spec.columns
-    source = open_source(path, **{name: value for name, value in kept.items() if name in takes})
-    return brought_to(spec, source, path)
+    with _enough(path):
+        kept = {name: value for name, value in kept.items() if name in takes}
+        return brought_to(spec, open_source(path, **kept), path)
+
+
+def other_in_memory(run: Loaded, data: Any) -> Source:
+    """The same of data in memory, or of a `Source`."""
+    where = "What was given as data"
+    with _enough(where):
+        return brought_to(run.model.spec, source_in(data, run.model.spec), where)
+
+
+@contextlib.contextmanager
+def _enough(where: str) -> Iterator[None]:
+    """Say why so few examples are refused: a split is not what anybody wanted of them."""
+    try:
+        yield
+    except TooFew as error:
+        raise DataError(
+            f"{where} has too few examples to evaluate on: 3 at least, as other data are opened "
+            "like those of training, in three splits, of which all examples are scored. Give more."
+        ) from error
 
 
 def _condition(spec: DataSpec) -> dict[str, str]:
