@@ -206,6 +206,8 @@ def test_lengths_are_taken_as_a_file_has_them(tmp_path):
         from_arrays(parts, step="frame", lengths=lengths)
     with pytest.raises(ConfigError, match="lengths, which are for sequences"):
         from_arrays({"x": x[:, :, 0], "lengths": lengths})
+    with pytest.raises(DataError, match="lengths must be from 1 to 5; found 0 to 0"):
+        from_arrays(x, step="frame", lengths=0 * lengths)
 
 
 def test_labels_are_for_all_splits_or_none():

@@ -11,6 +11,7 @@ from program import arrays_in
 import genjax
 import genjax.cli
 from genjax.errors import CheckpointError, ConfigError, DataError
+from genjax.runs.api import Run
 
 RNG = np.random.default_rng(0)
 SMALL = {"steps": 4, "batch_size": 8, "hidden": (4,), "latent_dim": 2, "evaluate_every": 0}
@@ -210,3 +211,14 @@ def test_masked_values_are_refused(run):
         run.encode(np.ma.masked_array(x, True), [1, 2])
     with pytest.raises(DataError, match="z: 1 of 2 values"):
         run.decode(cond[None] * 1.0, 1)
+
+
+def test_lengths_are_whole_numbers():
+    spec = genjax.DataSpec((3, 2), "binary", step="frame", lengths=True)
+    model = genjax.rnn(spec, d_hidden=2)
+    run = Run(model, *model.init(jax.random.key(0)), step=0)
+    x = np.zeros((2, 3, 2))
+    assert run.log_prob(x, length=[1, 3]).nats.shape == (2,)
+    for length in ([1.7, 3], [2.0, 3.0], [2**32 + 1, 3], ["1", "3"], [[1], [3]]):
+        with pytest.raises(DataError, match=r"batch.length must be (int \[2\]|from 1 to 3); got"):
+            run.log_prob(x, length=length)

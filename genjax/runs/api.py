@@ -217,10 +217,10 @@ class Run:
         known.
         """
         events = self._events(x)
-        lengths: Any = None if length is None else np.asarray(length, np.int32)
+        lengths: Any = None if length is None else array_of(length, "length")
         batch = Batch(events, condition_of_each(self.spec, cond, len(events)), length=lengths)
-        check_batch(self.spec, batch)
-        return batch
+        check_batch(self.spec, batch)  # as they are: rounded, 1.7 would be in range
+        return batch if length is None else batch._replace(length=lengths.astype(np.int32))
 
     def encode(self, x: Any, cond: Any = None) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of q(z | x), [N, *latent shape] each.
