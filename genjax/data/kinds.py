@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from genjax.data.rows import chunks, moments, on_rows
+from genjax.data.rows import chunks, extent, moments, on_rows
 from genjax.errors import ConfigError, DataError
 from genjax.spec import Kind
 
@@ -347,8 +347,11 @@ def scale_of(x: Any, how: Standardize, where: str, what: str = "column") -> Scal
         mean, sd, largest = moments(x, each)
     if not (np.isfinite(mean).all() and np.isfinite(sd).all()):
         return Scale(None, None, "not standardised")
-    # Rounding leaves a constant column a spread of its last digits.
+    # Rounding leaves a constant column a spread of its last digits; what differs by 1, such as
+    # large numbers of customers, is not constant.
     constant = sd <= 1e-12 * largest
+    if constant.any():
+        constant &= extent(x, each) < 1
     _check_resolution(largest, np.where(constant, np.inf, sd), where, what)
     scale = np.where(constant, 1.0, sd)
     note = f"standardised by one mean and spread for each {what}"
