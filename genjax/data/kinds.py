@@ -337,8 +337,8 @@ def scale_of(x: Any, how: Standardize, where: str, what: str = "column") -> Scal
     for images [N, H, W, C] and one a column for all else.
 
     Raises:
-        DataError: for values so large beside their spread that 32-bit numbers do not tell them
-            apart.
+        DataError: for values so large beside their spread, or so small, that 32-bit numbers do not
+            tell them apart.
     """
     if how == "none":
         return Scale(None, None, "not standardised")
@@ -365,13 +365,15 @@ def scale_of(x: Any, how: Standardize, where: str, what: str = "column") -> Scal
 
 def _check_resolution(largest: np.ndarray, sd: np.ndarray, where: str, what: str) -> None:
     """Refuse what float32 cannot tell apart: steps between numbers near the largest one of more
-    than a hundredth of the spread.
+    than a hundredth of the spread. There is no step below 2**-126, as smaller numbers count as 0.
     """
-    coarse = np.flatnonzero(largest * 2.0**-23 > sd / 100)
+    coarse = np.flatnonzero(np.maximum(largest * 2.0**-23, 2.0**-126) > sd / 100)
     if len(coarse):
         index = int(coarse[0])
+        mend = f"Divide them by a number such as {largest[index]:.0e}"
+        if largest[index] * 2.0**-23 > sd[index] / 100:
+            mend = "Subtract an offset such as the mean"
         raise DataError(
             f"{where}: values of {what} {index} are up to {largest[index]:.4g} with a spread of "
-            f"{sd[index]:.3g}, which 32-bit numbers cannot tell apart. Subtract an offset such as "
-            "the mean, and save them again."
+            f"{sd[index]:.3g}, which 32-bit numbers cannot tell apart. {mend}, and save them again."
         )
