@@ -77,12 +77,16 @@ def test_a_run_from_before_they_were_kept_goes_on(run):
 
 
 def test_two_values_may_be_said():
-    assert from_arrays(ONES * 7, values=(0, 7)).load().train.x.min() == 1
-    with pytest.raises(DataError, match=r"found 7 only\. .*--values 0 7"):
-        from_arrays(ONES * 7, kind="binary")
-    with pytest.raises(ConfigError, match="two different numbers, the smaller first"):
-        from_arrays(ONES, values=(1, 1))
-    with pytest.raises(ConfigError, match="is for binary data, and kind='discrete'"):
-        from_arrays(ONES, values=(0, 1), kind="discrete")
+    assert from_arrays(ONES * 7, values="0,7").load().train.x.min() == 1
+    for value, advice in ((7, "0,7"), (-3, "-3,0")):
+        with pytest.raises(DataError, match=rf"found {value} only\. .*--values={advice}"):
+            from_arrays(ONES.astype(int) * value, kind="binary")
+    halves = from_arrays(BITS / 2 - 1, values="-1,-.5")
+    assert halves.spec.values == (-1, -0.5)
+    for wrong in ("1,1", "2,1", "1", "a,b", "1,nan", "0,1,2", ""):
+        with pytest.raises(ConfigError, match="two different numbers with a comma between them"):
+            from_arrays(ONES, values=wrong)
+    with pytest.raises(ConfigError, match="are for binary data, and kind='discrete'"):
+        from_arrays(ONES, values="0,1", kind="discrete")
     with pytest.raises(ValueError, match="values are two different numbers of binary data"):
         genjax.DataSpec((4,), "continuous", values=(0, 1))

@@ -110,7 +110,7 @@ def values_of(
         )
     if two is not None and decided != "binary":
         raise ConfigError(
-            f"values={two} is for binary data, and kind={kind!r} was given: leave one out."
+            f"values are for binary data, and kind={kind!r} was given: leave one out."
         )
     if decided == "continuous":
         if own_splits:
@@ -188,9 +188,10 @@ def _binary(
     if bool(np.isin(found, (0, 1)).all()):
         return Values(xs, "binary", None, f"binary ({why})")
     if len(found) < 2:
+        low, high = sorted((0, found.tolist()[0]))
         raise DataError(
             f"{where}: binary data are 0 and 1; found {found[0]} only. Say which two values there "
-            f"are: --values 0 {found[0]}, as a flag."
+            f"are, such as --values={low},{high}."
         )
     low, high = found.tolist()
     note = f"binary ({why}: {low} is taken as 0, {high} as 1; --kind discrete keeps them)"

@@ -71,9 +71,9 @@ def _condition(spec: DataSpec) -> dict[str, str]:
     return {"condition": "vector" if spec.n_classes is None else "classes"}
 
 
-def _two(spec: DataSpec) -> dict[str, tuple[float, ...]]:
+def _two(spec: DataSpec) -> dict[str, str]:
     """What is 0 and what is 1, which other data need not both have."""
-    return {"values": spec.values or (0, 1)} if spec.kind == "binary" else {}
+    return {"values": ",".join(map(str, spec.values or (0, 1)))} if spec.kind == "binary" else {}
 
 
 def in_order(x: Any, columns: Sequence[str] | None) -> Any:
