@@ -22,6 +22,7 @@ _TUPLES = (
     "cond_shift",
     "cond_scale",
     "columns",
+    "values",
 )
 
 
@@ -64,6 +65,8 @@ class DataSpec:
         columns: what the columns of the last axis are called, for pictures and samples.
         tokenizer: for tokens that are pieces of words, in the place of a vocabulary: the JSON of
             the tokenizer that makes text of them.
+        values: the two values that binary data have where they come from, if they are others than
+            0 and 1, which they are taken as; the smaller first.
 
     Example:
         >>> from genjax import DataSpec
@@ -88,6 +91,7 @@ class DataSpec:
     cond_scale: tuple[float, ...] | None = None
     columns: tuple[str, ...] | None = None
     tokenizer: str | None = None
+    values: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         # JSON gives lists back; a spec must stay hashable and equal to the one that was written.
@@ -123,6 +127,11 @@ class DataSpec:
                 "name for each."
             )
         self._check_sequence()
+        if self.values is not None and (self.kind != "binary" or not two_values(self.values)):
+            raise ValueError(
+                "values are two different numbers of binary data, the smaller first; got "
+                f"{self.values} with kind={self.kind!r}."
+            )
         if self.columns is not None and self.event[-1:] != (len(self.columns),):
             raise ValueError(
                 f"{len(self.columns)} names of columns for events of shape {self.event}: give one "
@@ -243,6 +252,11 @@ class DataSpec:
         if self.scale is None:
             return 0.0
         return -self.size * sum(map(math.log, self.scale)) / len(self.scale)
+
+
+def two_values(values: Any) -> bool:
+    """Whether these could be the values of binary data, in their order."""
+    return len(values) == 2 and -math.inf < values[0] < values[1] < math.inf
 
 
 def as_vectors(spec: DataSpec) -> DataSpec:

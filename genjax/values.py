@@ -45,6 +45,22 @@ def key_of(seed: Any) -> Key:
     return jax.random.key(seed)
 
 
+def array_of(x: Any, what: str) -> np.ndarray:
+    """x as a numpy array, which would take what stands below a mask for a value.
+
+    Raises:
+        DataError: for values that are masked.
+    """
+    for one in x if isinstance(x, list | tuple) else [x]:
+        count = int(np.ma.getmaskarray(one).sum()) if isinstance(one, np.ma.MaskedArray) else 0
+        if count:
+            raise DataError(
+                f"{what}: {count} of {one.size} values of a masked array are masked, which is "
+                "missing. Fill them in with its filled(...), or leave such examples out."
+            )
+    return np.asarray(x)
+
+
 def check_cond(spec: DataSpec, cond: PyTree | None, n: int) -> None:
     """Check a condition against the spec: present exactly when the model is conditional, [n] labels
     or [n, cond_dim].

@@ -9,6 +9,7 @@ from PIL import Image
 
 import genjax
 from genjax.data import arrays
+from genjax.data.labels import labels_of
 from genjax.data.memory import from_arrays
 from genjax.errors import ConfigError, DataError
 from genjax.runs.other_data import brought_to, in_order, source_in
@@ -205,6 +206,8 @@ def test_lengths_are_taken_as_a_file_has_them(tmp_path):
         from_arrays(parts, step="frame", lengths=lengths)
     with pytest.raises(ConfigError, match="lengths, which are for sequences"):
         from_arrays({"x": x[:, :, 0], "lengths": lengths})
+    with pytest.raises(DataError, match="lengths must be from 1 to 5; found 0 to 0"):
+        from_arrays(x, step="frame", lengths=0 * lengths)
 
 
 def test_labels_are_for_all_splits_or_none():
@@ -332,6 +335,14 @@ def test_columns_of_a_table_are_those_that_are_named():
     assert turned.spec.columns == ("b", "a")
     found = np.concatenate([batch.x for batch in turned.load()])
     np.testing.assert_array_equal(found[:, 0], found[:, 1] ** 2)
+    slips = [("a", "bb"), ("a", "a"), ("p",), ("p", "q", "r"), ()]
+    texts = ["called 'bb'. Did you mean b?", "'a' is given twice", "1 names", "3 names", "0 names"]
+    for names, text in zip(slips, texts, strict=True):
+        with pytest.raises(ConfigError, match=text):
+            from_arrays(table, columns=names)
+    for x, step in ((np.ones((9, 5)), "day"), (np.ones((9, 3)), None)):
+        with pytest.raises(ConfigError, match=r"columns= has 2 names \(a, b\)"):
+            from_arrays(x, columns=("a", "b"), step=step)
     new = from_arrays(table, columns=("p", "q"))
     found = np.concatenate([batch.x for batch in new.load()])
     np.testing.assert_array_equal(found[:, 1], found[:, 0] ** 2)
@@ -347,3 +358,28 @@ def test_labels_of_other_examples_are_not_left_out():
     x, y = np.arange(40.0).reshape(20, 2), np.arange(20) % 2
     with pytest.raises(DataError, match="y are not the labels of the train examples"):
         from_arrays({"x_train": x, "x_test": x, "y": y})
+
+
+MASKED = np.ma.masked_array(X, mask=X.max() == X)
+GIVEN = {
+    "x": (MASKED, {}),
+    "example": (Examples(list(MASKED)), {}),
+    "y": (X, {"y": np.ma.masked_array(np.arange(60) % 3, mask=np.arange(60) == 7)}),
+    "lengths": (X, {"step": "day", "lengths": np.ma.masked_array([2] * 60, np.arange(60) == 7)}),
+}
+
+
+@pytest.mark.parametrize("what", GIVEN)
+def test_what_is_masked_is_missing(what):
+    x, options = GIVEN[what]
+    with pytest.raises(DataError, match=rf"{what}.*: 1 of \d+ values of a masked array are masked"):
+        from_arrays(x, **options)
+    assert from_arrays(np.ma.masked_array(X, mask=False)).spec == from_arrays(X).spec
+
+
+@pytest.mark.parametrize("form", [np.asarray, np.eye(3).__getitem__])
+def test_numbers_of_classes_without_a_training_example_are_said(form):
+    """As names are."""
+    splits = [form(labels) for labels in ([0, 1, 0], [2, 0, 1])]
+    assert labels_of(splits, "x").note.endswith("; no example of 2 is in the training split")
+    assert "no example" not in labels_of(splits[::-1], "x").note

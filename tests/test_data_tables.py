@@ -1,6 +1,7 @@
 """Tables with named columns: CSV, TSV and Parquet, what they become, and what is refused."""
 
 import csv
+import gzip
 import json
 from pathlib import Path
 
@@ -287,9 +288,21 @@ def test_the_row_index_of_pandas_in_parquet_is_no_feature(
     assert "row index" not in str(open_source(path, label=index, conditional=True).notes)
 
 
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-16-be"])
 @pytest.mark.parametrize("text", ["größe,b\n1,2\n3,4\n", "a,food\n1,Käse\n2,Brot\n"])
-def test_a_table_that_is_not_utf8_is_told(tmp_path, text):
+def test_a_table_that_is_not_utf8_is_told(tmp_path, text, encoding):
     path = tmp_path / "t.csv"
-    path.write_bytes((text * 9).encode("cp1252"))
+    path.write_bytes((text * 9).encode(encoding))
     with pytest.raises(DataError, match=r"t\.csv: is not UTF-8\. Save it as UTF-8"):
         open_source(str(path), label="food" if "food" in text else None)
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+@pytest.mark.parametrize(
+    ("start", "message"), [(gzip.compress(b"a\n1\n"), "by gzip.*gunzip <"), (b"PK\3\4..", "a zip")]
+)
+def test_a_table_that_is_packed_is_told(tmp_path, ending, start, message):
+    path = tmp_path / f"t.{ending}"
+    path.write_bytes(start)
+    with pytest.raises(DataError, match=message):
+        open_source(str(path))

@@ -1,6 +1,8 @@
 """Runs that begin with the parameters of others, and runs side by side."""
 
+import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -15,8 +17,9 @@ from genjax.checks import leaves_by_name
 from genjax.errors import ConfigError
 from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.step import training
+from genjax.protocol import DataSpec
 from genjax.runs import compare
-from genjax.runs.init_from import started_from
+from genjax.runs.init_from import renamed, started_from
 from genjax.runs.stages import checkpoint_hash
 from genjax.zoo import ZOO
 
@@ -136,6 +139,24 @@ def test_initialisation_from_data_would_overwrite_what_was_taken(runs, tmp_path)
     start = started_from(first.folder, prepared, tmp_path / "new")
     assert start.begin(prepared).prepare is None
     assert any("initialisation from the first batch is left out" in line for line in start.lines)
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "said"),
+    [
+        ({"n_classes": 2, "class_names": "ab"}, {"class_names": "ba"}, "classes are not those"),
+        ({"columns": "abc"}, {"columns": "abd"}, "by number: 2 is 'c' there and 'd' here"),
+        ({"columns": "abc"}, {"columns": None}, None),
+        ({"kind": "binary"}, {"values": (1, 2)}, "binary values .* 0 is 0 there and 1 here, 1 is"),
+        ({"kind": "tokens", "levels": 2, "vocabulary": "ab"}, {"vocabulary": "ac"}, "symbols are"),
+        ({"kind": "tokens", "levels": 2, "vocabulary": "ab"}, {}, None),
+    ],
+)
+def test_names_that_weights_do_not_follow_are_said(there, here, said):
+    spec = DataSpec((3,), **{"kind": "continuous", **there})
+    lines = renamed(spec, dataclasses.replace(spec, **here))
+    assert len(lines) == (said is not None)
+    assert said is None or re.search(said, lines[0])
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from program import arrays_in
 import genjax
 import genjax.cli
 from genjax.errors import CheckpointError, ConfigError, DataError
+from genjax.runs.api import Run
 
 RNG = np.random.default_rng(0)
 SMALL = {"steps": 4, "batch_size": 8, "hidden": (4,), "latent_dim": 2, "evaluate_every": 0}
@@ -200,3 +201,24 @@ def test_a_second_stage_says_whether_its_bound_has_samples(tmp_path):
     assert run.evaluate(n=4)["kind"].startswith("lower bound")
     with pytest.raises(ConfigError, match="has no bound with samples"):
         run.evaluate(n=4, n_samples=3)
+
+
+def test_masked_values_are_refused(run):
+    x, cond = np.zeros((2, 8, 8, 1)), np.ma.masked_array([1, 2], [False, True])
+    with pytest.raises(DataError, match="cond: 1 of 2 values of a masked array are masked"):
+        run.bound(x, cond)
+    with pytest.raises(DataError, match="x: 128 of 128 values of a masked array"):
+        run.encode(np.ma.masked_array(x, True), [1, 2])
+    with pytest.raises(DataError, match="z: 1 of 2 values"):
+        run.decode(cond[None] * 1.0, 1)
+
+
+def test_lengths_are_whole_numbers():
+    spec = genjax.DataSpec((3, 2), "binary", step="frame", lengths=True)
+    model = genjax.rnn(spec, d_hidden=2)
+    run = Run(model, *model.init(jax.random.key(0)), step=0)
+    x = np.zeros((2, 3, 2))
+    assert run.log_prob(x, length=[1, 3]).nats.shape == (2,)
+    for length in ([1.7, 3], [2.0, 3.0], [2**32 + 1, 3], ["1", "3"], [[1], [3]]):
+        with pytest.raises(DataError, match=r"batch.length must be (int \[2\]|from 1 to 3); got"):
+            run.log_prob(x, length=length)

@@ -232,3 +232,11 @@ def test_what_32_bits_cannot_tell_apart_is_refused(tmp_path):
     times = 1.6e9 + np.random.default_rng(0).normal(size=(100, 2))
     with pytest.raises(DataError, match=r"column 0 are up to 1\.6e\+09.*Subtract an offset"):
         arrays(saved(tmp_path, x=times))
+    ids = 2**53 + 1 + np.arange(200).reshape(100, 2)
+    with pytest.raises(DataError, match=r"column 0 are up to 9\.007e\+15.*Subtract an offset"):
+        arrays(saved(tmp_path, x=ids * 1.0))
+    for scale in (1e-38, 1e-42, 1e-50):
+        with pytest.raises(DataError, match=r"cannot tell apart\. Divide them by a number such as"):
+            arrays(saved(tmp_path, x=(times - 1.6e9) * scale))
+    same = np.full((100, 2), 2.0**53 + 2)
+    assert "constant: column 0, 1" in "; ".join(arrays(saved(tmp_path, x=same)).notes)

@@ -70,6 +70,7 @@ def sample(args: list[str]) -> None:
     import jax
     import numpy as np
 
+    from genjax.data.kinds import as_values
     from genjax.data.labels import condition_of
     from genjax.data.view import no_picture, view_of
     from genjax.runs import load as runs
@@ -89,9 +90,10 @@ def sample(args: list[str]) -> None:
     key = jax.random.key(options.seed)
     found = runs.sample(loaded, key, n, cond, options.means, how, options.film)
     x = found[-1] if options.film else found
-    arrays: dict[str, Any] = {"x": x} | ({} if cond is None else {"cond": cond})
+    arrays: dict[str, Any] = {"x": as_values(x, spec.values)}
+    arrays |= {} if cond is None else {"cond": cond}
     if options.film:
-        arrays["film"] = found
+        arrays["film"] = as_values(found, spec.values)
     if options.out is not None:
         stem = free(options.out, arrays)
     else:

@@ -11,7 +11,7 @@ from genjax.data.idx import read_bytes
 from genjax.data.labels import labels_of
 from genjax.data.lines import about_lengths, line_lengths, pad_lines, sizes, split_rows
 from genjax.data.pieces import pieces_source
-from genjax.data.source import Source, Splits, cast, stored_dtype, validate
+from genjax.data.source import Source, Splits, TooFew, cast, stored_dtype, validate
 from genjax.data.streams import (
     Layout,
     Order,
@@ -132,7 +132,7 @@ def _examples(
     """Each text an example, in a fixed random order."""
     n = len(read.texts)
     if n < 3:
-        raise DataError(
+        raise TooFew(
             f"{where}: {n} texts are too few; expected one each for train, valid and test."
         )
     cond, classes = None, None

@@ -3,13 +3,14 @@ and the scale that networks see.
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from genjax.data.rows import chunks, moments, on_rows
+from genjax.data.rows import chunks, extent, moments, on_rows
 from genjax.errors import ConfigError, DataError
 from genjax.spec import Kind
 
@@ -58,12 +59,14 @@ class Values(NamedTuple):
         xs: of each split; binary ones as 0 and 1, whole numbers as they are.
         kind, levels: as in a spec.
         note: what was decided, and why.
+        two: what binary ones were, if not 0 and 1.
     """
 
     xs: list[np.ndarray]
     kind: Kind
     levels: int | None
     note: str
+    two: tuple[float, ...] | None = None
 
 
 def values_of(
@@ -72,6 +75,7 @@ def values_of(
     levels: int | None,
     where: str,
     own_splits: bool,
+    two: tuple[float, ...] | None = None,
 ) -> Values:
     """The kind of the values of all splits, the training split first.
 
@@ -83,17 +87,20 @@ def values_of(
     Args:
         levels: how many levels discrete values have; found in the data unless given.
         own_splits: whether the splits were given, and so may differ.
+        two: the values of binary data; found in the data unless given.
 
     Raises:
         DataError: for values that do not fit what is declared, or splits that differ in dtype or
             range.
-        ConfigError: for levels of what is declared to have none.
+        ConfigError: for levels, or two values, of what is declared to have none.
     """
     _same_dtype(xs, where)
     floating = xs[0].dtype.kind == "f"
     found = _few(xs)
     decided, why = kind, "as declared"
-    if kind == "auto" and levels is None:
+    if kind == "auto" and two is not None:
+        decided = "binary"
+    elif kind == "auto" and levels is None:
         decided, why = _kind_of(xs, found, floating)
     elif kind == "auto":
         decided = "discrete"
@@ -101,12 +108,16 @@ def values_of(
         raise ConfigError(
             f"levels={levels} is for discrete data, and kind={kind!r} was given: leave one out."
         )
+    if two is not None and decided != "binary":
+        raise ConfigError(
+            f"values are for binary data, and kind={kind!r} was given: leave one out."
+        )
     if decided == "continuous":
         if own_splits:
             _same_spread(xs, where)
         return Values(xs, decided, None, f"real numbers ({why})")
     if decided == "binary":
-        return _binary(xs, found, why, where)
+        return _binary(xs, found, two, why, where)
     return _discrete(xs, found, levels, why, where, own_splits)
 
 
@@ -156,7 +167,16 @@ def _levels(values: np.ndarray) -> bool:
     return bool(np.all(values == np.floor(values)) and values.min() >= 0)
 
 
-def _binary(xs: list[np.ndarray], found: np.ndarray | None, why: str, where: str) -> Values:
+def _binary(
+    xs: list[np.ndarray],
+    found: np.ndarray | None,
+    two: tuple[float, ...] | None,
+    why: str,
+    where: str,
+) -> Values:
+    if two is not None:
+        _check_two(found, two, where)
+        found = np.asarray(two)
     if found is None or len(found) > 2:
         some = "more than 256" if found is None else str(len(found))
         raise DataError(f"{where}: binary data have two different values; found {some}.")
@@ -168,9 +188,46 @@ def _binary(xs: list[np.ndarray], found: np.ndarray | None, why: str, where: str
     if bool(np.isin(found, (0, 1)).all()):
         return Values(xs, "binary", None, f"binary ({why})")
     if len(found) < 2:
-        raise DataError(f"{where}: binary data are 0 and 1; found {found[0]} only.")
-    note = f"binary ({why}: {found[0]} is taken as 0, {found[1]} as 1; --kind discrete keeps them)"
-    return Values([on_rows(x, partial(np.equal, found[1])) for x in xs], "binary", None, note)
+        low, high = sorted((0, found.tolist()[0]))
+        raise DataError(
+            f"{where}: binary data are 0 and 1; found {found[0]} only. Say which two values there "
+            f"are, such as --values={low},{high}."
+        )
+    low, high = found.tolist()
+    note = f"binary ({why}: {low} is taken as 0, {high} as 1; --kind discrete keeps them)"
+    ones = [on_rows(x, partial(np.equal, high)) for x in xs]
+    return Values(ones, "binary", None, note, (low, high))
+
+
+def _check_two(found: np.ndarray | None, two: Sequence[float], where: str) -> None:
+    """Refuse other values than these two."""
+    others = None if found is None else [one for one in found.tolist() if one not in two]
+    if others != []:
+        shown = "more than 256 different ones" if others is None else _some(others)
+        raise DataError(
+            f"{where}: binary values must be {two[0]} and {two[1]} here; found {shown}. Bring them "
+            "to those."
+        )
+
+
+def as_bits(x: np.ndarray, two: Sequence[float] | None, where: str) -> np.ndarray:
+    """Binary values as 0 and 1, of those that a spec says.
+
+    Raises:
+        DataError: for other values.
+    """
+    if two is None or x.dtype.kind not in "biuf":  # which is refused elsewhere
+        return x
+    _check_two(_few([x]), two, where)
+    return x == two[1]
+
+
+def as_values(x: np.ndarray, two: Sequence[float] | None) -> np.ndarray:
+    """0 and 1 as the values that a spec says, and means between them as means of those."""
+    if two is None:
+        return x
+    low, high = two
+    return np.where(x == 1, high, low + (high - low) * np.asarray(x, np.float64))
 
 
 def _discrete(
@@ -212,12 +269,15 @@ def _sparse(found: np.ndarray) -> str:
     """What is said of levels of which few occur."""
     if int(found[-1]) == len(found) - 1:
         return f"; none is above {found[-1]}: --levels {len(found)} says that there are no more"
-    shown = ", ".join(str(int(value)) for value in found[:8])
-    shown += ", ..." if len(found) > 8 else ""
+    shown = _some(found.astype(int).tolist())
     return (
         f"; only {len(found)} of them occur ({shown}), which numbers from 0 to {len(found) - 1} "
         "would say more simply"
     )
+
+
+def _some(values: list[Any]) -> str:
+    return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
 
 
 def _whole(x: Any) -> bool:
@@ -278,8 +338,8 @@ def scale_of(x: Any, how: Standardize, where: str, what: str = "column") -> Scal
     for images [N, H, W, C] and one a column for all else.
 
     Raises:
-        DataError: for values so large beside their spread that 32-bit numbers do not tell them
-            apart.
+        DataError: for values so large beside their spread, or so small, that 32-bit numbers do not
+            tell them apart.
     """
     if how == "none":
         return Scale(None, None, "not standardised")
@@ -288,8 +348,11 @@ def scale_of(x: Any, how: Standardize, where: str, what: str = "column") -> Scal
         mean, sd, largest = moments(x, each)
     if not (np.isfinite(mean).all() and np.isfinite(sd).all()):
         return Scale(None, None, "not standardised")
-    # Rounding leaves a constant column a spread of its last digits.
+    # Rounding leaves a constant column a spread of its last digits; what differs by 1, such as
+    # large numbers of customers, is not constant.
     constant = sd <= 1e-12 * largest
+    if constant.any():
+        constant &= extent(x, each) < 1
     _check_resolution(largest, np.where(constant, np.inf, sd), where, what)
     scale = np.where(constant, 1.0, sd)
     note = f"standardised by one mean and spread for each {what}"
@@ -303,13 +366,15 @@ def scale_of(x: Any, how: Standardize, where: str, what: str = "column") -> Scal
 
 def _check_resolution(largest: np.ndarray, sd: np.ndarray, where: str, what: str) -> None:
     """Refuse what float32 cannot tell apart: steps between numbers near the largest one of more
-    than a hundredth of the spread.
+    than a hundredth of the spread. There is no step below 2**-126, as smaller numbers count as 0.
     """
-    coarse = np.flatnonzero(largest * 2.0**-23 > sd / 100)
+    coarse = np.flatnonzero(np.maximum(largest * 2.0**-23, 2.0**-126) > sd / 100)
     if len(coarse):
         index = int(coarse[0])
+        mend = f"Divide them by a number such as {largest[index]:.0e}"
+        if largest[index] * 2.0**-23 > sd[index] / 100:
+            mend = "Subtract an offset such as the mean"
         raise DataError(
             f"{where}: values of {what} {index} are up to {largest[index]:.4g} with a spread of "
-            f"{sd[index]:.3g}, which 32-bit numbers cannot tell apart. Subtract an offset such as "
-            "the mean, and save them again."
+            f"{sd[index]:.3g}, which 32-bit numbers cannot tell apart. {mend}, and save them again."
         )

@@ -7,6 +7,7 @@ import numpy as np
 
 from genjax.errors import ConfigError, DataError
 from genjax.spec import DataSpec
+from genjax.values import array_of
 
 Condition = Literal["auto", "classes", "vector"]
 
@@ -89,7 +90,7 @@ def _of_one_hot(conds: list[np.ndarray], where: str) -> Labels:
         )
     labels = [cond.argmax(axis=1).astype(np.int32) for cond in conds]
     n = columns.pop()
-    return Labels(labels, n, None, None, f"{n} classes (one-hot rows)")
+    return Labels(labels, n, None, None, f"{n} classes (one-hot rows){_untrained(labels[0], n)}")
 
 
 def _strings(conds: list[np.ndarray], where: str, how: Condition) -> Labels:
@@ -113,14 +114,19 @@ def _classes(conds: list[np.ndarray], why: str) -> Labels:
     n = len(found)
     labels = [np.searchsorted(found, cond).astype(np.int32) for cond in conds]
     if found.dtype.kind in "iu" and np.array_equal(found, np.arange(n)):
-        return Labels(labels, n, None, None, f"{n} classes ({why})")
+        return Labels(labels, n, None, None, f"{n} classes ({why}){_untrained(labels[0], n)}")
     names = tuple(str(value) for value in found.tolist())
-    untrained = sorted(set(range(n)) - set(np.unique(labels[0]).tolist()))
-    note = f"{n} classes ({why}): {_listed(names)}"
-    if untrained:
-        lacking = _listed(tuple(names[index] for index in untrained))
-        note += f"; no example of {lacking} is in the training split"
+    note = f"{n} classes ({why}): {_listed(names)}{_untrained(labels[0], n, names)}"
     return Labels(labels, n, None, names, note)
+
+
+def _untrained(labels: np.ndarray, n: int, names: tuple[str, ...] | None = None) -> str:
+    """What a note says of the classes without an example among labels; nothing where all have."""
+    absent = np.setdiff1d(np.arange(n), labels).tolist()
+    if not absent:
+        return ""
+    lacking = _listed(tuple(str(index) if names is None else names[index] for index in absent))
+    return f"; no example of {lacking} is in the training split"
 
 
 def _listed(names: tuple[str, ...], most: int = 10) -> str:
@@ -193,7 +199,9 @@ def _labels_of(spec: DataSpec, asked: Any) -> np.ndarray:
     if isinstance(asked, str):
         asked = [asked] if asked in (spec.class_names or ()) else asked.split(",")
     try:
-        array: Any = np.asarray(asked)
+        array: Any = array_of(asked, "cond")
+    except DataError:
+        raise
     except ValueError:  # lists of several lengths
         array = np.empty((0, 0))
     array = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
@@ -209,7 +217,10 @@ def _labels_of(spec: DataSpec, asked: Any) -> np.ndarray:
 def _vectors_of(spec: DataSpec, asked: Any, n: int) -> np.ndarray:
     """Condition vectors [n, cond_dim]: one for all, or an array of them."""
     try:
-        found = np.asarray(asked.split(",") if isinstance(asked, str) else asked, np.float32)
+        given = asked.split(",") if isinstance(asked, str) else asked
+        found = array_of(given, "cond").astype(np.float32)
+    except DataError:
+        raise
     except (ValueError, TypeError):
         found = np.full(1, np.nan, np.float32)
     if not np.isfinite(found).all():

@@ -21,9 +21,10 @@ from genjax.data.series import as_sequences
 from genjax.data.source import Source
 from genjax.data.tokens import STEP as TOKEN
 from genjax.data.tokens import Symbols, symbols_of
-from genjax.errors import ConfigError, DataError
+from genjax.errors import ConfigError, DataError, unknown_name
 from genjax.protocol import Batch
 from genjax.settings import builder
+from genjax.values import array_of
 
 WHERE = "the data in memory"
 _X = ("x", "image", "img", "images", "data")
@@ -69,7 +70,7 @@ def from_arrays(
         step: what one step of a sequence is called: "frame".
         columns: what the columns of the last axis are called; of a table of pandas, polars or Arrow
             as there, if they are texts, unless given. Names that it has are those of x, in this
-            order.
+            order; others, one for each column, are new ones.
         channels: where images have them: "first" for [N, C, H, W].
         vocabulary: of tokens, the symbol of each id: a text or a list. Samples are text if all are
             single characters.
@@ -93,7 +94,7 @@ def from_arrays(
                 "lengths= is for data without splits and lengths of their own: put those of each "
                 "split beside it, as lengths_train and lengths_test."
             )
-        read = {"all": read["all"]._replace(length=np.asarray(lengths))}
+        read = {"all": read["all"]._replace(length=array_of(lengths, f"{WHERE}: lengths"))}
     several = any(batch.length is not None for batch in read.values())
     symbols = _symbols(reading, vocabulary, end, several)
     if symbols is not None:
@@ -104,7 +105,9 @@ def from_arrays(
         xs = with_channels([batch.x for batch in read.values()], channels, WHERE)
         pairs = zip(read.items(), xs, strict=True)
         read = {split: batch._replace(x=one) for (split, batch), one in pairs}
-    if columns is None and step is None:
+    if columns is not None:
+        _check_columns(columns, read, step)
+    elif step is None:
         columns = _columns_of_all(tables)
     notes = [symbols.note] if symbols is not None and symbols.note else []
     source = own_source(
@@ -184,16 +187,37 @@ def _columns_of_all(tables: list[Any]) -> tuple[str, ...] | None:
 def _with_columns(x: Any, columns: tuple[str, ...] | None) -> Any:
     """x, or each table of a mapping, with these of its columns in this order. Where they are none
     of its own they are new names, by their place.
+
+    Raises:
+        ConfigError: for names of which only some are its own, and one that is given twice.
     """
     if columns is None:
         return x
+    repeated = [name for name in columns if columns.count(name) > 1]
+    if repeated:
+        raise ConfigError(f"The column {repeated[0]!r} is given twice: leave one out.")
     if isinstance(x, Mapping) and not hasattr(x, "num_rows"):
         return {name: _with_columns(one, columns) for name, one in x.items()}
     known = _columns_of(x)
-    if known is None or not {*columns} <= {*known}:
+    own = [name for name in columns if name in (known or ())]
+    if not own:
         return x
+    for name in columns:
+        if name not in own:  # a slip: nobody calls some columns anew by the names of others
+            raise unknown_name(f"column of {WHERE}", name, known or ())
     table: Any = x
     return table.select([*columns]) if hasattr(x, "column_names") else table[[*columns]]
+
+
+def _check_columns(columns: Sequence[str], read: dict[str, Batch], step: str | None) -> None:
+    """Refuse another number of names than there are columns."""
+    event = next(iter(read.values())).x.shape[1 if step is None else 2 :]
+    if event[-1:] != (len(columns),):
+        has = f"{event[-1]} columns" if event else "no columns: a step is one number"
+        raise ConfigError(
+            f"columns= has {len(columns)} names ({', '.join(columns):.100}), and {WHERE} have "
+            f"{has}. Name each of the last axis, or leave columns out."
+        )
 
 
 def _columns_of(table: Any) -> tuple[str, ...] | None:
@@ -232,8 +256,10 @@ def _read(x: Any, y: Any, key: str | None, label: str | None) -> tuple[dict[str,
 def _batch(x: Any, y: Any) -> Batch:
     try:
         array = of_mapped(x)
-        array = np.asarray(x) if array is x else array
+        array = array_of(x, f"{WHERE}: x") if array is x else array
         cond = None if y is None else _labels(y)
+    except DataError:
+        raise
     except (ValueError, TypeError) as error:
         raise DataError(
             f"{WHERE}: cannot be made one array ({error}). Bring all examples to one shape."
@@ -257,7 +283,7 @@ def _batch(x: Any, y: Any) -> Batch:
 
 def _labels(y: Any) -> np.ndarray:
     """Labels as an array; texts that pandas and Arrow have as objects are strings."""
-    found = np.asarray(y)
+    found = array_of(y, f"{WHERE}: y")
     texts = found.dtype.kind == "O" and all(isinstance(one, str) for one in found.flat)
     return found.astype(str) if texts or found.dtype.kind == "T" else found
 
@@ -280,7 +306,8 @@ def _of_mapping(
         for split, name in names.items():
             batch = _batch(x[name], _label_in(x, split, label) if y is None else y)
             if split in lengths:  # as a file's are taken
-                batch = batch._replace(length=np.asarray(x[lengths[split]]))
+                beside = array_of(x[lengths[split]], f"{WHERE}: {lengths[split]}")
+                batch = batch._replace(length=beside)
             found[split] = batch
         return found, [x[name] for name in names.values()]
     raise DataError(
@@ -359,7 +386,7 @@ def _field(every: list[Any], name: Any) -> list[Any]:
 
 
 def _stacked(every: list[Any]) -> np.ndarray:
-    arrays = [np.asarray(one) for one in every]
+    arrays = [array_of(one, f"{WHERE}: example {index}") for index, one in enumerate(every)]
     shapes = {array.shape for array in arrays}
     if len(shapes) > 1:
         raise DataError(

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import math
+import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
@@ -13,13 +14,15 @@ from genjax.data.labels import Condition, labels_of
 from genjax.data.lines import sizes
 from genjax.data.order import permutation
 from genjax.data.rows import Chunks, Rows, rows_at
-from genjax.data.source import Source, Splits, cast, stored_dtype, validate
+from genjax.data.source import Source, Splits, TooFew, cast, stored_dtype, validate
 from genjax.data.tokens import Symbols, levels_of
 from genjax.errors import ConfigError, DataError
 from genjax.protocol import Batch, DataSpec
-from genjax.settings import Rate, Settings, Within, check_fields
+from genjax.settings import Rate, Settings, Within, check_fields, is_number
+from genjax.spec import two_values
 
 Levels = Annotated[int, Within(2, 2**24)]
+_WHOLE = re.compile(r"\s*-?\d{1,20}\s*", re.ASCII)  # which floats need not hold
 HELD_OUT = (0.1, 0.1)  # shares of the validation and the test set, unless told otherwise
 
 # What folders, and the endings of arrays' names, call the splits.
@@ -43,6 +46,8 @@ class Reading(Settings):
             "tokens" are ids, of arrays and of .npz and .npy files.
         levels: how many levels discrete values have, or tokens there are, 0 .. levels-1; what
             occurs unless given.
+        values: the two values of binary data, the smaller first, which are taken as 0 and 1:
+            "0,255"; what occurs unless given.
         standardize: what of continuous values is taken out for the networks: the mean and spread of
             all ("event"), of each column ("element"), nothing ("none"); "auto" is "event" for
             images and "element" for all else.
@@ -55,6 +60,7 @@ class Reading(Settings):
 
     kind: Literal["auto", "binary", "discrete", "continuous", "tokens"] = "auto"
     levels: Levels | None = None
+    values: str | None = None
     standardize: Standardize = "auto"
     condition: Condition = "auto"
     valid_fraction: Rate = HELD_OUT[0]
@@ -62,12 +68,27 @@ class Reading(Settings):
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.two is not None and not two_values(self.two):
+            raise ConfigError(
+                "values must be two different numbers with a comma between them, the smaller first "
+                f"(0,255); got {self.values!r:.80}."
+            )
         valid, test = self.valid_fraction, self.test_fraction
         if not (valid > 0 and test > 0 and valid + test < 1):
             raise ConfigError(
                 "valid_fraction and test_fraction must be positive with a sum below 1; got "
                 f"{valid} and {test}."
             )
+
+    @property
+    def two(self) -> tuple[float, ...] | None:
+        """The values of binary data as numbers; none for a text that has none."""
+        if self.values is None:
+            return None
+        parts = self.values.split(",")
+        if not all(map(is_number, parts)):
+            return ()
+        return tuple(int(part) if _WHOLE.fullmatch(part) else float(part) for part in parts)
 
 
 def own_source(
@@ -124,6 +145,7 @@ def own_source(
         lengths=lengths[0] is not None,
         columns=None if columns is None else tuple(columns),
         vocabulary=None if symbols is None else symbols.vocabulary,
+        values=values.two,
         **known,
     )
     batches = [
@@ -154,7 +176,7 @@ def _values(
     there are says `flag`.
     """
     if reading.kind != "tokens":
-        return values_of(xs, reading.kind, reading.levels, where, own_splits)
+        return values_of(xs, reading.kind, reading.levels, where, own_splits, reading.two)
     if symbols is None:
         raise ConfigError(
             f"--kind tokens is for token ids in .npz and .npy files; {where} is none. Leave it out."
@@ -196,7 +218,7 @@ def _split(
     n_test = max(1, round(n * test_fraction)) if "all" in parts else 0
     n_train = n - n_valid - n_test
     if n_train < 1:
-        raise DataError(
+        raise TooFew(
             f"{where}: {n} examples are too few to split; expected at least 1 for each of train, "
             "valid and test."
         )

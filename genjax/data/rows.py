@@ -190,6 +190,15 @@ def moments(x: Any, each: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return mean, np.sqrt(square / max(1, n)), largest
 
 
+def extent(x: Any, each: bool) -> np.ndarray:
+    """Largest value less smallest, of each column of the last axis, or of all values [1]."""
+    low, high = np.inf, -np.inf
+    for chunk in chunks(x):
+        axes = tuple(range(chunk.ndim - 1)) if each else None
+        low, high = np.minimum(low, chunk.min(axis=axes)), np.maximum(high, chunk.max(axis=axes))
+    return np.atleast_1d(high - low).astype(np.float64)
+
+
 # --- files ----------------------------------------------------------------------------------------
 
 

@@ -69,3 +69,6 @@ def as_sequences(read: dict[str, Batch], step: str | None, where: str) -> None:
                 f"{where}: lengths must be a whole number for each of {len(batch.x)} sequences; "
                 f"found {batch.length.dtype}{list(batch.length.shape)}."
             )
+        low, high, most = batch.length.min(), batch.length.max(), batch.x.shape[1]
+        if low < 1 or high > most:
+            raise DataError(f"{where}: lengths must be from 1 to {most}; found {low} to {high}.")

@@ -24,6 +24,10 @@ DATA_TAG = 0x64617461  # "data"
 AUGMENT_TAG = 0x61756765  # "auge"
 
 
+class TooFew(DataError):
+    """Examples that are too few for three splits."""
+
+
 class Splits(NamedTuple):
     """Training, validation and test data on the host: numpy arrays in their compact stored dtype
     (uint8 images).

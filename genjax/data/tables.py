@@ -51,6 +51,7 @@ def table(
     """
     where = os.fspath(path)
     regular_file(where)
+    _check_start(where)
     large = _is_large(where)
     read = _read(where, columns=[]) if large else _read(where)
     names, notes = _chosen(read, columns, label, condition_columns, where)
@@ -177,6 +178,29 @@ def _read(where: str, columns: list[str] | None = None) -> Any:
     return found
 
 
+def _check_start(where: str) -> None:
+    """Refuse what is packed, and UTF-16, by their first bytes: pyarrow has other names for them.
+
+    Raises:
+        DataError: with how to unpack or write it.
+    """
+    start = b""
+    with contextlib.suppress(OSError), open(where, "rb") as file:  # which `_read` tells
+        start = file.read(1024)
+    if start[:2] == b"\x1f\x8b":
+        raise DataError(
+            f"{where}: is compressed by gzip. Unpack it, and give the plain file: "
+            "gunzip < old.csv > new.csv."
+        )
+    if start[:4] == b"PK\x03\x04":
+        raise DataError(
+            f"{where}: is a zip archive, or a spreadsheet. Unpack it, or save it as CSV UTF-8 in "
+            "the spreadsheet."
+        )
+    if start.count(0) > len(start) / 4 and not where.lower().endswith(".parquet"):
+        raise _not_utf8(where)
+
+
 def _check_utf8(found: Any, where: str) -> None:
     """Refuse a text in another encoding, such as cp1252: pyarrow takes its values as bytes, and
     decodes its names of columns only when they are asked for.
@@ -189,7 +213,11 @@ def _check_utf8(found: Any, where: str) -> None:
     with contextlib.suppress(UnicodeDecodeError):
         if found.column_names and not any(map(types.is_binary, found.schema.types)):
             return
-    raise DataError(
+    raise _not_utf8(where)
+
+
+def _not_utf8(where: str) -> DataError:
+    return DataError(
         f"{where}: is not UTF-8. Save it as UTF-8, which spreadsheets call CSV UTF-8; for a file "
         "of Windows: iconv -f CP1252 -t UTF-8 old.csv > new.csv (-f UTF-16 for Unicode text)."
     )

@@ -26,7 +26,7 @@ from genjax.data.lines import (
     without_long,
 )
 from genjax.data.pieces import decode_pieces, encode_pieces, pieces_source
-from genjax.data.source import Source, Splits, cast, validate
+from genjax.data.source import Source, Splits, TooFew, cast, validate
 from genjax.data.streams import (
     Layout,
     Order,
@@ -209,7 +209,7 @@ def text(
     n = len(lengths)
     if n < 3:
         longer = f" ({left:,} longer than {max_length} were left out)" if left else ""
-        raise DataError(
+        raise TooFew(
             f"{path}: {n} lines that are not empty are too few{longer}; expected one each for "
             "train, valid and test."
         )

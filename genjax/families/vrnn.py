@@ -334,6 +334,7 @@ def latents_of(spec: DataSpec, latent_dim: int) -> DataSpec:
         shift=None,
         scale=None,
         columns=None,
+        values=None,
     )
 
 

@@ -1,6 +1,7 @@
 """A run as an object in Python: `genjax.load("runs/vae")` and `genjax.train("vae", data=x)`.
 
-Arrays go in and come out in the units of the data, whatever the networks see.
+Arrays go in and come out in the units of the data, whatever the networks see: binary data of two
+other values than 0 and 1 as those. The functions of `run.model` take 0 and 1.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ import numpy as np
 
 from genjax.checks import check_count
 from genjax.data import MEMORY, Source, batch_indices
+from genjax.data.kinds import as_bits, as_values
 from genjax.data.labels import condition_of, condition_of_each
 from genjax.errors import ConfigError, DataError, unknown_name
 from genjax.evaluation.estimates import estimate, score_examples, scorer
@@ -27,12 +29,20 @@ from genjax.protocol import Batch, DataSpec, Model, Params, State
 from genjax.runs import load as loading
 from genjax.runs import samples, shown
 from genjax.runs.evaluate import as_evaluated, evaluate
-from genjax.runs.other_data import brought_to, in_order, other_source, source_in
+from genjax.runs.other_data import in_order, other_in_memory, other_source, source_in
 from genjax.runs.own_model import weights_of
 from genjax.runs.train import train as train_in
 from genjax.runs.train_own import train_own
 from genjax.runs.writers import Writer
-from genjax.values import as_stored, check_batch, check_cond, check_events, check_real, key_of
+from genjax.values import (
+    array_of,
+    as_stored,
+    check_batch,
+    check_cond,
+    check_events,
+    check_real,
+    key_of,
+)
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import Recipe, unknown_recipe
 from genjax.zoo.sections import replace
@@ -156,7 +166,8 @@ class Run:
     def _drawn(self, n: int, cond: Any, seed: int, how: samples.Decoding) -> np.ndarray:
         check_count(n)
         found = condition_of(self.spec, cond, n)
-        return samples.draw(self.model, self.params, self.state, key_of(seed), n, found, how)
+        x = samples.draw(self.model, self.params, self.state, key_of(seed), n, found, how)
+        return as_values(x, self.spec.values)
 
     def texts(self, x: np.ndarray) -> list[str]:
         """Samples of a model of text as strings."""
@@ -194,24 +205,24 @@ class Run:
         """Examples as the model takes them; [N, H, W] is understood for [N, H, W, 1], and the
         columns of a table are taken by their names.
         """
-        array, wanted = np.asarray(in_order(x, self.spec.columns)), self.spec.shape
+        array, wanted = array_of(in_order(x, self.spec.columns), "x"), self.spec.shape
         if array.shape[1:] == wanted[:-1] and wanted[-1:] == (1,):
             array = array[..., None]
         if array.ndim != len(wanted) + 1 or array.shape[1:] != wanted:
             raise DataError(
                 f"x must be [N, {', '.join(map(str, wanted))}]; got {list(np.shape(x))}."
             )
-        return as_stored(self.spec, array)
+        return as_stored(self.spec, as_bits(array, self.spec.values, "x"))
 
     def _batch(self, x: Any, cond: Any, length: Any = None) -> Batch:
         """The same with what goes with them, looked at now: inside a compiled program no value is
         known.
         """
         events = self._events(x)
-        lengths: Any = None if length is None else np.asarray(length, np.int32)
+        lengths: Any = None if length is None else array_of(length, "length")
         batch = Batch(events, condition_of_each(self.spec, cond, len(events)), length=lengths)
-        check_batch(self.spec, batch)
-        return batch
+        check_batch(self.spec, batch)  # as they are: rounded, 1.7 would be in range
+        return batch if length is None else batch._replace(length=lengths.astype(np.int32))
 
     def encode(self, x: Any, cond: Any = None) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of q(z | x), [N, *latent shape] each.
@@ -238,11 +249,12 @@ class Run:
         latent = self.model.latent
         if latent is None or latent.decode is None:
             raise ConfigError(f"This model of {self.spec.name} has no latents that it can decode.")
-        array = jnp.asarray(z, jnp.float32)
+        array = jnp.asarray(array_of(z, "z"), jnp.float32)
         check_real(array, (None, *latent.spec.shape), "z")
         given = condition_of_each(self.spec, cond, len(array))
         check_cond(self.spec, given, len(array))
-        return np.asarray(jax.jit(latent.decode)(self.params, self.state, array, given))
+        mean = np.asarray(jax.jit(latent.decode)(self.params, self.state, array, given))
+        return as_values(mean, self.spec.values)
 
     def evaluate(
         self, split: str | None = None, data: Any = None, n_samples: int | None = None, **how: Any
@@ -273,7 +285,7 @@ class Run:
         assert self._loaded is not None
         if isinstance(data, str | Path):
             return other_source(self._loaded, str(data))
-        return brought_to(self.spec, source_in(data, self.spec), "What was given as data")
+        return other_in_memory(self._loaded, data)
 
     def __repr__(self) -> str:
         name = "a model of one's own" if self.recipe is None else self.recipe.name

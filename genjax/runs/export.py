@@ -4,8 +4,9 @@
 
 Weights are the averaged ones where the recipe averages, under flat names such as
 "vae/encoder/layers/0/kernel"; spec and settings are the file's metadata. Complex numbers are pairs
-of real ones on a last axis, and named in the metadata. The programs hold the weights, and are read
-with jax alone:
+of real ones on a last axis, and named in the metadata. The programs hold the weights, take and give
+events as a spec has them (classes by their number, binary data as 0 and 1), and are read with jax
+alone:
 
     import jax
     sample = jax.export.deserialize(open("sample.stablehlo", "rb").read())

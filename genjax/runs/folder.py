@@ -283,12 +283,13 @@ def keep_spec(folder: Path, spec: DataSpec) -> None:
 
 
 def as_known(now: DataSpec, there: DataSpec) -> DataSpec:
-    """The spec `now` without the names of classes and of columns where `there` is from before they
-    were kept.
+    """The spec `now` without the names of classes and of columns, and the values of binary data,
+    where `there` is from before they were kept.
     """
     if there.class_names is None and now.n_classes == there.n_classes:
         now = dataclasses.replace(now, class_names=None)
-    return now if there.columns is not None else dataclasses.replace(now, columns=None)
+    absent = [name for name in ("columns", "values") if getattr(there, name) is None]
+    return dataclasses.replace(now, **dict.fromkeys(absent))
 
 
 def check_spec(now: DataSpec, there: DataSpec, folder: Path) -> None:

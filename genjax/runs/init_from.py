@@ -1,5 +1,7 @@
 """Training that begins with the parameters of another run, matched by name and shape. What this
-run keeps frozen, a first stage or a teacher, is its own and is never taken from there.
+run keeps frozen, a first stage or a teacher, is its own and is never taken from there. Classes,
+symbols and columns go by their number, not by what they are called; where they are called
+otherwise, that is said.
 """
 
 from collections.abc import Callable
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 from genjax.checks import leaves_by_name
 from genjax.errors import ConfigError
 from genjax.learning.checkpoint import Checkpoints
-from genjax.protocol import Key, Model, Params, PyTree, State
+from genjax.protocol import DataSpec, Key, Model, Params, PyTree, State
 from genjax.runs.folder import is_there, read_config
 from genjax.runs.load import load
 from genjax.runs.stages import checkpoint_hash
@@ -67,6 +69,7 @@ def started_from(origin: Path, model: Model, folder: Path) -> Start:
     own = partial(_without, _frozen(model, params))
     given = own(run.params), own(run.state)
     lines = _lines(origin, run.step, leaves_by_name(given[0]), leaves_by_name(own(params)))
+    lines += renamed(run.model.spec, model.spec)
     if model.prepare is not None:
         lines.append("initialisation from the first batch is left out, as it would overwrite them")
 
@@ -138,6 +141,27 @@ def _lines(origin: Path, step: int, there: dict[str, Any], here: dict[str, Any])
     ):
         if names:
             lines.append(f"{what}: {_some(names)}")
+    return lines
+
+
+def renamed(there: DataSpec, here: DataSpec) -> list[str]:
+    """What is said of what the data call otherwise there, where as many have a name."""
+    lines = []
+    for what, name in (
+        ("classes", "class_names"),
+        ("symbols", "vocabulary"),
+        ("columns", "columns"),
+        ("binary values", "values"),
+    ):
+        both = getattr(there, name), getattr(here, name)
+        if name == "values" and there.kind == here.kind == "binary":
+            both = both[0] or (0, 1), both[1] or (0, 1)
+        if None in both or len(both[0]) != len(both[1]):
+            continue
+        pairs = enumerate(zip(*both, strict=True))
+        other = [f"{index} is {a!r} there and {b!r} here" for index, (a, b) in pairs if a != b]
+        if other:
+            lines.append(f"{what} are not those of there, and are taken by number: {_some(other)}")
     return lines
 
 

@@ -3,9 +3,10 @@
 one's own. They are brought to the spec, or refused.
 """
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 
 from genjax.data import Source, Splits, cast, from_arrays, loader, open_source
 from genjax.data.rows import on_rows
+from genjax.data.source import TooFew
 from genjax.errors import DataError
 from genjax.protocol import Batch, DataSpec
 from genjax.runs.load import Loaded
@@ -25,7 +27,8 @@ _FREE = ("name", "shift", "scale", "cond_shift", "cond_scale", "class_names", "n
 def other_source(run: Loaded, path: str) -> Source:
     """The data at a path, or of that name, as events of the run's spec under their own name.
 
-    Values have the run's kind and levels, classes and symbols are matched by what they are called.
+    Values have the run's kind, and its levels or its two values; classes and symbols are matched by
+    what they are called.
 
     Raises:
         DataError, ConfigError: for data that cannot be read, or are of another spec.
@@ -34,11 +37,31 @@ def other_source(run: Loaded, path: str) -> Source:
     kept = {name: value for name, value in run.data.data_options.items() if name != "path"}
     kept |= {"conditional": spec.conditional, "standardize": "none"}
     if "levels" in takes:
-        kept |= {"kind": spec.kind, "levels": spec.levels, **_condition(spec)}
+        kept |= {"kind": spec.kind, "levels": spec.levels, **_condition(spec), **_two(spec)}
     if spec.columns is not None:  # a table may have others, and have them in another order
         kept["columns"] = spec.columns
-    source = open_source(path, **{name: value for name, value in kept.items() if name in takes})
-    return brought_to(spec, source, path)
+    with _enough(path):
+        kept = {name: value for name, value in kept.items() if name in takes}
+        return brought_to(spec, open_source(path, **kept), path)
+
+
+def other_in_memory(run: Loaded, data: Any) -> Source:
+    """The same of data in memory, or of a `Source`."""
+    where = "What was given as data"
+    with _enough(where):
+        return brought_to(run.model.spec, source_in(data, run.model.spec), where)
+
+
+@contextlib.contextmanager
+def _enough(where: str) -> Iterator[None]:
+    """Say why so few examples are refused: a split is not what anybody wanted of them."""
+    try:
+        yield
+    except TooFew as error:
+        raise DataError(
+            f"{where} has too few examples to evaluate on: 3 at least, as other data are opened "
+            "like those of training, in three splits, of which all examples are scored. Give more."
+        ) from error
 
 
 def _condition(spec: DataSpec) -> dict[str, str]:
@@ -46,6 +69,11 @@ def _condition(spec: DataSpec) -> dict[str, str]:
     if not spec.conditional:
         return {}
     return {"condition": "vector" if spec.n_classes is None else "classes"}
+
+
+def _two(spec: DataSpec) -> dict[str, str]:
+    """What is 0 and what is 1, which other data need not both have."""
+    return {"values": ",".join(map(str, spec.values or (0, 1)))} if spec.kind == "binary" else {}
 
 
 def in_order(x: Any, columns: Sequence[str] | None) -> Any:
@@ -77,7 +105,7 @@ def source_in(data: Any, spec: DataSpec | None = None) -> Source:
     if spec is None:
         return from_arrays(data)
     taken: dict[str, Any] = {"kind": spec.kind, "levels": spec.levels, "step": spec.step}
-    taken |= _condition(spec)
+    taken |= _condition(spec) | _two(spec)
     if spec.kind == "tokens":
         taken |= {"vocabulary": spec.vocabulary, "end": spec.end}
     return from_arrays(in_order(data, spec.columns), standardize="none", **taken)
@@ -128,7 +156,7 @@ def brought_to(spec: DataSpec, source: Source, where: str) -> Source:
 
 def _check(found: DataSpec, spec: DataSpec, path: str) -> None:
     """Refuse what cannot be brought to the spec."""
-    free = (*_FREE, *["vocabulary", "end"] * spec.text)
+    free = (*_FREE, "values", *["vocabulary", "end"] * spec.text)
     new, old = dataclasses.asdict(found), dataclasses.asdict(spec)
     # Steps may be called otherwise, and an array has no names of columns.
     free += ("step",) * (found.step is not None and spec.step is not None)
@@ -142,6 +170,12 @@ def _check(found: DataSpec, spec: DataSpec, path: str) -> None:
             f"{name} is {_shown(new[name])}, the run has {_shown(old[name])}" for name in names
         )
         raise DataError(f"{path} is of another kind than the data of the run: {lines}.")
+    if found.values != spec.values:
+        theirs, ours = (" and ".join(map(str, one.values or (0, 1))) for one in (found, spec))
+        raise DataError(
+            f"{path} has the values {theirs} as 0 and 1, the data of the run {ours}. Bring it with "
+            "the same."
+        )
     ends = [one.vocabulary[one.end] for one in (found, spec) if one.vocabulary and one.end]
     if len({*ends}) > 1:
         raise DataError(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from genjax.data import Source, decode, encode_by, midi
+from genjax.data.kinds import as_values
 from genjax.data.view import View, view_of
 from genjax.errors import ConfigError, replacing
 from genjax.learning.memory import fetched
@@ -413,7 +414,7 @@ def _table(x: np.ndarray, spec: DataSpec, path: Path, labels: np.ndarray | None)
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*(spec.columns or ()), *["class"] * (labels is not None)])
-        for index, row in enumerate(x.tolist()):
+        for index, row in enumerate(as_values(x, spec.values).tolist()):
             named = [] if labels is None else [class_name(spec, labels[index])]
             writer.writerow([*row, *named])
     return path
