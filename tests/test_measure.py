@@ -84,5 +84,8 @@ def test_a_step_on_a_mesh_costs_each_device_a_part() -> None:
     assert alone.flops > 0.9 * alone.product_flops
     assert alone.steps_of_sequences == 16 * 32
     assert alone.share_of_datasheet is None
+    # The devices are one machine, of which the peak is.
+    done = 8 * shared.flops * shared.steps_per_second
+    assert shared.share_of_peak == pytest.approx(done / (1e9 * shared.peak_gflops))
     with pytest.raises(ConfigError, match="A batch of 16 does not divide over the 5 devices"):
         step_cost(recipe, 0.1, mesh={"data": 5})

@@ -278,8 +278,9 @@ def step_cost(
         state, batch = jax.device_put((state, batch), where)
     in_use = math.prod((mesh or {}).values())
     flops, temporary = cost_of(program)
-    size, dtype = 2048, jnp.float32
+    size, dtype, parts = 2048, jnp.float32, in_use  # a CPU that is taken for several is one
     if jax.default_backend() != "cpu":
+        parts = 1
         flops, size, dtype = asked / in_use, 8192, jnp.bfloat16
     peak = matmul_peak(size, dtype, min(2.0, budget))
     sheet = datasheet_peak(jax.devices()[0].device_kind)
@@ -292,7 +293,7 @@ def step_cost(
         compile_seconds=compile_seconds,
         flops=flops,
         temporary_bytes=temporary,
-        share_of_peak=flops / seconds / peak,
+        share_of_peak=parts * flops / seconds / peak,
         peak_gflops=peak / 1e9,
         product=f"{size} x {size} {jnp.dtype(dtype).name}",
         product_flops=asked,
