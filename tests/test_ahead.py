@@ -4,6 +4,7 @@ where it is not installed.
 
 import dataclasses
 import importlib.util
+import math
 
 import jax
 import pytest
@@ -109,6 +110,23 @@ def test_a_topology_that_does_not_exist(topology, monkeypatch):
         ConfigError, match=rf"no topology '{topology}'. There are: v4:2x2x1, .*v6e:16x16, and cuda"
     ):
         ahead.devices_of(topology)
+
+
+@pytest.mark.parametrize(
+    ("count", "advice"),
+    [
+        (8, "such as data=4, or --topology v5e:2x4."),
+        (9, "such as data=4, or --topology v5e:4x4."),
+        (512, "such as data=4."),
+    ],
+)
+def test_a_mesh_of_more_devices_than_the_topology_has(count, advice, monkeypatch):
+    def devices(topology):
+        return [None] * math.prod(map(int, topology.partition(":")[2].split("x")))
+
+    monkeypatch.setattr(ahead, "devices_of", devices)
+    with pytest.raises(ConfigError, match=f"takes {count} devices; v5e:2x2 has 4. .*{advice}$"):
+        ahead.compile_for(tiny("vae"), "v5e:2x2", {"data": count})
 
 
 def test_the_report_has_a_line_for_every_step_that_was_compiled(monkeypatch, tmp_path):

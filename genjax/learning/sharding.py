@@ -64,10 +64,14 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
     found = list(jax.devices() if devices is None else devices)
     need = math.prod(axes.values())
     if need > len(found):
+        advice = f"Give a smaller one, such as data={len(found)}."
+        if all(device.platform == "cpu" for device in found):
+            advice = (
+                f"XLA_FLAGS=--xla_force_host_platform_device_count={need} makes a CPU look like "
+                f"{need} of them, to try it."
+            )
         raise ConfigError(
-            f"The mesh {describe(axes)} takes {need} devices; there are {len(found)}. "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={need} makes a CPU look like {need} "
-            "of them, to try it."
+            f"The mesh {describe(axes)} takes {need} devices; there are {len(found)}. {advice}"
         )
     if devices is None and need < len(found) and jax.process_count() > 1:
         raise ConfigError(

@@ -7,6 +7,7 @@ exists there (but for cuDNN's attention, which takes a card to ask for).
 """
 
 import importlib.util
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 
 from genjax.errors import ConfigError
-from genjax.learning.sharding import make_mesh, shard
+from genjax.learning.sharding import describe, make_mesh, shard
 from genjax.nets.platforms import traced_for
 from genjax.profiling.devices import CHIPS, product_flops
 from genjax.profiling.measure import placed, step_shapes, training_of
@@ -84,6 +85,19 @@ def devices_of(topology: str) -> list[Any]:
     return list(topologies.get_topology_desc(topology, "tpu").devices)
 
 
+def _check_size(axes: Mapping[str, int], topology: str, there: int) -> None:
+    """Refuse a mesh of more devices than a topology has; the message names one that has so many."""
+    need, version = math.prod(axes.values()), topology.partition(":")[0]
+    if need <= there:
+        return
+    others = (f"{version}:{size}" for size in TOPOLOGIES[version])
+    enough = next((other for other in others if len(devices_of(other)) >= need), None)
+    raise ConfigError(
+        f"The mesh {describe(axes)} takes {need} devices; {topology} has {there}. Give a smaller "
+        f"mesh, such as data={there}{f', or --topology {enough}' if enough else ''}."
+    )
+
+
 def compile_for(
     recipe: Recipe,
     topology: str,
@@ -97,10 +111,12 @@ def compile_for(
         on: the first stage of a recipe that stands on one.
 
     Raises:
-        ConfigError: see `devices_of` and `sharding.layout`.
+        ConfigError: see `devices_of` and `sharding.layout`, and for a mesh of more devices than
+            the topology has.
     """
     devices = devices_of(topology)
     axes = dict(mesh or {"data": len(devices)})
+    _check_size(axes, topology, len(devices))
     where = make_mesh(axes, devices)
     with traced_for("tpu"):
         t, spec = training_of(recipe, on)
