@@ -103,11 +103,13 @@ def test_without_libtpu_the_error_says_what_to_install(monkeypatch, capsys):
     assert "needs libtpu" in refused(["compile", "vae"], capsys)
 
 
+@pytest.mark.parametrize("installed", [True, None])  # a typing error shows before an install
 @pytest.mark.parametrize("topology", ["v9:2x2", "v5e", "v5e:3x3", "", "v5e:2x2x1"])
-def test_a_topology_that_does_not_exist(topology, monkeypatch):
-    monkeypatch.setattr(ahead.importlib.util, "find_spec", lambda name: True)
+def test_a_topology_that_is_not_known(topology, installed, monkeypatch):
+    monkeypatch.setattr(ahead.importlib.util, "find_spec", lambda name: installed)
     with pytest.raises(
-        ConfigError, match=rf"no topology '{topology}'. There are: v4:2x2x1, .*v6e:16x16, and cuda"
+        ConfigError,
+        match=rf"knows no topology '{topology}'. It knows: v4:2x2x1, .*v6e:16x16, and cuda",
     ):
         ahead.devices_of(topology)
 

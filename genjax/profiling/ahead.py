@@ -24,10 +24,11 @@ from genjax.profiling.room import program_memory
 from genjax.protocol import Trained
 from genjax.zoo.recipe import Recipe
 
+# The usual slices. libtpu takes more, also such as no chip has (v5e:2x2x1).
 TOPOLOGIES = {
-    "v4": ("2x2x1", "2x2x2", "2x2x4", "4x4x4"),
+    "v4": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
     "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
-    "v5p": ("2x2x1", "2x2x2", "2x2x4", "4x4x4"),
+    "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
     "v6e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
 }
 
@@ -65,20 +66,21 @@ def devices_of(topology: str) -> list[Any]:
     """The devices of a TPU topology, such as "v5e:2x2".
 
     Raises:
-        ConfigError: without libtpu, or for a topology that does not exist; the message lists those
-            that do.
+        ConfigError: for a topology that is not known, with those that are, and without libtpu.
     """
-    if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError(
-            "Compiling for TPUs needs libtpu, which no TPU is needed for: pip install "
-            "'genjax-zoo[tpu]'."
-        )
     known = ", ".join(
         f"{version}:{size}" for version, sizes in TOPOLOGIES.items() for size in sizes
     )
     version, _, size = topology.partition(":")
     if size not in TOPOLOGIES.get(version, ()):
-        raise ConfigError(f"There is no topology {topology!r}. There are: {known}, and cuda.")
+        raise ConfigError(
+            f"genjax knows no topology {topology!r}. It knows: {known}, and cuda (lowered only)."
+        )
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError(
+            "Compiling for TPUs needs libtpu, which no TPU is needed for: pip install "
+            "'genjax-zoo[tpu]'."
+        )
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for a TPU's metadata server
     from jax.experimental import topologies
 
