@@ -285,7 +285,13 @@ def _check_mesh(mesh: Mesh) -> None:
 
 
 def _check_members(name: str, leaf: Any, size: int) -> None:
-    if leaf.ndim == 0 or leaf.shape[0] % size:
+    if leaf.ndim == 0:
+        raise ConfigError(
+            f"The mesh has {size} devices to share members; {name} has the shape [], as of a "
+            "training without members. Share its batch with data in the place of member; only an "
+            "ensemble has members: in Python shard(ensemble(t), mesh)."
+        )
+    if leaf.shape[0] % size:
         raise ConfigError(
             f"The mesh has {size} devices to share members; {name} has the shape "
             f"{list(leaf.shape)}, whose first dimension "
