@@ -4,6 +4,7 @@ lists the parts.
 
 import dataclasses
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -88,9 +89,24 @@ class Args:
     """
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the parts that were asked for."""
-    args = tyro.cli(Args, prog="python -m benchmarks")
+    args = tyro.cli(Args, prog="python -m benchmarks", args=argv)
+    from benchmarks.common import one_message
+
+    with one_message():
+        _run(args)
+
+
+def _run(args: Args) -> None:
+    """The parts, and the report of all that there is."""
+    if args.part in ("results", "peers", "flows", "pages", "tpus"):
+        from genjax.zoo import ZOO
+        from genjax.zoo.recipe import unknown_recipe
+
+        for name in args.names:
+            if name not in ZOO:
+                raise unknown_recipe(name, ZOO)
     if args.part in ("all", "overhead"):
         from benchmarks import overhead
 

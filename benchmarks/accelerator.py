@@ -25,10 +25,11 @@ import jax
 
 from benchmarks import accelerator_rows
 from benchmarks.accelerator_rows import Row
-from benchmarks.common import read, write
+from benchmarks.common import one_message, read, write
 from genjax.errors import ConfigError
 from genjax.runs.folder import environment
 
+COMMAND = "python -m benchmarks.accelerator"
 BUDGET = 480.0  # seconds in which rows begin; the last may take a minute more
 # The share of it that each part has, and with it what the parts before left. PyTorch comes before
 # the large models: this process keeps what memory it once had.
@@ -95,7 +96,7 @@ def main(small: bool = False, names: tuple[str, ...] = (), missing: bool = False
     if not small and jax.default_backend() == "cpu":
         raise ConfigError(
             "jax finds no accelerator here: `python -c 'import jax; print(jax.devices())'` may say "
-            "why. --small shows on a CPU what this command does."
+            f"why. `{COMMAND} --small` shows on a CPU what this does."
         )
     found = {} if small else begun(missing, names)
     found |= {"driver": driver(), "small": small, "seconds": found.get("seconds", {})}
@@ -110,7 +111,7 @@ def main(small: bool = False, names: tuple[str, ...] = (), missing: bool = False
             if not unknown(rows.get(title)):
                 continue
             if time.perf_counter() - began > end:
-                rows[title] = {"skipped": "no time was left; --missing measures it"}
+                rows[title] = {"skipped": f"no time was left; `{COMMAND} --missing` measures it"}
                 continue
             rows[title] = tried(row)
             print(f"{name}, {title}: {rows[title]}", flush=True)
@@ -128,4 +129,5 @@ if __name__ == "__main__":
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--missing", action="store_true")
     given = parser.parse_args()
-    main(given.small, tuple(given.names), given.missing)
+    with one_message():
+        main(given.small, tuple(given.names), given.missing)

@@ -28,7 +28,7 @@ import numpy as np
 import genjax.cli
 from benchmarks.common import first_rows, read, write
 from genjax.data import open_source
-from genjax.errors import GenjaxError
+from genjax.errors import GenjaxError, unknown_name
 from genjax.learning.checkpoint import Checkpoints
 from genjax.runs.load import load, source_of
 from genjax.zoo import ZOO
@@ -472,6 +472,9 @@ def main(names: tuple[str, ...] = ()) -> None:
     """Run the attacks, or those of them that are named, and write results/attack.json, which keeps
     what there is of the others.
     """
+    for name in names:
+        if name not in PARTS:
+            raise unknown_name("attack", name, PARTS)
     before = read("attack") if names else None
     found = {name: before[name] for name in PARTS if name in before} if before else {}
     for name in names or PARTS:

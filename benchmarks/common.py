@@ -5,18 +5,31 @@ results.
 import datetime
 import json
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from genjax.errors import GenjaxError
 from genjax.runs.folder import environment, write_json
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results"
+
+
+@contextmanager
+def one_message() -> Iterator[None]:
+    """Say what a user can meet as one message, with exit code 2, as `genjax` does."""
+    try:
+        yield
+    except GenjaxError as error:
+        print(f"benchmarks: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def not_measured(families: Iterable[str]) -> list[str]:

@@ -5,6 +5,7 @@ import sys
 import jax
 import pytest
 
+from benchmarks import __main__ as everything
 from benchmarks import accelerator, accelerator_rows, report_accelerator
 from benchmarks.processes import AskedProcess
 from genjax.errors import ConfigError
@@ -103,10 +104,26 @@ def test_a_call_goes_on_where_another_ended(monkeypatch):
 
 
 def test_what_cannot_be_measured_is_refused():
-    with pytest.raises(ConfigError, match="no accelerator here"):
+    with pytest.raises(ConfigError, match=r"no accelerator here.*marks\.accelerator --small`"):
         accelerator.main()
     with pytest.raises(ConfigError, match=r"There is no part speed\. There are right, torch"):
         accelerator.main(small=True, names=("speed",))
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("accelerator", "jax finds no accelerator here"),
+        ("accelerator --names speed", "There is no part speed."),
+        ("results --names vea", "There is no recipe called 'vea'. Did you mean vae"),
+        ("attack --names kill", "There is no attack called 'kill'. Did you mean kills?"),
+    ],
+)
+def test_what_cannot_be_measured_ends_in_one_message(asked, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        everything.main(asked.split())
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"benchmarks: error: {said}")
 
 
 def test_a_program_that_does_not_answer_is_ended():

@@ -4,6 +4,7 @@ where it is not installed.
 
 import dataclasses
 import importlib.util
+import math
 
 import jax
 import pytest
@@ -102,13 +103,32 @@ def test_without_libtpu_the_error_says_what_to_install(monkeypatch, capsys):
     assert "needs libtpu" in refused(["compile", "vae"], capsys)
 
 
+@pytest.mark.parametrize("installed", [True, None])  # a typing error shows before an install
 @pytest.mark.parametrize("topology", ["v9:2x2", "v5e", "v5e:3x3", "", "v5e:2x2x1"])
-def test_a_topology_that_does_not_exist(topology, monkeypatch):
-    monkeypatch.setattr(ahead.importlib.util, "find_spec", lambda name: True)
+def test_a_topology_that_is_not_known(topology, installed, monkeypatch):
+    monkeypatch.setattr(ahead.importlib.util, "find_spec", lambda name: installed)
     with pytest.raises(
-        ConfigError, match=rf"no topology '{topology}'. There are: v4:2x2x1, .*v6e:16x16, and cuda"
+        ConfigError,
+        match=rf"knows no topology '{topology}'. It knows: v4:2x2x1, .*v6e:16x16, and cuda",
     ):
         ahead.devices_of(topology)
+
+
+@pytest.mark.parametrize(
+    ("count", "advice"),
+    [
+        (8, "such as data=4, or --topology v5e:2x4."),
+        (9, "such as data=4, or --topology v5e:4x4."),
+        (512, "such as data=4."),
+    ],
+)
+def test_a_mesh_of_more_devices_than_the_topology_has(count, advice, monkeypatch):
+    def devices(topology):
+        return [None] * math.prod(map(int, topology.partition(":")[2].split("x")))
+
+    monkeypatch.setattr(ahead, "devices_of", devices)
+    with pytest.raises(ConfigError, match=f"takes {count} devices; v5e:2x2 has 4. .*{advice}$"):
+        ahead.compile_for(tiny("vae"), "v5e:2x2", {"data": count})
 
 
 def test_the_report_has_a_line_for_every_step_that_was_compiled(monkeypatch, tmp_path):

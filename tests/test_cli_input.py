@@ -41,6 +41,8 @@ from genjax.zoo import ZOO
         ("sweep vae --learning-rate 1,x", "takes numbers separated by commas; got '1,x'"),
         ("sweep vae-mnist --augment flip,wrong", "augment"),
         ("train vae --mesh data=²", "A mesh is written as data=4,fsdp=2"),
+        ("train vae --mesh member=8", "Share its batch with data in the place of member"),
+        ("bench vae --mesh member=8", "Share its batch with data in the place of member"),
         ("compile vae --topology cuda --mesh data=2", "leave out --mesh"),
         (
             "sweep vae --learning-rate 1e-3,fast",

@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -149,7 +151,7 @@ def test_what_is_no_stream(tmp_path):
         (IDS.astype("<u2").tobytes()[:-1], "1,199 bytes are no whole number of uint16 ids"),
         (b"\x1f\x8b" + bytes(8), r"compressed by gzip: unpack it \(gunzip\)"),
         (b"\x93NUMPY\x01\x00", r"this is a .npy file: name it so"),
-        (zeros, "--dtype uint32 reads those"),
+        (zeros, r'--data.dtype uint32 \(in Python dtype="uint32"\) reads those'),
         (b'{"text": "hello"}\r\n' * 99, r"this is text. Name it .txt, or .jsonl"),
         (IDS[:40].astype("<u2").tobytes(), "too short for a context of 8"),
     ):
@@ -159,6 +161,57 @@ def test_what_is_no_stream(tmp_path):
     path.unlink()
     with pytest.raises(DataError, match="there is no such file"):
         token_stream(str(path))
+
+
+WIDE = np.random.default_rng(1).integers(0, 199_000, 600)
+
+
+@pytest.mark.parametrize(
+    ("ids", "written", "dtype", "match"),
+    [
+        (IDS, "<i8", "uint16", "in 8 bytes .*uint16, or as uint32 and give --data.dtype uint32"),
+        (IDS, "<i8", "uint32", "in 8 bytes"),
+        (WIDE, "<i8", "uint16", "in 8 bytes"),
+        (IDS, "<u4", "uint16", "every second number is 0, .* in 4 bytes: --data.dtype uint32"),
+        (WIDE, "<u4", "uint16", "every second number is 3 or less, .* in 4 bytes"),
+        (IDS, ">u2", "uint16", "big-endian. Save them little-endian: numpy's '<u2'"),
+        (WIDE, ">u4", "uint32", "big-endian. Save them little-endian: numpy's '<u4'"),
+    ],
+)
+def test_ids_of_another_width_or_order_are_not_trained_on(tmp_path, ids, written, dtype, match):
+    with pytest.raises(DataError, match=match):
+        token_stream(stream(tmp_path, ids, dtype=written), context=8, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("ids", "dtype"),
+    [
+        (np.zeros(600, int), "uint32"),  # begins with padding
+        (np.stack([WIDE % 2**15, IDS], 1).ravel(), "uint16"),  # pairs, each from a few and many
+        (256 * IDS + (np.arange(600) == 70), "uint16"),
+        (WIDE, "uint32"),
+    ],
+)
+def test_unlikely_ids_of_the_width_that_was_said_are_read(tmp_path, ids, dtype):
+    train = token_stream(stream(tmp_path, ids, dtype=dtype), context=8, dtype=dtype).load().train
+    np.testing.assert_array_equal(train.x[:, 0], ids[: len(train.x)])
+
+
+@pytest.mark.parametrize(
+    ("magic", "dtype", "match"),
+    [(20240520, "uint16", "llm.c"), (20240801, "uint32", "and give --data.dtype uint32")],
+)
+def test_a_header_before_the_ids_is_told_and_can_be_taken_off(tmp_path, magic, dtype, match):
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, 1, len(IDS)
+    path = tmp_path / "FILE.bin"
+    path.write_bytes(header.tobytes() + IDS.astype(dtype).tobytes())
+    with pytest.raises(DataError, match=match) as caught:
+        token_stream(str(path), context=8)
+    (advised,) = re.findall(r"\((tail .*?)\)", str(caught.value))
+    subprocess.run(advised, shell=True, cwd=tmp_path, check=True)
+    train = token_stream(str(tmp_path / "ids.bin"), context=8, dtype=dtype).load().train
+    np.testing.assert_array_equal(train.x[:, 0], IDS[:503])
 
 
 def test_sequences_of_ids_with_classes(tmp_path):

@@ -4,6 +4,7 @@ collectives that it takes.
 
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -384,6 +385,9 @@ def test_a_mesh_that_does_not_exist():
         make_mesh({"model": 2})
     with pytest.raises(ConfigError, match=r"takes 16 devices; there are 8\. XLA_FLAGS"):
         make_mesh({"data": 4, "fsdp": 4})
+    cards = [types.SimpleNamespace(platform="gpu")] * 4  # which no flag adds to
+    with pytest.raises(ConfigError, match=r"8 devices; there are 4\. .* such as data=4\.$"):
+        make_mesh({"data": 8}, cards)
     with pytest.raises(ConfigError, match="at least 1 device; got 0"):
         make_mesh({"data": 0})
     with pytest.raises(

@@ -142,6 +142,9 @@ def test_the_command_says_what_is_missing(tmp_path, monkeypatch, capsys):
     assert "on digits stands on no other run" in said
     for command in ("bench", "compile"):
         assert "stands on runs/vae, which is not there" in refused([command, name], capsys)
+    said = refused(["bench", name, "--data", "runs/my own"], capsys)
+    assert "`genjax train vae --out 'runs/my own'` makes it, and" in said
+    assert "`genjax train vae-flow-prior --data 'runs/my own' --first` trains both." in said
     assert not Path("runs").exists()
 
 

@@ -100,6 +100,10 @@ def test_a_batch_that_does_not_divide_into_parts_is_refused():
         microbatch(TRAIN, 3).step(start(), batches()[0])
     with pytest.raises(ConfigError, match="at least 1 part; got 0"):
         microbatch(TRAIN, 0)
+    for n in (2.0, "2", None):
+        with pytest.raises(ConfigError, match=f"whole number of parts, at least 1 part; got {n!r}"):
+            microbatch(TRAIN, n)
+    microbatch(TRAIN, np.int64(2))
 
 
 WEIGHTS = {
@@ -190,6 +194,8 @@ def test_a_number_of_steps_belongs_to_repeat_steps():
         scan_steps(TRAIN, 5)
     with pytest.raises(ConfigError, match="at least 1 step; got 0"):
         repeat_steps(TRAIN, 0)
+    with pytest.raises(ConfigError, match=r"whole number of steps, at least 1 step; got 2\.5"):
+        repeat_steps(TRAIN, 2.5)
 
 
 # --- Steps that are left out ----------------------------------------------------------------------

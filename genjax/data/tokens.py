@@ -20,6 +20,11 @@ from genjax.settings import Count, Within
 Tokens = Annotated[int, Within(2, 2**31 - 1)]
 STEP = "token"  # what a step is called
 _CHUNK = 1 << 24  # so many ids of a file are looked at at a time
+_WIDE = '--data.dtype uint32 (in Python dtype="uint32")'
+_HEADED = (
+    "a file of llm.c or modded-nanogpt, with a header of 1,024 bytes before the ids: take it off "
+    "(tail -c +1025 "
+)
 # What other files begin with: a .bin of ids has no mark of its own.
 _MARKS = {
     b"\x93NUMPY": "a .npy file: name it so",
@@ -27,6 +32,8 @@ _MARKS = {
     b"\x1f\x8b": "compressed by gzip: unpack it (gunzip)",
     b"\x89PNG": "a picture",
     b"GGUF": "weights of a model",
+    (20240520).to_bytes(4, "little"): f"{_HEADED}FILE.bin > ids.bin)",
+    (20240801).to_bytes(4, "little"): f"{_HEADED}FILE.bin > ids.bin), and give {_WIDE}",
 }
 # CIFAR's binary files have the same ending; those of CIFAR-100 have names that others have, too.
 _CIFAR = re.compile(r"(data_batch_\d+|test_batch)\.bin", re.IGNORECASE)
@@ -259,6 +266,37 @@ def _is_text(start: bytes) -> bool:
     return len(start) >= 64 and all(32 <= byte < 127 or byte in b"\t\n\r" for byte in start)
 
 
+def _misread(start: bytes, kind: np.dtype) -> str | None:
+    """What the numbers that a file begins with show the ids to be, if that is not what they are
+    read as; else they would be trained on as they are, as nothing in the file says it.
+    """
+    words = np.frombuffer(start[: len(start) // 8 * 8], "<u2").reshape(-1, 4)
+    if len(words) < 32:
+        return None
+    low, high = words[:, ::2], words[:, 1::2]
+    if words.any() and not words[:, 2:].any():
+        return (
+            "of every 8 bytes the last 4 are 0, as if ids were written in 8 bytes (int64). Save "
+            f"them as uint16, or as uint32 and give {_WIDE}."
+        )
+    # Ids of 4 bytes whose vocabulary ends below 2^20, the largest that there are, have an upper
+    # half below 16. In a stream of 2 bytes every second id would be one of the first 16 tokens
+    # while the others go beyond 32,768, and no tokeniser writes that.
+    most = int(high.max())
+    if kind.itemsize == 2 and (most == 0 or (most < 16 and low.max() >= 1 << 15)):
+        return (
+            f"every second number is {most}{' or less' * (most > 0)}, as if ids were written in 4 "
+            f"bytes: {_WIDE} reads those."
+        )
+    numbers = words.view(kind)
+    if numbers.any() and not (numbers % 256).any():
+        return (
+            "every number is a multiple of 256, as if ids were written big-endian. Save them "
+            f"little-endian: numpy's {kind.str!r}."
+        )
+    return None
+
+
 def _mapped(where: str, dtype: str) -> np.ndarray:
     """The ids of a .bin file, on the disk.
 
@@ -296,10 +334,7 @@ def _mapped(where: str, dtype: str) -> np.ndarray:
             f"{where}: {size:,} bytes are no whole number of {dtype} ids of {kind.itemsize} bytes: "
             "the file is cut short, or something else. Write it again."
         )
-    second = np.frombuffer(start[: len(start) // 2 * 2], "<u2")[1::2]
-    if dtype == "uint16" and len(second) >= 64 and not second.any():
-        raise DataError(
-            f"{where}: every second number is 0, as if ids were written in 4 bytes: --dtype uint32 "
-            "reads those."
-        )
+    wrong = _misread(start, kind)
+    if wrong is not None:
+        raise DataError(f"{where}: {wrong}")
     return np.memmap(where, kind, mode="r")

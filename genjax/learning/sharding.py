@@ -64,10 +64,14 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
     found = list(jax.devices() if devices is None else devices)
     need = math.prod(axes.values())
     if need > len(found):
+        advice = f"Give a smaller one, such as data={len(found)}."
+        if all(device.platform == "cpu" for device in found):
+            advice = (
+                f"XLA_FLAGS=--xla_force_host_platform_device_count={need} makes a CPU look like "
+                f"{need} of them, to try it."
+            )
         raise ConfigError(
-            f"The mesh {describe(axes)} takes {need} devices; there are {len(found)}. "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={need} makes a CPU look like {need} "
-            "of them, to try it."
+            f"The mesh {describe(axes)} takes {need} devices; there are {len(found)}. {advice}"
         )
     if devices is None and need < len(found) and jax.process_count() > 1:
         raise ConfigError(
@@ -281,7 +285,13 @@ def _check_mesh(mesh: Mesh) -> None:
 
 
 def _check_members(name: str, leaf: Any, size: int) -> None:
-    if leaf.ndim == 0 or leaf.shape[0] % size:
+    if leaf.ndim == 0:
+        raise ConfigError(
+            f"The mesh has {size} devices to share members; {name} has the shape [], as of a "
+            "training without members. Share its batch with data in the place of member; only an "
+            "ensemble has members: in Python shard(ensemble(t), mesh)."
+        )
+    if leaf.shape[0] % size:
         raise ConfigError(
             f"The mesh has {size} devices to share members; {name} has the shape "
             f"{list(leaf.shape)}, whose first dimension "

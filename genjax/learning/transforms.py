@@ -15,6 +15,7 @@ What holds for all of them, those of `members.py` and `sharding.py` included:
   None where the model has nothing to prepare.
 """
 
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -90,6 +91,15 @@ def compiled(t: Training) -> Training:
     )
 
 
+def _check_count(who: str, what: str, n: Any) -> None:
+    try:
+        count = operator.index(n)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise ConfigError(f"{who} needs a whole number of {what}s, at least 1 {what}; got {n!r}.")
+
+
 # --- parts of a batch -----------------------------------------------------------------------------
 
 
@@ -105,7 +115,7 @@ def microbatch(t: Training, n: int) -> Training:
     on is kept exactly. `prepare` sees the whole batch.
 
     Raises:
-        ConfigError: if the batch does not divide into n parts.
+        ConfigError: if n is no whole number from 1 on, or the batch does not divide into n parts.
 
     Example:
         >>> import jax, optax
@@ -119,8 +129,7 @@ def microbatch(t: Training, n: int) -> Training:
         ()
     """
     expect("microbatch", t, Training)
-    if n < 1:
-        raise ConfigError(f"microbatch needs at least 1 part; got {n}.")
+    _check_count("microbatch", "part", n)
     return t.rewrap(lambda gradient: partial(_accumulated, gradient, n))
 
 
@@ -238,7 +247,7 @@ def repeat_steps(t: Training, k: int) -> Training:
     metrics get a leading axis of steps. Members take them by themselves, as under `scan_steps`.
 
     Raises:
-        ConfigError: for k < 1.
+        ConfigError: if k is no whole number from 1 on.
 
     Example:
         >>> import jax, optax
@@ -252,8 +261,7 @@ def repeat_steps(t: Training, k: int) -> Training:
         (5,)
     """
     expect("repeat_steps", t, Training)
-    if k < 1:
-        raise ConfigError(f"repeat_steps needs at least 1 step; got {k}.")
+    _check_count("repeat_steps", "step", k)
 
     def step(ts: TrainState, given: Any) -> tuple[TrainState, Metrics]:
         return jax.lax.scan(lambda ts, _: t.step(ts, given), ts, length=k)

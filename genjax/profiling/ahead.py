@@ -7,6 +7,7 @@ exists there (but for cuDNN's attention, which takes a card to ask for).
 """
 
 import importlib.util
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 
 from genjax.errors import ConfigError
-from genjax.learning.sharding import make_mesh, shard
+from genjax.learning.sharding import describe, make_mesh, shard
 from genjax.nets.platforms import traced_for
 from genjax.profiling.devices import CHIPS, product_flops
 from genjax.profiling.measure import placed, step_shapes, training_of
@@ -23,10 +24,11 @@ from genjax.profiling.room import program_memory
 from genjax.protocol import Trained
 from genjax.zoo.recipe import Recipe
 
+# The usual slices. libtpu takes more, also such as no chip has (v5e:2x2x1).
 TOPOLOGIES = {
-    "v4": ("2x2x1", "2x2x2", "2x2x4", "4x4x4"),
+    "v4": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
     "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
-    "v5p": ("2x2x1", "2x2x2", "2x2x4", "4x4x4"),
+    "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
     "v6e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
 }
 
@@ -64,24 +66,38 @@ def devices_of(topology: str) -> list[Any]:
     """The devices of a TPU topology, such as "v5e:2x2".
 
     Raises:
-        ConfigError: without libtpu, or for a topology that does not exist; the message lists those
-            that do.
+        ConfigError: for a topology that is not known, with those that are, and without libtpu.
     """
-    if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError(
-            "Compiling for TPUs needs libtpu, which no TPU is needed for: pip install "
-            "'genjax-zoo[tpu]'."
-        )
     known = ", ".join(
         f"{version}:{size}" for version, sizes in TOPOLOGIES.items() for size in sizes
     )
     version, _, size = topology.partition(":")
     if size not in TOPOLOGIES.get(version, ()):
-        raise ConfigError(f"There is no topology {topology!r}. There are: {known}, and cuda.")
+        raise ConfigError(
+            f"genjax knows no topology {topology!r}. It knows: {known}, and cuda (lowered only)."
+        )
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError(
+            "Compiling for TPUs needs libtpu, which no TPU is needed for: pip install "
+            "'genjax-zoo[tpu]'."
+        )
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for a TPU's metadata server
     from jax.experimental import topologies
 
     return list(topologies.get_topology_desc(topology, "tpu").devices)
+
+
+def _check_size(axes: Mapping[str, int], topology: str, there: int) -> None:
+    """Refuse a mesh of more devices than a topology has; the message names one that has so many."""
+    need, version = math.prod(axes.values()), topology.partition(":")[0]
+    if need <= there:
+        return
+    others = (f"{version}:{size}" for size in TOPOLOGIES[version])
+    enough = next((other for other in others if len(devices_of(other)) >= need), None)
+    raise ConfigError(
+        f"The mesh {describe(axes)} takes {need} devices; {topology} has {there}. Give a smaller "
+        f"mesh, such as data={there}{f', or --topology {enough}' if enough else ''}."
+    )
 
 
 def compile_for(
@@ -97,10 +113,12 @@ def compile_for(
         on: the first stage of a recipe that stands on one.
 
     Raises:
-        ConfigError: see `devices_of` and `sharding.layout`.
+        ConfigError: see `devices_of` and `sharding.layout`, and for a mesh of more devices than
+            the topology has.
     """
     devices = devices_of(topology)
     axes = dict(mesh or {"data": len(devices)})
+    _check_size(axes, topology, len(devices))
     where = make_mesh(axes, devices)
     with traced_for("tpu"):
         t, spec = training_of(recipe, on)

@@ -8,6 +8,7 @@ that changed since is told.
 """
 
 import hashlib
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,7 +115,14 @@ def how_to_train(recipe: Recipe) -> str:
     """How the first stage of a recipe comes to be, in a sentence."""
     if recipe.first is None:
         return "Give the folder of a run that `genjax train NAME` has made."
-    return f"`genjax train {recipe.first}` makes it; or give --first to have it trained now."
+    out = data = ""
+    if Path(recipe.data) != Path("runs", recipe.first):  # where it comes to be by itself
+        folder = shlex.quote(recipe.data)
+        out, data = f" --out {folder}", f" --data {folder}"
+    return (
+        f"`genjax train {recipe.first}{out}` makes it, and `genjax train {recipe.name}{data} "
+        "--first` trains both."
+    )
 
 
 def checkpoint_hash(folder: Path, step: int) -> str:
