@@ -90,13 +90,14 @@ def check_cond(spec: DataSpec, cond: PyTree | None, n: int) -> None:
 
 
 def check_events(spec: DataSpec, x: Any, what: str = "x", any_length: bool = False) -> None:
-    """Check events x [n, *shape] against the spec: their shape, their dtype and, where they are
-    known, their values: tokens and levels in range, bits 0 or 1, real numbers finite.
+    """Check events x [n, *shape] against the spec: their shape, n >= 1, their dtype and, where
+    they are known, their values: tokens and levels in range, bits 0 or 1, real numbers finite.
 
     Args:
         any_length: sequences may have another number of steps than the spec says.
 
     Raises:
+        ConfigError: for no events.
         DataError: for another shape, or a value that the data cannot have.
         TypeError: for another dtype.
     """
@@ -108,7 +109,7 @@ def check_form(spec: DataSpec, x: Any, what: str, any_length: bool = False) -> N
     """Check the shape and the dtype of events; it costs nothing once traced.
 
     Raises:
-        DataError, TypeError: see `check_events`.
+        ConfigError, DataError, TypeError: see `check_events`.
     """
     found = tuple(x.shape) if hasattr(x, "shape") else None
     free = 2 if any_length else 1  # axes of any size
@@ -117,6 +118,11 @@ def check_form(spec: DataSpec, x: Any, what: str, any_length: bool = False) -> N
         named = type(x).__name__ if found is None else list(found)
         raise DataError(
             f"{what} of {spec.name} must have shape [{', '.join(map(str, wanted))}]; got {named}."
+        )
+    if not found[0]:
+        raise ConfigError(
+            f"{what} of {spec.name} must hold one example at least; got shape {list(found)}. Leave "
+            "out what has no examples."
         )
     if spec.kind == "tokens" and not jnp.issubdtype(x.dtype, jnp.integer):
         raise TypeError(
@@ -220,7 +226,7 @@ def check_batch(spec: DataSpec, batch: Batch, any_length: bool = False) -> None:
         any_length: sequences may have another number of steps than the spec says.
 
     Raises:
-        DataError, TypeError: see the text, which names what was expected and found.
+        ConfigError, DataError, TypeError: see the text, which names what was expected and found.
     """
     if not isinstance(batch, Batch):
         raise TypeError(

@@ -31,7 +31,15 @@ from genjax.runs.own_model import weights_of
 from genjax.runs.train import train as train_in
 from genjax.runs.train_own import train_own
 from genjax.runs.writers import Writer
-from genjax.values import as_stored, check_batch, check_cond, check_events, check_real, key_of
+from genjax.values import (
+    as_stored,
+    check_batch,
+    check_cond,
+    check_events,
+    check_form,
+    check_real,
+    key_of,
+)
 from genjax.zoo import ZOO
 from genjax.zoo.recipe import Recipe, unknown_recipe
 from genjax.zoo.sections import replace
@@ -199,7 +207,9 @@ class Run:
             raise DataError(
                 f"x must be [N, {', '.join(map(str, wanted))}]; got {list(np.shape(x))}."
             )
-        return as_stored(self.spec, array)
+        events = as_stored(self.spec, array)
+        check_form(self.spec, events, "x")  # before the conditions, which may be as few
+        return events
 
     def _batch(self, x: Any, cond: Any, length: Any = None) -> Batch:
         """The same with what goes with them, looked at now: inside a compiled program no value is
