@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from genjax import nets
-from genjax.checks import check_cond, check_whole, checked
+from genjax.checks import check_whole, checked
 from genjax.errors import ConfigError
 from genjax.nets.functional import Net, functional
 from genjax.nets.own import Call, Network, given_only, own_net, separate
@@ -332,7 +332,7 @@ def _checked_prior(prior: Prior, **samples: int) -> Prior:
 
 
 def _latent(model: Autoencoder) -> Latent:
-    """What the model offers beside samples, with the arguments checked."""
+    """What the model offers beside samples; `checked` looks at the arguments."""
     spec, like = model.spec, model.likelihood
     latents = DataSpec(
         (model.latent_dim,),
@@ -344,19 +344,15 @@ def _latent(model: Autoencoder) -> Latent:
     )
 
     def encode(params: Params, state: State, x: Array, cond: Any = None) -> tuple[Array, Array]:
-        check_cond(spec, cond, x.shape[0])
         return posterior(model, params["vae"], spec.normalize(x), spec.embed(cond, params))
 
     def decode(params: Params, state: State, z: Array, cond: Any = None) -> Array:
-        check_cond(spec, cond, z.shape[0])
         return like.mean(*decoded(model, params["vae"], z, spec.embed(cond, params)))
 
     def draw(params: Params, state: State, key: Key, z: Array, cond: Any = None) -> Array:
-        check_cond(spec, cond, z.shape[0])
         return like.sample(key, *decoded(model, params["vae"], z, spec.embed(cond, params)))
 
     def log_lik(params: Params, state: State, batch: Batch, z: Array) -> Array:
-        check_cond(spec, batch.cond, z.shape[0])
         c = spec.embed(batch.cond, params)
         return log_likelihood(model, params["vae"], batch.x, z[None], c)[0]
 
@@ -364,7 +360,6 @@ def _latent(model: Autoencoder) -> Latent:
         return decode(params, state, encode(params, state, x, cond)[0], cond)
 
     def sample_mean(params: Params, state: State, key: Key, n: int, cond: Any = None) -> Array:
-        check_cond(spec, cond, n)
         z = sample_prior(model, params["vae"], state, key, n, spec.embed(cond, params))
         return decode(params, state, z, cond)
 
