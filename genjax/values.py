@@ -184,10 +184,11 @@ def check_values(spec: DataSpec, x: Any, what: str, kept: np.ndarray | None = No
 
 
 def check_real(x: Any, shape: tuple[int | None, ...], what: str) -> None:
-    """Check real numbers: their shape, where None is any size, and that those known are finite.
+    """Check real numbers: their shape, where None is any number of examples, and that those known
+    are finite.
 
     Raises:
-        DataError, TypeError: with what was wanted.
+        ConfigError, DataError, TypeError: with what was wanted.
     """
     found = tuple(jnp.shape(x))
     same = len(found) == len(shape) and all(
@@ -196,6 +197,11 @@ def check_real(x: Any, shape: tuple[int | None, ...], what: str) -> None:
     if not same:
         wanted = ", ".join("n" if size is None else str(size) for size in shape)
         raise DataError(f"{what} must have shape [{wanted}]; got {list(found)}.")
+    if 0 in found:
+        raise ConfigError(
+            f"{what} must hold one example at least; got shape {list(found)}. Leave out what has "
+            "no examples."
+        )
     dtype = jnp.result_type(x)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{what} must be floating point; got {dtype}.")
