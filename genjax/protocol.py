@@ -33,6 +33,8 @@ The rules that make it work:
   (see `DataSpec.kind`).
 * `log_prob` is exact and `bound` is a lower bound in expectation; they are two fields so that
   nobody mixes them up.
+* Parameters and state are made in float32, with `jax_enable_x64` or without, and a model computes
+  in the dtype of its parameters and data: in float32, until somebody widens both.
 * Parameters are matched by name: a tree with a missing, surplus, renamed or re-shaped leaf is
   refused with the paths that differ, by every function of a model that was `checks.checked`.
 
@@ -53,6 +55,7 @@ import jax.numpy as jnp
 from genjax.spec import KINDS as KINDS
 from genjax.spec import DataSpec as DataSpec
 from genjax.spec import Kind as Kind
+from genjax.spec import dtype_of as dtype_of
 
 Array = jax.Array
 Key = jax.Array

@@ -205,14 +205,14 @@ class DataSpec:
             return 1
         return None if self.levels is None else self.levels - 1
 
-    def embed(self, cond: Any) -> jax.Array | None:
-        """A condition as vectors [n, cond_size]: labels one-hot, vectors standardised where the
-        spec says how, None as it is.
+    def embed(self, cond: Any, params: Any = None) -> jax.Array | None:
+        """A condition as vectors [n, cond_size]: labels one-hot, in the dtype of the parameters
+        that they meet, vectors standardised where the spec says how, None as it is.
         """
         if cond is None:
             return None
         if self.n_classes is not None:
-            return jax.nn.one_hot(cond, self.n_classes)
+            return jax.nn.one_hot(cond, self.n_classes, dtype=dtype_of(params))
         return _standardized(cond, self.cond_shift, self.cond_scale)
 
     def unembedded(self, c: jax.Array) -> jax.Array:
@@ -257,6 +257,15 @@ class DataSpec:
 def two_values(values: Any) -> bool:
     """Whether these could be the values of binary data, in their order."""
     return len(values) == 2 and -math.inf < values[0] < values[1] < math.inf
+
+
+def dtype_of(params: Any) -> Any:
+    """The dtype of a tree's first real number, in which a model with these parameters computes;
+    that of Python's numbers where there is none.
+    """
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(params)]
+    real = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
+    return (real or [jnp.result_type(float)])[0]
 
 
 def as_vectors(spec: DataSpec) -> DataSpec:

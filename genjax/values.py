@@ -106,13 +106,14 @@ def check_cond(spec: DataSpec, cond: PyTree | None, n: int) -> None:
 
 
 def check_events(spec: DataSpec, x: Any, what: str = "x", any_length: bool = False) -> None:
-    """Check events x [n, *shape] against the spec: their shape, their dtype and, where they are
-    known, their values: tokens and levels in range, bits 0 or 1, real numbers finite.
+    """Check events x [n, *shape] against the spec: their shape, n >= 1, their dtype and, where
+    they are known, their values: tokens and levels in range, bits 0 or 1, real numbers finite.
 
     Args:
         any_length: sequences may have another number of steps than the spec says.
 
     Raises:
+        ConfigError: for no events.
         DataError: for another shape, or a value that the data cannot have.
         TypeError: for another dtype.
     """
@@ -124,7 +125,7 @@ def check_form(spec: DataSpec, x: Any, what: str, any_length: bool = False) -> N
     """Check the shape and the dtype of events; it costs nothing once traced.
 
     Raises:
-        DataError, TypeError: see `check_events`.
+        ConfigError, DataError, TypeError: see `check_events`.
     """
     found = tuple(x.shape) if hasattr(x, "shape") else None
     free = 2 if any_length else 1  # axes of any size
@@ -133,6 +134,11 @@ def check_form(spec: DataSpec, x: Any, what: str, any_length: bool = False) -> N
         named = type(x).__name__ if found is None else list(found)
         raise DataError(
             f"{what} of {spec.name} must have shape [{', '.join(map(str, wanted))}]; got {named}."
+        )
+    if not found[0]:
+        raise ConfigError(
+            f"{what} of {spec.name} must hold one example at least; got shape {list(found)}. Leave "
+            "out what has no examples."
         )
     if spec.kind == "tokens" and not jnp.issubdtype(x.dtype, jnp.integer):
         raise TypeError(
@@ -194,10 +200,11 @@ def check_values(spec: DataSpec, x: Any, what: str, kept: np.ndarray | None = No
 
 
 def check_real(x: Any, shape: tuple[int | None, ...], what: str) -> None:
-    """Check real numbers: their shape, where None is any size, and that those known are finite.
+    """Check real numbers: their shape, where None is any number of examples, and that those known
+    are finite.
 
     Raises:
-        DataError, TypeError: with what was wanted.
+        ConfigError, DataError, TypeError: with what was wanted.
     """
     found = tuple(jnp.shape(x))
     same = len(found) == len(shape) and all(
@@ -206,6 +213,11 @@ def check_real(x: Any, shape: tuple[int | None, ...], what: str) -> None:
     if not same:
         wanted = ", ".join("n" if size is None else str(size) for size in shape)
         raise DataError(f"{what} must have shape [{wanted}]; got {list(found)}.")
+    if 0 in found:
+        raise ConfigError(
+            f"{what} must hold one example at least; got shape {list(found)}. Leave out what has "
+            "no examples."
+        )
     dtype = jnp.result_type(x)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{what} must be floating point; got {dtype}.")
@@ -236,7 +248,7 @@ def check_batch(spec: DataSpec, batch: Batch, any_length: bool = False) -> None:
         any_length: sequences may have another number of steps than the spec says.
 
     Raises:
-        DataError, TypeError: see the text, which names what was expected and found.
+        ConfigError, DataError, TypeError: see the text, which names what was expected and found.
     """
     if not isinstance(batch, Batch):
         raise TypeError(

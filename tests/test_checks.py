@@ -220,6 +220,14 @@ def test_every_function_takes_its_parameters_and_state_by_name(name):
         ("bound", Batch(X, cond=jnp.zeros(3, jnp.int32)), "unconditional"),
         ("log_prob", Batch(X, weight=jnp.ones(2)), r"batch.weight must have shape \[3\]"),
         ("prepare", Batch(jnp.ones((3, 2), jnp.int32)), "must be floating point; got int32"),
+        *(
+            (
+                name,
+                Batch(X[:0]),
+                r"batch.x of plane must hold one example at least; got shape \[0, 2\]",
+            )
+            for name in ("loss", "bound", "log_prob", "prepare")
+        ),
     ],
 )
 def test_every_function_looks_at_its_batch_and_key(name, batch, match):

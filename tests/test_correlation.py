@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gates import assert_same
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from vae_oracles import jit
 
@@ -54,6 +55,22 @@ def everything(f, x, kernel, dx, dkernel):
         "kernels": jax.vmap(partial(gradients, f), (None, 2))(x, kernels),
         "both": jax.vmap(partial(gradients, f), (0, 2), out_axes=1)(xs, kernels),
     }
+
+
+@pytest.mark.parametrize("window", [(3, 3), (4, 4)])
+def test_of_no_images_there_is_no_result(window):
+    pads = PADS[2]  # with the larger window, a product for each of few results
+    x, kernels = jnp.zeros((2, 0, 5, 5, 2)), jnp.ones((2, *window, 2, 3))
+
+    def all_of(f):
+        one = partial(f, pads=pads)
+        return {
+            "images": jax.vmap(partial(gradients, one), (0, None))(x, kernels[0]),
+            "batches": jax.vmap(one, (0, None))(x.swapaxes(0, 1), kernels[0]),
+            "both": jax.vmap(one)(x, kernels),
+        }
+
+    assert_same(all_of(correlate), all_of(xlas))
 
 
 @pytest.mark.parametrize("pads", PADS)

@@ -68,6 +68,22 @@ def derivatives(function, stride, x, kernel, dx, dkernel):
     }
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("name", PAIRS)
+def test_of_no_images_there_is_no_result(name, stride):
+    ours, xlas = PAIRS[name]
+    x, kernel = jnp.zeros((0, 4, 4, 2)), jnp.ones((3, 3, 2, 3))
+    found, wanted = (
+        (f(x, kernel, stride), jax.grad(lambda k, f=f: f(x, k, stride).sum())(kernel))
+        for f in (ours, xlas)
+    )
+    assert_same(found, wanted)
+    layer = {"convolve": Conv, "transpose": ConvTranspose}[name]
+    net = functional(lambda rngs: layer(2, 3, (3, 3), stride, rngs=rngs))
+    y = net.apply(*net.init(jax.random.key(0)), jnp.zeros((2, 0, 4, 4, 2)))[0]
+    assert y.shape == (2, *wanted[0].shape)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize(("size", "stride"), WINDOWS)

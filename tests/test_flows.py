@@ -289,7 +289,7 @@ def test_the_bound_is_below_the_probability_and_its_weights_are_it_in_expectatio
         model = of_pairs(how, k)
         return over_keys(lambda key: model.bound(params, state, Batch(x), key), 1, n)
 
-    one, many = bounds(1), bounds(400, 400)
+    one, many = bounds(1), bounds(1600, 400)
     assert_mean(np.exp(one), p)
     error = one.std(0) / math.sqrt(len(one))
     assert (one.mean(0) < np.log(p) + 4 * error).all()

@@ -111,11 +111,11 @@ def seen(model, params, spec):
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 5), (3, 1), (2, 3), (3, 5)])
 def test_a_masked_convolution_is_the_sum_over_what_it_sees(rows, columns, sees, x64):
     layer = MaskedConv(2, 3, rows, columns, sees, rngs=nnx.Rngs(0))
-    layer.bias[...] = jnp.arange(3.0)
+    kernel = np.asarray(layer.kernel[...], np.float64)
+    layer.kernel, layer.bias = nnx.Param(jnp.asarray(kernel)), nnx.Param(jnp.arange(3.0))
     rng = np.random.default_rng(0)
     x, mask = rng.normal(size=(2, 4, 6, 2)), window(rows, columns, sees)
     wanted = np.zeros((2, 4, 6, 3)) + np.arange(3.0)
-    kernel = np.asarray(layer.kernel[...], np.float64)
     for row, column, i, j in np.ndindex(4, 6, rows, columns):
         above, beside = row + i - (rows - 1), column + j - columns // 2
         if mask[i, j] and above >= 0 and 0 <= beside < 6:

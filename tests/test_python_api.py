@@ -51,6 +51,10 @@ def test_scores_are_those_of_the_command(run):
         run.bound(x)
     with pytest.raises(DataError, match=r"x must be \[N, 8, 8, 1\]; got \[20, 7, 8\]"):
         run.bound(x[:, :7, :, 0], y)
+    nothing = "must hold one example at least; got shape"
+    for function, given in ((run.bound, x), (run.encode, x), (run.decode, np.zeros((1, 2)))):
+        with pytest.raises(ConfigError, match=nothing):
+            function(given[:0], y[:0])
 
 
 def test_latents_go_there_and_back(run):

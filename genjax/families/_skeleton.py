@@ -27,7 +27,7 @@ PLAYER = "skeleton"
 
 def mean_of(spec: DataSpec, own: Params, cond: Any) -> Array:
     """mean + c W for each condition, [n, *shape], or the mean, [1, *shape], without a condition."""
-    c = spec.embed(cond)
+    c = spec.embed(cond, own)
     if c is None:
         return own["mean"][None]
     return own["mean"][None] + (c @ own["weight"]).reshape(-1, *spec.shape)
@@ -67,11 +67,13 @@ def skeleton(spec: DataSpec, *, scale: Positive = 1.0) -> Model:
     def init(key: Key) -> tuple[Params, State]:
         key_mean, key_weight = jax.random.split(key)
         own = {
-            "mean": 0.01 * jax.random.normal(key_mean, spec.shape),
+            "mean": 0.01 * jax.random.normal(key_mean, spec.shape, jnp.float32),
             "log_scale": jnp.full(spec.shape, jnp.log(scale), jnp.float32),
         }
         if spec.conditional:
-            own["weight"] = 0.01 * jax.random.normal(key_weight, (spec.cond_size, spec.size))
+            own["weight"] = 0.01 * jax.random.normal(
+                key_weight, (spec.cond_size, spec.size), jnp.float32
+            )
         return {PLAYER: own}, {PLAYER: {}}
 
     def loss(

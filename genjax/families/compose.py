@@ -12,6 +12,7 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from genjax import nets
 from genjax.checks import checked
 from genjax.errors import ConfigError, expect
 from genjax.families.flow_matching import Flow
@@ -36,6 +37,7 @@ from genjax.protocol import (
     ScoreFn,
     State,
     Trained,
+    dtype_of,
 )
 from genjax.settings import Finite, Often, OneOf, builder
 
@@ -227,7 +229,8 @@ def draw_stage(codes: DataSpec, key: Key, batch: Batch) -> StageNoise:
     """The randomness of the loss: the only place that splits its key."""
     key_z, key_second = jax.random.split(key)
     shape = (batch.x.shape[0], *codes.shape)
-    return StageNoise(jax.random.normal(key_z, shape), key_second)
+    dtype = nets.layers.wide(dtype_of(batch.x))
+    return StageNoise(jax.random.normal(key_z, shape, dtype), key_second)
 
 
 def two_stage(first: Trained, second: Model) -> Model:

@@ -155,7 +155,7 @@ def predict(
 
 def denoise_of(model: DiffusionModel, p: Any, cond: Any, dropped: Array | None = None) -> Denoise:
     """(x_t [n, *shape], t [] or [n]) -> the estimate of E[x0 | x_t, cond], [n, *shape]."""
-    c = model.spec.embed(cond)
+    c = model.spec.embed(cond, p)
 
     def denoise(x_t: Array, t: Array) -> Array:
         each = jnp.broadcast_to(jnp.asarray(t, x_t.dtype), x_t.shape[:1])
@@ -188,7 +188,7 @@ def errors(
     """‖y - y_network(x_t, t)‖² and its weight w(t), each [n]."""
     path, x0, t = path_of(model, p), model.spec.normalize(batch.x), noise.t
     x_t = diffuse(path, x0, noise.epsilon, t)
-    y = predict(model, p, x_t, t, model.spec.embed(batch.cond), noise.dropped)
+    y = predict(model, p, x_t, t, model.spec.embed(batch.cond, p), noise.dropped)
     missed = y - model.prediction.from_x0(path, x0, x_t, t)
     scale = model.prediction.to_x0(path, jnp.ones_like(t), jnp.zeros_like(t), t)
     return squared(missed), model.weigh(path, t, scale, model.sigma_data)

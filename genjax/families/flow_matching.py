@@ -174,7 +174,7 @@ def velocity_of(
     model: FlowModel, p: Any, cond: Any, dropped: Array | None = None
 ) -> Callable[[Array, Array], Array]:
     """(x_t [n, *shape], t [] or [n]) -> v(x_t, t) given the conditions, [n, *shape]."""
-    c = model.spec.embed(cond)
+    c = model.spec.embed(cond, p)
 
     def velocity(x_t: Array, t: Array) -> Array:
         each = jnp.broadcast_to(jnp.asarray(t, x_t.dtype), x_t.shape[:1])

@@ -26,7 +26,18 @@ from genjax.parts.adversarial import (
     one_centred_penalty,
     zero_centred_penalty,
 )
-from genjax.protocol import Array, Aux, Batch, DataSpec, Key, Metrics, Model, Params, State
+from genjax.protocol import (
+    Array,
+    Aux,
+    Batch,
+    DataSpec,
+    Key,
+    Metrics,
+    Model,
+    Params,
+    State,
+    dtype_of,
+)
 from genjax.settings import Count, Depth, Dtype, NonNegative, Positive, builder, used
 
 # --- the game -------------------------------------------------------------------------------------
@@ -76,24 +87,25 @@ class Players(NamedTuple):
     logit: Callable[..., Array]
 
 
-def draw_latent(latent_dim: int, key: Key, n: int) -> Array:
+def draw_latent(latent_dim: int, key: Key, n: int, dtype: Any = jnp.float32) -> Array:
     """z ~ N(0, I), [n, latent_dim]."""
-    return jax.random.normal(key, (n, latent_dim))
+    return jax.random.normal(key, (n, latent_dim), dtype)
 
 
 def discriminator_noise(game: Game, key: Key, batch: Batch) -> Noise:
     """What a turn of the discriminator draws: z, and t where there is a gradient penalty."""
     key_z, key_between = jax.random.split(key)
-    n, ndim = batch.x.shape[0], len(game.spec.shape)
-    z = beside(draw_latent(game.latent_dim, key_z, n), batch.x)
+    n, ndim, dtype = batch.x.shape[0], len(game.spec.shape), nets.layers.wide(batch.x.dtype)
+    z = beside(draw_latent(game.latent_dim, key_z, n, dtype), batch.x)
     if not used(game.gradient_penalty):
         return Noise(z)
-    return Noise(z, jax.random.uniform(key_between, (n, *[1] * ndim)))
+    return Noise(z, jax.random.uniform(key_between, (n, *[1] * ndim), dtype))
 
 
 def generator_noise(game: Game, key: Key, batch: Batch) -> Noise:
     """What a turn of the generator draws: z."""
-    return Noise(beside(draw_latent(game.latent_dim, key, batch.x.shape[0]), batch.x))
+    n, dtype = batch.x.shape[0], nets.layers.wide(batch.x.dtype)
+    return Noise(beside(draw_latent(game.latent_dim, key, n, dtype), batch.x))
 
 
 def generated(
@@ -136,7 +148,7 @@ def discriminator_loss(
 ) -> tuple[Array, Metrics, State]:
     """The discriminator's loss [B], what is reported, and its next state."""
     spec, apply = game.spec, game.discriminator.apply
-    real, c = spec.normalize(batch.x), spec.embed(batch.cond)
+    real, c = spec.normalize(batch.x), spec.embed(batch.cond, params)
     fake, _ = generated(game, params, state, noise.z, c, train=True)
     own, after = params["discriminator"], state["discriminator"]
     (on_real, guess_real), after = apply(own, after, real, c, train=True)
@@ -159,7 +171,7 @@ def generator_loss(
 ) -> tuple[Array, State]:
     """The generator's loss [B], and its next state."""
     spec = game.spec
-    real, c = spec.normalize(batch.x), spec.embed(batch.cond)
+    real, c = spec.normalize(batch.x), spec.embed(batch.cond, params)
     fake, after = generated(game, params, state, noise.z, c, train=True)
     judge = partial(game.discriminator.apply, params["discriminator"], state["discriminator"])
     (on_fake, guess), _ = judge(fake, c, train=True)
@@ -316,13 +328,13 @@ def _players(game: Game) -> Players:
 
     def generate(params: Params, state: State, z: Array, cond: Any = None) -> Array:
         check_cond(spec, cond, z.shape[0])
-        y, _ = generated(game, params, state, z, spec.embed(cond), train=False)
+        y, _ = generated(game, params, state, z, spec.embed(cond, params), train=False)
         return spec.denormalize(y)
 
     def logit(params: Params, state: State, x: Array, cond: Any = None) -> Array:
         check_cond(spec, cond, x.shape[0])
         apply = partial(game.discriminator.apply, params["discriminator"], state["discriminator"])
-        return apply(spec.normalize(x), spec.embed(cond), train=False)[0][0]
+        return apply(spec.normalize(x), spec.embed(cond, params), train=False)[0][0]
 
     return Players(generate, logit)
 
@@ -346,7 +358,8 @@ def assembled(game: Game, discriminator_steps: int) -> Model:
         return value, Aux({**state, "generator": after}, {})
 
     def sample(params: Params, state: State, key: Key, n: int, cond: Any = None) -> Array:
-        x = players.generate(params, state, draw_latent(game.latent_dim, key, n), cond)
+        z = draw_latent(game.latent_dim, key, n, dtype_of(params))
+        x = players.generate(params, state, z, cond)
         return x if game.spec.kind == "continuous" else jnp.round(x)
 
     return Model(

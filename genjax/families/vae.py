@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from genjax import nets
-from genjax.checks import check_cond, check_whole, checked
+from genjax.checks import check_whole, checked
 from genjax.errors import ConfigError
 from genjax.nets.functional import Net, functional
 from genjax.nets.own import Call, Network, given_only, own_net, separate
@@ -32,6 +32,7 @@ from genjax.protocol import (
     Model,
     Params,
     State,
+    dtype_of,
 )
 from genjax.settings import Count, Dtype, NonNegative, Often, Positive, Whole, builder, used
 from genjax.spec import as_vectors
@@ -141,7 +142,7 @@ def sample_prior(
         raise ConfigError(
             f"The prior must draw z of shape {[n, model.latent_dim]}; got {list(z.shape)}."
         )
-    return z
+    return z.astype(dtype_of(p))  # a prior without parameters draws in any dtype
 
 
 # --- the bound ------------------------------------------------------------------------------------
@@ -208,8 +209,7 @@ def importance_weighted_bound(
     model: Autoencoder, p: Any, state: State, batch: Batch, c: Array | None, key: Key, k: int
 ) -> Array:
     """ln 1/K Σ_k p(x, z_k) / q(z_k|x), [B] in nats. Burda 2015, equation 8."""
-    # In chunks under a scan, so that memory does not grow with K; the largest divisor of K keeps
-    # the chunks equal.
+    # In a scan over equal chunks, as large as divides K, so that memory does not grow with K.
     chunk = max(size for size in range(1, 65) if k % size == 0)
 
     def add(total: Array, key: Key) -> tuple[Array, None]:
@@ -242,7 +242,7 @@ def objective(
     beta: Array | float,
 ) -> tuple[Array, Metrics]:
     """The loss [B] in nats with K = len(noise.epsilon), and what is reported, without beta."""
-    c = model.spec.embed(batch.cond)
+    c = model.spec.embed(batch.cond, p)
     if len(noise.epsilon) == 1 and gradient == "pathwise":
         log_lik, kl = elbo_terms(model, p, state, batch.x, c, noise)
         return beta * kl - log_lik, {"elbo": log_lik - kl, "log_likelihood": log_lik, "kl": kl}
@@ -315,7 +315,7 @@ def initial(model: Autoencoder, key: Key) -> tuple[Params, State]:
         "prior": prior,
     }
     if model.likelihood.scaled and model.scale == "shared":
-        p["log_scale"] = jnp.zeros(())
+        p["log_scale"] = jnp.zeros((), jnp.float32)
     return {"vae": p}, {"vae": state}
 
 
@@ -332,7 +332,7 @@ def _checked_prior(prior: Prior, **samples: int) -> Prior:
 
 
 def _latent(model: Autoencoder) -> Latent:
-    """What the model offers beside samples, with the arguments checked."""
+    """What the model offers beside samples; `checked` looks at the arguments."""
     spec, like = model.spec, model.likelihood
     latents = DataSpec(
         (model.latent_dim,),
@@ -344,28 +344,23 @@ def _latent(model: Autoencoder) -> Latent:
     )
 
     def encode(params: Params, state: State, x: Array, cond: Any = None) -> tuple[Array, Array]:
-        check_cond(spec, cond, x.shape[0])
-        return posterior(model, params["vae"], spec.normalize(x), spec.embed(cond))
+        return posterior(model, params["vae"], spec.normalize(x), spec.embed(cond, params))
 
     def decode(params: Params, state: State, z: Array, cond: Any = None) -> Array:
-        check_cond(spec, cond, z.shape[0])
-        return like.mean(*decoded(model, params["vae"], z, spec.embed(cond)))
+        return like.mean(*decoded(model, params["vae"], z, spec.embed(cond, params)))
 
     def draw(params: Params, state: State, key: Key, z: Array, cond: Any = None) -> Array:
-        check_cond(spec, cond, z.shape[0])
-        return like.sample(key, *decoded(model, params["vae"], z, spec.embed(cond)))
+        return like.sample(key, *decoded(model, params["vae"], z, spec.embed(cond, params)))
 
     def log_lik(params: Params, state: State, batch: Batch, z: Array) -> Array:
-        check_cond(spec, batch.cond, z.shape[0])
-        c = spec.embed(batch.cond)
+        c = spec.embed(batch.cond, params)
         return log_likelihood(model, params["vae"], batch.x, z[None], c)[0]
 
     def reconstruct(params: Params, state: State, x: Array, cond: Any = None) -> Array:
         return decode(params, state, encode(params, state, x, cond)[0], cond)
 
     def sample_mean(params: Params, state: State, key: Key, n: int, cond: Any = None) -> Array:
-        check_cond(spec, cond, n)
-        z = sample_prior(model, params["vae"], state, key, n, spec.embed(cond))
+        z = sample_prior(model, params["vae"], state, key, n, spec.embed(cond, params))
         return decode(params, state, z, cond)
 
     return Latent(latents, encode, decode, draw, log_lik, reconstruct, sample_mean)
@@ -476,7 +471,7 @@ def vae(
         return value, Aux(state, metrics)
 
     def bound(params: Params, state: State, batch: Batch, key: Key) -> Array:
-        p, c = params["vae"], spec.embed(batch.cond)
+        p, c = params["vae"], spec.embed(batch.cond, params)
         if n_bound_samples > 1:
             return importance_weighted_bound(model, p, state, batch, c, key, n_bound_samples)
         noise = draw_noise(latent_dim, 1, key, batch)
@@ -485,7 +480,7 @@ def vae(
 
     def sample(params: Params, state: State, key: Key, n: int, cond: Any = None) -> Array:
         key_z, key_x = jax.random.split(key)
-        p, c = params["vae"], spec.embed(cond)
+        p, c = params["vae"], spec.embed(cond, params)
         z = sample_prior(model, p, state, key_z, n, c)
         return like.sample(key_x, *decoded(model, p, z, c))
 

@@ -194,7 +194,7 @@ def elbo_terms(
 
     `training`: which conditions are dropped and the key of dropout, in training mode.
     """
-    sequence = observe(model, p, batch.x, model.spec.embed(batch.cond), *training)
+    sequence = observe(model, p, batch.x, model.spec.embed(batch.cond, p), *training)
     mask = step_mask(model.spec, batch)
 
     def one(key: Key) -> tuple[Array, Array]:
@@ -210,7 +210,7 @@ def particles(
     model: VrnnModel, p: Any, batch: Batch, key: Key, estimate: Estimate, *training: Any
 ) -> Array:
     """`particle_bound` of a batch in nats, [B]; `training` as in `elbo_terms`."""
-    x, observed, carry = observe(model, p, batch.x, model.spec.embed(batch.cond), *training)
+    x, observed, carry = observe(model, p, batch.x, model.spec.embed(batch.cond, p), *training)
     resampling = estimate.resampling if estimate.how == "fivo" else None
     mask, own = step_mask(model.spec, batch).T, sequential(model, p)
     return particle_bound(own, x, observed, mask, carry, key, estimate.k, resampling, model.remat)
@@ -251,7 +251,7 @@ def encode(model: VrnnModel, params: Params, state: State, x: Array, cond: Any =
     means.
     """
     check_cond(model.spec, cond, x.shape[0])
-    _, observed, carry = observe(model, params["vrnn"], x, model.spec.embed(cond))
+    _, observed, carry = observe(model, params["vrnn"], x, model.spec.embed(cond, params))
     own = sequential(model, params["vrnn"])
 
     def step(carry: PyTree, observed: PyTree) -> tuple[PyTree, Normal]:
@@ -287,7 +287,7 @@ def generate(
     if prompt is not None:
         prompt = checked_prompt(model.spec, n, prompt, prompt_length)
     given, fixed = prompted(n, n_steps, prompt, prompt_length)
-    p, c = params["vrnn"], model.spec.embed(cond)
+    p, c = params["vrnn"], model.spec.embed(cond, params)
     own, apply = sequential(model, p), partial(model.net.apply, p, {})
 
     def step(loop: PyTree, at: PyTree) -> tuple[PyTree, Array]:

@@ -273,7 +273,9 @@ class Inputs(nnx.Module):
         self.events = EventEmbed(spec, d, droppable, rngs=rngs)
         positions = None
         if learned:
-            positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (spec.shape[0], d)))
+            positions = nnx.Param(
+                0.02 * jax.random.normal(rngs.params(), (spec.shape[0], d), jnp.float32)
+            )
         self.positions = positions
 
     def __call__(self, x: Array, c: Array | None, dropped: Array | None) -> Array:

@@ -55,7 +55,7 @@ class Embedding(nnx.Module):
     def __init__(self, d: int, cond_size: int = 0, guided: bool = False, *, rngs: nnx.Rngs) -> None:
         self.noise = nnx.Linear(2 * len(FREQUENCIES), d, rngs=rngs)
         self.condition = nnx.Linear(cond_size, d, use_bias=False, rngs=rngs) if cond_size else None
-        self.dropped = nnx.Param(jnp.zeros(d)) if cond_size and guided else None
+        self.dropped = nnx.Param(jnp.zeros(d, jnp.float32)) if cond_size and guided else None
         self.last = nnx.Linear(d, d, rngs=rngs)
 
     def __call__(

@@ -13,6 +13,7 @@ derivatives of every order, which always has that order of axes.
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -101,7 +102,8 @@ def _batched(args: Any, axes: Any, *, pads: Padding) -> tuple[Array, int]:
     (x, kernel), (of_x, of_kernel) = args, axes
     if of_kernel is None:
         x = jnp.moveaxis(x, of_x, 0)
-        y = correlate(x.reshape(-1, *x.shape[2:]), kernel, pads)
+        flat = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+        y = correlate(flat, kernel, pads)
         return y.reshape(*x.shape[:2], *y.shape[1:]), 0
     # Several kernels are products with one more axis, which devices can share.
     return jax.vmap(partial(_products, pads=pads), axes)(x, kernel), 0
@@ -118,11 +120,11 @@ def _products(x: Array, kernel: Array, *, pads: Padding) -> Array:
     x = padded(x, pads)
     flat = kernel.reshape(-1, kernel.shape[-1])
     found = [
-        x[:, i : i + height, j : j + width].reshape(x.shape[0], -1) @ flat
+        x[:, i : i + height, j : j + width].reshape(x.shape[0], len(flat)) @ flat
         for i in range(rows)
         for j in range(columns)
     ]
-    return jnp.stack(found, axis=1).reshape(x.shape[0], rows, columns, -1)
+    return jnp.stack(found, axis=1).reshape(x.shape[0], rows, columns, flat.shape[1])
 
 
 def _shape(x: Any, kernel: Any, *, pads: Padding) -> Any:
@@ -180,9 +182,12 @@ def by_products(
     tall, wide = down if 0 in early else rows, across if 1 in early else columns
     end, last = (tall - 1) * stride + 1, (wide - 1) * stride + 1
     sides = [x[:, i : i + end : stride, j : j + last : stride] for i, j in _offsets(kernel, early)]
-    left = jnp.concatenate(sides, axis=-1).reshape(n * tall * wide, -1)
-    right = kernel.transpose(*early, 2, *late, 3).reshape(left.shape[1], -1)
-    product = (left @ right).reshape(n, tall, wide, -1)
+    # No -1 stands for a size: without images, all others fit, too.
+    left = jnp.concatenate(sides, axis=-1)
+    left = left.reshape(n * tall * wide, left.shape[-1])
+    after = math.prod(kernel.shape[axis] for axis in late) * d_out
+    right = kernel.transpose(*early, 2, *late, 3).reshape(left.shape[1], after)
+    product = (left @ right).reshape(n, tall, wide, after)
     # The derivative of a split is one concatenation; that of slices is a sum of as many arrays as
     # there are slices.
     offsets = list(_offsets(kernel, late))

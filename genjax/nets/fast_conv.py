@@ -15,6 +15,7 @@ times inside (`python -m benchmarks convolution`).
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -202,6 +203,6 @@ class ConvTranspose(nnx.ConvTranspose):
 def _apply(layer: Any, function: Any, inputs: Array) -> Array:
     bias = None if layer.bias is None else layer.bias[...]
     x, kernel, bias = layer.promote_dtype((inputs, layer.kernel[...], bias), dtype=None)
-    y = function(x.reshape(-1, *x.shape[-3:]), kernel, layer.stride)
+    y = function(x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:]), kernel, layer.stride)
     y = y if bias is None else y + bias.reshape(1, 1, 1, -1)
     return y.reshape(*x.shape[:-3], *y.shape[1:])

@@ -46,8 +46,8 @@ class Norm(nnx.Module):
         self.centred = kind == "layer"
         # In a function: a number of its own that is traced would be a variable of the module.
         self.unit = functools.partial(unit_rms, epsilon=epsilon)
-        self.scale = nnx.Param(jnp.ones(d))
-        self.shift = nnx.Param(jnp.zeros(d)) if bias and self.centred else None
+        self.scale = nnx.Param(jnp.ones(d, jnp.float32))
+        self.shift = nnx.Param(jnp.zeros(d, jnp.float32)) if bias and self.centred else None
 
     def __call__(self, x: Array) -> Array:
         y, leading = x.astype(wide(x.dtype)), [1] * (x.ndim - 1)
@@ -70,8 +70,8 @@ class Dense(nnx.Module):
     ) -> None:
         self.transposed = d_in > d_out
         shape = (d_out, d_in) if self.transposed else (d_in, d_out)
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape))
-        self.bias = nnx.Param(jnp.zeros(d_out)) if bias else None
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(d_out, jnp.float32)) if bias else None
 
     def __call__(self, x: Array) -> Array:
         kernel = self.kernel[...]

@@ -28,8 +28,8 @@ class MaskedDense(nnx.Module):
     def __init__(
         self, d_in: int, d_out: int, kernel_init: Any = _HALF_SEEN, *, rngs: nnx.Rngs
     ) -> None:
-        self.kernel = nnx.Param(kernel_init(rngs.params(), (d_in, d_out)))
-        self.bias = nnx.Param(jnp.zeros(d_out))
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (d_in, d_out), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(d_out, jnp.float32))
 
     def __call__(self, x: Array, mask: Array) -> Array:
         kernel = self.kernel[...]
@@ -79,7 +79,7 @@ class MaskedMlp(nnx.Module):
         self.layers = nnx.List(
             [MaskedDense(a, b, rngs=rngs) for a, b in itertools.pairwise(widths)]
         )
-        self.bias = nnx.Param(jnp.zeros((size, n_outputs)))
+        self.bias = nnx.Param(jnp.zeros((size, n_outputs), jnp.float32))
         seen, first = bool(hidden), hidden[0] if hidden else 0
         self.last = self._columns(rngs, hidden[-1], hidden[-1]) if seen else None
         self.direct = self._columns(rngs, size, 10 * size) if direct or not seen else None
@@ -88,7 +88,7 @@ class MaskedMlp(nnx.Module):
 
     def _columns(self, rngs: nnx.Rngs, d_in: int, fan: int) -> nnx.Param:
         shape = (d_in, self.size, self.n_outputs)
-        return nnx.Param(jax.random.normal(rngs.params(), shape) / math.sqrt(fan))
+        return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) / math.sqrt(fan))
 
     def _given(self, cond: Array | None) -> tuple[Array | None, Array | None]:
         """What a condition adds to the first layer and to the outputs."""
@@ -195,8 +195,8 @@ class MaskedConv(nnx.Module):
         self.sees: Sees = sees
         std = 1 / math.sqrt(max(mask.sum(), 1) * d_in)
         shape = (rows, columns, d_in, d_out)
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape))
-        self.bias = nnx.Param(jnp.zeros(d_out))
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(d_out, jnp.float32))
 
     def __call__(self, x: Array) -> Array:
         (rows, columns), kernel = self.shape, self.kernel[...]

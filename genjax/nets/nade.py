@@ -34,11 +34,13 @@ class Nade(nnx.Module):
     ) -> None:
         self.size, self.hidden, self.n_outputs = size, hidden, n_outputs
         self.activation = ACTIVATIONS[activation]
-        self.weight = nnx.Param(_LECUN(rngs.params(), (size, hidden)))
-        self.bias = nnx.Param(jnp.zeros(hidden))
+        self.weight = nnx.Param(_LECUN(rngs.params(), (size, hidden), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(hidden, jnp.float32))
         shape = (size, hidden, n_outputs)
-        self.readout = nnx.Param(jax.random.normal(rngs.params(), shape) * hidden**-0.5)
-        self.output_bias = nnx.Param(jnp.zeros((size, n_outputs)))
+        self.readout = nnx.Param(
+            jax.random.normal(rngs.params(), shape, jnp.float32) * hidden**-0.5
+        )
+        self.output_bias = nnx.Param(jnp.zeros((size, n_outputs), jnp.float32))
         added = hidden + size * n_outputs
         self.condition = (
             nnx.Linear(cond_size, added, use_bias=False, rngs=rngs) if cond_size else None

@@ -26,7 +26,10 @@ class BatchNorm(nnx.Module):
     shift: Any
 
     def __init__(self, d: int, cond_size: int = 0, *, rngs: nnx.Rngs) -> None:
-        self.mean, self.var = nnx.BatchStat(jnp.zeros(d)), nnx.BatchStat(jnp.ones(d))
+        self.mean, self.var = (
+            nnx.BatchStat(jnp.zeros(d, jnp.float32)),
+            nnx.BatchStat(jnp.ones(d, jnp.float32)),
+        )
         self.conditional = bool(cond_size)
         if cond_size:
             make = partial(
@@ -39,7 +42,10 @@ class BatchNorm(nnx.Module):
             )
             self.scale, self.shift = make(), make()
         else:
-            self.scale, self.shift = nnx.Param(jnp.ones(d)), nnx.Param(jnp.zeros(d))
+            self.scale, self.shift = (
+                nnx.Param(jnp.ones(d, jnp.float32)),
+                nnx.Param(jnp.zeros(d, jnp.float32)),
+            )
 
     def __call__(self, x: Array, cond: Array | None, train: bool) -> Array:
         def wide_as(v: Array) -> Array:  # of channels
@@ -78,7 +84,9 @@ class Spectral(nnx.Module):
 
     def __init__(self, layer: Any, *, rngs: nnx.Rngs) -> None:
         self.layer = layer
-        self.u = nnx.BatchStat(jax.random.normal(rngs.params(), (layer.kernel.shape[-1],)))
+        self.u = nnx.BatchStat(
+            jax.random.normal(rngs.params(), (layer.kernel.shape[-1],), jnp.float32)
+        )
 
     def __call__(self, x: Array, train: bool) -> Array:
         kernel = self.layer.kernel[...]

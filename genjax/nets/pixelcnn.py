@@ -65,7 +65,7 @@ class _Pixels(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.shape, self.d, self.n_layers, self.guided = shape, d, n_layers, guided
-        self.positions = nnx.Param(jnp.zeros((*shape[:2], d)))
+        self.positions = nnx.Param(jnp.zeros((*shape[:2], d), jnp.float32))
         size = cond_size + guided
         added = partial(nnx.Linear, size, n_added, use_bias=False, rngs=rngs)
         self.condition = nnx.List([added() for _ in range(n_layers)]) if cond_size else None

@@ -76,10 +76,10 @@ class RecurrentLayer(nnx.Module):
         bias = jnp.concatenate([jnp.full(d, value, jnp.float32) for value in cell.bias])
         self.inputs.bias = nnx.Param(bias)
         orthogonal = jax.nn.initializers.orthogonal()
-        gates = [orthogonal(rngs.params(), (d, d)) for _ in range(cell.n_gates)]
+        gates = [orthogonal(rngs.params(), (d, d), jnp.float32) for _ in range(cell.n_gates)]
         self.kernel = nnx.Param(jnp.concatenate(gates, axis=1))
         if cell.n_biased:
-            self.bias = nnx.Param(jnp.zeros(cell.n_biased * d))
+            self.bias = nnx.Param(jnp.zeros(cell.n_biased * d, jnp.float32))
 
     def _bias(self) -> Array:
         kernel = self.kernel[...]

@@ -76,15 +76,17 @@ class EventEmbed(nnx.Module):
 
     def __init__(self, spec: DataSpec, d: int, droppable: bool = False, *, rngs: nnx.Rngs) -> None:
         self.spec = spec
-        self.start = nnx.Param(0.02 * jax.random.normal(rngs.params(), (d,)))
+        self.start = nnx.Param(0.02 * jax.random.normal(rngs.params(), (d,), jnp.float32))
         if spec.kind == "tokens":
-            self.table = nnx.Param(0.02 * jax.random.normal(rngs.params(), (spec.levels or 0, d)))
+            self.table = nnx.Param(
+                0.02 * jax.random.normal(rngs.params(), (spec.levels or 0, d), jnp.float32)
+            )
         else:
             size = spec.size // spec.shape[0]
             self.dense = nnx.Linear(size, d, rngs=rngs)
         if spec.conditional:
             self.condition = nnx.Linear(spec.cond_size, d, use_bias=False, rngs=rngs)
-            self.dropped = nnx.Param(jnp.zeros(d)) if droppable else None
+            self.dropped = nnx.Param(jnp.zeros(d, jnp.float32)) if droppable else None
 
     def embed(self, x: Array) -> Array:
         """Events [..., *event] as vectors [..., d], without start and condition."""

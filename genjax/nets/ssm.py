@@ -66,7 +66,7 @@ def labels() -> tuple[tuple[str, str], ...]:
 
 def log_uniform(key: Array, low: Any, high: Any, shape: tuple[int, ...]) -> Array:
     """The logarithms of numbers between low and high, uniformly distributed."""
-    low, high = jnp.log(low), jnp.log(high)  # of traced numbers, too
+    low, high = (jnp.log(jnp.asarray(end, jnp.float32)) for end in (low, high))  # traced, too
     return low + (high - low) * jax.random.uniform(key, shape, low.dtype)
 
 
@@ -82,9 +82,11 @@ class Conv(nnx.Module):
         bound = width**-0.5
         self.width = width
         self.kernel = nnx.Param(
-            jax.random.uniform(rngs.params(), (width, channels), minval=-bound, maxval=bound)
+            jax.random.uniform(
+                rngs.params(), (width, channels), jnp.float32, minval=-bound, maxval=bound
+            )
         )
-        self.bias = nnx.Param(jnp.zeros(channels))
+        self.bias = nnx.Param(jnp.zeros(channels, jnp.float32))
 
     def __call__(self, x: Array, before: Array) -> tuple[Array, Array]:
         """x [B, T, c] and the width - 1 inputs before it -> y, and the last width - 1 inputs."""
@@ -176,8 +178,8 @@ class S4D(Core):
         self.frequency = nnx.Param(jnp.broadcast_to(turns[None], (d, n_pairs)))
         self.timestep = nnx.Param(log_uniform(rngs.params(), *dt, (d,)))
         sd = 0.5**0.5
-        self.c_re = nnx.Param(sd * jax.random.normal(rngs.params(), (d, n_pairs)))
-        self.c_im = nnx.Param(sd * jax.random.normal(rngs.params(), (d, n_pairs)))
+        self.c_re = nnx.Param(sd * jax.random.normal(rngs.params(), (d, n_pairs), jnp.float32))
+        self.c_im = nnx.Param(sd * jax.random.normal(rngs.params(), (d, n_pairs), jnp.float32))
 
     def start(self, n: int, dtype: Any) -> Carry:
         return (jnp.zeros((n, self.d, self.n), dtype),) * 2
@@ -311,7 +313,7 @@ class Selective(Core):
         self.form, self.chunk, self.n_heads, self.d, self.n = form, chunk, n_heads, d, n
         start = jnp.exp(log_uniform(rngs.params(), *dt, (n_heads,)))
         self.timestep = nnx.Param(start + jnp.log(-jnp.expm1(-start)))
-        rates = jax.random.uniform(rngs.params(), (n_heads,), minval=1.0, maxval=16.0)
+        rates = jax.random.uniform(rngs.params(), (n_heads,), jnp.float32, minval=1.0, maxval=16.0)
         self.decay = nnx.Param(jnp.log(rates))
         self.conv = Conv(conv, n_mixed, rngs=rngs)
 
@@ -341,7 +343,7 @@ class SSD(Selective):
 
     def __init__(self, d: int, n: int, n_heads: int, *rest: Any, rngs: nnx.Rngs) -> None:
         super().__init__(d, n, n_heads, *rest, n_mixed=d + 2 * n, rngs=rngs)
-        self.skip = nnx.Param(jnp.ones(n_heads))
+        self.skip = nnx.Param(jnp.ones(n_heads, jnp.float32))
 
     def over(self, u: Array, carry: Carry | None, form: Form) -> tuple[Array, Carry]:
         mixed, raw = jnp.split(u, [self.d + 2 * self.n], axis=-1)
@@ -387,7 +389,7 @@ class Glu(nnx.Module):
 
     def __init__(self, d: int, n_core: int, std: float, *, rngs: nnx.Rngs) -> None:
         self.read = Dense(n_core, d, False, n_core**-0.5, rngs=rngs) if n_core else None
-        self.skip = nnx.Param(jnp.ones(d))
+        self.skip = nnx.Param(jnp.ones(d, jnp.float32))
         self.dense = Dense(d, 2 * d, True, std, rngs=rngs)
 
     def __call__(self, y: Array, past: Array) -> Array:

@@ -281,7 +281,7 @@ def loss(
 ) -> tuple[Array, Aux]:
     """The negative log-likelihood of each example in training mode."""
     batch, net, p = in_steps(model, batch), model.net, params[model.player]
-    c, noise = model.spec.embed(batch.cond), draw(model, key, batch)
+    c, noise = model.spec.embed(batch.cond, p), draw(model, key, batch)
     if net.windows is not None and model.lanes:
         check_lanes(model.lanes, batch.x.shape[0])
         before = state[model.player]
@@ -311,7 +311,7 @@ def outputs_of(
     model: SequenceModel, params: Params, batch: Batch, dropped: Array | None = None
 ) -> Array:
     """The same of a batch that was looked at."""
-    x, c = in_steps(model, batch).x, model.spec.embed(batch.cond)
+    x, c = in_steps(model, batch).x, model.spec.embed(batch.cond, params)
     check_room(model, x.shape[1])
     return model.net.outputs(params[model.player], x, c, dropped, None)
 
@@ -341,7 +341,7 @@ def stream(
     assert windows is not None, "the record has no `stream` without windows"
     if carry is None:
         carry = windows.start(p, batch.x.shape[0], batch.x.dtype)
-    c = model.spec.embed(batch.cond)
+    c = model.spec.embed(batch.cond, p)
     found, carry = windows.outputs(p, carry, batch.x, c, None, None)
     return step_nats(model, batch, found), carry
 
@@ -356,7 +356,7 @@ def begin(
 ) -> tuple[Array, PyTree]:
     """Outputs for the first step of n sequences, and a carry."""
     check_cond(model.spec, cond, n)
-    return model.net.begin(params[model.player], n, model.spec.embed(cond), dropped)
+    return model.net.begin(params[model.player], n, model.spec.embed(cond, params), dropped)
 
 
 def advance(
@@ -371,7 +371,7 @@ def advance(
     """Outputs for the step after the events x, and a carry."""
     check_events(event_of(model.steps), x)
     check_cond(model.spec, cond, x.shape[0])
-    c = model.spec.embed(cond)
+    c = model.spec.embed(cond, params)
     return model.net.advance(params[model.player], carry, x, c, dropped)
 
 

@@ -215,7 +215,7 @@ def actnorm(d: int) -> Bijection:
     """
 
     def init(key: Key) -> Params:
-        return {"shift": jnp.zeros(d), "log_scale": jnp.zeros(d)}
+        return {"shift": jnp.zeros(d, jnp.float32), "log_scale": jnp.zeros(d, jnp.float32)}
 
     def forward(params: Params, x: Array, c: Array | None) -> Moved:
         shift, log_scale = (_along_last(params[name], x) for name in ("shift", "log_scale"))
@@ -248,8 +248,8 @@ def linear(d: int) -> Bijection:
     """
 
     def init(key: Key) -> Params:
-        zeros = jnp.zeros((d, d))
-        return {"lower": zeros, "upper": zeros, "log_diagonal": jnp.zeros(d)}
+        zeros = jnp.zeros((d, d), jnp.float32)
+        return {"lower": zeros, "upper": zeros, "log_diagonal": jnp.zeros(d, jnp.float32)}
 
     def product(x: Array, matrix: Array) -> Array:
         # In full precision: an accelerator's default would make the determinant another map's.

@@ -189,11 +189,11 @@ def init_schedule(highest: float = 13.3, n_units: int = 8) -> Any:
     nearly linear in t.
     """
     return {
-        "ends": jnp.asarray([-highest, math.log(highest + 5)]),
+        "ends": jnp.asarray([-highest, math.log(highest + 5)], jnp.float32),
         "inner": {
-            "weight": jnp.asarray([-4.0] * n_units),
-            "slope": jnp.asarray([math.log(10.0)] * n_units),
-            "centre": jnp.asarray([(j + 0.5) / n_units for j in range(n_units)]),
+            "weight": jnp.asarray([-4.0] * n_units, jnp.float32),
+            "slope": jnp.asarray([math.log(10.0)] * n_units, jnp.float32),
+            "centre": jnp.asarray([(j + 0.5) / n_units for j in range(n_units)], jnp.float32),
         },
     }
 
@@ -206,6 +206,7 @@ def learned_gamma(schedule: Any) -> Callable[[Array], Array]:
     with positive weights, smaller than that of Kingma 2021, appendix H.
     """
     (first, log_range), inner = schedule["ends"], schedule["inner"]
+    zero, one = (jnp.asarray(end, first.dtype) for end in (0, 1))
 
     def g(t: Array) -> Array:
         weight, slope, centre = (
@@ -219,7 +220,7 @@ def learned_gamma(schedule: Any) -> Callable[[Array], Array]:
         return t + jnp.sum(weight * jax.nn.sigmoid(slope * (t[..., None] - centre)), axis=-1)
 
     def gamma(t: Array) -> Array:
-        low, high = g(jnp.zeros((), t.dtype)), g(jnp.ones((), t.dtype))
+        low, high = g(zero), g(one)
         return first + jnp.exp(log_range) * ((g(t) - low) / (high - low))
 
     return gamma

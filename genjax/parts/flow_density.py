@@ -14,7 +14,7 @@ from genjax.checks import check_cond, checked
 from genjax.parts.bijections import Bijection
 from genjax.parts.dequantization import Dequantization, Dequantizer, dequantizer_of
 from genjax.parts.distributions import normal_log_prob, sum_event
-from genjax.protocol import Array, Aux, Batch, DataSpec, Key, Model, Params, State
+from genjax.protocol import Array, Aux, Batch, DataSpec, Key, Model, Params, State, dtype_of
 
 PLAYER = "flow"
 # Stacked layers have one more axis than what they stack.
@@ -115,7 +115,7 @@ def log_likelihood(model: FlowModel, p: Any, batch: Batch, noise: FlowNoise) -> 
     """ln p(x | c) in nats, [B]; of binary and discrete data ln p(x + u) - ln q(u | x), per level,
     which is at most ln P(x) in expectation.
     """
-    c = model.spec.embed(batch.cond)
+    c = model.spec.embed(batch.cond, p)
     added = noise.dequantization
     y, log_q = model.dequantizer.apply(p["dequantizer"], batch.x, c, added)
     z, log_det = model.flow.forward(p["map"], y, c, noise.map)
@@ -147,12 +147,12 @@ def invertible(model: FlowModel, covers: float | None = None) -> Invertible:
     def forward(params: Params, state: State, x: Array, cond: Any = None) -> tuple[Array, Array]:
         check_cond(spec, cond, x.shape[0])
         p = params[PLAYER]["map"]
-        z, log_det = flow.forward(p, spec.normalize(x), spec.embed(cond), None)
+        z, log_det = flow.forward(p, spec.normalize(x), spec.embed(cond, p), None)
         return z, log_det + spec.log_volume
 
     def inverse(params: Params, state: State, z: Array, cond: Any = None) -> tuple[Array, Array]:
         check_cond(spec, cond, z.shape[0])
-        y, log_det = flow.inverse(params[PLAYER]["map"], z, spec.embed(cond))
+        y, log_det = flow.inverse(params[PLAYER]["map"], z, spec.embed(cond, params))
         return spec.denormalize(y), log_det - spec.log_volume
 
     return Invertible(forward, inverse, covers)
@@ -202,12 +202,12 @@ def flow_model(
         return log_mean(model, params[PLAYER], batch, key, how.n_bound_samples)
 
     def sample(params: Params, state: State, key: Key, n: int, cond: Any = None) -> Array:
-        z = jax.random.normal(key, (n, spec.size))
-        y = flow.generate(params[PLAYER]["map"], z, spec.embed(cond))
+        z = jax.random.normal(key, (n, spec.size), dtype_of(params))
+        y = flow.generate(params[PLAYER]["map"], z, spec.embed(cond, params))
         return rounded(spec, spec.denormalize(y))
 
     def prepare(params: Params, state: State, batch: Batch, key: Key) -> tuple[Params, State]:
-        p, c = params[PLAYER], spec.embed(batch.cond)
+        p, c = params[PLAYER], spec.embed(batch.cond, params)
         added = model.dequantizer.draw(key, batch.x)
         y, _ = model.dequantizer.apply(p["dequantizer"], batch.x, c, added)
         weight = jnp.ones(y.shape[0], y.dtype) if batch.weight is None else batch.weight

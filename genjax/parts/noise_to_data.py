@@ -18,7 +18,7 @@ from genjax.parts.guidance import guided
 from genjax.parts.ode_likelihood import LIKELIHOOD_SOLVERS, likelihood_in_words, ode_log_prob
 from genjax.parts.paths import Denoise, Path, coefficients, prior
 from genjax.parts.solvers import GRIDS, SOLVERS
-from genjax.protocol import Array, DataSpec, Denoiser, Key, Params, SampleFn, State
+from genjax.protocol import Array, DataSpec, Denoiser, Key, Params, SampleFn, State, dtype_of
 from genjax.settings import Finite, Often, OftenOrNot, OneOf, Settings, check_fields
 
 # --- settings -------------------------------------------------------------------------------------
@@ -170,8 +170,8 @@ def generate_along(
         without = model.denoise(params, cond, jnp.ones(n, bool))
         denoise = guided(denoise, without, sampling.guidance)
     key_start, key_solver = jax.random.split(key)
-    start = prior(path) * jax.random.normal(key_start, (n, *spec.shape))
-    times = GRIDS[sampling.grid](path, sampling.n_steps)
+    start = prior(path) * jax.random.normal(key_start, (n, *spec.shape), dtype_of(params))
+    times = GRIDS[sampling.grid](path, sampling.n_steps).astype(start.dtype)
     x = SOLVERS[sampling.solver](denoise, path, start, times, key_solver, every=every)
     last = spec.denormalize(model.finish(denoise, path, x[-1] if every else x, times[-1]))
     if spec.kind != "continuous":

@@ -19,7 +19,7 @@ from genjax.nets.functional import Net
 from genjax.parts.distributions import log_mean_exp
 from genjax.parts.likelihoods import Emission
 from genjax.parts.pixels import check_pixels, likelihood_of, pixel_emission
-from genjax.protocol import Array, Aux, Batch, DataSpec, Key, Model, Params, State
+from genjax.protocol import Array, Aux, Batch, DataSpec, Key, Model, Params, State, dtype_of
 from genjax.settings import Count, Depth, Settings, Whole
 
 
@@ -129,7 +129,7 @@ def values_of(model: Ordered, x: Array) -> Array:
 
 def log_density(model: Ordered, p: Any, batch: Batch, rank: Array) -> Array:
     """ln p(x | c) in one order, [B] in nats."""
-    c = model.spec.embed(batch.cond)
+    c = model.spec.embed(batch.cond, p)
     found = model.net.apply(p, {}, values_of(model, batch.x), rank, c)[0]
     return model.emit.log_prob(batch.x.reshape(found.shape[:2]), found).sum(1)
 
@@ -152,12 +152,12 @@ def draw(model: Ordered, key: Key, batch: Batch) -> Noise:
 
 def generate(model: Ordered, p: Any, key: Key, n: int, cond: Any = None) -> Array:
     """x ~ p(x | c), [n, *shape]: each example in an order of its own, one value after the other."""
-    spec, c = model.spec, model.spec.embed(cond)
+    spec, c = model.spec, model.spec.embed(cond, p)
     key_order, key_values = jax.random.split(key)
     chosen = jax.random.randint(key_order, (n,), 0, len(model.orders), jnp.int32)
     orders, rows = jnp.asarray(model.orders)[chosen], jnp.arange(n)
     # Normalised values, and what is drawn, in the dtype of the parameters.
-    dtype = jax.tree.leaves(p)[0].dtype
+    dtype = dtype_of(p)
 
     def step(loop: Any, t: Array) -> tuple[Any, Array]:
         y, units = loop

@@ -118,9 +118,11 @@ def vamp_prior(spec: DataSpec, n_components: int) -> Prior:
     """
 
     def init(key: Key) -> tuple[Any, Any]:
-        params = {"x": jax.random.normal(key, (n_components, *spec.shape))}
+        params = {"x": jax.random.normal(key, (n_components, *spec.shape), jnp.float32)}
         if spec.conditional:
-            params["cond"] = jnp.full((n_components, spec.cond_size), 1 / spec.cond_size)
+            params["cond"] = jnp.full(
+                (n_components, spec.cond_size), 1 / spec.cond_size, jnp.float32
+            )
         return params, {}
 
     def components(params: Any, posterior: Posterior) -> tuple[Array, Array]:

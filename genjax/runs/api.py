@@ -40,6 +40,7 @@ from genjax.values import (
     check_batch,
     check_cond,
     check_events,
+    check_form,
     check_real,
     key_of,
 )
@@ -212,7 +213,9 @@ class Run:
             raise DataError(
                 f"x must be [N, {', '.join(map(str, wanted))}]; got {list(np.shape(x))}."
             )
-        return as_stored(self.spec, as_bits(array, self.spec.values, "x"))
+        events = as_stored(self.spec, as_bits(array, self.spec.values, "x"))
+        check_form(self.spec, events, "x")  # before the conditions, which may be as few
+        return events
 
     def _batch(self, x: Any, cond: Any, length: Any = None) -> Batch:
         """The same with what goes with them, looked at now: inside a compiled program no value is
