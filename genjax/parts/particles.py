@@ -118,7 +118,7 @@ def tiled(leaf: Array, k: int) -> Array:
 
 def _taken(leaf: Array, parent: Array) -> Array:
     """leaf [K, N, ...] at parent [K, N] of each example's own particles."""
-    return jnp.take_along_axis(leaf, parent.reshape(*parent.shape, *[1] * (leaf.ndim - 2)), axis=0)
+    return leaf[parent, jnp.arange(parent.shape[1])[None]]
 
 
 def particle_bound(
