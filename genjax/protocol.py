@@ -244,7 +244,8 @@ class Model(NamedTuple):
             "embedding", "dynamics" ... The first pattern (a regular expression) that is found in
             the path "player/..." counts. A leaf that no pattern names is a "matrix" if it has more
             than one dimension, else a "vector". "matrix:2,1,1" says that it is several, which share
-            its last axis so, and "matrix:each" one for each entry of its first axis.
+            its last axis so, "matrix:each" one for each entry of its first axis, and
+            "matrix:readout" that it is the last before what the model gives.
         noise: player -> (key, batch) -> what its loss draws from that key; the loss itself uses it.
         latent, autoregressive, denoiser: what the model can do beside sampling, where it can.
         extras: what no record has, as a record of the family's own.

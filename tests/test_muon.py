@@ -1,12 +1,15 @@
 """Muon: which parameters it takes, the direction and the size of its steps."""
 
-import functools
+import dataclasses
+from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from gates import quick, stack
 
 from genjax import (
@@ -16,8 +19,11 @@ from genjax import (
     ensemble,
     example_batch,
     flow_matching,
+    gan,
     nsf,
+    pixelcnn,
     rnn,
+    ssm,
     training,
     transformer,
     vae,
@@ -25,7 +31,7 @@ from genjax import (
 )
 from genjax.checks import leaves_by_name
 from genjax.errors import ConfigError
-from genjax.learning.labels import layouts_of
+from genjax.learning.labels import labels_of, layouts_of
 from genjax.learning.muon import RMS, kinds_of
 from genjax.learning.optim import Optimizer
 
@@ -106,40 +112,158 @@ def test_what_is_fused_or_stacked_takes_the_steps_that_optaxs_muon_gives_each_ma
                 np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.slow
-def test_families_say_which_of_their_matrices_are_several():
-    tokens = DataSpec((4,), "tokens", levels=5, step="token")
-    images = DataSpec((8, 8, 1), "continuous")
-    small = {"d_model": 8, "n_layers": 1, "n_heads": 4}
-    gpt = {**small, "n_kv_heads": 2, "activation": "swiglu"}
-    cases = [
-        (transformer(tokens, **gpt), {"attention/qkv": "4,2,2", "feed_forward/up": "1,1"}),
-        (transformer(tokens, **gpt, d_hidden=3), {"attention/qkv": "4,2,2"}),  # [6, 8]
-        (rnn(tokens, cell="gru", d_embed=2, d_hidden=3), {"inputs": "1,1,1", "0": "1,1,1"}),
-        (
-            vrnn(tokens, cell="lstm", latent_dim=2, d_hidden=3, hidden=(4, 4)),
-            {"layer/inputs": "1,1,1,1", "layer": "1,1,1,1", "z_inputs": "1,1,1,1"},
-        ),
-        (diffusion(images, net="dit", **small), {"attention/qkv": "1,1,1"}),
-        (flow_matching(images, net="unet"), {"attention/qkv": "1,1,1"}),
-        (vae(images, hidden=(4,)), {}),
-        (
-            nsf(DataSpec((2,), "continuous"), n_layers=2, hidden=(3,)),
-            {"move/layers/0": "each", "move/last": "each", "lower": "each", "upper": "each"},
-        ),
-        (cnf(SPEC, hidden=(4,)), {}),
-    ]
-    for model, wanted in cases:
-        (player,) = model.losses
+def labelled(model):
+    """What labels say of matrices behind the colon, by name; and which are embeddings. Layouts that
+    do not divide an axis are refused by Muon's `init`, which is asked.
+    """
+    layouts, embeddings = {}, set()
+    for player in model.losses:
         params = jax.eval_shape(model.init, jax.random.key(0))[0][player]
         found = leaves_by_name(layouts_of(params, model.labels, player))
-        fused = {name.removesuffix("/kernel"): layout for name, layout in found.items() if layout}
-        assert len(fused) == len(wanted)
-        for end, layout in wanted.items():
-            (name,) = [name for name in fused if name == end or name.endswith(f"/{end}")]
-            assert fused[name] == layout
-        # Which refuses shares that do not divide an axis.
+        layouts |= {name.removesuffix("/kernel"): one for name, one in found.items() if one}
+        kinds = leaves_by_name(labels_of(params, model.labels, player))
+        embeddings |= {
+            name.removesuffix("/kernel") for name, one in kinds.items() if one == "embedding"
+        }
         jax.eval_shape(Optimizer("muon").build(10, model.labels, player).init, params)
+    return layouts, embeddings
+
+
+TOKENS = DataSpec((4,), "tokens", levels=5, step="token")
+IMAGES = DataSpec((8, 8, 1), "continuous")
+CLASSES = DataSpec((8, 8, 1), "binary", n_classes=3)
+SMALL: dict[str, Any] = {"d_model": 8, "n_layers": 1, "n_heads": 4}
+GPT = {**SMALL, "n_kv_heads": 2, "activation": "swiglu"}
+SSM: dict[str, Any] = {"d_model": 8, "n_layers": 1}
+WIDE = {"latent_dim": 2, "d_hidden": 3}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("build", "wanted"),
+    [
+        (partial(transformer, TOKENS, **GPT), {"attention/qkv": "4,2,2", "feed_forward/up": "1,1"}),
+        (partial(transformer, TOKENS, **GPT, d_hidden=3), {"attention/qkv": "4,2,2"}),  # [6, 8]
+        (
+            partial(rnn, TOKENS, cell="gru", d_embed=2, d_hidden=3),
+            {"inputs": "1,1,1", "0": "1,1,1"},
+        ),
+        (
+            partial(vrnn, TOKENS, cell="lstm", **WIDE, hidden=(4, 4)),
+            {
+                "layer/inputs": "1,1,1,1",
+                "layer": "1,1,1,1",
+                "z_inputs": "1,1,1,1",
+                "prior/layers/2": "readout",
+                "encoder/rest/layers/1": "readout",
+                "decoder/rest/layers/1": "readout",
+            },
+        ),
+        (
+            partial(vrnn, TOKENS, cell="vanilla", **WIDE, hidden=()),
+            {
+                "layer/inputs": "1",
+                "layer": "1",
+                "z_inputs": "1",
+                "prior/layers/0": "readout",
+                "encoder/first": "readout",
+                "encoder/second": "readout",
+                "decoder/first": "readout",
+                "decoder/second": "readout",
+            },
+        ),
+        (partial(ssm, TOKENS, cell="s4d", **SSM), {"out/dense": "1,1"}),
+        (partial(ssm, TOKENS, cell="lru", **SSM), {"out/dense": "1,1", "project/dense": "8,8"}),
+        (partial(ssm, TOKENS, cell="mingru", **SSM), {"project/dense": "8,8"}),
+        (partial(ssm, TOKENS, cell="mingru", **SSM, d_inner=3), {}),  # [6, 8]
+        (partial(ssm, TOKENS, cell="mamba2", **SSM, d_state=3), {"project/dense": "16,3,3,4,16"}),
+        (
+            partial(ssm, TOKENS, cell="deltanet", **SSM, d_state=3),
+            {"project/dense": "12,12,8,4,4,8"},
+        ),
+        (
+            partial(diffusion, IMAGES, net="dit", **SMALL),
+            {
+                "attention/qkv": "1,1,1",
+                "blocks/0/parameters": "1,1,1,1,1,1",
+                "net/parameters": "1,1",
+                "net/last": "readout",
+            },
+        ),
+        (
+            partial(flow_matching, IMAGES, hidden=(4,)),
+            {"modulations/0": "1,1", "last": "readout"},
+        ),
+        (
+            partial(vae, IMAGES, hidden=(4,)),
+            {"encoder/layers/1": "readout", "decoder/layers/1": "readout"},
+        ),
+        (
+            partial(vae, IMAGES, net="conv", channels=(4, 4)),
+            {"encoder/last": "readout", "decoder/convs/1": "readout"},
+        ),
+        (
+            partial(gan, IMAGES, net="dcgan", channels=(4, 4)),
+            {"convs/1": "readout", "logit/layer": "readout"},
+        ),
+        (
+            partial(nsf, DataSpec((2,), "continuous"), n_layers=2, hidden=(3,)),
+            {"move/layers/0": "each", "move/last": "each", "lower": "each", "upper": "each"},
+        ),
+        (partial(cnf, SPEC, hidden=(4,)), {"map/modulations/0": "1,1", "map/last": "readout"}),
+    ],
+)
+def test_families_say_which_of_their_matrices_are_several_and_which_is_the_last(build, wanted):
+    found, _ = labelled(build())
+    assert len(found) == len(wanted)
+    for end, layout in wanted.items():
+        (name,) = [name for name in found if name == end or name.endswith(f"/{end}")]
+        assert found[name] == layout
+
+
+@pytest.mark.slow
+def test_scales_with_their_shifts_and_halves_of_gates_are_two_matrices():
+    found, _ = labelled(flow_matching(IMAGES, net="unet"))
+    assert found.pop("last") == "readout"
+    assert found.pop("attention/qkv") == "1,1,1"
+    assert len(found) > 5
+    assert all(name.endswith("/parameters") and one == "1,1" for name, one in found.items())
+    found, _ = labelled(
+        pixelcnn(dataclasses.replace(CLASSES, n_classes=None), channels=4, n_layers=1, scales=1)
+    )
+    of = {name: one for name, one in found.items() if name.startswith("up_")}
+    assert of == {"up_v/0": "1,1,1,1", "up_h/0": "1,1,1,1"}
+    assert {one for name, one in found.items() if name not in of} == {"1,1"}
+    assert len(found) == len(of) + 9
+
+
+@pytest.mark.slow
+def test_conditions_by_class_are_embeddings_and_vectors_are_matrices():
+    projected = {"generator_cond": "batch_norm", "discriminator_cond": "projection"}
+    of_gan = partial(gan, net="dcgan", channels=(4,), generator_norm="batch", **projected)
+    of_pixels = partial(pixelcnn, channels=4, n_layers=1)
+    by_vector = dataclasses.replace(CLASSES, n_classes=None, cond_dim=3)
+    tables = {"embed/layer", "norms/0/scale", "norms/0/shift"}
+    for build, wanted in ((of_gan, tables), (of_pixels, {"condition/0", "positions"})):
+        assert labelled(build(CLASSES))[1] == wanted
+        assert labelled(build(by_vector))[1] == wanted & {"positions"}
+    assert labelled(of_pixels(by_vector))[0]["condition/0"] == "1,1,1,1"
+    for net in ("mlp", "unet", "dit"):
+        names = labelled(diffusion(CLASSES, net=net, hidden=(4,), d_model=8, n_layers=1))[1]
+        assert names == {"net/embed/condition"}
+
+
+@pytest.mark.slow
+def test_networks_of_ones_own_have_no_labels_that_are_not_theirs():
+    class Own(nnx.Module):
+        def __init__(self, *, rngs):
+            self.layers = nnx.List([nnx.Linear(2, 3, rngs=rngs), nnx.Linear(3, 3, rngs=rngs)])
+
+        def __call__(self, z):
+            return self.layers[1](self.layers[0](z))[..., None]
+
+    found, _ = labelled(vae(SPEC, latent_dim=2, hidden=(5,), decoder=Own))
+    assert found == {"encoder/layers/1": "readout"}
 
 
 @pytest.mark.parametrize(
@@ -162,7 +286,7 @@ def test_muon_decays_what_is_named_by_the_step_size():
     np.testing.assert_array_equal(updates["bias"], 0)
 
 
-@functools.cache
+@cache
 def programs(tx):
     t = training(small(), tx)
     return quick(t.init), quick(t.step)

@@ -17,7 +17,7 @@ import numpy as np
 
 from genjax.checks import checked
 from genjax.errors import ConfigError
-from genjax.nets.denoiser import DenoiserNet, denoiser, fused_labels
+from genjax.nets.denoiser import DenoiserNet, denoiser, labels
 from genjax.nets.functional import Net
 from genjax.parts.bounds import (
     end_nats,
@@ -474,6 +474,6 @@ def diffusion(
             estimator=words if exact else bound_in_words(n_bound_samples, n_times),
             noise={"diffusion": noise},
             denoiser=record,
-            labels=fused_labels(network),
+            labels=labels(spec, network, "diffusion/net"),
         )
     )

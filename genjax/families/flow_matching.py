@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from genjax.checks import check_cond, checked
 from genjax.errors import ConfigError
-from genjax.nets.denoiser import DenoiserNet, denoiser, fused_labels
+from genjax.nets.denoiser import DenoiserNet, denoiser, labels
 from genjax.nets.functional import Net
 from genjax.parts.bounds import squared
 from genjax.parts.likelihoods import dequantized_bound
@@ -376,7 +376,7 @@ def flow_matching(
             estimator=words if exact else f"dequantised once, {words}",
             noise={"flow": noise},
             denoiser=record,
-            labels=fused_labels(network),
+            labels=labels(spec, network, "flow"),
             extras=flow,
         )
     )

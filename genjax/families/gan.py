@@ -184,46 +184,6 @@ def generator_loss(
 # --- assembly -------------------------------------------------------------------------------------
 
 
-def _generator(
-    spec: DataSpec, net: str, widths: tuple[int, ...], latent_dim: int, norm: str, where: str
-) -> Callable[..., Any]:
-    """What makes the module; `where` it takes a condition."""
-    e = spec.cond_size
-    return partial(
-        nets.gan.NETS[net][0],
-        latent_dim,
-        spec.shape,
-        widths[::-1],
-        concat=e if where == "concat" else 0,
-        norm=norm == "batch",
-        norm_cond=e if where == "batch_norm" else 0,
-    )
-
-
-def _discriminator(
-    spec: DataSpec,
-    net: str,
-    widths: tuple[int, ...],
-    norm: str,
-    where: str,
-    spectral: bool,
-    bias: bool,
-) -> Callable[..., Any]:
-    """The same of the discriminator."""
-    e = spec.cond_size
-    options = {"concat": e if where == "concat" else 0, "spectral": spectral}
-    if net != "mlp":
-        options["norm"] = norm == "batch"
-    return partial(
-        nets.gan.Discriminator,
-        partial(nets.gan.NETS[net][1], spec.shape, widths, **options),
-        projection=e if where == "projection" else 0,
-        auxiliary=e if where == "auxiliary" else 0,
-        bias=bias,
-        spectral=spectral,
-    )
-
-
 def _own_players(
     spec: DataSpec,
     made: tuple[Net, Net],
@@ -472,8 +432,8 @@ def gan(
     }
     _check_own(own, given)
     widths, losses = tuple(hidden if net == "mlp" else channels), OBJECTIVES[objective]
-    of_generator = _generator(spec, net, widths, latent_dim, generator_norm, generator_cond)
-    of_discriminator = _discriminator(
+    of_generator = nets.gan.generator(spec, net, widths, latent_dim, generator_norm, generator_cond)
+    of_discriminator = nets.gan.discriminator(
         spec,
         net,
         widths,
@@ -497,4 +457,5 @@ def gan(
         auxiliary_weight=auxiliary_weight,
         **weights,
     )
-    return checked(assembled(game, discriminator_steps))
+    labels = nets.gan.labels(spec, net, len(widths), [name for name in own if own[name] is None])
+    return checked(assembled(game, discriminator_steps)._replace(labels=labels))

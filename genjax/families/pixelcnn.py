@@ -140,6 +140,19 @@ def check_guided(likelihood: str, cond_dropout: Any) -> None:
         )
 
 
+def labels(spec: DataSpec, gated: bool) -> tuple[tuple[str, str], ...]:
+    """What the parameters are, as `Model.labels` has it: the halves of gated layers, and four
+    pixels of a larger image, are several matrices; of a condition by class a step sees some rows.
+    """
+    found = [("/positions$", "embedding")]
+    if spec.n_classes:
+        found.append((r"/condition/\d+/kernel$", "embedding"))
+    if gated:
+        found.append((r"/(vertical|horizontal|across)/\d+/kernel$", "matrix:1,1"))
+        found.append((r"/(up_v|up_h|condition)/\d+/kernel$", "matrix:1,1,1,1"))
+    return tuple(found)
+
+
 def module_of(gated: bool, scales: int) -> Any:
     """What builds the network."""
     if gated:
@@ -224,7 +237,7 @@ def pixelcnn(
         of_all,
         *(stepwise if cached else recomputed(steps, of_all)),
         context=steps.shape[0],
-        labels=(("/positions$", "embedding"),),
+        labels=labels(spec, gated),
     )
     return autoregressive(
         spec, emit, sequence, player="pixelcnn", cond_dropout=cond_dropout, steps=steps

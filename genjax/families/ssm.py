@@ -256,6 +256,24 @@ def mixer(
     return project, core, partial(module.Gated, d, inner, heads, std)
 
 
+def labels(spec: DataSpec, cell: str, d: int, sizes: Sizes) -> tuple[tuple[str, str], ...]:
+    """What the parameters are, as `Model.labels` has it. What goes into a core is several numbers
+    for each channel or head, and past it a gate, each by a matrix of its own.
+    """
+    inner, n, heads = sizes.d_inner, sizes.d_state, sizes.n_heads
+    shares: dict[str, list[int]] = {
+        "s4d": [],
+        "lru": [n // 2, n // 2],
+        "mingru": [inner, inner],
+        "mamba2": [inner, n, n, heads, inner],
+        "deltanet": [n * heads, n * heads, inner, heads, heads, inner],
+    }
+    fused = [("/out/dense/kernel$", "matrix:1,1")] if cell in ("s4d", "lru") else []
+    if sum(shares[cell]) >= d:  # `Dense` keeps the longer axis last
+        fused.append(("/project/dense/kernel$", f"matrix:{','.join(map(str, shares[cell]))}"))
+    return (*nets.ssm.labels(), *nets.sequence.embedding_labels(spec), *fused)
+
+
 @builder
 def ssm(
     spec: DataSpec,
@@ -382,6 +400,6 @@ def ssm(
         outputs=partial(outputs, layers),
         begin=partial(begin, layers),
         advance=partial(advance, layers),
-        labels=nets.ssm.labels() + nets.sequence.embedding_labels(spec),
+        labels=labels(spec, cell, d_model, sizes),
     )
     return autoregressive(spec, emit, net, player="ssm", cond_dropout=cond_dropout)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from genjax import nets
 from genjax.checks import check_whole, checked
 from genjax.errors import ConfigError
-from genjax.nets.functional import Net, functional
+from genjax.nets.functional import Net
 from genjax.nets.own import Call, Network, given_only, own_net, separate
 from genjax.nets.platforms import at_each
 from genjax.parts.distributions import log_mean_exp, normal_log_prob, sum_event
@@ -260,30 +260,6 @@ def objective(
 # --- assembly -------------------------------------------------------------------------------------
 
 
-def _nets(
-    spec: DataSpec,
-    net: str,
-    widths: tuple[tuple[int, ...], tuple[int, ...]],
-    d_z: int,
-    n_outputs: int,
-    activation: str,
-    dtype: str,
-) -> tuple[Net, Net]:
-    """Encoder and decoder; `widths` are those of an MLP and of a convolutional net."""
-    (hidden, channels), e = widths, spec.cond_size
-    if net == "mlp":
-        make = partial(nets.mlp.MLP, activation=activation)
-        encoder = partial(make, spec.size + e, hidden, 2 * d_z)
-        decoder = partial(make, d_z + e, hidden[::-1], spec.size * n_outputs)
-        return functional(encoder, dtype), functional(decoder, dtype)
-    shape: Any = spec.shape
-    down, up = nets.conv.ConvEncoder, nets.conv.ConvDecoder
-    encoder = partial(down, shape, channels, 2 * d_z, cond_size=e, activation=activation)
-    d_out = shape[-1] * n_outputs if shape else 1  # an image without axes is refused
-    decoder = partial(up, d_z + e, shape, channels[::-1], d_out, activation=activation)
-    return functional(encoder, dtype), functional(decoder, dtype)
-
-
 def _own_nets(
     spec: DataSpec,
     made: tuple[Net, Net],
@@ -455,11 +431,11 @@ def vae(
     # ln p sees events as vectors, see `log_likelihood`.
     of_vectors = likelihood_of(as_vectors(spec), likelihood, scale == "element")
     like = like._replace(log_prob=of_vectors.log_prob)
-    widths = (tuple(hidden), tuple(channels))
-    nets = _nets(spec, net, widths, latent_dim, like.n_outputs, activation, dtype)
-    nets = _own_nets(spec, nets, (encoder, decoder), latent_dim, like.n_outputs, dtype)
+    widths, own = (tuple(hidden), tuple(channels)), (encoder, decoder)
+    made = nets.autoencoder.pair(spec, net, widths, latent_dim, like.n_outputs, activation, dtype)
+    made = _own_nets(spec, made, own, latent_dim, like.n_outputs, dtype)
     flat = net == "mlp" and encoder is None
-    model = Autoencoder(spec, *nets, flat, like, scale, prior, latent_dim)
+    model = Autoencoder(spec, *made, flat, like, scale, prior, latent_dim)
     noise_of = partial(draw_noise, latent_dim, n_samples)
 
     def loss(
@@ -493,7 +469,10 @@ def vae(
             sample=sample,
             bound=bound,
             estimator="ELBO, 1 sample" if n_bound_samples == 1 else many,
-            labels=labels_within("vae/prior", prior.labels),
+            labels=(
+                *nets.autoencoder.labels("vae", net, widths, tuple(one is None for one in own)),
+                *labels_within("vae/prior", prior.labels),
+            ),
             noise={"vae": noise_of},
             latent=_latent(model),
         )

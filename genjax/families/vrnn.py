@@ -320,6 +320,19 @@ def in_words(estimate: Estimate, resampling: str) -> str:
     return f"filtering bound (FIVO), K={estimate.k}, {resampling} resampling"
 
 
+def labels(spec: DataSpec, cell: Cell, depth: int) -> tuple[tuple[str, str], ...]:
+    """What the parameters are, as `Model.labels` has it, for networks of so many hidden layers: the
+    matrices of gates, and those that give the distributions.
+    """
+    joint = f"rest/layers/{depth - 1}" if depth else "(first|second)"
+    last = f"^vrnn/((prior|decoder)/layers/{depth}|(encoder|decoder)/{joint})/kernel$"
+    return (
+        *nets.sequence.embedding_labels(spec),
+        *gate_labels("^vrnn/(layer/(inputs/)?|z_inputs/)kernel$", cell),
+        (last, "matrix:readout"),
+    )
+
+
 def latents_of(spec: DataSpec, latent_dim: int) -> DataSpec:
     """What the latent variables of one sequence are, with its condition and its length."""
     return dataclasses.replace(
@@ -452,10 +465,7 @@ def vrnn(
             sample=sample,
             bound=partial(bound, model),
             estimator=in_words(model.reported, resampling),
-            labels=(
-                *nets.sequence.embedding_labels(spec),
-                *gate_labels("^vrnn/(layer/(inputs/)?|z_inputs/)kernel$", own_cell),
-            ),
+            labels=labels(spec, own_cell, len(hidden)),
             noise={"vrnn": partial(draw, model)},
             latent=latent,
             autoregressive=Autoregressive(generate=partial(generate, model)),

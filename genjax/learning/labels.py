@@ -44,7 +44,8 @@ def layouts_of(params: PyTree, labels: Labels = (), player: str | None = None) -
     """What a label says of each parameter behind its colon, "" where it says nothing.
 
     "matrix:2,1,1" is three matrices side by side, which share the last axis so; "matrix:each" one
-    for each entry of the first axis, as where layers are stacked.
+    for each entry of the first axis, as where layers are stacked; "matrix:readout" the last layer,
+    which Muon leaves to Adam, and which is a matrix to all else.
 
     Example:
         >>> import numpy as np

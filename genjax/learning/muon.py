@@ -15,7 +15,8 @@ from genjax.protocol import PyTree
 if TYPE_CHECKING:
     import optax
 
-# The last layer before a distribution is left to Adam, as embeddings are (Jordan 2024).
+# The last layer is left to Adam, as embeddings are (Jordan 2024): by its name, or by its label
+# "matrix:readout".
 READOUT = re.compile(r"(^|/)readout(/|$)")
 SHARES = re.compile(r"\d+(,\d+)*", re.ASCII)
 # Of an orthogonal step times the root of the larger dimension: that of Adam's usual steps, so that
@@ -67,13 +68,14 @@ def kinds_of(params: PyTree, labels: Labels = (), player: str | None = None) -> 
         {'bias': 'adam', 'kernel': 'muon'}
     """
 
-    def kind(path: Any, leaf: jax.Array, label: str) -> str:
+    def kind(path: Any, leaf: jax.Array, label: str, layout: str) -> str:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        matrix = label == "matrix" and jnp.ndim(leaf) > 1 and not READOUT.search(name)
-        return "muon" if matrix else "adam"
+        last = layout == "readout" or READOUT.search(name)
+        return "muon" if label == "matrix" and jnp.ndim(leaf) > 1 and not last else "adam"
 
-    found = labels_of(params, labels, player)
-    return jax.tree_util.tree_map_with_path(kind, params, found)
+    labels = tuple(labels)
+    found = (of(params, labels, player) for of in (labels_of, layouts_of))
+    return jax.tree_util.tree_map_with_path(kind, params, *found)
 
 
 def _by_parts(

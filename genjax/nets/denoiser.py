@@ -11,6 +11,7 @@ from genjax import nets
 from genjax.nets.functional import Net, functional
 from genjax.nets.own import Call, Network, own_net, trimmed
 from genjax.nets.remat import rematerialised
+from genjax.nets.sequence import embedding_labels
 from genjax.protocol import DataSpec
 from genjax.settings import Count, Depth, Remat, Settings, Whole
 
@@ -87,11 +88,19 @@ BUILDS: dict[str, Callable[[DataSpec, DenoiserNet, bool], Callable[..., Any]]] =
 }
 
 
-def fused_labels(network: DenoiserNet) -> tuple[tuple[str, str], ...]:
-    """`Model.labels` of these nets: one matrix makes queries, keys and values. None of a network of
-    one's own.
+def labels(spec: DataSpec, network: DenoiserNet, place: str) -> tuple[tuple[str, str], ...]:
+    """`Model.labels` of these nets, whose parameters are at `place`: what is several matrices side
+    by side, such as a scale and a shift, and the last layer. None of a network of one's own.
     """
-    return (("/qkv/kernel$", "matrix:1,1,1"),) if isinstance(network.net, str) else ()
+    if not isinstance(network.net, str):
+        return ()
+    return (
+        *embedding_labels(spec),
+        ("/qkv/kernel$", "matrix:1,1,1"),
+        ("/blocks/[^/]+/parameters/kernel$", "matrix:1,1,1,1,1,1"),
+        ("/(parameters|modulations/[^/]+)/kernel$", "matrix:1,1"),
+        (f"^{place}/last/kernel$", "matrix:readout"),
+    )
 
 
 def denoiser(spec: DataSpec, network: DenoiserNet, guided: bool, dtype: str) -> Net:

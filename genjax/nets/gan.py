@@ -3,12 +3,12 @@
 
 A generator maps z [N, latent_dim] and a condition [N, E] (or None) to events [N, *shape] without a
 last activation, a discriminator maps events to features [N, d_features]. What is made of the
-features is the business of `Head`.
+features is the business of `Discriminator`.
 """
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from genjax.nets.conv import check_image
 from genjax.nets.fast_conv import Conv, ConvTranspose, double, halve
 from genjax.nets.mlp import flatten_with
 from genjax.nets.norm import BatchNorm, Plain, Spectral
-from genjax.protocol import Array
+from genjax.protocol import Array, DataSpec
 
 _leaky = partial(jax.nn.leaky_relu, negative_slope=0.2)
 # Radford 2016: zero-centred normal weights with standard deviation 0.02.
@@ -308,3 +308,62 @@ NETS: dict[str, tuple[type, type]] = {
     "dcgan": (DCGANGenerator, DCGANFeatures),
     "resnet": (ResidualGenerator, ResidualFeatures),
 }
+
+
+def generator(
+    spec: DataSpec, net: str, widths: tuple[int, ...], latent_dim: int, norm: str, where: str
+) -> Callable[..., Any]:
+    """What makes the module; `where` it takes a condition."""
+    e = spec.cond_size
+    return partial(
+        NETS[net][0],
+        latent_dim,
+        spec.shape,
+        widths[::-1],
+        concat=e if where == "concat" else 0,
+        norm=norm == "batch",
+        norm_cond=e if where == "batch_norm" else 0,
+    )
+
+
+def discriminator(
+    spec: DataSpec,
+    net: str,
+    widths: tuple[int, ...],
+    norm: str,
+    where: str,
+    spectral: bool,
+    bias: bool,
+) -> Callable[..., Any]:
+    """The same of the discriminator."""
+    e = spec.cond_size
+    options = {"concat": e if where == "concat" else 0, "spectral": spectral}
+    if net != "mlp":
+        options["norm"] = norm == "batch"
+    return partial(
+        Discriminator,
+        partial(NETS[net][1], spec.shape, widths, **options),
+        projection=e if where == "projection" else 0,
+        auxiliary=e if where == "auxiliary" else 0,
+        bias=bias,
+        spectral=spectral,
+    )
+
+
+def labels(
+    spec: DataSpec, net: str, depth: int, ours: Sequence[str]
+) -> tuple[tuple[str, str], ...]:
+    """`Model.labels` of those players that are `ours`, with so many hidden layers: the last ones,
+    and conditions by class, of which a batch has some rows only.
+    """
+    last = f"convs/{depth - 1}" if net == "dcgan" else "last"
+    found = {
+        "generator": [(f"{last}/kernel", "matrix:readout")],
+        "discriminator": [("(logit/layer|auxiliary)/kernel", "matrix:readout")],
+    }
+    if spec.n_classes:
+        found["generator"].append((r"(.*/)?norms/\d+/(scale|shift)/kernel", "embedding"))
+        found["discriminator"].append(("embed/layer/kernel", "embedding"))
+    return tuple(
+        (f"^{player}/{pattern}$", label) for player in ours for pattern, label in found[player]
+    )

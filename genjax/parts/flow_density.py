@@ -22,6 +22,9 @@ LABELS = (
     (r"/(bias|shift|log_scale|log_diagonal)$", "vector"),
     (r"/(layers|steps)/(move|mix|product)/", "matrix:each"),
     (r"/dequantizer/move/", "matrix:each"),
+    # Of a network that gives the velocity of all: a scale and a shift, and the last layer.
+    (r"/map/modulations/[^/]+/kernel$", "matrix:1,1"),
+    (r"/map/last/kernel$", "matrix:readout"),
 )
 
 
