@@ -11,7 +11,6 @@ from genjax import nets
 from genjax.nets.functional import Net, functional
 from genjax.nets.own import Call, Network, own_net, trimmed
 from genjax.nets.remat import rematerialised
-from genjax.nets.sequence import embedding_labels
 from genjax.protocol import DataSpec
 from genjax.settings import Count, Depth, Remat, Settings, Whole
 
@@ -95,7 +94,7 @@ def labels(spec: DataSpec, network: DenoiserNet, place: str) -> tuple[tuple[str,
     if not isinstance(network.net, str):
         return ()
     return (
-        *embedding_labels(spec),
+        *nets.sequence.embedding_labels(spec),
         ("/qkv/kernel$", "matrix:1,1,1"),
         ("/blocks/[^/]+/parameters/kernel$", "matrix:1,1,1,1,1,1"),
         ("/(parameters|modulations/[^/]+)/kernel$", "matrix:1,1"),
