@@ -16,7 +16,7 @@ import scipy.stats
 from denoising_oracles import LABELLED, PATHS, PLANE, Normal, assert_mean, guided_model, jit
 from gates import optimised
 
-from genjax.families.diffusion import diffusion
+from genjax.families.diffusion import diffusion, x0_at_end
 from genjax.learning.step import eval_params, training
 from genjax.learning.transforms import scan_steps
 from genjax.nets.functional import Net
@@ -24,6 +24,7 @@ from genjax.parts.guidance import guided
 from genjax.parts.paths import (
     PREDICTIONS,
     coefficients,
+    cosine,
     diffuse,
     edm_prediction,
     input_scale,
@@ -239,6 +240,15 @@ def test_guidance_of_scale_1_is_the_conditional_model_and_0_the_unconditional_on
 
 
 @pytest.mark.slow
+def test_a_sample_of_continuous_data_is_the_end_of_the_path_without_its_scale():
+    path, x_end = cosine(0.2), jnp.ones((3, 2))
+    t = jnp.asarray(path.end)
+    x = x0_at_end(DataSpec((2,), "continuous"), lambda x, t: 0 * x, path, x_end, t)
+    np.testing.assert_allclose(x, 1 / np.cos(0.1 * np.pi), rtol=1e-5)
+    x = x0_at_end(DataSpec((2,), "binary"), lambda x, t: 0 * x, path, x_end, t)
+    np.testing.assert_array_equal(x, 0)  # the estimate
+
+
 def test_builder_sets_how_samples_are_made():
     model, params, state = guided_model()
     cond, key = jnp.asarray([0, 1, 2, 1]), jax.random.key(10)

@@ -18,6 +18,7 @@ from genjax.families.diffusion import diffusion
 from genjax.parts.bounds import (
     diffusion_nats,
     discrete_nats,
+    end_nats,
     ending_at_values,
     init_schedule,
     learned_gamma,
@@ -27,7 +28,7 @@ from genjax.parts.bounds import (
     variational_bound,
 )
 from genjax.parts.distributions import normal_kl
-from genjax.parts.paths import from_log_snr, log_snr, posterior, prior
+from genjax.parts.paths import cosine, from_log_snr, log_snr, posterior, prior
 from genjax.parts.weightings import elbo_weight
 from genjax.protocol import Batch, DataSpec
 
@@ -84,6 +85,19 @@ def test_bound_of_the_best_denoiser_loses_the_prior_only(x64, name):
     run = jit(lambda key: variational_bound(DATA.denoise(path), path, PLANE, x, key, 16))
     values = np.asarray(run(jax.random.key(2)))
     assert_mean(values, -2 * (DATA.entropy + lost_at_start(path)), slack=1e-5)
+
+
+def test_the_end_of_continuous_data_is_seen_through_the_denoiser(x64):
+    """E ln p(x | x_end) = -½ ln(2π r²) - ½ v / r² with r = sigma / alpha and v the variance that
+    x_end leaves, where it is far from being x.
+    """
+    path, x = cosine()._replace(end=0.3), DATA.sample(6, (20_000, 1))
+    spec = DataSpec((1,), "continuous")
+    noise = jax.random.normal(jax.random.key(7), x.shape)
+    r = np.tan(0.15 * np.pi)
+    v = 1 / (1 / DATA.sd**2 + 1 / r**2)
+    found = np.asarray(end_nats(DATA.denoise(path), path, spec, x, noise))
+    assert_mean(found, -0.5 * np.log(2 * np.pi * r**2) - 0.5 * v / r**2)
 
 
 def test_bound_of_another_denoiser_is_lower_by_the_divergence(x64):

@@ -166,6 +166,16 @@ def test_a_loss_is_a_function_of_its_noise(penalty):
     assert model.noise.keys() == model.losses.keys()
 
 
+@pytest.mark.parametrize(("kind", "levels", "top"), [("discrete", 5, 4), ("binary", None, 1)])
+def test_wild_generators_stay_within_the_values_of_the_data(kind, levels, top):
+    model = gan(DataSpec((3,), kind, levels=levels), latent_dim=2, hidden=(8,))
+    params, state = random(model, size=5.0)
+    x = quick(model.extras.generate)(params, state, jnp.asarray(normal(200, 2)))
+    np.testing.assert_allclose([x.min(), x.max()], [0, top], atol=1e-4)
+    drawn = quick(model.sample, static_argnums=3)(params, state, KEY, 200)
+    assert {0, top} <= set(np.unique(drawn).tolist()) <= set(range(top + 1))
+
+
 def test_samples_are_what_the_generator_makes_of_normal_numbers():
     model = gan(PLANE, latent_dim=3, hidden=(4,))
     params, state = random(model)

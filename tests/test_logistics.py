@@ -67,6 +67,15 @@ def test_a_mixture_is_the_logistic_integrated_over_bins(x64):
     np.testing.assert_allclose(np.exp(nats), wanted, rtol=1e-6)
 
 
+def test_outputs_are_weights_means_scales_and_slopes_within_one():
+    raw = jnp.asarray([[0.0, 1.0, 0.3, -0.4, 5.0, 6.0, -1.0, 2.0, 0.5, 50.0, -3.0, 0.2]])
+    found = mixture_of(raw, n_components=2, channels=2)
+    np.testing.assert_allclose(jnp.exp(found.log_weight).sum(-1), 1, rtol=1e-6)
+    np.testing.assert_allclose(found.mean, [[[0.3, -0.4], [5.0, 6.0]]], rtol=1e-6)
+    assert found.log_scale[0, 1, 1] == 7  # the largest
+    np.testing.assert_allclose(found.slopes, np.tanh([[[-3.0, 0.2]]]), rtol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("channels", [2, 3])
 def test_channels_given_each_other_sum_to_one_and_depend_on_each_other(channels):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from vae_oracles import jit
 
-from genjax.parts.monotone import MAX_LOG_SCALE, additive, affine, knots, spline
+from genjax.parts.monotone import additive, affine, knots, spline
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -120,8 +120,8 @@ def test_it_increases(size):
 def test_affine_maps_stretch_by_no_more_than_they_may():
     x, huge = jnp.ones(2), jnp.asarray([[0.0, 1e6], [0.0, -1e6]])
     y, log_slope = affine().forward(x, huge)
-    np.testing.assert_allclose(log_slope, [MAX_LOG_SCALE, -MAX_LOG_SCALE])
-    np.testing.assert_allclose(y, np.exp([MAX_LOG_SCALE, -MAX_LOG_SCALE]))
+    np.testing.assert_allclose(log_slope, [3, -3])
+    np.testing.assert_allclose(y, np.exp([3, -3]))
 
 
 OUTSIDE = [1e30, -1e30, 1e10, BOUND, -BOUND, np.nextafter(BOUND, 0), 0.3]

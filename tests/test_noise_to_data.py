@@ -1,5 +1,6 @@
 """What diffusion and flow matching share: groups of settings, the record of a denoiser, samples."""
 
+import functools
 import inspect
 
 import jax
@@ -14,8 +15,10 @@ from genjax.families.flow_matching import flow_matching
 from genjax.nets.denoiser import DenoiserNet, denoiser
 from genjax.nets.functional import Net
 from genjax.parts.noise_to_data import OdeLikelihood, Sampling, chosen
+from genjax.parts.ode_likelihood import ode_log_prob
 from genjax.parts.paths import Path, log_snr
-from genjax.protocol import DataSpec
+from genjax.parts.solvers import GRIDS
+from genjax.protocol import Batch, DataSpec
 
 both = pytest.mark.parametrize("build", [diffusion, flow_matching])
 
@@ -129,3 +132,32 @@ def test_a_learned_path_is_a_function_of_the_parameters():
     assert end(params) == pytest.approx(13.3, rel=1e-5)
     params["diffusion"]["schedule"]["ends"] = jnp.asarray([-9.0, 2.0])
     assert end(params) == pytest.approx(9.0, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("build", "settings", "grid"),
+    [(flow_matching, {"grid": "karras"}, "karras"), (diffusion, {"grid": "karras"}, "log_snr")],
+)
+def test_the_steps_of_a_likelihood_are_where_the_builder_says(build, settings, grid):
+    model = build(PLANE, hidden=(4,), n_likelihood_steps=3, **settings)
+    params, state = model.init(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape), params)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    x, path = jnp.asarray(rng.normal(size=(4, 2)), jnp.float32), model.denoiser.path(params)
+    denoise = functools.partial(model.denoiser.denoise, params, state)
+
+    def nats(grid):
+        times = GRIDS[grid](path, 3)
+        alpha = path.alpha(times[-1])
+        return ode_log_prob(denoise, path, alpha * x, times) + 2 * jnp.log(alpha)
+
+    found, wanted, other = jit(
+        lambda: (
+            model.log_prob(params, state, Batch(x), jax.random.key(0)),
+            nats(grid),
+            nats("uniform"),
+        )
+    )()
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+    assert np.abs(found - other).max() > 1e-2

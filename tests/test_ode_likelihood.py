@@ -87,6 +87,10 @@ def test_the_likelihood_of_images_is_that_of_their_pixels():
     np.testing.assert_allclose(
         got, scipy.stats.norm(0.3, 0.5).logpdf(np.asarray(x)).sum((1, 2, 3)), atol=2e-2
     )
+    # A probe of -1 and 1 is exact where no pixel sees another.
+    times, key = GRIDS["uniform"](path, 60), jax.random.key(0)
+    probed = jit(lambda x: ode_log_prob(denoise, path, x, times, key, 1))(x)
+    np.testing.assert_allclose(probed, got, atol=1e-3)
 
 
 def test_the_flow_map_of_the_oracle_carries_the_prior_to_the_data():

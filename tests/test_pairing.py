@@ -77,6 +77,19 @@ def test_a_translation_is_undone():
     )
 
 
+@pytest.mark.parametrize("n_far", [1, 3])
+def test_points_far_away_take_no_digits_from_the_others(n_far):
+    rng = np.random.default_rng(2)
+    couple = jax.jit(lambda x, y: COUPLINGS["optimal"](jax.random.key(0), x, y, None))
+    for _ in range(3):
+        x, y = rng.normal(size=(2, 24, 2)).astype(np.float32)
+        x[:n_far] *= 1e7
+        found = np.asarray(couple(x, y))
+        cost = -2 * (x - x[n_far:].mean(0)).astype(np.float64) @ y.T.astype(np.float64)
+        best = cost[scipy.optimize.linear_sum_assignment(cost)].sum()
+        assert cost[np.arange(24), found].sum() - best < 0.1
+
+
 def test_an_auction_ends_whatever_comes_in():
     for cost in (
         np.full((5, 5), np.nan),

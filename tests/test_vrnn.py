@@ -97,6 +97,18 @@ def test_no_term_of_the_bound_sees_its_future(x64):
     np.testing.assert_array_equal(size[np.triu_indices(5, 1)], 0)
 
 
+def test_latents_are_those_along_the_path_of_means():
+    model, params, state = setup(CURVES)
+    x, cond = jax.random.normal(KEY, (3, 4, 2)), jnp.ones((3, 2))
+    last = params["vrnn"]["encoder"]["rest"]["layers"][0]
+    moved = {**last, "bias": last["bias"] + jnp.asarray([1.0, 1.0, 0.0, 0.0])}
+    encoder = {**params["vrnn"]["encoder"], "rest": {"layers": {0: moved}}}
+    encode = quick(lambda p: model.latent.encode({"vrnn": p}, state, x, cond)[0])
+    apart = encode({**params["vrnn"], "encoder": encoder}) - encode(params["vrnn"])
+    np.testing.assert_allclose(apart[:, 0], 1, rtol=1e-4)
+    assert np.abs(apart[:, 1:] - 1).min(axis=(0, 2)).min() > 1e-4  # by what the recurrence saw
+
+
 @pytest.mark.slow
 def test_the_loss_is_the_bound_and_beta_weighs_the_divergence(x64):
     batch = widen(example_batch(CURVES, KEY, 6))

@@ -8,7 +8,13 @@ import scipy.stats
 from denoising_oracles import PATHS
 
 from genjax.parts.paths import diffuse, edm, edm_prediction, input_scale, log_snr
-from genjax.parts.weightings import discrete_times, edm_weight, log_normal_times, uniform_times
+from genjax.parts.weightings import (
+    discrete_times,
+    edm_weight,
+    log_normal_times,
+    min_snr_weight,
+    uniform_times,
+)
 
 # --- Karras's preconditioning ---------------------------------------------------------------------
 
@@ -45,6 +51,16 @@ def test_edm_inputs_and_targets_have_unit_variance(x64, name):
     )
     skip = edm_prediction(sd).to_x0(path, jnp.zeros_like(t), jnp.ones_like(t), t)
     np.testing.assert_allclose(skip * alpha, sd**2 / (s**2 + sd**2), rtol=1e-12)
+
+
+def test_min_snr_is_the_snr_of_x0_up_to_5():
+    """Hang 2023: min(SNR, 5) of the error of x0, over the SNR of that of the noise."""
+    snr = np.asarray([0.1, 4.0, 5.0, 80.0], np.float32)
+    path, sigma = edm(), jnp.asarray(snr**-0.5)
+    found = min_snr_weight(path, sigma, jnp.ones(4), 1.0)
+    np.testing.assert_allclose(found, [0.1, 4, 5, 5], rtol=1e-5)
+    of_noise = min_snr_weight(path, sigma, -sigma, 1.0)
+    np.testing.assert_allclose(of_noise, np.minimum(snr, 5) / snr, rtol=1e-5)
 
 
 def test_edm_denoiser_returns_its_input_where_there_is_no_noise(x64):

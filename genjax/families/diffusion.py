@@ -394,7 +394,8 @@ def diffusion(
             where to end, where the noise just leaves the values of discrete data apart
             (`bounds.log_snr_of_values`).
         n_times: discrete time: train on, and bound, a chain of so many steps; None is continuous
-            time.
+            time. Samples of that chain are those of solver="ancestral" and grid="uniform" with as
+            many `n_steps`; others go by noise levels that were not trained on, too.
         prediction: what the network predicts; "v" unless given.
         precondition: "edm": predict what c_skip x_t leaves over, at unit variance; `prediction` is
             then left out.

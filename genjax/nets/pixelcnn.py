@@ -189,9 +189,9 @@ class GatedPixelCNN(_Pixels):
     (size + 1) / 2 rows.
 
     With `scales` there are so many halvings, each between `n_layers` layers and `n_layers` more, to
-    which what was made of the smaller image is added (Salimans 2017, section 2.4). The pixel (I, J)
-    of a smaller image sees what (2I, 2J) of the larger one does, and is seen by that and by the
-    other three of its square, which are later: nothing sees itself.
+    which what was made of the smaller image is added (Salimans 2017, sections 2.3 and 2.4). The
+    pixel (I, J) of a smaller image sees what (2I, 2J) of the larger one does, and is seen by that
+    and by the other three of its square, which are later: nothing sees itself.
     """
 
     def __init__(

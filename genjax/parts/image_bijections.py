@@ -1,6 +1,6 @@
 """Bijections of images, NHWC: squeezing, and levels that leave half of the channels behind.
 
-Dinh 2017, sections 3.6 and 4 (squeezing, multi-scale), Kingma & Dhariwal 2018.
+Dinh 2017, section 3.6 (squeezing, multi-scale), Kingma & Dhariwal 2018.
 """
 
 from collections.abc import Callable

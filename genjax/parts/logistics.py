@@ -1,5 +1,6 @@
 """Mixtures of discretised logistics: a distribution over whole numbers that have an order, such as
-grey levels, of one value or of the channels of a pixel. Salimans 2017 (PixelCNN++), section 2.1.
+grey levels, of one value or of the channels of a pixel. Salimans 2017 (PixelCNN++), sections 2.1
+and 2.2.
 
     p(x | outputs) = Σ_k π_k Π_c P(x_c; μ_kc + Σ_{e<c} α_kce y_e, s_kc),   y = 2x / (levels - 1) - 1
 
@@ -43,7 +44,9 @@ def n_outputs(n_components: int, channels: int) -> int:
 
 
 def mixture_of(outputs: Array, n_components: int, channels: int) -> Mixture:
-    """The mixture that the outputs of a network [..., n_outputs] describe."""
+    """The mixture that the outputs of a network [..., n_outputs] describe: slopes are within ±1, by
+    tanh, as in PixelCNN++'s code, and log-scales between -7 and 7.
+    """
     each = outputs.reshape(*outputs.shape[:-1], -1, n_components)
     weight, mean, raw, slopes = jnp.split(each, [1, 1 + channels, 1 + 2 * channels], axis=-2)
     log_scale = jnp.minimum(bounded_log_scale(raw), MAX_LOG_SCALE)

@@ -115,7 +115,7 @@ def top_k(k: Array | int) -> Rule:
 
 def top_p(p: Array | float) -> Rule:
     """Keeps the smallest set of most probable tokens whose probabilities add up to p or more (of
-    equal ones the first). Holtzman 2019, equation 3.
+    equal ones the first). Holtzman 2019, equations 2 and 3.
 
     From the small end: a token is kept if it and all that are less probable have more than 1 - p.
     Near p = 1 a sum from the large end would have lost what it is about.

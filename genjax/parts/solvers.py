@@ -146,7 +146,8 @@ def dpmpp_2m(
     (DPM-Solver++(2M)). Order 2.
 
     x0 = D + h / (2 h') (D - D') with h half the change of the log-SNR; h' and D' are those of the
-    step before. The first step, and one to sigma = 0, are DDIM's.
+    step before. The first step, and one to sigma = 0, are DDIM's; so is the second where the first
+    began at alpha = 0, with an infinite h'.
     """
 
     def step(carry: Any, at: Any) -> Any:
@@ -329,7 +330,8 @@ def langevin(
     x <- x + eta score(x) + sqrt(2 eta) z with eta = 2 (snr sigma(t))²; where sigma(t) = 0, x stays.
     Where x_t has the law N(m, v), the steps tend to N(m, v / (1 - eta / (2 v))). Song 2021,
     algorithms 4 and 5, has the mean norm of the noise over that of the score in place of sigma(t),
-    which makes examples depend on each other.
+    which makes examples depend on each other, and 5, of a path that preserves the variance, eta
+    times 1 - beta of a step, which is nearly 1.
 
     Raises:
         ConfigError: for n_steps below 1.
