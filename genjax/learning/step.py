@@ -283,7 +283,10 @@ def _weighted(batch: Batch) -> tuple[Batch, Array]:
     """
     if batch.weight is None:
         return batch, jnp.asarray(1 / batch.x.shape[0], jnp.float32)
-    return _blank(batch, batch.weight > 0), batch.weight / jnp.sum(batch.weight)
+    weight = jnp.asarray(batch.weight)
+    if weight.dtype != jnp.float64:
+        weight = weight.astype(jnp.float32)  # a sum of few bits overflows
+    return _blank(batch, weight > 0), weight / jnp.sum(weight)
 
 
 def _blank(batch: Batch, kept: Array) -> Batch:
