@@ -314,7 +314,7 @@ def test_a_sweep_needs_vectors_of_one_length(axes):
 @pytest.mark.parametrize(
     ("setting", "values", "said"),
     [
-        ("beta", [1.0, -1.0], r"where beta=-1\.0: beta must be at least 0"),
+        ("beta", [1.0, -1.0], "where beta=-1: beta must be at least 0"),
         ("beta", [1.0, np.nan], "where beta=nan: beta must be"),
         ("latent_dim", [1, 2], "cannot trace latent_dim .* one after the other"),
         ("n_samples", [1, 2], "cannot trace n_samples .* one after the other"),
@@ -327,6 +327,16 @@ def test_values_that_a_sweep_cannot_have_are_refused_as_it_is_made(setting, valu
 
     with pytest.raises(ConfigError, match=said):
         sweep(make, **{setting: values})
+
+
+def test_whole_numbers_of_a_grid_are_whole():
+    def make(steps, rate):
+        model = vae(DataSpec((2,), "continuous"), hidden=(4,), beta_warmup_steps=steps)
+        return training(model, optax.sgd(rate))
+
+    sweep(make, **grid(steps=[0, 3], rate=[1.0, 0.5]))
+    with pytest.raises(ConfigError, match=r"where steps=0\.5.*must be a whole number"):
+        sweep(make, **grid(steps=[0.5], rate=[1.0]))
 
 
 def test_the_bias_of_a_gate_can_be_swept():

@@ -13,7 +13,7 @@ from genjax.checks import check_key, known
 from genjax.errors import ConfigError, GenjaxError, expect, first_line
 from genjax.nets.platforms import platform
 from genjax.protocol import Array, Key, Metrics, PyTree, Training, TrainState
-from genjax.settings import Whole, check_setting
+from genjax.settings import MOST, Whole, check_setting
 
 Mode = Literal["vmap", "map", "auto"]
 # The members of an ensemble share the step counter, so that what depends on it alone (data order)
@@ -148,12 +148,18 @@ def _check_rows(make: Callable[..., Training], values: dict[str, Array]) -> None
         return
     rows = dict.fromkeys(zip(*(column.tolist() for column in columns.values()), strict=True))
     for row in rows:
-        given = dict(zip(values, row, strict=True))
+        given = dict(zip(values, map(_as_written, row), strict=True))
         try:
             make(**given)
         except GenjaxError as error:
             named = ", ".join(f"{name}={value!r}" for name, value in given.items())
             raise ConfigError(f"sweep, where {named}: {error}") from error
+
+
+def _as_written(value: float) -> float:
+    """A whole number of `grid`, which makes floats of all, as one: a setting may need that."""
+    whole = isinstance(value, float) and abs(value) <= MOST and value == int(value)
+    return int(value) if whole else value
 
 
 def _prepares(make: Callable[..., Training], values: dict[str, Array]) -> bool:
