@@ -329,6 +329,22 @@ def test_values_that_a_sweep_cannot_have_are_refused_as_it_is_made(setting, valu
         sweep(make, **{setting: values})
 
 
+def test_states_and_batches_of_other_members_are_refused():
+    batch = batches()[0]
+    swept = sweep(lambda a: TRAIN, a=[1.0, 2.0])
+    one, two = TRAIN.init(jax.random.key(0)), swept.init(jax.random.split(jax.random.key(0)))
+    three = ensemble(TRAIN).init(jax.random.split(jax.random.key(0), 3))
+    for t, ts, given, said in (
+        (TRAIN, two, batch, r"one of members, with keys of shape \[2\]"),
+        (TRAIN, (1, 2), batch, "got a tuple in its place"),
+        (swept, one, batch, "no state of theirs"),
+        (swept, three, batch, "3 members, and the sweep 2 rows"),
+        (ensemble(TRAIN, batch_axis=0), three, batch, "axis 0 of a batch should hold as many"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            jax.eval_shape(lambda given, t=t, ts=ts: t.step(ts, given), given)
+
+
 def test_whole_numbers_of_a_grid_are_whole():
     def make(steps, rate):
         model = vae(DataSpec((2,), "continuous"), hidden=(4,), beta_warmup_steps=steps)

@@ -263,6 +263,7 @@ def _over_members(
     one: One, mode: Mode, hyper: PyTree, ts: TrainState, batch: Any, batch_axis: int | None
 ) -> tuple[TrainState, Metrics]:
     """Run one(hyper, ts, batch) for every member, as one batched program or one after the other."""
+    _check_sizes(hyper, ts, batch, batch_axis)
     if mode == "auto":
         mode = fastest_mode(one, hyper, ts, batch, batch_axis)
     if mode == "vmap":
@@ -281,6 +282,30 @@ def _over_members(
         own = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, batch_axis, 0), batch)
     new, metrics = jax.lax.map(member, (hyper, tuple(ts)[1:], own))
     return new._replace(step=new.step[0]), metrics
+
+
+def _check_sizes(hyper: PyTree, ts: TrainState, batch: Any, batch_axis: int | None) -> None:
+    """Refuse a state without members, and rows or batches that are not as many as they are.
+
+    Raises:
+        ConfigError: with the numbers.
+    """
+    if not isinstance(ts, TrainState) or not ts.key.ndim:
+        raise ConfigError(
+            "This training has members, and what its step was given is no state of theirs. Begin "
+            "with its own init, of one key per member: t.init(jax.random.split(key, S))."
+        )
+    n = len(ts.key)
+    rows = [len(leaf) for leaf in jax.tree.leaves(hyper)]
+    own = [] if batch_axis is None else jax.tree.leaves(batch)
+    if any(size != n for size in rows):
+        raise ConfigError(f"This state has {n} members, and the sweep {rows[0]} rows.")
+    for leaf in own:
+        if leaf.ndim <= batch_axis or leaf.shape[batch_axis] != n:  # type: ignore[operator]
+            raise ConfigError(
+                f"This state has {n} members, and axis {batch_axis} of a batch should hold as many "
+                f"batches of their own; it has an array of shape {list(leaf.shape)}."
+            )
 
 
 def _at_once(mode: Mode) -> Mode:

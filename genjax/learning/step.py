@@ -110,7 +110,7 @@ def training(model: Model, tx: Optimizers) -> Training:
         return TrainState(jnp.zeros((), jnp.int32), key_train, params, state, opt)
 
     def step_with(gradient: Gradient, ts: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        check_kept(ts, "This state")
+        _check_one(ts)
         check_batch(model.spec, batch, model.any_length)
         batch, weight = _weighted(batch)
         metrics: Metrics = {}
@@ -127,7 +127,7 @@ def training(model: Model, tx: Optimizers) -> Training:
         return ts._replace(step=ts.step + 1, params=_followed(model, ts.params, ts.step)), metrics
 
     def prepare(ts: TrainState, batch: Batch) -> TrainState:
-        check_kept(ts, "This state")
+        _check_one(ts)
         check_batch(model.spec, batch, model.any_length)
         batch, _ = _weighted(batch)
         key = jax.random.fold_in(ts.key, PREPARATION)
@@ -150,6 +150,25 @@ def training(model: Model, tx: Optimizers) -> Training:
         )
 
     return make(lambda g: g)
+
+
+def _check_one(ts: TrainState) -> None:
+    """Refuse what is no state of one run: that of members, or something else.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if not isinstance(ts, TrainState):
+        raise ConfigError(
+            "A step takes the state that `init` or the step before returned, and a batch: "
+            f"t.step(ts, batch); got a {type(ts).__name__} in its place."
+        )
+    check_kept(ts, "This state")
+    if ts.key.ndim:
+        raise ConfigError(
+            f"This state is one of members, with keys of shape {list(ts.key.shape)}, and this "
+            "training has none: take its step from `ensemble(t)` or `sweep`, as its init."
+        )
 
 
 def _updates(
