@@ -38,6 +38,7 @@ from genjax.values import check_key as check_key
 from genjax.values import check_real as check_real
 from genjax.values import check_values as check_values
 from genjax.values import known as known
+from genjax.values import wide
 
 
 def leaves_by_name(tree: PyTree) -> dict[str, Any]:
@@ -196,7 +197,7 @@ def checked(model: Model) -> Model:
     def checked_batch(batch: Batch, key: Key) -> Batch:
         check_batch(spec, batch, model.any_length)
         check_key(key)
-        return without_padding(spec, batch)
+        return without_padding(spec, batch._replace(x=wide(batch.x), cond=wide(batch.cond)))
 
     def loss_of(player: str, loss_fn: LossFn) -> LossFn:
         def loss(
@@ -308,7 +309,7 @@ def _checked_latent(spec: DataSpec, latent: Latent) -> Latent:
         def run(params: Params, state: State, x: Array, cond: PyTree | None = None) -> Any:
             check_events(spec, x)
             check_cond(spec, cond, x.shape[0])
-            return function(params, state, x, cond)
+            return function(params, state, wide(x), cond)
 
         return run
 

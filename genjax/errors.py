@@ -57,6 +57,12 @@ class Interrupted(GenjaxError):
         self.signal = signal
 
 
+def first_line(error: Exception) -> str:
+    """What an error of somebody else's says first, after its kind, without the full stop."""
+    said = str(error).splitlines()
+    return f"{type(error).__name__}: {said[0].rstrip('.') if said else 'it does not say why'}"
+
+
 # How one comes to have what functions take first.
 _SUCH_AS = {
     "DataSpec": "a DataSpec, such as source.spec",

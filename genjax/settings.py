@@ -212,7 +212,7 @@ def _fault_of_union(name: str, value: Any, args: tuple[Any, ...]) -> ConfigError
         return None
     # Of the alternatives the one is named that the user seems to have meant: a name or a number.
     kinds = {str: Literal, int: Annotated, float: Annotated, tuple: tuple, list: tuple}
-    fits = kinds.get(type(value))
+    fits = kinds.get(type(value), "another kind")  # None is the origin of NoneType
     meant = [
         fault for one, fault in zip(args, faults, strict=True) if typing.get_origin(one) is fits
     ]

@@ -199,6 +199,16 @@ def check_values(spec: DataSpec, x: Any, what: str, kept: np.ndarray | None = No
         )
 
 
+def wide(x: Any) -> Any:
+    """Real numbers of fewer than 32 bits as float32, in which a model computes, and those of a
+    numpy array in the precision that jax has; anything else as it is.
+    """
+    if not (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)):
+        return x
+    x = jnp.asarray(x)
+    return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
+
+
 def check_real(x: Any, shape: tuple[int | None, ...], what: str) -> None:
     """Check real numbers: their shape, where None is any number of examples, and that those known
     are finite.
@@ -275,8 +285,15 @@ def check_batch(spec: DataSpec, batch: Batch, any_length: bool = False) -> None:
 
 
 def _check_weight(weight: Any, n: int) -> None:
+    dtype = getattr(weight, "dtype", None)
+    if dtype is None:
+        raise TypeError(
+            f"batch.weight must be an array of numbers, [{n}]; got a {type(weight).__name__}."
+        )
     if weight.shape != (n,):
         raise DataError(f"batch.weight must have shape [{n}]; got {list(weight.shape)}.")
+    if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
+        raise TypeError(f"batch.weight must be real numbers; got {dtype}.")
     values = known(weight)
     if values is None:
         return

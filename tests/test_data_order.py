@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from data_checks import assert_uniform
 
+import genjax
 from genjax import data
 from genjax.errors import ConfigError, DataError
 
@@ -135,3 +136,9 @@ def test_permutation_is_fixed():
 def test_order_refuses(arguments, error, message):
     with pytest.raises(error, match=message):
         data.batch_indices(*arguments)
+
+
+def test_batches_are_taken_of_a_split():
+    source = genjax.from_arrays(np.ones((20, 2)) * np.arange(20)[:, None])
+    with pytest.raises(TypeError, match=r"such as source\.load\(\)\.train; got a Splits"):
+        genjax.batch_at(source, 4, 0)(source.load(), 0)

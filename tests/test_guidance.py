@@ -15,6 +15,7 @@ from genjax.parts import paths, solvers
 from genjax.parts.guidance import (
     autoguidance,
     classifier,
+    classifier_free,
     guided,
     inpaint,
     interval,
@@ -420,6 +421,15 @@ def test_rescaling_gives_the_standard_deviation_of_the_conditional(x64):
     )  # in between, and in the direction of g
     same = rescale(lambda x, t: jnp.ones_like(x), lambda x, t: c, 1.0)(g, t)
     np.testing.assert_array_equal(same, jnp.ones_like(g))  # nothing to stretch
+
+
+@pytest.mark.parametrize("shape", [(D,), (1, D, 1)])
+def test_a_scale_of_another_rank_is_refused(shape):
+    """As many examples as entries: one number for each example was taken for one of each entry."""
+    c = jnp.ones((D, D))
+    assert classifier_free(c, 0 * c, jnp.ones((D, 1))).shape == (D, D)
+    with pytest.raises(ConfigError, match=r"One for each example is scale\.reshape\(-1, 1\)"):
+        jax.eval_shape(lambda scale: classifier_free(c, 0 * c, scale), jnp.ones(shape))
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from gates import assert_close, assert_same, differ, member, stack, structure
 from toy import (
@@ -27,6 +28,8 @@ from toy import (
 )
 
 from genjax.errors import ConfigError
+from genjax.families.rnn import rnn
+from genjax.families.vae import vae
 from genjax.learning import members
 from genjax.learning.members import ensemble, fastest_mode, grid, sweep
 from genjax.learning.sharding import make_mesh, shard
@@ -38,6 +41,7 @@ from genjax.learning.transforms import (
     scan_steps,
     skip_nonfinite,
 )
+from genjax.protocol import DataSpec
 
 
 def mesh():
@@ -305,6 +309,64 @@ def test_grid_is_the_product_with_the_last_axis_fastest():
 def test_a_sweep_needs_vectors_of_one_length(axes):
     with pytest.raises(ConfigError, match="vectors of one length"):
         sweep(lambda **hyper: TRAIN, **axes)
+
+
+@pytest.mark.parametrize(
+    ("setting", "values", "said"),
+    [
+        ("beta", [1.0, -1.0], "where beta=-1: beta must be at least 0"),
+        ("beta", [1.0, np.nan], "where beta=nan: beta must be"),
+        ("latent_dim", [1, 2], "cannot trace latent_dim .* one after the other"),
+        ("n_samples", [1, 2], "cannot trace n_samples .* one after the other"),
+        ("gradient", ["stl", "dreg"], "An axis of sweep holds numbers"),
+    ],
+)
+def test_values_that_a_sweep_cannot_have_are_refused_as_it_is_made(setting, values, said):
+    def make(**given):
+        return training(vae(DataSpec((2,), "continuous"), hidden=(4,), **given), optax.sgd(0.1))
+
+    with pytest.raises(ConfigError, match=said):
+        sweep(make, **{setting: values})
+
+
+def test_states_and_batches_of_other_members_are_refused():
+    batch = batches()[0]
+    swept = sweep(lambda a: TRAIN, a=[1.0, 2.0])
+    one, two = TRAIN.init(jax.random.key(0)), swept.init(jax.random.split(jax.random.key(0)))
+    three = ensemble(TRAIN).init(jax.random.split(jax.random.key(0), 3))
+    for t, ts, given, said in (
+        (TRAIN, two, batch, r"one of members, with keys of shape \[2\]"),
+        (TRAIN, (1, 2), batch, "got a tuple in its place"),
+        (swept, one, batch, "no state of theirs"),
+        (swept, three, batch, "3 members, and the sweep 2 rows"),
+        (ensemble(TRAIN, batch_axis=0), three, batch, "axis 0 of a batch should hold as many"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            jax.eval_shape(lambda given, t=t, ts=ts: t.step(ts, given), given)
+
+
+def test_whole_numbers_of_a_grid_are_whole():
+    def make(steps, rate):
+        model = vae(DataSpec((2,), "continuous"), hidden=(4,), beta_warmup_steps=steps)
+        return training(model, optax.sgd(rate))
+
+    sweep(make, **grid(steps=[0, 3], rate=[1.0, 0.5]))
+    with pytest.raises(ConfigError, match=r"where steps=0\.5.*must be a whole number"):
+        sweep(make, **grid(steps=[0.5], rate=[1.0]))
+
+
+def test_the_bias_of_a_gate_can_be_swept():
+    spec = DataSpec((3,), "tokens", levels=4, step="character")
+
+    def make(bias):
+        return training(rnn(spec, d_embed=2, d_hidden=3, forget_bias=bias), optax.sgd(0.1))
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    ts = sweep(make, bias=[0.0, 2.0]).init(keys)
+    for index, value in enumerate([0.0, 2.0]):
+        solo = make(value).init(keys[index])
+        for got, wanted in zip(*map(jax.tree.leaves, (ts.params, solo.params)), strict=True):
+            np.testing.assert_allclose(got[index], wanted, rtol=1e-6)
 
 
 def test_members_need_one_key_each():

@@ -11,6 +11,7 @@ from gates import quick
 import genjax
 from genjax import DataSpec, diffusion, example_batch, flow_matching, training, vae
 from genjax.errors import ConfigError
+from genjax.nets.functional import Net
 
 POINTS = DataSpec((3,), "continuous")
 CLASSES = DataSpec((3,), "continuous", n_classes=4)
@@ -196,3 +197,19 @@ def test_whatever_a_network_computes_in_losses_are_float32(encoder):
     step = jnp.zeros((), jnp.int32)
     value, aux = model.losses["vae"](params, state, batch, jax.random.key(2), step)
     assert {leaf.dtype for leaf in (value, *aux.metrics.values())} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    ("output", "state", "message"),
+    [
+        ((1,), {}, r"The Net must be .* it returns \[n, 1\]"),
+        ((), {}, r"it returns \[n\]"),
+        ((3,), {"mean": np.zeros(3, np.float32)}, "The Net keeps a state"),
+    ],
+)
+@pytest.mark.parametrize("family", [diffusion, flow_matching])
+def test_a_net_that_does_not_fit_is_refused_as_the_model_is_built(family, output, state, message):
+    """What is broadcast in a loss would be trained without a word."""
+    net = Net(lambda key: ({}, state), lambda p, s, x, *rest: (jnp.zeros((len(x), *output)), s))
+    with pytest.raises(ConfigError, match=message):
+        family(CLASSES, net=net, cond_dropout=0.1)

@@ -103,6 +103,27 @@ def test_what_a_step_cannot_give_is_said():
         jax.eval_shape(t.step, ts, BATCH)
 
 
+@pytest.mark.parametrize(
+    ("tx", "said"),
+    [
+        (optax.lookahead(optax.adam(1e-3), 5, 0.5), r"could not take a step \(AttributeError"),
+        (contrib.differentially_private_aggregate(1.0, 0.1, 0), "could not take a step"),
+        (optax.masked(optax.sgd(1e-3), {"encoder": True}), "a tree of encoder, decoder"),
+        (optax.partition({"a": optax.sgd(1e-3)}, {"vae": "a"}), "does not take its parameters"),
+    ],
+)
+def test_what_an_optimiser_raises_is_explained(tx, said):
+    t = training(MODEL, tx)
+    with pytest.raises(ConfigError, match=said):
+        jax.eval_shape(t.step, jax.eval_shape(t.init, jax.random.key(0)), BATCH)
+
+
+def test_a_state_of_another_optimiser_is_explained():
+    ts = jax.eval_shape(training(MODEL, optax.sgd(1e-3)).init, jax.random.key(0))
+    with pytest.raises(ConfigError, match="a state that the `init` of this training made"):
+        jax.eval_shape(training(MODEL, optax.adam(1e-3)).step, ts, BATCH)
+
+
 @pytest.mark.slow
 def test_one_that_says_it_takes_the_loss_and_does_not_is_given_none():
     sam = contrib.sam(optax.sgd(0.1), optax.sgd(0.01), sync_period=2)

@@ -26,6 +26,7 @@ from vae_oracles import (
     random_params,
 )
 
+from genjax.errors import ConfigError
 from genjax.families.vae import vae
 from genjax.parts.priors import Prior, vamp_prior
 from genjax.protocol import Batch, DataSpec
@@ -252,3 +253,23 @@ def test_a_prior_of_ones_own_is_used_for_all_three_things(x64):
     assert_mean(np.exp(value - log_marginal(p.x[:5], 2 * p.weights, offset, p.noise)), 1.0)
     x = np.asarray(jit(model.sample, static_argnums=3)(params, state, jax.random.key(25), 20_000))
     check_moments(x, offset, 4 * p.weights @ p.weights.T + p.noise * np.eye(6))
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2), (1, 2), (0, 2)])
+def test_a_density_that_is_no_number_for_each_latent_is_refused(axes):
+    """A sum over more than the last axis would be broadcast, without a word."""
+
+    def log_prob(params, state, posterior, z, cond, key):
+        return -jnp.square(z).sum(axes, keepdims=True)[..., 0]
+
+    prior = Prior(
+        init=lambda key: ({}, {}),
+        log_prob=log_prob,
+        sample=lambda params, state, posterior, key, n, cond: jax.random.normal(key, (n, 2)),
+    )
+    spec = DataSpec((3,), "continuous")
+    model = vae(spec, latent_dim=2, hidden=(4,), prior=prior, n_samples=3)
+    params, state = jax.eval_shape(model.init, jax.random.key(0))
+    batch, key = Batch(jnp.zeros((5, 3))), jax.random.key(1)
+    with pytest.raises(ConfigError, match=r"nats of shape \[3, 5\] for z of shape \[3, 5, 2\]"):
+        jax.eval_shape(lambda p, s: model.losses["vae"](p, s, batch, key, 0)[0], params, state)

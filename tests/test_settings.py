@@ -121,6 +121,7 @@ def test_values_that_are_what_the_annotation_says(hint, values):
         (Name | Positive, "elemnt", "no it called 'elemnt'. Did you mean element"),  # or a name
         (Name | Record, 3.5, "no it called '3.5'"),
         (Finite | None, "high", "it must be a number; got 'high'"),
+        (Finite | None, jnp.ones(3), "it must be a number; got"),
         (Record, 3, "it must be a Record; got 3"),
     ],
 )

@@ -27,13 +27,15 @@ from toy import (
     toy,
 )
 
+from genjax.data import example_batch
 from genjax.errors import ConfigError
+from genjax.families.vae import vae
 from genjax.learning.optim import track_ema
 from genjax.learning.step import eval_params, training
 from genjax.learning.transforms import (
     microbatch,
 )
-from genjax.protocol import Batch
+from genjax.protocol import Batch, DataSpec
 
 
 @pytest.mark.parametrize(
@@ -78,6 +80,30 @@ def test_only_the_ratio_of_weights_counts():
     one, ten = (run(TRAIN, start(), batches(weight=jnp.full(B, value))) for value in (1.0, 10.0))
     assert_close(ten, one, TIGHT)
     assert_close(one, run(TRAIN, start(), batches()), TIGHT)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "uint8", "bool"])
+def test_weights_of_few_bits_are_summed_in_float32(dtype):
+    """Of which the sum has no room in their own type."""
+    model = vae(DataSpec((2,), "continuous"), hidden=(4,), latent_dim=1)
+    t, batch = training(model, optax.sgd(0.1)), example_batch(model.spec, jax.random.key(1), 4)
+    weight = jnp.asarray([6e4, 6e4, 0, 3e4] if dtype == "float16" else [200, 200, 0, 101])
+    weight = weight.astype(dtype)
+    ts, found = t.init(jax.random.key(0)), []
+    for given in (weight, weight.astype(jnp.float32)):
+        found.append(jax.jit(t.step)(ts, batch._replace(weight=given)))
+    assert_same(*found)
+    assert float(found[0][1]["vae/loss"]) > 0
+
+
+@pytest.mark.parametrize("weight", [[1.0, 1.0], np.ones(2, np.complex64)])
+def test_weights_that_are_no_real_numbers_are_refused(weight):
+    model = vae(DataSpec((2,), "continuous"), hidden=(4,), latent_dim=1)
+    t = training(model, optax.sgd(0.1))
+    ts = jax.eval_shape(t.init, jax.random.key(0))
+    batch = example_batch(model.spec, jax.random.key(1), 2)._replace(weight=weight)
+    with pytest.raises(TypeError, match=r"batch\.weight must be"):
+        jax.eval_shape(lambda ts: t.step(ts, batch), ts)
 
 
 def test_an_example_of_weight_zero_may_be_anything():

@@ -134,6 +134,7 @@ def batch_at(
 
     Raises:
         DataError, ConfigError: when called with too few examples; see `batch_indices`.
+        TypeError: when called with something else than the arrays of a split.
 
     Example:
         >>> import jax, numpy as np
@@ -146,6 +147,11 @@ def batch_at(
     prepare = prepare_at(source, seed)
 
     def batch(arrays: Batch, step: int | Array) -> Batch:
+        if not isinstance(arrays, Batch):
+            raise TypeError(
+                "A batch is taken of the arrays of one split, such as source.load().train; got a "
+                f"{type(arrays).__name__}."
+            )
         index = source.order(_length(arrays), batch_size, seed, step)
         # The indices are in range by construction; "clip" only spares the code that would look at
         # them.

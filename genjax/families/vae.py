@@ -14,13 +14,12 @@ import jax.numpy as jnp
 
 from genjax import nets
 from genjax.checks import check_whole, checked
-from genjax.errors import ConfigError
 from genjax.nets.functional import Net
 from genjax.nets.own import Call, Network, given_only, own_net, separate
 from genjax.nets.platforms import at_each
 from genjax.parts.distributions import log_mean_exp, normal_log_prob, sum_event
 from genjax.parts.likelihoods import Likelihood, bounded_log_scale, likelihood_of
-from genjax.parts.priors import Prior, labels_within, normal_prior, vamp_prior
+from genjax.parts.priors import Prior, checked_prior, labels_within, normal_prior, vamp_prior
 from genjax.protocol import (
     Array,
     Aux,
@@ -138,10 +137,6 @@ def sample_prior(
 ) -> Array:
     """z ~ p(z | c), [n, d]."""
     z = model.prior.sample(p["prior"], state["vae"], partial(posterior, model, p), key, n, c)
-    if z.shape != (n, model.latent_dim):
-        raise ConfigError(
-            f"The prior must draw z of shape {[n, model.latent_dim]}; got {list(z.shape)}."
-        )
     return z.astype(dtype_of(p))  # a prior without parameters draws in any dtype
 
 
@@ -295,18 +290,6 @@ def initial(model: Autoencoder, key: Key) -> tuple[Params, State]:
     return {"vae": p}, {"vae": state}
 
 
-def _checked_prior(prior: Prior, **samples: int) -> Prior:
-    """The same prior, refused where what it has of ln p(z) is not enough for so many samples."""
-    for name, k in samples.items():
-        if k > 1 and not prior.exact:
-            raise ConfigError(
-                f"{name}={k} needs ln p(z), and this prior has a bound or a noisy estimate of it: "
-                f"the log-mean-exp of bounds is no bound. Say {name}=1, or take a prior with a "
-                "density (of an ODE, n_probes=0)."
-            )
-    return prior
-
-
 def _latent(model: Autoencoder) -> Latent:
     """What the model offers beside samples; `checked` looks at the arguments."""
     spec, like = model.spec, model.likelihood
@@ -426,7 +409,7 @@ def vae(
     check_whole(spec, "A VAE")
     if isinstance(prior, str):
         prior = normal_prior(latent_dim) if prior == "normal" else vamp_prior(spec, n_pseudo_inputs)
-    prior = _checked_prior(prior, n_samples=n_samples, n_bound_samples=n_bound_samples)
+    prior = checked_prior(prior, latent_dim, n_samples=n_samples, n_bound_samples=n_bound_samples)
     like = likelihood_of(spec, likelihood, scale == "element")
     # ln p sees events as vectors, see `log_likelihood`.
     of_vectors = likelihood_of(as_vectors(spec), likelihood, scale == "element")

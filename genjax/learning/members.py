@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from genjax.checks import check_key
-from genjax.errors import ConfigError, expect
+from genjax.checks import check_key, known
+from genjax.errors import ConfigError, GenjaxError, expect, first_line
 from genjax.nets.platforms import platform
 from genjax.protocol import Array, Key, Metrics, PyTree, Training, TrainState
-from genjax.settings import Whole, check_setting
+from genjax.settings import MOST, Whole, check_setting
 
 Mode = Literal["vmap", "map", "auto"]
 # The members of an ensemble share the step counter, so that what depends on it alone (data order)
@@ -98,7 +98,8 @@ def sweep(make: Callable[..., Training], *, mode: Mode = "vmap", **axes: Any) ->
         **axes: arrays [S], all of one length; `grid` makes a product.
 
     Raises:
-        ConfigError: if there is no axis, or the axes differ in length.
+        ConfigError: if there is no axis, or the axes differ in length; for a value that `make`
+            refuses; and for an axis that cannot be traced, as a size or a choice cannot.
 
     Example:
         >>> import jax, optax
@@ -114,7 +115,7 @@ def sweep(make: Callable[..., Training], *, mode: Mode = "vmap", **axes: Any) ->
         >>> metrics["vae/loss"].shape
         (4,)
     """
-    values = {name: jnp.asarray(value) for name, value in axes.items()}
+    values = {name: _axis(name, value) for name, value in axes.items()}
     lengths = {name: value.shape for name, value in values.items()}
     vectors = all(len(shape) == 1 for shape in lengths.values())
     if not vectors or len(set(lengths.values())) != 1:
@@ -122,7 +123,43 @@ def sweep(make: Callable[..., Training], *, mode: Mode = "vmap", **axes: Any) ->
             "sweep needs axes that are vectors of one length (see genjax.grid); got "
             f"{lengths or 'none'}."
         )
+    _check_rows(make, values)
     return _swept(make, mode, values, _prepares(make, values))
+
+
+def _axis(name: str, values: Any) -> Array:
+    try:
+        return jnp.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"An axis of sweep holds numbers, {name}=[0.1, 0.2]; got {values!r:.80}. Train what "
+            "differs by a name or a size one after the other."
+        ) from error
+
+
+def _check_rows(make: Callable[..., Training], values: dict[str, Array]) -> None:
+    """Refuse a row that `make` refuses: in a trace a number has no value to check.
+
+    Raises:
+        ConfigError: with the row.
+    """
+    columns = {name: known(value) for name, value in values.items()}
+    if any(column is None for column in columns.values()):
+        return
+    rows = dict.fromkeys(zip(*(column.tolist() for column in columns.values()), strict=True))
+    for row in rows:
+        given = dict(zip(values, map(_as_written, row), strict=True))
+        try:
+            make(**given)
+        except GenjaxError as error:
+            named = ", ".join(f"{name}={value!r}" for name, value in given.items())
+            raise ConfigError(f"sweep, where {named}: {error}") from error
+
+
+def _as_written(value: float) -> float:
+    """A whole number of `grid`, which makes floats of all, as one: a setting may need that."""
+    whole = isinstance(value, float) and abs(value) <= MOST and value == int(value)
+    return int(value) if whole else value
 
 
 def _prepares(make: Callable[..., Training], values: dict[str, Array]) -> bool:
@@ -133,7 +170,16 @@ def _prepares(make: Callable[..., Training], values: dict[str, Array]) -> bool:
         found.append(make(**hyper).prepare is not None)
         return 0
 
-    jax.eval_shape(jax.vmap(look, out_axes=None), values)
+    try:
+        jax.eval_shape(jax.vmap(look, out_axes=None), values)
+    except GenjaxError:
+        raise
+    except Exception as error:  # jax has several for what cannot be traced
+        raise ConfigError(
+            f"sweep cannot trace {', '.join(values)} ({first_line(error)}). Numbers can be axes "
+            "that no shape and no choice depends on: not widths, sizes, counts of samples or "
+            "layers, nor true and false. Train those one after the other."
+        ) from error
     return found[0]
 
 
@@ -217,6 +263,7 @@ def _over_members(
     one: One, mode: Mode, hyper: PyTree, ts: TrainState, batch: Any, batch_axis: int | None
 ) -> tuple[TrainState, Metrics]:
     """Run one(hyper, ts, batch) for every member, as one batched program or one after the other."""
+    _check_sizes(hyper, ts, batch, batch_axis)
     if mode == "auto":
         mode = fastest_mode(one, hyper, ts, batch, batch_axis)
     if mode == "vmap":
@@ -235,6 +282,30 @@ def _over_members(
         own = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, batch_axis, 0), batch)
     new, metrics = jax.lax.map(member, (hyper, tuple(ts)[1:], own))
     return new._replace(step=new.step[0]), metrics
+
+
+def _check_sizes(hyper: PyTree, ts: TrainState, batch: Any, batch_axis: int | None) -> None:
+    """Refuse a state without members, and rows or batches that are not as many as they are.
+
+    Raises:
+        ConfigError: with the numbers.
+    """
+    if not isinstance(ts, TrainState) or not ts.key.ndim:
+        raise ConfigError(
+            "This training has members, and what its step was given is no state of theirs. Begin "
+            "with its own init, of one key per member: t.init(jax.random.split(key, S))."
+        )
+    n = len(ts.key)
+    rows = [len(leaf) for leaf in jax.tree.leaves(hyper)]
+    own = [] if batch_axis is None else jax.tree.leaves(batch)
+    if any(size != n for size in rows):
+        raise ConfigError(f"This state has {n} members, and the sweep {rows[0]} rows.")
+    for leaf in own:
+        if leaf.ndim <= batch_axis or leaf.shape[batch_axis] != n:  # type: ignore[operator]
+            raise ConfigError(
+                f"This state has {n} members, and axis {batch_axis} of a batch should hold as many "
+                f"batches of their own; it has an array of shape {list(leaf.shape)}."
+            )
 
 
 def _at_once(mode: Mode) -> Mode:

@@ -265,7 +265,9 @@ def _split(batch: PyTree, mesh: Mesh, spec: PartitionSpec) -> PyTree:
             if size % _size(mesh, entry):
                 raise ConfigError(
                     f"A batch of {size} does not divide over the {_size(mesh, entry)} devices of "
-                    f"the mesh's {' x '.join(_names(entry))}."
+                    f"the mesh's {' x '.join(_names(entry))}. Take a multiple; if {size} counts "
+                    "steps, or a whole data set, shard what is given one batch: "
+                    "scan_steps(shard(t, mesh)), feed(shard(t, mesh), batch_at)."
                 )
     return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, spec))
 

@@ -30,7 +30,7 @@ from genjax.checks import (
     check_per_example,
     loss_and_aux,
 )
-from genjax.errors import ConfigError
+from genjax.errors import ConfigError, GenjaxError, first_line
 from genjax.learning.optim import averaged
 from genjax.protocol import (
     Array,
@@ -77,10 +77,10 @@ def training(model: Model, tx: Optimizers) -> Training:
             needs more, as a line search does.
 
     Raises:
-        ConfigError: for an optimiser that wants the loss as a function, as a line search does; if
-            `tx` or `model.turns` name a player that has no loss, or leave one out; for
-            `follows` that name none; and, at the first step, for a loss or a metric that is not
-            per example, [B].
+        ConfigError: if `tx` or `model.turns` name a player that has no loss, or leave one out; for
+            `follows` that name none; from `init`, for an optimiser that does not take the
+            parameters; and, at the first step, for one that wants the loss as a function, as a line
+            search does, or fails, and for a loss or a metric that is not per example, [B].
 
     Example:
         >>> import jax, optax
@@ -106,11 +106,11 @@ def training(model: Model, tx: Optimizers) -> Training:
         key_model, key_train = jax.random.split(key)
         params, state = model.init(key_model)
         params = with_followers(model, params)
-        opt = {player: tx.init(params[player]) for player, tx in by_player.items()}
+        opt = {player: _begun(tx, params, player) for player, tx in by_player.items()}
         return TrainState(jnp.zeros((), jnp.int32), key_train, params, state, opt)
 
     def step_with(gradient: Gradient, ts: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        check_kept(ts, "This state")
+        _check_one(ts)
         check_batch(model.spec, batch, model.any_length)
         batch, weight = _weighted(batch)
         metrics: Metrics = {}
@@ -127,7 +127,7 @@ def training(model: Model, tx: Optimizers) -> Training:
         return ts._replace(step=ts.step + 1, params=_followed(model, ts.params, ts.step)), metrics
 
     def prepare(ts: TrainState, batch: Batch) -> TrainState:
-        check_kept(ts, "This state")
+        _check_one(ts)
         check_batch(model.spec, batch, model.any_length)
         batch, _ = _weighted(batch)
         key = jax.random.fold_in(ts.key, PREPARATION)
@@ -136,7 +136,7 @@ def training(model: Model, tx: Optimizers) -> Training:
             entry: jax.tree.map(jnp.copy, params[player])
             for entry, (player, _) in model.follows.items()
         }
-        opt = {player: tx.init(params[player]) for player, tx in by_player.items()}
+        opt = {player: _begun(tx, params, player) for player, tx in by_player.items()}
         return ts._replace(params={**params, **copies}, state=state, opt=opt)
 
     def make(wrap: Callable[[Gradient], Gradient]) -> Training:
@@ -152,13 +152,32 @@ def training(model: Model, tx: Optimizers) -> Training:
     return make(lambda g: g)
 
 
+def _check_one(ts: TrainState) -> None:
+    """Refuse what is no state of one run: that of members, or something else.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if not isinstance(ts, TrainState):
+        raise ConfigError(
+            "A step takes the state that `init` or the step before returned, and a batch: "
+            f"t.step(ts, batch); got a {type(ts).__name__} in its place."
+        )
+    check_kept(ts, "This state")
+    if ts.key.ndim:
+        raise ConfigError(
+            f"This state is one of members, with keys of shape {list(ts.key.shape)}, and this "
+            "training has none: take its step from `ensemble(t)` or `sweep`, as its init."
+        )
+
+
 def _updates(
     tx: optax.GradientTransformation, grads: PyTree, ts: TrainState, player: str, value: Array
 ) -> tuple[PyTree, PyTree]:
     """What an optimiser makes of a gradient. Those that ask for it get the mean loss, as `value`.
 
     Raises:
-        ConfigError: for one that asks for something else, such as a line search.
+        ConfigError: for one that asks for something else, such as a line search, or fails.
     """
     update, own = optax.with_extra_args_support(tx).update, (ts.opt[player], ts.params[player])
     try:
@@ -169,14 +188,44 @@ def _updates(
                 if "unexpected keyword argument 'value'" not in str(error):
                     raise
                 return update(grads, *own)
-    except (TypeError, ValueError) as error:
+    except GenjaxError:
+        raise
+    except Exception as error:  # whatever a transform of another's raises
         missing = "required" in str(error) and "argument" in str(error)
-        if not missing and "must be provided" not in str(error):
-            raise
+        if missing or "must be provided" in str(error):
+            raise ConfigError(
+                f"The optimiser of {player!r} asks for what a step does not have ({error}): it "
+                "gives gradients, parameters and `value`, the mean loss. Take one that needs no "
+                "more, such as optax.contrib.reduce_on_plateau or optax.polyak_sgd."
+            ) from error
         raise ConfigError(
-            f"The optimiser of {player!r} asks for what a step does not have ({error}): it gives "
-            "gradients, parameters and `value`, the mean loss. Take one that needs no more, such "
-            "as optax.contrib.reduce_on_plateau or optax.polyak_sgd."
+            f"The optimiser of {player!r} could not take a step ({first_line(error)}). It is given "
+            f"the gradient of the mean loss by params[{player!r}], these parameters, `value`, that "
+            "loss, and the state that its own `init` made. Go on from a state that the `init` of "
+            "this training made, and take a transform that needs no more: optax.lookahead, whose "
+            "parameters have a form of their own, and what clips each example's gradient do. An "
+            "average of the weights, to sample and evaluate with, is kept by optax.chain(tx, "
+            "genjax.learning.optim.track_ema(0.999))."
+        ) from error
+
+
+def _begun(tx: optax.GradientTransformation, params: Params, player: str) -> PyTree:
+    """The state that an optimiser begins with.
+
+    Raises:
+        ConfigError: for one that does not take the parameters as they are.
+    """
+    own = params[player]
+    try:
+        return tx.init(own)
+    except GenjaxError:
+        raise
+    except Exception as error:  # whatever a transform of another's raises
+        entries = f" of {', '.join(map(str, own))}" if isinstance(own, Mapping) else ""
+        raise ConfigError(
+            f"The optimiser of {player!r} does not take its parameters ({first_line(error)}). They "
+            f"are params[{player!r}], a tree{entries}: masks and labels are trees of its form, "
+            "or functions of it."
         ) from error
 
 
@@ -253,7 +302,10 @@ def _weighted(batch: Batch) -> tuple[Batch, Array]:
     """
     if batch.weight is None:
         return batch, jnp.asarray(1 / batch.x.shape[0], jnp.float32)
-    return _blank(batch, batch.weight > 0), batch.weight / jnp.sum(batch.weight)
+    weight = jnp.asarray(batch.weight)
+    if weight.dtype != jnp.float64:
+        weight = weight.astype(jnp.float32)  # a sum of few bits overflows
+    return _blank(batch, weight > 0), weight / jnp.sum(weight)
 
 
 def _blank(batch: Batch, kept: Array) -> Batch:

@@ -39,7 +39,8 @@ class Cell:
     n_carry: int = 1
     n_biased: int = 0
     summed: bool = False
-    bias: tuple[float, ...] = (0.0,)
+    # What is traced, as a sweep does, cannot be compared, and no program depends on it.
+    bias: tuple[float, ...] = dataclasses.field(default=(0.0,), compare=False)
     keeper: int | None = None
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from genjax import nets
 from genjax.nets.functional import Net, functional
-from genjax.nets.own import Call, Network, own_net, trimmed
+from genjax.nets.own import Call, Network, check_net, own_net, trimmed
 from genjax.nets.remat import rematerialised
 from genjax.protocol import DataSpec
 from genjax.settings import Count, Depth, Remat, Settings, Whole
@@ -115,13 +115,14 @@ def denoiser(spec: DataSpec, network: DenoiserNet, guided: bool, dtype: str) -> 
     Raises:
         ConfigError: for settings that do not fit the data.
     """
-    if isinstance(network.net, Net):
-        return again(network.net, network.remat)
     if not isinstance(network.net, str):
         inputs: list[tuple[str, tuple[int, ...]]] = [("x", spec.shape), ("noise_level", ())]
         inputs += [("cond", (spec.cond_size,))] if spec.conditional else []
         inputs += [("dropped", ())] if guided else []
         call = Call("the net of a denoiser", inputs, spec.shape)
+        if isinstance(network.net, Net):
+            check_net(network.net, call, ("x", "noise_level", "cond", "dropped"))
+            return again(network.net, network.remat)
         return again(trimmed(own_net(network.net, call, dtype), guided), network.remat)
     build = BUILDS[network.net](spec, network, guided)
     net = functional(build, dtype, wide=("noise_level",))

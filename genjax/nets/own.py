@@ -79,6 +79,28 @@ def own_net(network: Net | Network, call: Call, dtype: str = "float32") -> Net:
         if jax.tree.leaves(state) and not told:
             raise ConfigError(_with_state(name, call))
         found = _tried(net, name, call, told, params, state)
+    _check_output(found, name, call)
+    return net if told or not call.trains else _untold(net)
+
+
+def check_net(net: Net, call: Call, names: Sequence[str]) -> None:
+    """Refuse a `Net` of one's own that keeps a state or returns another shape, which might pass
+    where values are broadcast. Of the inputs `names` those that the call lacks are None.
+
+    Raises:
+        ConfigError: see above, and for one that fails.
+    """
+    given = dict(zip((name for name, _ in call.inputs), _inputs(call), strict=True))
+    inputs = [given.get(name) for name in names]
+    with _explained("The Net", call):
+        params, state = jax.eval_shape(net.init, jax.random.key(0))
+        if jax.tree.leaves(state):
+            raise ConfigError(_with_state("The Net", call))
+        found, _ = jax.eval_shape(lambda p: net.apply(p, {}, *inputs), params)
+    _check_output(found, "The Net", call)
+
+
+def _check_output(found: Any, name: str, call: Call) -> None:
     shape = getattr(found, "shape", None)
     if shape != (EXAMPLES, *call.output):
         raise ConfigError(
@@ -87,7 +109,6 @@ def own_net(network: Net | Network, call: Call, dtype: str = "float32") -> Net:
         )
     if not jnp.issubdtype(found.dtype, jnp.floating):
         raise ConfigError(f"{name} must return real numbers; it returns {found.dtype}.")
-    return net if told or not call.trains else _untold(net)
 
 
 def _with_state(name: str, call: Call) -> str:

@@ -33,8 +33,18 @@ def classifier_free(conditional: Array, unconditional: Array, scale: Array | flo
         conditional: c, any shape; the result has its shape and dtype.
         unconditional: u, the same shape.
         scale: s, one number (it may be traced) or an array of the same rank that broadcasts.
+
+    Raises:
+        ConfigError: for an array of another rank: one number for each example would be taken for
+            one of each entry of the last axis where there are as many.
     """
     s = jnp.asarray(scale, conditional.dtype)
+    if s.size > 1 and s.ndim != conditional.ndim:
+        raise ConfigError(
+            f"A scale of guidance is one number, or has as many axes as what it scales, of shape "
+            f"{list(conditional.shape)}; got shape {list(s.shape)}. One for each example is "
+            f"scale.reshape({', '.join(['-1'] + ['1'] * (conditional.ndim - 1))})."
+        )
     mixed = (1 - s) * unconditional + s * conditional
     # At the ends the other prediction must not come in at all, be it infinite (a logit of -inf) or
     # of another zero's sign.

@@ -67,6 +67,42 @@ class Prior(NamedTuple):
     labels: tuple[tuple[str, str], ...] = ()
 
 
+def checked_prior(prior: Prior, latent_dim: int, **samples: int) -> Prior:
+    """The same prior, refused where what it has of ln p(z) is not enough for so many samples, and
+    held to the shapes of its results: a number for all of a batch would pass for one of each z.
+    """
+    for name, k in samples.items():
+        if k > 1 and not prior.exact:
+            raise ConfigError(
+                f"{name}={k} needs ln p(z), and this prior has a bound or a noisy estimate of it: "
+                f"the log-mean-exp of bounds is no bound. Say {name}=1, or take a prior with a "
+                "density (of an ODE, n_probes=0)."
+            )
+
+    def log_prob(
+        params: Any, state: Any, posterior: Posterior, z: Array, cond: Array | None, key: Key
+    ) -> Array:
+        nats = prior.log_prob(params, state, posterior, z, cond, key)
+        if jnp.shape(nats) != z.shape[:-1]:
+            raise ConfigError(
+                f"The prior's log_prob must give nats of shape {list(z.shape[:-1])} for z of shape "
+                f"{list(z.shape)}, a sum over the last axis alone; got {list(jnp.shape(nats))}."
+            )
+        return nats
+
+    def sample(
+        params: Any, state: Any, posterior: Posterior, key: Key, n: int, cond: Array | None
+    ) -> Array:
+        z = prior.sample(params, state, posterior, key, n, cond)
+        if z.shape != (n, latent_dim):
+            raise ConfigError(
+                f"The prior must draw z of shape {[n, latent_dim]}; got {list(z.shape)}."
+            )
+        return z
+
+    return prior._replace(log_prob=log_prob, sample=sample)
+
+
 def labels_within(place: str, labels: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
     """`Model.labels` of a model that has the parameters which these are of at a path of its own.
 
