@@ -329,6 +329,24 @@ def test_values_that_a_sweep_cannot_have_are_refused_as_it_is_made(setting, valu
         sweep(make, **{setting: values})
 
 
+@pytest.mark.parametrize("wrong", [-1.0, np.nan])
+def test_of_many_rows_those_with_the_ends_of_an_axis_are_tried(wrong):
+    tried = []
+
+    def make(beta):
+        tried.append(beta)
+        return training(
+            vae(DataSpec((2,), "continuous"), latent_dim=1, hidden=(4,), beta=beta), sgd(1.0)
+        )
+
+    many = [*np.linspace(0.1, 1.0, 99), wrong, 0.5]
+    with pytest.raises(ConfigError, match="sweep, where beta="):
+        sweep(make, beta=many)
+    tried.clear()
+    sweep(make, beta=many[:-2])
+    assert len(tried) == 3  # the least, the largest, and a traced one
+
+
 def test_states_and_batches_of_other_members_are_refused():
     batch = batches()[0]
     swept = sweep(lambda a: TRAIN, a=[1.0, 2.0])

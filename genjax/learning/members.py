@@ -19,6 +19,7 @@ Mode = Literal["vmap", "map", "auto"]
 # The members of an ensemble share the step counter, so that what depends on it alone (data order)
 # is computed once.
 MEMBER_AXES: Any = TrainState(step=None, key=0, params=0, state=0, opt=0)  # type: ignore[arg-type]
+MOST_TRIED = 64  # rows of a sweep that are built to see whether they can be
 # What one member does: (hyper, ts, batch) -> (ts, metrics).
 One = Callable[[PyTree, TrainState, Any], tuple[TrainState, Metrics]]
 
@@ -138,15 +139,20 @@ def _axis(name: str, values: Any) -> Array:
 
 
 def _check_rows(make: Callable[..., Training], values: dict[str, Array]) -> None:
-    """Refuse a row that `make` refuses: in a trace a number has no value to check.
+    """Refuse a row that `make` refuses: in a trace a number has no value to check. Of more than
+    `MOST_TRIED`, each of which takes some 20 ms, those with the ends of each axis: what a setting
+    may be is a range.
 
     Raises:
         ConfigError: with the row.
     """
-    columns = {name: known(value) for name, value in values.items()}
-    if any(column is None for column in columns.values()):
+    columns = [column for value in values.values() if (column := known(value)) is not None]
+    if len(columns) < len(values):
         return
-    rows = dict.fromkeys(zip(*(column.tolist() for column in columns.values()), strict=True))
+    rows = dict.fromkeys(zip(*(column.tolist() for column in columns), strict=True))
+    if len(rows) > MOST_TRIED:
+        ends = [int(end(column)) for column in columns for end in (np.argmin, np.argmax)]
+        rows = dict.fromkeys(tuple(column[i].item() for column in columns) for i in ends)
     for row in rows:
         given = dict(zip(values, map(_as_written, row), strict=True))
         try:
