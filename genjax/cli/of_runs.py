@@ -13,6 +13,7 @@ from genjax.errors import ConfigError, replacing
 
 if TYPE_CHECKING:
     from genjax.protocol import Model
+    from genjax.runs.samples import Decoding
 
 TEXTS_SHOWN = 20  # how many samples of text the terminal shows; the file has all of them
 
@@ -88,6 +89,8 @@ def sample(args: list[str]) -> None:
     n = options.n or (10 if few else 64)
     cond = condition_of(spec, options.cond, n)
     key = jax.random.key(options.seed)
+    for line in _idle(how, options.seed):
+        print(line)
     found = runs.sample(loaded, key, n, cond, options.means, how, options.film)
     x = found[-1] if options.film else found
     arrays: dict[str, Any] = {"x": as_values(x, spec.values)}
@@ -197,6 +200,22 @@ def _sample_flags(model: "Model | None", tracks: bool = False) -> dict[str, tupl
     applies |= {"means"} if shows_means(model) else set()
     applies |= {"film"} if has_film(model) else set()
     return {name: entry for name, entry in flags.items() if name in applies}
+
+
+def _idle(how: "Decoding", seed: int) -> list[str]:
+    """What was asked for and does nothing beside the rest, a line each."""
+    why, idle = None, ()
+    if how.beams is not None:
+        why = "a search with beams draws nothing"
+    elif how.temperature == 0:
+        why, idle = "temperature 0 takes the most probable token", ("top_k", "top_p", "min_p")
+    elif how.top_k == 1:
+        why, idle = "top_k 1 takes the most probable token", ("temperature", "top_p", "min_p")
+    if why is None:
+        return []
+    given = {name: value for name, value in how.asked().items() if name in idle}
+    given |= {"seed": seed} if seed else {}
+    return [f"{name} {value} has no effect: {why}" for name, value in given.items()]
 
 
 def _about_average(sigma_rel: float, off: float) -> str:
