@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from genjax import DataSpec
+from genjax import DataSpec, flow_matching
 from genjax.cli.of_runs import _idle
 from genjax.families.rnn import rnn
 from genjax.learning.optim import Optimizer
@@ -118,6 +118,23 @@ def test_sampling_says_what_of_its_flags_has_no_effect_and_it_has_none(how, said
     here = {name: value for name, value in how.items() if name not in idle}
     same = (drawn(3, **how) == drawn(0, **here)).all()
     assert same == bool(said)
+
+
+@pytest.mark.slow
+def test_an_adaptive_solver_chooses_its_own_steps():
+    how = Decoding(solver="adaptive", n_steps=3, grid="karras")
+    assert _idle(how, 1) == [
+        "n_steps 3 has no effect: the solver adaptive chooses its own steps",
+        "grid karras has no effect: the solver adaptive chooses its own steps",
+    ]
+    assert _idle(how, 1, film=True) == _idle(Decoding(solver="heun", n_steps=3), 1) == []
+    model = flow_matching(DataSpec((2,), "continuous"), hidden=(4,))
+    params, state = model.init(jax.random.key(0))
+    draws = [
+        samples.draw(model, params, state, jax.random.key(1), 8, None, one)
+        for one in (how, Decoding(solver="adaptive"))
+    ]
+    np.testing.assert_array_equal(*draws)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from genjax.errors import GenjaxError, MemoryExhausted, out_of_memory
 _STEP = "Take a smaller --batch-size or more --microbatches, or --remat full where there is one."
 # What makes the arrays of a command smaller; `train` and `sweep` say so themselves.
 SMALLER = {
-    "sample": "Draw fewer with --n, and several times with other seeds.",
+    "sample": "Draw fewer with --n, and several times with other seeds; of --beams take fewer.",
     "evaluate": "Take fewer at a time with --batch-size, or fewer in all with --n.",
     "bench": _STEP,
     "compile": _STEP,

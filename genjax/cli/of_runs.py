@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from genjax.cli.file_names import free, report_name, report_path, sample_stem, unused
+from genjax.cli.file_names import free, report_name, report_path, sample_stem, unused_png
 from genjax.cli.flags import group
 from genjax.cli.terminal import check_count, check_seed, counter, plain, print_table, say
 from genjax.errors import ConfigError, replacing
@@ -89,7 +89,7 @@ def sample(args: list[str]) -> None:
     n = options.n or (10 if few else 64)
     cond = condition_of(spec, options.cond, n)
     key = jax.random.key(options.seed)
-    for line in _idle(how, options.seed):
+    for line in _idle(how, options.seed, options.film):
         print(line)
     found = runs.sample(loaded, key, n, cond, options.means, how, options.film)
     x = found[-1] if options.film else found
@@ -202,8 +202,12 @@ def _sample_flags(model: "Model | None", tracks: bool = False) -> dict[str, tupl
     return {name: entry for name, entry in flags.items() if name in applies}
 
 
-def _idle(how: "Decoding", seed: int) -> list[str]:
+def _idle(how: "Decoding", seed: int, film: bool = False) -> list[str]:
     """What was asked for and does nothing beside the rest, a line each."""
+    if how.solver == "adaptive":  # the steps of a film are where it shows the way
+        given = {} if film else {"n_steps": how.n_steps, "grid": how.grid}
+        why = "the solver adaptive chooses its own steps"
+        return [f"{name} {value} has no effect: {why}" for name, value in given.items() if value]
     why, idle = None, ()
     if how.beams is not None:
         why = "a search with beams draws nothing"
@@ -386,7 +390,7 @@ def compare(args: list[str]) -> None:
         runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
         """The run folders, two or more."""
         out: Path = Path("compare.png")
-        """Where the picture of their curves is written."""
+        """Where the picture of their curves is written, as PNG."""
 
     options = tyro.cli(Compare, prog="genjax compare", args=args)
     from genjax.runs import compare as comparing
@@ -412,6 +416,6 @@ def compare(args: list[str]) -> None:
     if picture is None:
         print("no picture: these runs have no metric in common")
         return
-    out = unused(options.out)
+    out = unused_png(options.out)
     pictures.save(picture, out)
     print(plain(f"written: {out}"))

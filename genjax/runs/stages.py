@@ -21,7 +21,8 @@ from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.checksums import CHECKSUMS
 from genjax.protocol import DataSpec, Trained
 from genjax.runs.best import ended_early
-from genjax.runs.folder import read_config, read_spec, recipe_in
+from genjax.runs.folder import is_there, nothing_trained, read_config, read_spec, recipe_in
+from genjax.zoo import ZOO
 from genjax.zoo.recipe import Recipe
 from genjax.zoo.sections import sections_of
 
@@ -123,6 +124,34 @@ def how_to_train(recipe: Recipe) -> str:
         f"`genjax train {recipe.first}{out}` makes it, and `genjax train {recipe.name}{data} "
         "--first` trains both."
     )
+
+
+def first_to_train(recipe: Recipe) -> Recipe | None:
+    """What is to be trained before a recipe that stands on it: the row of the zoo or, where that
+    was begun, the run that is there, with its own settings; None where it is trained to its end.
+
+    Raises:
+        ConfigError: if the recipe stands on no other run, or on none that is known.
+        CheckpointError: for a folder that cannot be read.
+    """
+    folder = Path(recipe.data)
+    there = is_run(recipe.data) and is_there(folder / "config.json")
+    if there and not nothing_trained(folder):
+        begun = recipe_in(folder)
+        step = max(Checkpoints(folder / "checkpoints").steps(), default=0)
+        done = step >= begun.schedule.steps or ended_early(folder, begun.schedule, step)
+        return None if done else begun
+    if not is_run(recipe.data):
+        raise ConfigError(
+            f"{recipe.name} on {recipe.data} stands on no other run: leave --first out, or give "
+            "--data runs/NAME."
+        )
+    if recipe.first is None:
+        raise ConfigError(
+            f"{folder} is not there, and of {recipe.name} --first does not know what to train "
+            f"there. {how_to_train(recipe)}"
+        )
+    return ZOO[recipe.first]
 
 
 def checkpoint_hash(folder: Path, step: int) -> str:
