@@ -3,6 +3,7 @@ written.
 """
 
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from program import refused
 
+import genjax.cli
 from genjax.data.labels import condition_of
 from genjax.errors import ConfigError
 from genjax.protocol import DataSpec
@@ -192,3 +194,15 @@ def test_conditions_that_are_no_classes(text: str) -> None:
     spec = DataSpec((2,), "continuous", n_classes=3)
     with pytest.raises(ConfigError, match="--cond takes"):
         condition_of(spec, text, 5)
+
+
+def test_streams_that_are_closed_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `genjax list >&-` has it: Python then has None for them."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    genjax.cli.main(["list"])
+    with pytest.raises(SystemExit) as stopped:
+        genjax.cli.main(["sample", "nowhere"])
+    sys.stdout.close()
+    sys.stderr.close()
+    assert stopped.value.code == 2

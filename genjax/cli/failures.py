@@ -87,8 +87,12 @@ class _Warnings(logging.Handler):
 @contextlib.contextmanager
 def streams() -> Iterator[None]:
     """Have a terminal that has not all characters show the others as escapes, and warnings shown
-    like errors.
+    like errors. What was closed (`genjax list >&-`) takes everything and shows nothing.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            setattr(sys, name, os.fdopen(nowhere, "w", encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
