@@ -227,7 +227,7 @@ def _axes_in(args: Sequence[str]) -> tuple[dict[str, list[float]], list[str]]:
 def _sweep(args: list[str]) -> None:
     flags, others = _axes_in(args)
     recipe, row, options = parse_recipe("sweep", others, _Sweep)
-    axes = axes_of(recipe, flags, _Sweep)
+    axes = axes_of(recipe, row.on(recipe.data), flags, _Sweep)
     from genjax.cli.progress import console
     from genjax.runs.folder import default_folder
     from genjax.runs.sweeps import check_axes, run_sweep

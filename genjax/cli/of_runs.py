@@ -408,7 +408,9 @@ def compare(args: list[str]) -> None:
     if figures:
         print_table("figures", columns, figures)
     for run in runs:
-        if not run.reports:
+        if any(name.startswith("sweep.") for name in run.settings):
+            say(f"{run.name} is a sweep: the figures of its members are in its results.json")
+        elif not run.reports:
             say(f"{run.name} was never evaluated: genjax evaluate writes its figures")
     for line in comparing.incomparable(runs):
         say(f"not to be compared: {line}")
