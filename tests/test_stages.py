@@ -132,6 +132,20 @@ def test_a_run_without_latents_or_of_another_family_is_refused(stages, tmp_path)
 
 
 @pytest.mark.slow
+def test_settings_of_the_first_stage_that_were_edited_are_refused(stages, tmp_path):
+    """The parameters fit another activation as well, and the figures would be others."""
+    shutil.copytree(stages / "prior", tmp_path / "prior")
+    path = tmp_path / "prior" / "first" / "config.json"
+    text = path.read_text()
+    path.write_text(text.replace('"activation": "gelu"', '"activation": "relu"'))
+    assert path.read_text() != text
+    with pytest.raises(ConfigError, match=r"is not the one that .*prior was trained with"):
+        load(tmp_path / "prior")
+    path.write_text(text)
+    assert load(tmp_path / "prior").step == 4
+
+
+@pytest.mark.slow
 def test_a_first_stage_that_is_there_keeps_its_own_settings(stages, tmp_path):
     """It may have been trained with others than the row's: it is left alone, or gone on with."""
     prior = dataclasses.replace(ZOO["vae-flow-prior"], data=str(tmp_path / "vae"))

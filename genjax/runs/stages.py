@@ -156,10 +156,15 @@ def first_to_train(recipe: Recipe) -> Recipe | None:
 
 def checkpoint_hash(folder: Path, step: int) -> str:
     """The SHA-256 of a run's settings and of the checksums of a checkpoint, so of all its bytes."""
-    checksums = Checkpoints(folder / "checkpoints").folder / str(step) / CHECKSUMS
-    found = hashlib.sha256((folder / "config.json").read_bytes())
-    found.update(checksums.read_bytes())
-    return found.hexdigest()
+    return _hash(folder / "config.json", _checksums(folder, step))
+
+
+def _checksums(folder: Path, step: int) -> Path:
+    return Checkpoints(folder / "checkpoints").folder / str(step) / CHECKSUMS
+
+
+def _hash(*paths: Path) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def keep(folder: Path, stage: Opened) -> None:
@@ -177,6 +182,8 @@ def keep(folder: Path, stage: Opened) -> None:
         for name in ("config.json", "spec.json"):
             if (origin / name).exists():  # the earliest runs kept no spec, see `read_spec`
                 shutil.copyfile(origin / name, part / name)
+        # With these the hash can be found again, see `kept`.
+        shutil.copyfile(_checksums(origin, stage.first["step"]), part / CHECKSUMS)
         if (origin / KEPT).is_dir():
             shutil.copytree(origin / KEPT, part / KEPT)
         part.rename(folder / KEPT)
@@ -202,5 +209,12 @@ def kept(folder: Path, depth: int = 0) -> tuple[DataSpec | Trained, Recipe]:
     if not (folder / KEPT / "config.json").is_file():
         raise ConfigError(f"{folder} is damaged: it has no {KEPT}/config.json, of its first stage.")
     on, owner = kept(folder / KEPT, depth + 1)
-    model = recipe_in(folder / KEPT).build(on)
+    about, own = values["first"], folder / KEPT
+    known = isinstance(about, dict) and is_there(own / CHECKSUMS)  # earlier runs kept none
+    if known and _hash(own / "config.json", own / CHECKSUMS) != about.get("hash"):
+        raise ConfigError(
+            f"{own / 'config.json'} is not the one that {folder} was trained with. Bring the old "
+            "file back."
+        )
+    model = recipe_in(own).build(on)
     return Trained(model, *model.init(jax.random.key(0))), owner
