@@ -3,6 +3,7 @@ written.
 """
 
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from program import refused
 
+import genjax.cli
 from genjax.data.labels import condition_of
 from genjax.errors import ConfigError
 from genjax.protocol import DataSpec
@@ -38,7 +40,7 @@ from genjax.zoo import ZOO
         ("train vae --batch-size 5000", "batch_size=5000 is more than the 1257 examples there are"),
         ("train vae --microbatches 5", "A batch of 128 does not divide into 5 equal microbatches."),
         ("sweep vae --latent-dim 2,4", "--latent-dim cannot be swept in one program"),
-        ("sweep vae --learning-rate 1,x", "takes numbers separated by commas; got '1,x'"),
+        ("sweep vae --learning-rate 1,x", "takes finite numbers separated by commas; got '1,x'"),
         ("sweep vae-mnist --augment flip,wrong", "augment"),
         ("train vae --mesh data=²", "A mesh is written as data=4,fsdp=2"),
         ("train vae --mesh member=8", "Share its batch with data in the place of member"),
@@ -46,7 +48,11 @@ from genjax.zoo import ZOO
         ("compile vae --topology cuda --mesh data=2", "leave out --mesh"),
         (
             "sweep vae --learning-rate 1e-3,fast",
-            "--learning-rate takes numbers separated by commas; got '1e-3,fast'.",
+            "--learning-rate takes finite numbers separated by commas; got '1e-3,fast'.",
+        ),
+        (
+            "sweep vae --learning-rate 1e-3,1e-2 --optimizer.learning-rate 0.1",
+            "--learning-rate is given one value, 0.1, and several to sweep over: leave one of them",
         ),
         ("sweep vae --seeds 0", "--seeds must be at least 1; got 0."),
         ("sample nowhere", "nowhere is not a run folder: it has no config.json."),
@@ -192,3 +198,15 @@ def test_conditions_that_are_no_classes(text: str) -> None:
     spec = DataSpec((2,), "continuous", n_classes=3)
     with pytest.raises(ConfigError, match="--cond takes"):
         condition_of(spec, text, 5)
+
+
+def test_streams_that_are_closed_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `genjax list >&-` has it: Python then has None for them."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    genjax.cli.main(["list"])
+    with pytest.raises(SystemExit) as stopped:
+        genjax.cli.main(["sample", "nowhere"])
+    sys.stdout.close()
+    sys.stderr.close()
+    assert stopped.value.code == 2

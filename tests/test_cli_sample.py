@@ -11,8 +11,9 @@ import pytest
 from program import refused
 
 import genjax.cli
-from genjax.cli.file_names import free
+from genjax.cli.file_names import free, unused_png
 from genjax.cli.of_runs import SAMPLE_FLAGS
+from genjax.errors import ConfigError
 from genjax.families.gan import gan
 from genjax.runs import samples
 from genjax.runs.samples import Decoding
@@ -99,6 +100,18 @@ def test_an_ending_that_samples_get_anyway_is_not_doubled(
     tmp_path: Path, given: str, stem: str
 ) -> None:
     assert free(tmp_path / given, {}) == tmp_path / stem
+
+
+@pytest.mark.parametrize("given", ["", ".", "..", "/", "a/.."])
+def test_what_is_no_name_of_a_file_is_refused(given: str) -> None:
+    for named in (lambda path: free(path, {}), unused_png):
+        with pytest.raises(ConfigError, match=r"--out takes the name of a file, such as .*NAME; '"):
+            named(Path(given))
+
+
+def test_a_picture_of_curves_is_called_a_png(tmp_path: Path) -> None:
+    named = {given: unused_png(tmp_path / given).name for given in ("a", "a.png", "a.pdf", "b.PNG")}
+    assert list(named.values()) == ["a.png", "a.png", "a.pdf.png", "b.PNG"]
 
 
 def test_help_about_what_is_no_run_says_so(

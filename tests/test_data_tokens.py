@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import shlex
 import subprocess
 
 import numpy as np
@@ -263,12 +264,13 @@ def test_a_stream_is_trained_on_and_sampled(tmp_path, monkeypatch, row):
 
 
 def test_a_batch_of_cifar_is_no_stream_of_ids(tmp_path):
-    rng = np.random.default_rng(0)
+    rng, folder = np.random.default_rng(0), tmp_path / "my pictures"
+    folder.mkdir()
     records = rng.integers(0, 256, (40, 3073)).astype(np.uint8)
     records[:, 0] = np.arange(40) % 10
     for name in ("data_batch_1.bin", "test_batch.bin"):
-        records.tofile(tmp_path / name)
+        records.tofile(folder / name)
     with pytest.raises(DataError, match=r"CIFAR's pictures.*--data") as caught:
-        open_source(str(tmp_path / "data_batch_1.bin"), vocab_size=2**16)
-    advised = str(caught.value).rpartition("--data ")[2]
+        open_source(str(folder / "data_batch_1.bin"), vocab_size=2**16)
+    (advised,) = shlex.split(str(caught.value).rpartition("--data ")[2])
     assert open_source(advised).spec.shape == (32, 32, 3)

@@ -1,4 +1,4 @@
-"""Settings of an optimiser that do nothing beside the others are said."""
+"""Settings that do nothing beside the others are said."""
 
 import dataclasses
 
@@ -8,7 +8,14 @@ import numpy as np
 import optax
 import pytest
 
+from genjax import DataSpec, flow_matching
+from genjax.cli.of_runs import _idle
+from genjax.families.rnn import rnn
 from genjax.learning.optim import Optimizer
+from genjax.runs import samples
+from genjax.runs.evaluate import evaluate
+from genjax.runs.load import load
+from genjax.runs.samples import Decoding
 from genjax.runs.sweeps import run_sweep
 from genjax.runs.train import about_settings, train
 from genjax.zoo import ZOO
@@ -75,6 +82,67 @@ def test_evaluations_of_a_model_without_a_score_are_said_to_have_no_effect(tmp_p
         said.count("evaluate_every 1 has no effect: gan-ring has no log-probability and no bound")
         == 1
     )
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"beams": 2}, ["seed 3 has no effect: a search with beams draws nothing"]),
+        (
+            {"temperature": 0.0, "top_k": 2, "repetition_penalty": 1.2},
+            [
+                "top_k 2 has no effect: temperature 0 takes the most probable token",
+                "seed 3 has no effect: temperature 0 takes the most probable token",
+            ],
+        ),
+        (
+            {"top_k": 1, "temperature": 2.0},
+            [
+                "temperature 2.0 has no effect: top_k 1 takes the most probable token",
+                "seed 3 has no effect: top_k 1 takes the most probable token",
+            ],
+        ),
+        ({"top_k": 2, "temperature": 0.5}, []),
+    ],
+)
+def test_sampling_says_what_of_its_flags_has_no_effect_and_it_has_none(how, said):
+    assert _idle(Decoding(**how), 3) == said
+    model = rnn(DataSpec((5,), "tokens", levels=4, step="token"), d_embed=2, d_hidden=3)
+    params, state = model.init(jax.random.key(0))
+    idle = {line.split()[0] for line in said}
+
+    def drawn(seed, **how):
+        key = jax.random.key(seed)
+        return samples.draw(model, params, state, key, 64, None, Decoding(**how))
+
+    here = {name: value for name, value in how.items() if name not in idle}
+    same = (drawn(3, **how) == drawn(0, **here)).all()
+    assert same == bool(said)
+
+
+@pytest.mark.slow
+def test_an_adaptive_solver_chooses_its_own_steps():
+    how = Decoding(solver="adaptive", n_steps=3, grid="karras")
+    assert _idle(how, 1) == [
+        "n_steps 3 has no effect: the solver adaptive chooses its own steps",
+        "grid karras has no effect: the solver adaptive chooses its own steps",
+    ]
+    assert _idle(how, 1, film=True) == _idle(Decoding(solver="heun", n_steps=3), 1) == []
+    model = flow_matching(DataSpec((2,), "continuous"), hidden=(4,))
+    params, state = model.init(jax.random.key(0))
+    draws = [
+        samples.draw(model, params, state, jax.random.key(1), 8, None, one)
+        for one in (how, Decoding(solver="adaptive"))
+    ]
+    np.testing.assert_array_equal(*draws)
+
+
+@pytest.mark.slow
+def test_evaluation_of_a_model_without_a_score_says_that_batches_have_no_effect(tmp_path):
+    row, said = replace(ZOO["gan-ring"], hidden=(4,), steps=2), []
+    train(row, tmp_path / "run", say=str)
+    evaluate(load(tmp_path / "run"), batch_size=7, say=said.append)
+    assert "batch_size 7 has no effect: gan-ring has no log-probability and no bound" in said
 
 
 @pytest.mark.slow

@@ -230,6 +230,12 @@ def test_a_rule_for_a_label_that_no_parameter_has_is_refused():
     Optimizer("adamw", weight_decay=0.1, decayed=("matrix", "dynamics")).build(10).init(params)
 
 
+def test_a_decay_of_no_label_is_refused_in_words_and_none_is_no_decay():
+    with pytest.raises(ConfigError, match=r"^decayed names no label.*set weight_decay to 0 for no"):
+        Optimizer("adamw", weight_decay=0.1, decayed=()).build(10)
+    Optimizer("adamw", decayed=()).build(10)
+
+
 def leaves_of(model, player):
     params = jax.eval_shape(model.init, jax.random.key(0))[0][player]
     return leaves_by_name(labels_of(params, model.labels, player))

@@ -244,6 +244,9 @@ def test_runs_of_one_name_are_told_apart_and_bad_folders_are_named(runs, tmp_pat
         ([str(a), str(tmp_path / "nowhere")], "is not a run folder"),
     ):
         assert message in refused(["compare", *args], capsys)
+    (tmp_path / "x" / "a" / "report.json").write_text('{"files": 7, "n": []}')
+    both = compare.read([tmp_path / "x" / "a", runs[1].folder])
+    assert all(isinstance(line, str) for line in compare.incomparable(both))
     (tmp_path / "x" / "a" / "report.json").write_text("[1")
     assert "report.json is damaged" in refused(
         ["compare", str(a), str(tmp_path / "x" / "a")], capsys

@@ -335,9 +335,8 @@ def test_of_many_rows_those_with_the_ends_of_an_axis_are_tried(wrong):
 
     def make(beta):
         tried.append(beta)
-        return training(
-            vae(DataSpec((2,), "continuous"), latent_dim=1, hidden=(4,), beta=beta), sgd(1.0)
-        )
+        model = vae(DataSpec((2,), "continuous"), latent_dim=1, hidden=(4,), beta=beta)
+        return training(model, optax.sgd(0.1))
 
     many = [*np.linspace(0.1, 1.0, 99), wrong, 0.5]
     with pytest.raises(ConfigError, match="sweep, where beta="):

@@ -282,7 +282,7 @@ def test_reading_metrics_leaves_out_a_last_line_that_was_cut(tmp_path: Path) -> 
     lines = [
         {"step": 1, "a/loss": 0.1},
         {"step": 2, "a/loss": float("nan")},
-        {"step": 3, "a/loss": [1.0, 2.0]},
+        {"step": 3, "b/loss": [1.0, 2.0]},
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     path = tmp_path / "metrics.jsonl"

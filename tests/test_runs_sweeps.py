@@ -1,6 +1,7 @@
 """Sweeps: members of one program, compared on the validation split."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from short_runs import tiny
 
+import genjax.cli
 from genjax.data import example_batch
 from genjax.errors import ConfigError
 from genjax.evaluation.estimates import score_examples, scorer
@@ -24,7 +26,9 @@ from genjax.zoo import ZOO
 
 
 @pytest.mark.slow
-def test_a_sweep_compares_its_members_on_the_validation_split(tmp_path: Path) -> None:
+def test_a_sweep_compares_its_members_on_the_validation_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A step size of nearly 0 learns nothing, a reasonable one something, and a huge one nothing
     finite.
     """
@@ -67,6 +71,12 @@ def test_a_sweep_compares_its_members_on_the_validation_split(tmp_path: Path) ->
     assert np.shape(lines[-1]["vae/loss"]) == (6,)
     with pytest.raises(ConfigError, match="is a sweep of several members"):
         load(tmp_path / "sweep")
+    shutil.copytree(tmp_path / "sweep", tmp_path / "other")
+    out = str(tmp_path / "curves.png")
+    genjax.cli.main(["compare", str(tmp_path / "sweep"), str(tmp_path / "other"), "--out", out])
+    told = capsys.readouterr().out
+    assert "other is a sweep: the figures of its members are in its results.json" in told
+    assert "never evaluated" not in told
     with pytest.raises(ConfigError, match=r"sweep\.seeds: there 2, now 3"):
         run_sweep(recipe, axes, 3, tmp_path / "sweep")
     said: list[str] = []

@@ -317,7 +317,7 @@ def test_axes_of_a_sweep_by_full_and_by_plain_names():
     args = "made-up --optimizer.b1 0.5,0.75 --optimizer.learning-rate=1e-3,3e-4 --fading 0.25,0.5"
     axes, others = _axes_in([*args.split(), "--seeds", "2"])
     assert others == ["made-up", "--seeds", "2"]
-    found = axes_of(ROW, axes, _Sweep)
+    found = axes_of(ROW, ROW, axes, _Sweep)
     assert found == {
         "optimizer.b1": [0.5, 0.75],
         "learning_rate": [1e-3, 3e-4],

@@ -16,10 +16,10 @@ from genjax.data import is_run, open_source
 from genjax.errors import ConfigError, DataError
 from genjax.learning.optim import Optimizer
 from genjax.runs.load import load
-from genjax.runs.stages import opened
+from genjax.runs.stages import first_to_train, opened
 from genjax.runs.train import train
 from genjax.zoo import ZOO
-from genjax.zoo.recipe import Schedule
+from genjax.zoo.recipe import Schedule, to_dict
 
 SCHEDULE = Schedule(
     steps=4, batch_size=8, evaluate_every=0, sample_every=4, checkpoint_every=2, steps_per_call=2
@@ -131,6 +131,33 @@ def test_a_run_without_latents_or_of_another_family_is_refused(stages, tmp_path)
     assert set(load(tmp_path / "runs" / "re").params) == {"flow", "teacher"}
 
 
+@pytest.mark.slow
+def test_settings_of_the_first_stage_that_were_edited_are_refused(stages, tmp_path):
+    """The parameters fit another activation as well, and the figures would be others."""
+    shutil.copytree(stages / "prior", tmp_path / "prior")
+    path = tmp_path / "prior" / "first" / "config.json"
+    text = path.read_text()
+    path.write_text(text.replace('"activation": "gelu"', '"activation": "relu"'))
+    assert path.read_text() != text
+    with pytest.raises(ConfigError, match=r"is not the one that .*prior was trained with"):
+        load(tmp_path / "prior")
+    path.write_text(text)
+    assert load(tmp_path / "prior").step == 4
+
+
+@pytest.mark.slow
+def test_a_first_stage_that_is_there_keeps_its_own_settings(stages, tmp_path):
+    """It may have been trained with others than the row's: it is left alone, or gone on with."""
+    prior = dataclasses.replace(ZOO["vae-flow-prior"], data=str(tmp_path / "vae"))
+    shutil.copytree(stages / "vae", tmp_path / "vae")
+    assert first_to_train(prior) is None
+    longer = tiny("vae", steps=6)
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(to_dict(longer)))
+    assert to_dict(first_to_train(prior)) == to_dict(longer)
+    other = dataclasses.replace(prior, data=str(tmp_path / "runs" / "none"))
+    assert first_to_train(other) is ZOO["vae"]
+
+
 def test_the_command_says_what_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     name = "vae-flow-prior"
@@ -140,6 +167,8 @@ def test_the_command_says_what_is_missing(tmp_path, monkeypatch, capsys):
     assert "leave --first out" in refused(["train", "vae", "--first"], capsys)
     said = refused(["train", "vae-flow-prior", "--data", "digits", "--first"], capsys)
     assert "on digits stands on no other run" in said
+    said = refused(["train", "flow-matching-2d", "--data", "runs/x", "--first"], capsys)
+    assert "runs/x is not there, and of flow-matching-2d --first does not know what to" in said
     for command in ("bench", "compile"):
         assert "stands on runs/vae, which is not there" in refused([command, name], capsys)
     said = refused(["bench", name, "--data", "runs/my own"], capsys)

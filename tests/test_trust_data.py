@@ -370,6 +370,10 @@ def test_changed_values_are_refused_by_evaluate_and_resume(there, capsys):
     said = refused(["evaluate", "run"], capsys)
     assert "The data are not those that run was trained on" in said
     assert "genjax evaluate run --data PATH" in said
+    (there / "run").rename(there / "my run")
+    said = refused(["evaluate", "my run"], capsys)
+    assert "genjax evaluate 'my run' --data PATH" in said
+    (there / "my run").rename(there / "run")
     assert report.read_bytes() == kept
     for steps in ("--steps 4", "--steps 6"):
         again = f"train vae --data mine.npz {SHORT.replace('--steps 4', steps)} --out run"

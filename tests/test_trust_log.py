@@ -114,6 +114,15 @@ def test_lines_out_of_order_or_of_one_step():
     assert bad == [b'{"step": 10, "a": 1}']
 
 
+def test_a_metric_has_as_many_members_as_in_the_first_line():
+    rows = [b'{"step": 1, "a": 1}', b'{"step": 2, "b": [1, 2]}', b'{"step": 3, "a": 2}']
+    other = [b'{"step": 4, "a": [1, 2]}', b'{"step": 5, "b": [1]}', b'{"step": 6, "b": 1}']
+    lines, bad = metrics_in(b"\n".join([*rows, *other]))
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert bad == other
+    pictures.curves(lines)
+
+
 def test_values_that_are_not_finite_cost_no_line():
     lines, bad = metrics_in(b'{"step": 1, "a": Infinity, "b": [NaN, 1.0], "c": 1e999}')
     assert bad == []

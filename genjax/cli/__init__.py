@@ -194,18 +194,16 @@ def _other_data(row: "Recipe", recipe: "Recipe") -> str:
 def _train_first(recipe: "Recipe", plain: bool | None) -> None:
     """Train what a recipe stands on, in the folder that it names, or go on with it."""
     from genjax.cli.progress import console
-    from genjax.data import is_run
+    from genjax.runs.stages import first_to_train
     from genjax.runs.train import train
-    from genjax.zoo import ZOO
 
-    if recipe.first is None or not is_run(recipe.data):
-        raise ConfigError(
-            f"{recipe.name} on {recipe.data} stands on no other run: leave --first out, or give "
-            "--data runs/NAME."
-        )
-    print(f"first: genjax train {recipe.first}, in {recipe.data}", flush=True)
-    with console(recipe.first, plain) as progress:
-        train(ZOO[recipe.first], Path(recipe.data), progress)
+    first = first_to_train(recipe)
+    if first is None:
+        say(f"first: {recipe.data} is trained already")
+        return
+    say(f"first: genjax train {first.name}, in {recipe.data}")
+    with console(first.name, plain) as progress:
+        train(first, Path(recipe.data), progress)
 
 
 def _axes_in(args: Sequence[str]) -> tuple[dict[str, list[float]], list[str]]:
@@ -229,7 +227,7 @@ def _axes_in(args: Sequence[str]) -> tuple[dict[str, list[float]], list[str]]:
 def _sweep(args: list[str]) -> None:
     flags, others = _axes_in(args)
     recipe, row, options = parse_recipe("sweep", others, _Sweep)
-    axes = axes_of(recipe, flags, _Sweep)
+    axes = axes_of(recipe, row.on(recipe.data), flags, _Sweep)
     from genjax.cli.progress import console
     from genjax.runs.folder import default_folder
     from genjax.runs.sweeps import check_axes, run_sweep

@@ -13,7 +13,7 @@ from genjax.errors import GenjaxError, MemoryExhausted, out_of_memory
 _STEP = "Take a smaller --batch-size or more --microbatches, or --remat full where there is one."
 # What makes the arrays of a command smaller; `train` and `sweep` say so themselves.
 SMALLER = {
-    "sample": "Draw fewer with --n, and several times with other seeds.",
+    "sample": "Draw fewer with --n, and several times with other seeds; of --beams take fewer.",
     "evaluate": "Take fewer at a time with --batch-size, or fewer in all with --n.",
     "bench": _STEP,
     "compile": _STEP,
@@ -87,8 +87,12 @@ class _Warnings(logging.Handler):
 @contextlib.contextmanager
 def streams() -> Iterator[None]:
     """Have a terminal that has not all characters show the others as escapes, and warnings shown
-    like errors.
+    like errors. What was closed (`genjax list >&-`) takes everything and shows nothing.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            setattr(sys, name, os.fdopen(nowhere, "w", encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

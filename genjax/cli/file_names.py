@@ -44,7 +44,11 @@ def sample_stem(options: Any, n: int, asked: dict[str, Any], arrays: dict[str, A
 def free(path: Path, arrays: dict[str, Any]) -> Path:
     """A name for samples that somebody gave, without an ending that they get anyway, and with a
     number where something else is there.
+
+    Raises:
+        ConfigError: for what is no name of a file.
     """
+    _check_name(path)
     stem = path.with_suffix("") if path.suffix.lower() in ENDINGS else path
     numbered = (stem.with_name(f"{stem.name}-{number}") for number in itertools.count(2))
     for candidate in itertools.chain([stem], numbered):
@@ -131,8 +135,23 @@ def _hashes(report: dict[str, Any]) -> list[Any]:
     return [one.get("sha256") for one in files if isinstance(one, dict)]
 
 
-def unused(path: Path) -> Path:
-    """The path, with a number where something is there already."""
+def _check_name(path: Path) -> None:
+    if path.name in ("", ".."):
+        raise ConfigError(
+            f"--out takes the name of a file, such as {path / 'NAME'}; {str(path)!r} is a folder."
+        )
+
+
+def unused_png(path: Path) -> Path:
+    """The path, which ends in .png as what is written is one, with a number where something is
+    there already.
+
+    Raises:
+        ConfigError: for what is no name of a file.
+    """
+    _check_name(path)
+    if path.suffix.lower() != ".png":
+        path = path.with_name(f"{path.name}.png")
     if not os.path.lexists(path):
         return path
     found = next(one for one in _numbered(path) if not os.path.lexists(one))

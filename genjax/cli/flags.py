@@ -141,23 +141,30 @@ def flags_of(recipe: "Recipe", options: type) -> "Settings":
 
 
 def axes_of(
-    recipe: "Recipe", axes: Mapping[str, list[float]], options: type
+    recipe: "Recipe", row: "Recipe", axes: Mapping[str, list[float]], options: type
 ) -> dict[str, list[float]]:
     """The axes of a sweep, given by flags, by the names that `replace` takes; what is no flag of
     a setting stays as it is.
 
     Raises:
-        ConfigError: see `as_shown`.
+        ConfigError: see `as_shown`; and for a setting that has another value than the zoo's `row`
+            of these data has it, and values to sweep over as well.
     """
     from genjax.zoo.sections import settings_of
 
-    settings = flags_of(recipe, options)
+    settings, own = flags_of(recipe, options), settings_of(row)
     names = {setting.full: name for name, setting in settings_of(recipe).items()}
     found = {}
     for given, values in axes.items():
         (shown,) = as_shown([f"--{given}"], settings, options)
         setting = settings.get(shown[2:])
-        found[given.replace("-", "_") if setting is None else names[setting.full]] = values
+        name = given.replace("-", "_") if setting is None else names[setting.full]
+        if setting is not None and setting.value != own[name].value:
+            raise ConfigError(
+                f"{shown} is given one value, {setting.value}, and several to sweep over: leave "
+                "one of them out."
+            )
+        found[name] = values
     return found
 
 

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from genjax.cli.file_names import free, report_name, report_path, sample_stem, unused
+from genjax.cli.file_names import free, report_name, report_path, sample_stem, unused_png
 from genjax.cli.flags import group
 from genjax.cli.terminal import check_count, check_seed, counter, plain, print_table, say
 from genjax.errors import ConfigError, replacing
 
 if TYPE_CHECKING:
     from genjax.protocol import Model
+    from genjax.runs.samples import Decoding
 
 TEXTS_SHOWN = 20  # how many samples of text the terminal shows; the file has all of them
 
@@ -88,6 +89,8 @@ def sample(args: list[str]) -> None:
     n = options.n or (10 if few else 64)
     cond = condition_of(spec, options.cond, n)
     key = jax.random.key(options.seed)
+    for line in _idle(how, options.seed, options.film):
+        print(line)
     found = runs.sample(loaded, key, n, cond, options.means, how, options.film)
     x = found[-1] if options.film else found
     arrays: dict[str, Any] = {"x": as_values(x, spec.values)}
@@ -197,6 +200,26 @@ def _sample_flags(model: "Model | None", tracks: bool = False) -> dict[str, tupl
     applies |= {"means"} if shows_means(model) else set()
     applies |= {"film"} if has_film(model) else set()
     return {name: entry for name, entry in flags.items() if name in applies}
+
+
+def _idle(how: "Decoding", seed: int, film: bool = False) -> list[str]:
+    """What was asked for and does nothing beside the rest, a line each."""
+    if how.solver == "adaptive":  # the steps of a film are where it shows the way
+        given = {} if film else {"n_steps": how.n_steps, "grid": how.grid}
+        why = "the solver adaptive chooses its own steps"
+        return [f"{name} {value} has no effect: {why}" for name, value in given.items() if value]
+    why, idle = None, ()
+    if how.beams is not None:
+        why = "a search with beams draws nothing"
+    elif how.temperature == 0:
+        why, idle = "temperature 0 takes the most probable token", ("top_k", "top_p", "min_p")
+    elif how.top_k == 1:
+        why, idle = "top_k 1 takes the most probable token", ("temperature", "top_p", "min_p")
+    if why is None:
+        return []
+    given = {name: value for name, value in how.asked().items() if name in idle}
+    given |= {"seed": seed} if seed else {}
+    return [f"{name} {value} has no effect: {why}" for name, value in given.items()]
 
 
 def _about_average(sigma_rel: float, off: float) -> str:
@@ -367,7 +390,7 @@ def compare(args: list[str]) -> None:
         runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
         """The run folders, two or more."""
         out: Path = Path("compare.png")
-        """Where the picture of their curves is written."""
+        """Where the picture of their curves is written, as PNG."""
 
     options = tyro.cli(Compare, prog="genjax compare", args=args)
     from genjax.runs import compare as comparing
@@ -385,7 +408,9 @@ def compare(args: list[str]) -> None:
     if figures:
         print_table("figures", columns, figures)
     for run in runs:
-        if not run.reports:
+        if any(name.startswith("sweep.") for name in run.settings):
+            say(f"{run.name} is a sweep: the figures of its members are in its results.json")
+        elif not run.reports:
             say(f"{run.name} was never evaluated: genjax evaluate writes its figures")
     for line in comparing.incomparable(runs):
         say(f"not to be compared: {line}")
@@ -393,6 +418,6 @@ def compare(args: list[str]) -> None:
     if picture is None:
         print("no picture: these runs have no metric in common")
         return
-    out = unused(options.out)
+    out = unused_png(options.out)
     pictures.save(picture, out)
     print(plain(f"written: {out}"))

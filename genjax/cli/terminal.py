@@ -80,7 +80,7 @@ def numbers(flag: str, value: str) -> list[float]:
     except ValueError:
         found = []
     if not found or not all(map(math.isfinite, found)):
-        raise ConfigError(f"{flag} takes numbers separated by commas; got {value!r}.")
+        raise ConfigError(f"{flag} takes finite numbers separated by commas; got {value!r}.")
     return found
 
 

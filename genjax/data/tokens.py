@@ -5,6 +5,7 @@ arrays, and the vocabulary beside them.
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -319,7 +320,7 @@ def _mapped(where: str, dtype: str) -> np.ndarray:
     if _CIFAR.fullmatch(name) or _CIFAR_100.get(name) == size:
         raise DataError(
             f"{where}: expected token ids; this is a batch of CIFAR's pictures, by its name. Give "
-            f"the folder that it is in: --data {Path(where).parent}"
+            f"the folder that it is in: --data {shlex.quote(str(Path(where).parent))}"
         )
     for mark, called in _MARKS.items():
         if start.startswith(mark):

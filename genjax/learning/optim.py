@@ -259,9 +259,9 @@ class Optimizer:
             turns: updates of that player within one optimiser step, see `Model.turns`.
 
         Raises:
-            ConfigError: for a decay that the algorithm does not have, a warm-up as long as the run,
-                or `decayed` and `rates` of a label that does not exist; and from the transform's
-                `init`, for a parameter with a label that no rule covers.
+            ConfigError: for a decay that the algorithm does not have, or of nothing, a warm-up as
+                long as the run, or `decayed` and `rates` of a label that does not exist; and from
+                the transform's `init`, for a parameter with a label that no rule covers.
 
         Example:
             >>> from genjax import training, vae, DataSpec
@@ -295,6 +295,11 @@ class Optimizer:
             parts.append(track_powers(self.sigma_rels))
         tx = optax.chain(*parts) if len(parts) > 1 else parts[0]
         covered = {*LABELS, *self.decayed, *factors}
+        if not self.decayed and used(self.weight_decay):
+            raise ConfigError(
+                "decayed names no label, so that weight_decay would change nothing: set "
+                "weight_decay to 0 for no decay at all, or name labels: decayed=('matrix',)."
+            )
         decays = self.decayed != ("matrix", "embedding") and used(self.weight_decay)
         meant = [(name,) for name in factors] + ([self.decayed] if decays else [])
         if not labels and not meant:

@@ -146,9 +146,10 @@ def incomparable(runs: Sequence[Compared]) -> list[str]:
             values = dict.fromkeys(_text(report.get(what, MISSING)) for report in reports)
             if len(values) > 1:
                 said.append(f"{name} is not of the same {what}: {'; '.join(values)}")
+        files = [report.get("files") for report in reports]
         hashes = [
-            tuple(str(_get(one, "sha256")) for one in report.get("files") or ())
-            for report in reports
+            tuple(str(_get(one, "sha256")) for one in listed) if isinstance(listed, list) else ()
+            for listed in files
         ]
         if len(set(hashes)) > 1:
             said.append(f"{name} is not of the same files of data")

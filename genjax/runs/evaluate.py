@@ -44,6 +44,8 @@ from genjax.zoo import ZOO
 from genjax.zoo.recipe import config_hash, parameters_of, to_dict
 from genjax.zoo.sections import sections_of
 
+BATCH_SIZE = 100  # examples at a time, unless given
+
 
 def as_evaluated(run: Loaded, n_samples: int | None = None) -> Loaded:
     """A run with what its recipe says for evaluation, such as more samples in a bound, but for what
@@ -81,7 +83,7 @@ def evaluate(
     split: str = "test",
     n: int | None = None,
     seed: int = 0,
-    batch_size: int = 100,
+    batch_size: int = BATCH_SIZE,
     progress: Callable[[int, int], None] = lambda done, total: None,
     about_samples: bool = False,
     say: Callable[[str], None] = print,
@@ -116,6 +118,11 @@ def evaluate(
     check_setting("batch_size", batch_size, Count)
     key_of(seed)
     started, found = time.perf_counter(), {}
+    if run.model.score is None and batch_size != BATCH_SIZE:
+        say(
+            f"batch_size {batch_size} has no effect: {run.recipe.name} has no log-probability and "
+            "no bound"
+        )
     if source is None:
         source = trained_on = source_of(run)
     if run.model.score is not None:

@@ -29,7 +29,7 @@ def metrics_in(data: bytes) -> tuple[list[dict[str, Any]], list[bytes]]:
     are none, which a crash, another program or a hand may have left.
 
     Of several lines of one step the last one counts, and the others are among the bad ones unless
-    they say the same.
+    they say the same. So are lines with more or fewer members than the first.
     """
     found: dict[int, tuple[bytes, dict[str, Any]]] = {}
     bad = []
@@ -42,7 +42,18 @@ def metrics_in(data: bytes) -> tuple[list[dict[str, Any]], list[bytes]]:
         before, _ = found.get(line["step"], (text, None))
         bad += [before] if before != text else []
         found[line["step"]] = text, line
-    return [line for _, (_, line) in sorted(found.items())], bad
+    lines: list[dict[str, Any]] = []
+    members: dict[str, int | None] = {}
+    for _, (text, line) in sorted(found.items()):
+        own = {
+            name: len(value) if isinstance(value, list) else None for name, value in line.items()
+        }
+        if any(members.get(name, number) != number for name, number in own.items()):
+            bad.append(text)
+            continue
+        members |= own
+        lines.append(line)
+    return lines, bad
 
 
 def _metrics(text: bytes) -> dict[str, Any] | None:

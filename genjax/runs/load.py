@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import os
+import shlex
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -173,7 +174,8 @@ def source_of(run: Loaded) -> Source:
     """
     if run.data.data == MEMORY:
         return run.data.source()  # which says so
-    advice = f"`genjax evaluate {run.folder} --data PATH` scores other data of the same kind."
+    quoted = shlex.quote(str(run.folder))
+    advice = f"`genjax evaluate {quoted} --data PATH` scores other data of the same kind."
     for one in run.files or ():
         if not os.path.exists(one["path"]):
             raise DataError(

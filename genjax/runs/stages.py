@@ -21,7 +21,8 @@ from genjax.learning.checkpoint import Checkpoints
 from genjax.learning.checksums import CHECKSUMS
 from genjax.protocol import DataSpec, Trained
 from genjax.runs.best import ended_early
-from genjax.runs.folder import read_config, read_spec, recipe_in
+from genjax.runs.folder import is_there, nothing_trained, read_config, read_spec, recipe_in
+from genjax.zoo import ZOO
 from genjax.zoo.recipe import Recipe
 from genjax.zoo.sections import sections_of
 
@@ -125,12 +126,45 @@ def how_to_train(recipe: Recipe) -> str:
     )
 
 
+def first_to_train(recipe: Recipe) -> Recipe | None:
+    """What is to be trained before a recipe that stands on it: the row of the zoo or, where that
+    was begun, the run that is there, with its own settings; None where it is trained to its end.
+
+    Raises:
+        ConfigError: if the recipe stands on no other run, or on none that is known.
+        CheckpointError: for a folder that cannot be read.
+    """
+    folder = Path(recipe.data)
+    there = is_run(recipe.data) and is_there(folder / "config.json")
+    if there and not nothing_trained(folder):
+        begun = recipe_in(folder)
+        step = max(Checkpoints(folder / "checkpoints").steps(), default=0)
+        done = step >= begun.schedule.steps or ended_early(folder, begun.schedule, step)
+        return None if done else begun
+    if not is_run(recipe.data):
+        raise ConfigError(
+            f"{recipe.name} on {recipe.data} stands on no other run: leave --first out, or give "
+            "--data runs/NAME."
+        )
+    if recipe.first is None:
+        raise ConfigError(
+            f"{folder} is not there, and of {recipe.name} --first does not know what to train "
+            f"there. {how_to_train(recipe)}"
+        )
+    return ZOO[recipe.first]
+
+
 def checkpoint_hash(folder: Path, step: int) -> str:
     """The SHA-256 of a run's settings and of the checksums of a checkpoint, so of all its bytes."""
-    checksums = Checkpoints(folder / "checkpoints").folder / str(step) / CHECKSUMS
-    found = hashlib.sha256((folder / "config.json").read_bytes())
-    found.update(checksums.read_bytes())
-    return found.hexdigest()
+    return _hash(folder / "config.json", _checksums(folder, step))
+
+
+def _checksums(folder: Path, step: int) -> Path:
+    return Checkpoints(folder / "checkpoints").folder / str(step) / CHECKSUMS
+
+
+def _hash(*paths: Path) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def keep(folder: Path, stage: Opened) -> None:
@@ -148,6 +182,8 @@ def keep(folder: Path, stage: Opened) -> None:
         for name in ("config.json", "spec.json"):
             if (origin / name).exists():  # the earliest runs kept no spec, see `read_spec`
                 shutil.copyfile(origin / name, part / name)
+        # With these the hash can be found again, see `kept`.
+        shutil.copyfile(_checksums(origin, stage.first["step"]), part / CHECKSUMS)
         if (origin / KEPT).is_dir():
             shutil.copytree(origin / KEPT, part / KEPT)
         part.rename(folder / KEPT)
@@ -173,5 +209,12 @@ def kept(folder: Path, depth: int = 0) -> tuple[DataSpec | Trained, Recipe]:
     if not (folder / KEPT / "config.json").is_file():
         raise ConfigError(f"{folder} is damaged: it has no {KEPT}/config.json, of its first stage.")
     on, owner = kept(folder / KEPT, depth + 1)
-    model = recipe_in(folder / KEPT).build(on)
+    about, own = values["first"], folder / KEPT
+    known = isinstance(about, dict) and is_there(own / CHECKSUMS)  # earlier runs kept none
+    if known and _hash(own / "config.json", own / CHECKSUMS) != about.get("hash"):
+        raise ConfigError(
+            f"{own / 'config.json'} is not the one that {folder} was trained with. Bring the old "
+            "file back."
+        )
+    model = recipe_in(own).build(on)
     return Trained(model, *model.init(jax.random.key(0))), owner
