@@ -178,6 +178,19 @@ def test_a_long_film_shows_some_times_the_first_and_the_last_among_them() -> Non
     assert pictures.film(np.zeros((4, 2, 5)), DataSpec((5,), "continuous")) is None
 
 
+@pytest.mark.parametrize("log_prob", [None, lambda x: -np.square(x).sum(-1)])
+def test_a_film_from_wide_noise_shows_each_time_on_a_scale_of_its_own(log_prob) -> None:
+    points = np.random.default_rng(0).normal(size=(3, 400, 2)) * [[[80.0]], [[8.0]], [[1.0]]]
+    picture = pictures.film(points, DataSpec((2,), "continuous"), log_prob=log_prob)
+    assert picture is not None
+    widths = [np.ptp(axes.get_xlim()) for axes in picture.axes]
+    said = [axes.get_xlabel().split("\n") for axes in picture.axes]
+    assert [index for index, _ in said] == ["0", "1", "2"]
+    for width, (_, scale) in zip(widths, said, strict=True):
+        assert float(scale.removesuffix("x")) == pytest.approx(width / widths[-1], rel=0.15)
+    assert widths[0] > 60 * widths[-1]
+
+
 def test_metrics_of_one_kind_share_a_panel() -> None:
     lines = [
         {

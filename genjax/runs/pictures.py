@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 SPEED = "speed/"  # of the names of figures that are of the clock
+DOT = 5.0  # data that many times narrower than what else a panel shows are a dot in it
 LOG_PROBABILITIES = ("elbo", "iwae", "bound", "log_prob")
 
 
@@ -290,7 +291,8 @@ def film(
 
     Images have a row for each sample, and each column its own grey scale only if the data are
     continuous: values outside their range are cut off, as noise is. Points [n, 2] are one scatter a
-    column, all on the same scale. None for other data.
+    column, all on the same scale; where noise is so wide that the data would be a dot, each on its
+    own, whose factor over the last one's is named. None for other data.
 
     Args:
         log_prob: the true density of points, drawn behind them.
@@ -330,19 +332,25 @@ def _film_of_points(
     title: str,
     log_prob: Callable[[np.ndarray], Any] | None,
 ) -> "Figure":
-    """The times `shown` of x [steps + 1, n, 2], a scatter each, all on the same scale."""
+    """The times `shown` of x [steps + 1, n, 2], a scatter each, all on the same scale or, where
+    they shrink by more than `DOT`, each on its own.
+    """
+    last = _reach(x[-1])
+    factors = [max(_reach(x[index]) / last, 1.0) for index in shown]
+    alike = max(factors) <= DOT
     picture = empty(1.6 * len(shown) + 0.2, 2.2, layout="constrained")
     panels = np.ravel(picture.subplots(1, len(shown)))
-    for axes, index in zip(panels, shown, strict=True):
+    for axes, index, factor in zip(panels, shown, factors, strict=True):
         if log_prob is not None:
-            half = _reach(x[shown])
+            half = _reach(x[shown]) if alike else factor * last
             _density(axes, log_prob, half)
             axes.set(xlim=(-half, half), ylim=(-half, half), aspect="equal")
         else:
-            _crop(axes, x[shown])
+            _crop(axes, x[shown] if alike else x[index])
         axes.scatter(x[index, :, 0], x[index, :, 1], s=2, color=COLORS[1], alpha=0.5, linewidths=0)
         axes.set(xticks=[], yticks=[])
-        axes.set_xlabel(f"{index}", fontsize=8)
+        scale = "" if alike else f"\n{factor:.{0 if factor >= 10 else 1}f}x"
+        axes.set_xlabel(f"{index}{scale}", fontsize=8)
     picture.supxlabel(f"step of {len(x) - 1}", fontsize=8)
     if title:
         picture.suptitle(title, fontsize=9)
