@@ -235,7 +235,7 @@ def _fault_of_type(name: str, value: Any, hint: type) -> ConfigError | None:
     if right.get(hint, isinstance(value, hint)):
         return None
     called = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    wanted = called.get(hint, f"a {hint.__name__}")
+    wanted = called.get(hint, f"a {hint.__name__} (see {hint.__module__})")
     return ConfigError(f"{name} must be {wanted}; got {value!r}.")
 
 

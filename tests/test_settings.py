@@ -122,7 +122,7 @@ def test_values_that_are_what_the_annotation_says(hint, values):
         (Name | Record, 3.5, "no it called '3.5'"),
         (Finite | None, "high", "it must be a number; got 'high'"),
         (Finite | None, jnp.ones(3), "it must be a number; got"),
-        (Record, 3, "it must be a Record; got 3"),
+        (Record, 3, r"it must be a Record \(see .*test_settings\); got 3"),
     ],
 )
 def test_values_that_are_not(hint, value, match):

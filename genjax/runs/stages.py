@@ -62,7 +62,8 @@ def opened(recipe: Recipe, source: Source | None = None) -> Opened:
     folder = Path(recipe.data)
     if not (folder / "config.json").is_file():
         raise ConfigError(
-            f"{recipe.name} stands on {folder}, which is not there. {how_to_train(recipe)}"
+            f"{recipe.name} stands on {folder}, which is not there. {how_to_train(recipe)} "
+            "If it was moved, move it back: what began on it goes on with that folder alone."
         )
     from genjax.runs.load import load, source_of
 
