@@ -85,14 +85,15 @@ def own_net(network: Net | Network, call: Call, dtype: str = "float32") -> Net:
 
 def check_net(net: Net, call: Call, names: Sequence[str]) -> None:
     """Refuse a `Net` of one's own that keeps a state or returns another shape, which might pass
-    where values are broadcast. Of the inputs `names` those that the call lacks are None.
+    where values are broadcast. Of the inputs `names` those that the call lacks are None. A net may
+    be of another dtype than float32, so that those mix here.
 
     Raises:
         ConfigError: see above, and for one that fails.
     """
     given = dict(zip((name for name, _ in call.inputs), _inputs(call), strict=True))
     inputs = [given.get(name) for name in names]
-    with _explained("The Net", call):
+    with _explained("The Net", call), jax.numpy_dtype_promotion("standard"):
         params, state = jax.eval_shape(net.init, jax.random.key(0))
         if jax.tree.leaves(state):
             raise ConfigError(_with_state("The Net", call))
