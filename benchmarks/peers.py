@@ -7,6 +7,8 @@ installed (`own_step.environments`), and each side counts with the one that it i
 twins run in an interpreter that $GENJAX_TORCH_PYTHON names
 (`torch_twins.py`); before anything is timed, a twin has to give the loss and the norm of the
 gradient that genjax gives for the same parameters, data and noise.
+
+What a second machine wrote is kept as `results/peers_elsewhere.json`; the report has both.
 """
 
 import dataclasses

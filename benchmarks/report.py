@@ -11,6 +11,7 @@ from benchmarks import report_accelerator, report_costs, report_exact, tpus
 from benchmarks.common import machine, markdown, not_measured, percent, quartiles, read
 from benchmarks.report_results import (
     attack_text,
+    elsewhere_parts,
     makemore_parts,
     optimiser_parts,
     published_parts,
@@ -448,9 +449,11 @@ def main() -> None:
     nanogpt, generation = read("nanogpt"), read("generation")
     if nanogpt:
         parts += nanogpt_parts(nanogpt)
-    peers = read("peers")
+    peers, elsewhere = read("peers"), read("peers_elsewhere")
     if peers:
         parts += peers_parts(peers)
+    if elsewhere:
+        parts += elsewhere_parts(elsewhere)
     published = read("published")
     if published:
         parts += published_parts(published)
@@ -480,5 +483,5 @@ def main() -> None:
         text = _filled(text, "attack", attack_text(attack))
     overhead = read("overhead")
     if overhead and peers and any("ratio" in row for row in peers["rows"]):
-        text = _filled(text, "steps", steps_text(peers, overhead))
+        text = _filled(text, "steps", steps_text(peers, overhead, elsewhere))
     README.write_text(text)

@@ -7,7 +7,7 @@ import statistics
 import textwrap
 from typing import Any
 
-from benchmarks.common import machine, markdown, percent
+from benchmarks.common import machine, markdown, percent, quartiles
 from genjax.zoo import ZOO
 from genjax.zoo.catalogue import measured
 
@@ -257,21 +257,59 @@ def attack_text(found: dict[str, Any]) -> str:
     return textwrap.fill(" ".join(sentences), 100)
 
 
-def steps_text(peers: dict[str, Any], overhead: dict[str, Any]) -> str:
-    """What a step takes beside PyTorch and beside plain jax, at the rows' own size, in one
-    paragraph.
+def _beside_pytorch(peers: dict[str, Any]) -> tuple[list[dict[str, Any]], list[float], list[str]]:
+    """The rows of their own size that have a twin; of their ratios, with as many steps a dispatch
+    as a row has and with one, the geometric means, and the least and the most in words.
     """
     rows = [row for row in peers["rows"] if row["size"] == "small" and "ratio" in row]
     kinds = [[row[kind]["median"] for row in rows] for kind in ("ratio", "ratio_one_step")]
     means = [statistics.geometric_mean(ratios) for ratios in kinds]
-    spans = [f"{min(ratios):.2f} to {max(ratios):.2f}" for ratios in kinds]
+    return rows, means, [f"{min(ratios):.2f} to {max(ratios):.2f}" for ratios in kinds]
+
+
+def elsewhere_parts(peers: dict[str, Any]) -> list[str]:
+    """The part about the same rows beside PyTorch on another machine."""
+    rows, means, _ = _beside_pytorch(peers)
+    lines = [
+        [
+            f"`{row['recipe']}`",
+            f"{row['ms'][row['best']]['median']:.2f}",
+            f"{row['ms'][row['torch']['best']]['median']:.2f}",
+            quartiles(row["ratio"], ".2f"),
+            f"{row['ratio_one_step']['median']:.2f}",
+        ]
+        for row in rows
+    ]
+    return [
+        "### On another machine",
+        "",
+        f"The same, of the rows' own size, where a large product has {peers['peak_gflops']:.0f} "
+        f"GFLOP/s ({machine(peers)}).",
+        "",
+        markdown(["recipe", "genjax, ms", "PyTorch, ms", "ratio (quartiles)", "one step"], lines),
+        "",
+        f"Geometric means of the ratios: {means[0]:.2f}; with one step a dispatch {means[1]:.2f}.",
+        "",
+    ]
+
+
+def steps_text(
+    peers: dict[str, Any], overhead: dict[str, Any], elsewhere: dict[str, Any] | None
+) -> str:
+    """What a step takes beside PyTorch, on another machine too where that was measured, and beside
+    plain jax, at the rows' own size, in one paragraph.
+    """
+    rows, means, spans = _beside_pytorch(peers)
     by_hand = [case["ratio"]["median"] for case in overhead["step"]]
+    where = f"products at {peers['peak_gflops']:.0f} GFLOP/s"
+    if elsewhere:
+        _, also, _ = _beside_pytorch(elsewhere)
+        where += f"; {also[0]:.2f} and {also[1]:.2f} at {elsewhere['peak_gflops']:.0f}"
     sentence = (
         f"A step of {len(rows)} rows takes {means[0]:.2f} of PyTorch's time with as many steps a "
-        f"dispatch as the row has, {means[1]:.2f} with one (geometric means, each side under its "
-        f"best allocator; {spans[0]} and {spans[1]}; {peers['hardware']['cores']} cores with "
-        f"products at {peers['peak_gflops']:.0f} GFLOP/s, jax {peers['versions']['jax']}; others "
-        "in the notes), and "
+        f"dispatch as the row has, {means[1]:.2f} with one ({where}): geometric means, each side "
+        f"under its best allocator ({spans[0]} and {spans[1]}; {peers['hardware']['cores']} cores, "
+        f"jax {peers['versions']['jax']}; see the notes), "
         f"{percent(min(by_hand))} to {percent(max(by_hand))} over one by hand in plain jax."
     )
     return textwrap.fill(sentence, 110)
