@@ -76,10 +76,12 @@ def test_results_table_shows_every_family_as_measured() -> None:
 
 def test_its_sentences_about_speed_and_attacks_are_as_measured() -> None:
     peers, overhead, attack = read("peers"), read("overhead"), read("attack")
+    elsewhere = read("peers_elsewhere")
     assert peers
     assert overhead
     assert attack
-    assert steps_text(peers, overhead) in README
+    assert elsewhere
+    assert steps_text(peers, overhead, elsewhere) in README
     assert attack_text(attack) in README
     lists = attack["arguments"]  # each was refused, or is told to have been accepted
     assert lists["told"] + lists["accepted"] == lists["argument lists"]
