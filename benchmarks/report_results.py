@@ -307,9 +307,9 @@ def steps_text(
         where += f"; {also[0]:.2f} and {also[1]:.2f} at {elsewhere['peak_gflops']:.0f}"
     sentence = (
         f"A step of {len(rows)} rows takes {means[0]:.2f} of PyTorch's time with as many steps a "
-        f"dispatch as the row has, {means[1]:.2f} with one ({where}): geometric means, each side "
+        f"dispatch as the row has, {means[1]:.2f} with one ({where}): geometric means, each "
         f"under its best allocator ({spans[0]} and {spans[1]}; {peers['hardware']['cores']} cores, "
-        f"jax {peers['versions']['jax']}; see the notes), "
+        f"jax {peers['versions']['jax']}; see the notes), and "
         f"{percent(min(by_hand))} to {percent(max(by_hand))} over one by hand in plain jax."
     )
     return textwrap.fill(sentence, 110)
