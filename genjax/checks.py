@@ -47,13 +47,15 @@ def leaves_by_name(tree: PyTree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in found}
 
 
-def mismatch(given: PyTree, wanted: PyTree, most: int = 8) -> list[str]:
+def mismatch(
+    given: PyTree, wanted: PyTree, surplus: str = "not of this model", most: int = 8
+) -> list[str]:
     """How the names and shapes of a tree differ from what is wanted: a line for each leaf that is
     missing, surplus or of another shape, at most `most` of them; none if they agree.
     """
     found, needed = leaves_by_name(given), leaves_by_name(wanted)
     lines = [f"{name}: missing" for name in needed if name not in found]
-    lines += [f"{name}: not of this model" for name in found if name not in needed]
+    lines += [f"{name}: {surplus}" for name in found if name not in needed]
     for name, leaf in needed.items():
         shape = jnp.shape(found[name]) if name in found else leaf.shape
         if shape != leaf.shape:

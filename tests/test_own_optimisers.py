@@ -118,10 +118,34 @@ def test_what_an_optimiser_raises_is_explained(tx, said):
         jax.eval_shape(t.step, jax.eval_shape(t.init, jax.random.key(0)), BATCH)
 
 
-def test_a_state_of_another_optimiser_is_explained():
-    ts = jax.eval_shape(training(MODEL, optax.sgd(1e-3)).init, jax.random.key(0))
-    with pytest.raises(ConfigError, match="a state that the `init` of this training made"):
-        jax.eval_shape(training(MODEL, optax.adam(1e-3)).step, ts, BATCH)
+@pytest.mark.parametrize(
+    ("made", "stepped", "said"),
+    [
+        ("sgd", "adam", "0/count: missing"),
+        ("adam", "sgd", "0/count: not kept by this one"),  # SGD would pass it on without a word
+        ("momentum", "sgd", "0/trace/decoder/layers/0/bias: not kept"),
+    ],
+)
+def test_a_state_of_another_optimiser_is_refused_and_what_is_advised_works(made, stepped, said):
+    tx = {"sgd": optax.sgd(0.1), "adam": optax.adam(0.1), "momentum": optax.sgd(0.1, 0.9)}
+    ts = jax.eval_shape(training(MODEL, tx[made]).init, jax.random.key(0))
+    t, tx = training(MODEL, tx[stepped]), tx[stepped]
+    with pytest.raises(ConfigError, match=f"(?s)another optimiser of 'vae'.*{said}") as raised:
+        jax.eval_shape(t.step, ts, BATCH)
+    advised = "ts._replace(opt={**ts.opt, 'vae': tx.init(ts.params['vae'])})"
+    assert advised in str(raised.value)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), ts._replace(key=None))
+    ts = zeros._replace(key=jax.random.key(0))
+    jax.eval_shape(t.step, eval(advised), BATCH)
+
+
+def test_an_optimiser_that_begins_by_looking_at_values_takes_its_steps():
+    looking = optax.GradientTransformation(
+        lambda p: {"scale": jnp.asarray(float(jax.tree.leaves(p)[0].sum()))},
+        lambda updates, state, params=None: (updates, state),
+    )
+    t = training(MODEL, optax.chain(looking, optax.sgd(0.1)))
+    assert "vae/loss" in jax.eval_shape(t.step, t.init(jax.random.key(0)), BATCH)[1]
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from genjax.cli.terminal import check_count, check_seed, counter, plain, print_t
 from genjax.errors import ConfigError, replacing
 
 if TYPE_CHECKING:
-    from genjax.protocol import Model
+    from genjax.protocol import DataSpec, Model
     from genjax.runs.samples import Decoding
 
 TEXTS_SHOWN = 20  # how many samples of text the terminal shows; the file has all of them
@@ -89,7 +89,7 @@ def sample(args: list[str]) -> None:
     n = options.n or (10 if few else 64)
     cond = condition_of(spec, options.cond, n)
     key = jax.random.key(options.seed)
-    for line in _idle(how, options.seed, options.film):
+    for line in _idle(how, options.seed, spec, options.film):
         print(line)
     found = runs.sample(loaded, key, n, cond, options.means, how, options.film)
     x = found[-1] if options.film else found
@@ -202,7 +202,7 @@ def _sample_flags(model: "Model | None", tracks: bool = False) -> dict[str, tupl
     return {name: entry for name, entry in flags.items() if name in applies}
 
 
-def _idle(how: "Decoding", seed: int, film: bool = False) -> list[str]:
+def _idle(how: "Decoding", seed: int, spec: "DataSpec", film: bool = False) -> list[str]:
     """What was asked for and does nothing beside the rest, a line each."""
     if how.solver == "adaptive":  # the steps of a film are where it shows the way
         given = {} if film else {"n_steps": how.n_steps, "grid": how.grid}
@@ -216,6 +216,8 @@ def _idle(how: "Decoding", seed: int, film: bool = False) -> list[str]:
     elif how.top_k == 1:
         why, idle = "top_k 1 takes the most probable token", ("temperature", "top_p", "min_p")
     if why is None:
+        if how.top_k and spec.levels and how.top_k >= spec.levels:
+            return [f"top_k {how.top_k} has no effect: there are {spec.levels} tokens"]
         return []
     given = {name: value for name, value in how.asked().items() if name in idle}
     given |= {"seed": seed} if seed else {}

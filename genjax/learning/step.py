@@ -29,6 +29,7 @@ from genjax.checks import (
     check_model,
     check_per_example,
     loss_and_aux,
+    mismatch,
 )
 from genjax.errors import ConfigError, GenjaxError, first_line
 from genjax.learning.optim import averaged
@@ -112,6 +113,7 @@ def training(model: Model, tx: Optimizers) -> Training:
     def step_with(gradient: Gradient, ts: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         _check_one(ts)
         check_batch(model.spec, batch, model.any_length)
+        _check_optimizers(by_player, ts)
         batch, weight = _weighted(batch)
         metrics: Metrics = {}
         for index, player in enumerate(order):
@@ -171,6 +173,27 @@ def _check_one(ts: TrainState) -> None:
         )
 
 
+def _check_optimizers(by_player: dict[str, optax.GradientTransformation], ts: TrainState) -> None:
+    """Refuse a state of other optimisers: one that keeps nothing passes anything on as it came.
+
+    Raises:
+        ConfigError: with what is there and is not kept, or the other way round.
+    """
+    for player, tx in by_player.items():
+        try:
+            begun = jax.eval_shape(lambda p, tx=tx, player=player: _begun(tx, p, player), ts.params)
+        except ConfigError:  # of one that looks at the values, which a trace has not
+            continue
+        lines = mismatch(ts.opt[player], begun, "not kept by this one", most=3)
+        if lines:
+            raise ConfigError(
+                f"This state was made with another optimiser of {player!r} than the one that steps "
+                "here:\n  " + "\n  ".join(lines) + "\nStep it with the one that it was made with, "
+                f"or begin this one anew: ts._replace(opt={{**ts.opt, {player!r}: "
+                f"tx.init(ts.params[{player!r}])}}), of members with jax.vmap(tx.init)."
+            )
+
+
 def _updates(
     tx: optax.GradientTransformation, grads: PyTree, ts: TrainState, player: str, value: Array
 ) -> tuple[PyTree, PyTree]:
@@ -201,11 +224,10 @@ def _updates(
         raise ConfigError(
             f"The optimiser of {player!r} could not take a step ({first_line(error)}). It is given "
             f"the gradient of the mean loss by params[{player!r}], these parameters, `value`, that "
-            "loss, and the state that its own `init` made. Go on from a state that the `init` of "
-            "this training made, and take a transform that needs no more: optax.lookahead, whose "
-            "parameters have a form of their own, and what clips each example's gradient do. An "
-            "average of the weights, to sample and evaluate with, is kept by optax.chain(tx, "
-            "genjax.learning.optim.track_ema(0.999))."
+            "loss, and the state that its own `init` made. Take a transform that needs no more: "
+            "optax.lookahead, whose parameters have a form of their own, and what clips each "
+            "example's gradient do. An average of the weights, to sample and evaluate with, is "
+            "kept by optax.chain(tx, genjax.learning.optim.track_ema(0.999))."
         ) from error
 
 
