@@ -68,10 +68,10 @@ class Args:
     `pixels` cached
     sampling beside whole passes, `attack`
     what kills, damage and random arguments do (`names`: kills, checkpoints, files, folders,
-    arguments), `optimisers` losses of Adam and Muon (`names`: transformer-shakespeare,
-    gpt2-124m), `accelerator` what the card here does (`names`: right, torch, attention, scale,
-    bitwise, members), `tpus` what their compiler says of steps (needs libtpu). `all` leaves these
-    out.
+    arguments), `optimisers` losses of Adam, Muon and schedule-free (`names`:
+    transformer-shakespeare, gpt2-124m), `accelerator` what the card here does (`names`: right,
+    torch, attention, scale, bitwise, members), `tpus` what their compiler says of steps (needs
+    libtpu). `all` leaves these out.
     """
     names: tuple[str, ...] = ()
     """For `results`, `peers`, `flows`, `pages`, `tpus`: only these recipes; all unless given."""

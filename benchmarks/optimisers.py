@@ -1,15 +1,16 @@
-"""Loss on the validation split against steps and seconds, of Adam and of Muon.
+"""Loss on the validation split against steps and seconds, of Adam, Muon and schedule-free.
 
-Each optimiser has the row's settings but for the algorithm and the step size: of a few around the
-row's own, that with which the first seed ends lowest, and then all seeds have it. Runs are made by
-the real program, one after the other, and their seconds are those of training alone, without
-compiling and evaluating.
+Each optimiser has the row's settings but for the algorithm and the step size, and schedule-free has
+neither a schedule nor another average of weights. The step size is that with which the first seed
+ends lowest, and then all seeds have it: of a few around the row's own, and of further ones as long
+as the largest or the smallest is the best. Runs are made by the real program, one after the other,
+and their seconds are those of training alone, without compiling and evaluating.
 """
 
 import math
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +21,14 @@ from genjax.errors import unknown_name
 from genjax.runs import pictures
 from genjax.runs.folder import read_json
 
-ALGORITHMS = ("adamw", "muon")
+# With the flags that go with it. AdamW is first: the others are held against it.
+ALGORITHMS: dict[str, tuple[str, ...]] = {
+    "adamw": (),
+    "muon": (),
+    "schedule-free": ("--schedule", "constant", "--ema-decay", "0"),
+}
 FACTORS = (0.5, 1.0, 2.0)  # of the row's own step size
+TRIES = 5  # with the further ones
 PICTURE = "optimisers.png"
 
 
@@ -59,7 +66,8 @@ def run(task: Task, algorithm: str, factor: float, seed: int, keep: Path) -> dic
     every = str(task.every)
     flags = ["--algorithm", algorithm, "--learning-rate", rate, "--steps", str(task.steps)]
     flags += ["--evaluate-every", every, "--log-every", every, "--checkpoint-every", every]
-    results_of_zoo.train(task.recipe, seed, folder, *flags, "--sample-every", "0", *task.flags)
+    flags += ["--sample-every", "0", *task.flags, *ALGORITHMS[algorithm]]
+    results_of_zoo.train(task.recipe, seed, folder, *flags)
     config = read_json(folder / "config.json")
     lines = pictures.read_metrics(folder / "metrics.jsonl")
     return curve(lines, config["schedule"]["batch_size"]) | {"truth": truth_of(config)}
@@ -80,17 +88,37 @@ def curve(lines: Sequence[dict[str, Any]], batch_size: int) -> dict[str, Any]:
     return {"steps": steps, "nats": nats, "ms": statistics.median(ms) if ms else math.nan}
 
 
+def searched(run: Callable[[float], dict[str, Any]]) -> tuple[float, dict[float, dict[str, Any]]]:
+    """The best factor of the step size, and what was run: the best is none at an end of those that
+    were tried, unless there were `TRIES`.
+    """
+    tried = {factor: run(factor) for factor in FACTORS}
+    while True:
+        # One that is not finite is no gain.
+        ends = {
+            factor: end if (end := of["nats"][-1]) < math.inf else math.inf
+            for factor, of in tried.items()
+        }
+        best = min(ends, key=lambda factor: ends[factor])
+        if best not in (min(tried), max(tried)) or len(tried) >= TRIES:
+            return best, tried
+        further = best / 2 if best == min(tried) else best * 2
+        tried[further] = run(further)
+
+
 def measure(name: str, seeds: Sequence[int], keep: Path) -> dict[str, Any]:
-    """Both optimisers on a task."""
+    """All optimisers on a task."""
     task = TASKS[name]
     tried: dict[str, dict[str, float]] = {}
+    sizes: dict[str, float] = {}
     kept: dict[str, list[dict[str, Any]]] = {}
     for algorithm in ALGORITHMS:
-        first = {factor: run(task, algorithm, factor, seeds[0], keep) for factor in FACTORS}
-        # One that is not finite is no gain.
-        ends = {factor: of["nats"][-1] for factor, of in first.items()}
-        best = min(ends, key=lambda factor: ends[factor] if ends[factor] < math.inf else math.inf)
-        tried[algorithm] = {f"{factor * task.learning_rate:g}": end for factor, end in ends.items()}
+        best, first = searched(lambda factor: run(task, algorithm, factor, seeds[0], keep))
+        sizes[algorithm] = best * task.learning_rate
+        tried[algorithm] = {
+            f"{factor * task.learning_rate:g}": first[factor]["nats"][-1]
+            for factor in sorted(first)
+        }
         kept[algorithm] = [first[best]]
         kept[algorithm] += [run(task, algorithm, best, seed, keep) for seed in seeds[1:]]
         mean = statistics.mean(of["nats"][-1] for of in kept[algorithm])
@@ -98,16 +126,17 @@ def measure(name: str, seeds: Sequence[int], keep: Path) -> dict[str, Any]:
     found = {
         algorithm: {
             "tried": tried[algorithm],
+            "learning_rate": sizes[algorithm],
             "final": over_seeds([of["nats"][-1] for of in runs]),
             "ms": statistics.median(of["ms"] for of in runs),
             "runs": runs,
         }
         for algorithm, runs in kept.items()
     }
-    reference = found[ALGORITHMS[0]]["final"]["mean"]
+    reference = found["adamw"]["final"]["mean"]
     for of in found.values():
         of["steps_to_adam"] = steps_to(reference, of["runs"])
-    truth = kept[ALGORITHMS[0]][0]["truth"]
+    truth = kept["adamw"][0]["truth"]
     return {"task": name, **task._asdict(), "algorithms": found, "truth": truth}
 
 

@@ -54,7 +54,7 @@ FRONT = (
 
 
 def optimiser_parts(found: dict[str, Any]) -> list[str]:
-    """The part about Adam and Muon."""
+    """The part about optimisers."""
     rows = []
     for task in found["tasks"]:
         for algorithm, of in task["algorithms"].items():
@@ -65,7 +65,7 @@ def optimiser_parts(found: dict[str, Any]) -> list[str]:
                 [
                     f"`{task['task']}`",
                     algorithm,
-                    min(of["tried"], key=lambda rate: of["tried"][rate]),
+                    f"{of['learning_rate']:g} of {', '.join(of['tried'])}",
                     f"{final['mean']:.3f}{spread}",
                     "-" if task["truth"] is None else f"{task['truth']:.3f}",
                     f"{of['ms']:.1f}",
@@ -73,16 +73,17 @@ def optimiser_parts(found: dict[str, Any]) -> list[str]:
                     seconds,
                 ]
             )
-    header = ["task", "algorithm", "step size", "nats, at the end", "the truth", "ms a step"]
-    header += ["steps to AdamW's end", "seconds to it"]
+    header = ["task", "algorithm", "step size, of those tried", "nats, at the end", "the truth"]
+    header += ["ms a step", "steps to AdamW's end", "seconds to it"]
     return [
-        "## Adam and Muon",
+        "## Adam, Muon and schedule-free",
         "",
         "Loss on the validation split, in nats of an example (mean and standard deviation over "
-        f"{len(found['seeds'])} seeds; {machine(found)}). The step size is the best of three for "
-        "the first seed, of each alike; all other settings are the row's. Seconds are of training "
-        "alone, without compiling and evaluating; the truth is what the true distribution has on "
-        "the same examples.",
+        f"{len(found['seeds'])} seeds; {machine(found)}). The step size is the best of three to "
+        "five for the first seed: none at an end of those that were tried, unless there were five. "
+        "All other settings are the row's, but schedule-free has neither a schedule nor another "
+        "average of weights. Seconds are of training alone, without compiling and evaluating; the "
+        "truth is what the true distribution has on the same examples.",
         "",
         markdown(header, rows),
         "",

@@ -397,53 +397,6 @@ def test_what_caches_gain_a_pixelcnn_is_measured_and_reported(
     assert "| `small` | 2 | " in "\n".join(report_exact.parts())
 
 
-@pytest.mark.slow
-@pytest.mark.tools
-def test_optimisers_are_compared_and_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from benchmarks import optimisers
-
-    monkeypatch.setattr(common, "RESULTS", tmp_path)
-    monkeypatch.setattr(optimisers, "RESULTS", tmp_path)
-    monkeypatch.setattr(optimisers, "FACTORS", (1.0,))
-    small = ("--d-model", "4", "--n-layers", "1", "--n-heads", "2", "--dtype", "float32")
-    small += ("--n-symbols", "16", "--length", "8", "--n-train", "64", "--batch-size", "4")
-    small += ("--microbatches", "1", "--steps-per-call", "2", "--warmup-steps", "2")
-    task = optimisers.Task("gpt2-124m", 1e-2, 8, 4, small)
-    monkeypatch.setattr(optimisers, "TASKS", {"gpt2-124m": task})
-    optimisers.main((), [0], tmp_path / "runs")
-    found = common.read("optimisers")
-    assert found is not None
-    (of,) = found["tasks"]
-    for algorithm in ("adamw", "muon"):
-        (run,) = of["algorithms"][algorithm]["runs"]
-        assert run["steps"] == [4, 8]
-        assert min(run["nats"]) > of["truth"] > 0
-        assert of["algorithms"][algorithm]["tried"] == {"0.01": run["nats"][-1]}
-    adam, muon = (of["algorithms"][name]["runs"][0]["nats"] for name in ("adamw", "muon"))
-    assert adam != muon
-    assert of["algorithms"]["adamw"]["steps_to_adam"] in (4, 8)
-    assert (tmp_path / "optimisers.png").stat().st_size > 10_000
-    text = "\n".join(report_results.optimiser_parts(found))
-    assert text.count("| `gpt2-124m` |") == 2
-
-
-def test_a_curve_is_read_from_a_log() -> None:
-    from benchmarks import optimisers
-
-    lines = [
-        {"step": 5, "speed/examples_per_second": 400.0, "vae/loss": 9.0},
-        {"step": 10, "speed/examples_per_second": 200.0, "valid/log_prob": -7.0},
-    ]
-    found = optimisers.curve(lines, 8)
-    assert found == {"steps": [10], "nats": [7.0], "ms": 30.0}
-    runs = [{"steps": [5, 10], "nats": [4.0, 1.0]}, {"steps": [5, 10], "nats": [2.0, 2.0]}]
-    assert optimisers.steps_to(3.0, runs) == 5
-    assert optimisers.steps_to(1.6, runs) == 10
-    assert optimisers.steps_to(1.0, runs) is None
-
-
 def test_makemores_transformer_reads_the_names_that_ours_reads(tmp_path: Path) -> None:
     from benchmarks import makemore
 

@@ -48,6 +48,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     [
         ('{"recipe": "cva', r"config\.json is damaged: expected JSON"),
         ("[1]", r"config\.json is damaged: expected a JSON object, found list"),
+        ("{}", r"config\.json: .* it has no entry 'recipe'"),
         ('{"recipe": "cvea"}', "no recipe called 'cvea'. Did you mean cvae"),
         ('{"recipe": "cvae"}', r"config\.json: .* of the recipe 'cvae': it has no entry 'data'"),
         ('{"recipe": "cvae", "sweep": {}}', "is a sweep of several members"),
@@ -72,7 +73,7 @@ def test_settings_that_do_not_fit_leave_no_folder_behind(tmp_path: Path) -> None
 
 def test_a_run_without_checkpoints_cannot_be_sampled(tmp_path: Path) -> None:
     open_folder(tmp_path / "run", to_dict(tiny("cvae")))
-    with pytest.raises(CheckpointError, match="has no checkpoint yet"):
+    with pytest.raises(CheckpointError, match=r"has no checkpoint yet\. If a process trains there"):
         load(tmp_path / "run")
 
 

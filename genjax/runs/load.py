@@ -139,7 +139,8 @@ def load(folder: Path, which: str = "newest", sigma_rel: float | None = None) ->
     restored = checkpoints.restore(jax.eval_shape(t.init, jax.random.key(0)))
     if restored is None:
         raise CheckpointError(
-            f"{folder} has no checkpoint yet. Run its `genjax train` command again."
+            f"{folder} has no checkpoint yet. If a process trains there, wait for its first one; "
+            "else run its `genjax train` command again."
         )
     for path, reason in restored.passed_over.items():
         logger.warning("passed over a damaged checkpoint, %s: %s", path, reason)

@@ -250,7 +250,9 @@ def from_dict(values: Mapping[str, Any], rows: Mapping[str, Recipe]) -> Recipe:
     Raises:
         ConfigError: for a row or setting that does not exist (any more).
     """
-    name = values.get("recipe")
+    if "recipe" not in values:
+        raise ConfigError("This is not a configuration of a run: it has no entry 'recipe'.")
+    name = values["recipe"]
     if not isinstance(name, str) or name not in rows:
         raise unknown_recipe(str(name)[:80], rows)
     row = rows[name]
