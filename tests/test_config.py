@@ -151,7 +151,7 @@ def test_what_is_no_configuration_is_refused():
     values = to_dict(ZOO["vae"])
     with pytest.raises(ConfigError, match=r"no recipe called 'vea'.*Did you mean vae"):
         from_dict(values | {"recipe": "vea"}, ZOO)
-    with pytest.raises(ConfigError, match="no recipe called"):
+    with pytest.raises(ConfigError, match="not a configuration of a run: it has no entry 'recipe'"):
         from_dict({}, ZOO)
     with pytest.raises(ConfigError, match=r"not a configuration of the recipe 'vae'.*optimizer"):
         from_dict({name: value for name, value in values.items() if name != "optimizer"}, ZOO)
