@@ -10,6 +10,7 @@ from optax import contrib
 import genjax
 from genjax.data import example_batch
 from genjax.errors import ConfigError
+from genjax.families.gan import gan
 from genjax.families.vae import vae
 from genjax.learning.members import ensemble, sweep
 from genjax.learning.optim import track_ema
@@ -137,6 +138,15 @@ def test_a_state_of_another_optimiser_is_refused_and_what_is_advised_works(made,
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), ts._replace(key=None))
     ts = zeros._replace(key=jax.random.key(0))
     jax.eval_shape(t.step, eval(advised), BATCH)
+
+
+def test_a_state_of_another_model_is_refused():
+    t = training(MODEL, optax.sgd(0.1))
+    other = training(gan(MODEL.spec, hidden=(4,), latent_dim=1), optax.sgd(0.1))
+    for one, stepped in ((t, other), (other, t)):
+        ts = jax.eval_shape(one.init, jax.random.key(0))
+        with pytest.raises(ConfigError, match=f"another model: it trains {', '.join(ts.opt)}"):
+            jax.eval_shape(stepped.step, ts, BATCH)
 
 
 def test_an_optimiser_that_begins_by_looking_at_values_takes_its_steps():

@@ -13,7 +13,7 @@
 `transforms.py`, `members.py` and `sharding.py` are functions Training -> Training of what is here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import jax
@@ -81,7 +81,8 @@ def training(model: Model, tx: Optimizers) -> Training:
         ConfigError: if `tx` or `model.turns` name a player that has no loss, or leave one out; for
             `follows` that name none; from `init`, for an optimiser that does not take the
             parameters; and, at the first step, for one that wants the loss as a function, as a line
-            search does, or fails, and for a loss or a metric that is not per example, [B].
+            search does, or fails, for a loss or a metric that is not per example, [B], and for a
+            state of another model or of other optimisers.
 
     Example:
         >>> import jax, optax
@@ -111,7 +112,7 @@ def training(model: Model, tx: Optimizers) -> Training:
         return TrainState(jnp.zeros((), jnp.int32), key_train, params, state, opt)
 
     def step_with(gradient: Gradient, ts: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        _check_one(ts)
+        _check_one(ts, by_player)
         check_batch(model.spec, batch, model.any_length)
         _check_optimizers(by_player, ts)
         batch, weight = _weighted(batch)
@@ -129,7 +130,7 @@ def training(model: Model, tx: Optimizers) -> Training:
         return ts._replace(step=ts.step + 1, params=_followed(model, ts.params, ts.step)), metrics
 
     def prepare(ts: TrainState, batch: Batch) -> TrainState:
-        _check_one(ts)
+        _check_one(ts, by_player)
         check_batch(model.spec, batch, model.any_length)
         batch, _ = _weighted(batch)
         key = jax.random.fold_in(ts.key, PREPARATION)
@@ -154,8 +155,9 @@ def training(model: Model, tx: Optimizers) -> Training:
     return make(lambda g: g)
 
 
-def _check_one(ts: TrainState) -> None:
-    """Refuse what is no state of one run: that of members, or something else.
+def _check_one(ts: TrainState, players: Iterable[str]) -> None:
+    """Refuse what is no state of one run of this model: that of members, of another model, or
+    something else.
 
     Raises:
         ConfigError: see above.
@@ -170,6 +172,11 @@ def _check_one(ts: TrainState) -> None:
         raise ConfigError(
             f"This state is one of members, with keys of shape {list(ts.key.shape)}, and this "
             "training has none: take its step from `ensemble(t)` or `sweep`, as its init."
+        )
+    if any(player not in ts.params or player not in ts.opt for player in players):
+        raise ConfigError(
+            f"This state is one of another model: it trains {', '.join(ts.opt)}, and this model "
+            f"{', '.join(players)}. Give what the `init` or the step of this training returned."
         )
 
 
