@@ -109,34 +109,26 @@ def searched(run: Callable[[float], dict[str, Any]]) -> tuple[float, dict[float,
 def measure(name: str, seeds: Sequence[int], keep: Path) -> dict[str, Any]:
     """All optimisers on a task."""
     task = TASKS[name]
-    tried: dict[str, dict[str, float]] = {}
-    sizes: dict[str, float] = {}
-    kept: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for algorithm in ALGORITHMS:
         best, first = searched(lambda factor: run(task, algorithm, factor, seeds[0], keep))
-        sizes[algorithm] = best * task.learning_rate
-        tried[algorithm] = {
-            f"{factor * task.learning_rate:g}": first[factor]["nats"][-1]
-            for factor in sorted(first)
-        }
-        kept[algorithm] = [first[best]]
-        kept[algorithm] += [run(task, algorithm, best, seed, keep) for seed in seeds[1:]]
-        mean = statistics.mean(of["nats"][-1] for of in kept[algorithm])
-        print(f"{name}, {algorithm}, {best:g} of the step size: {mean:.3f} nats", flush=True)
-    found = {
-        algorithm: {
-            "tried": tried[algorithm],
-            "learning_rate": sizes[algorithm],
+        runs = [first[best], *(run(task, algorithm, best, seed, keep) for seed in seeds[1:])]
+        found[algorithm] = {
+            "tried": {
+                f"{factor * task.learning_rate:g}": first[factor]["nats"][-1]
+                for factor in sorted(first)
+            },
+            "learning_rate": best * task.learning_rate,
             "final": over_seeds([of["nats"][-1] for of in runs]),
             "ms": statistics.median(of["ms"] for of in runs),
             "runs": runs,
         }
-        for algorithm, runs in kept.items()
-    }
+        mean = found[algorithm]["final"]["mean"]
+        print(f"{name}, {algorithm}, {best:g} of the step size: {mean:.3f} nats", flush=True)
     reference = found["adamw"]["final"]["mean"]
     for of in found.values():
         of["steps_to_adam"] = steps_to(reference, of["runs"])
-    truth = kept["adamw"][0]["truth"]
+    truth = found["adamw"]["runs"][0]["truth"]
     return {"task": name, **task._asdict(), "algorithms": found, "truth": truth}
 
 

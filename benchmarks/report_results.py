@@ -79,11 +79,11 @@ def optimiser_parts(found: dict[str, Any]) -> list[str]:
         "## Adam, Muon and schedule-free",
         "",
         "Loss on the validation split, in nats of an example (mean and standard deviation over "
-        f"{len(found['seeds'])} seeds; {machine(found)}). The step size is the best of three to "
-        "five for the first seed: none at an end of those that were tried, unless there were five. "
-        "All other settings are the row's, but schedule-free has neither a schedule nor another "
-        "average of weights. Seconds are of training alone, without compiling and evaluating; the "
-        "truth is what the true distribution has on the same examples.",
+        f"{len(found['seeds'])} seeds; {machine(found)}). The step size is the best for the first "
+        "seed of those listed; while it was the smallest or the largest, a further one was tried, "
+        "up to a limit. All other settings are the row's, but schedule-free has neither a schedule "
+        "nor another average of weights. Seconds are of training alone, without compiling and "
+        "evaluating; the truth is what the true distribution has on the same examples.",
         "",
         markdown(header, rows),
         "",
